@@ -1,0 +1,328 @@
+"""Configuration of MOSS-VL: the three config classes and everything that can be wrong in them.
+
+Old spellings are normalised here once (`rope_theta` + `rope_scaling` become `rope_parameters`), so that the other files
+read one form.
+"""
+
+import math
+
+from transformers import PretrainedConfig
+
+
+def _require(condition: bool, what: str, got, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"MOSS-VL config: {what}, got {got!r}; expected {expected}. Mend it in config.json.")
+
+
+def _require_positive_ints(config: PretrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        _require(is_int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
+
+
+class MossVLVisionConfig(PretrainedConfig):
+    """The ViT encoder and its merger.
+
+    Args:
+        depth, hidden_size, intermediate_size, num_heads: size of the transformer; the head size must divide by 4 (2D rotary).
+        hidden_act: activation of the blocks' MLP; the merger's is always exact GELU.
+        patch_size, temporal_patch_size, in_channels: a row of `pixel_values` is one patch of
+            `in_channels * temporal_patch_size * patch_size**2` values.
+        spatial_merge_size: `m`; m x m patches become one vision token.
+        out_hidden_size: width of a vision token, the text model's `hidden_size`.
+        num_position_embeddings: learned positions, a square table whose side divides by `spatial_merge_size`.
+        deepstack_visual_indexes: blocks whose output goes to the merger beside that of the last one.
+        layer_norm_eps: epsilon of every LayerNorm.
+
+    Raises:
+        ValueError: for sizes that do not fit each other.
+    """
+
+    model_type = "moss_vl_vision"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        depth=27,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_heads=16,
+        in_channels=3,
+        patch_size=16,
+        temporal_patch_size=1,
+        spatial_merge_size=2,
+        out_hidden_size=4096,
+        num_position_embeddings=2304,
+        deepstack_visual_indexes=(8, 16, 24),
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        self.depth = depth
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_heads = num_heads
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.temporal_patch_size = temporal_patch_size
+        self.spatial_merge_size = spatial_merge_size
+        self.out_hidden_size = out_hidden_size
+        self.num_position_embeddings = num_position_embeddings
+        self.deepstack_visual_indexes = list(deepstack_visual_indexes)
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        _require_positive_ints(
+            self, "depth", "hidden_size", "intermediate_size", "num_heads", "in_channels", "patch_size",
+            "temporal_patch_size", "spatial_merge_size", "out_hidden_size", "num_position_embeddings",
+        )  # fmt: skip
+        _require(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            "`vision_config.hidden_size` over `num_heads`",
+            (self.hidden_size, self.num_heads),
+            "a whole head size that divides by 4 (2D rotary positions)",
+        )
+        side = math.isqrt(self.num_position_embeddings)
+        _require(
+            side * side == self.num_position_embeddings,
+            "`vision_config.num_position_embeddings`",
+            self.num_position_embeddings,
+            "a square number (a table of rows x columns)",
+        )
+        _require(
+            side % self.spatial_merge_size == 0,
+            "`vision_config.spatial_merge_size`",
+            self.spatial_merge_size,
+            f"a divisor of the position table's side, {side}",
+        )
+        indexes = self.deepstack_visual_indexes
+        _require(
+            indexes == sorted(set(indexes)) and all(0 <= index < self.depth for index in indexes),
+            "`vision_config.deepstack_visual_indexes`",
+            indexes,
+            f"rising block numbers from 0 to {self.depth - 1}",
+        )
+
+
+class MossVLTextConfig(PretrainedConfig):
+    """The causal decoder, in which the layers of `cross_attention_layers` read the vision tokens.
+
+    Args:
+        cross_attention_layers: rising indices of the gated cross-attention layers, never 0; default every fourth from 2 on.
+        head_dim: default `hidden_size // num_attention_heads`.
+        rope_parameters: `{rope_type: "default", rope_theta, mrope_section: [t, h, w], mrope_interleaved: True}`; the sections are
+            counts of frequencies and sum to `head_dim // 2`. The older `rope_theta` + `rope_scaling` are read as well.
+
+    Raises:
+        ValueError: for sizes that do not fit each other.
+    """
+
+    model_type = "moss_vl_text"
+    base_config_key = "text_config"
+    ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=None,
+        cross_attention_layers=None,
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        attention_bias=False,
+        attention_dropout=0.0,
+        max_position_embeddings=262144,
+        rope_parameters=None,
+        rope_theta=None,
+        rope_scaling=None,
+        initializer_range=0.02,
+        use_cache=True,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_attention_heads
+        self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
+        if cross_attention_layers is None:
+            cross_attention_layers = range(2, num_hidden_layers, 4)
+        self.cross_attention_layers = list(cross_attention_layers)
+        self.hidden_act = hidden_act
+        self.rms_norm_eps = rms_norm_eps
+        self.attention_bias = attention_bias
+        self.attention_dropout = attention_dropout
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.rope_parameters = self._one_form_of_rope(rope_parameters, rope_theta, rope_scaling)
+        self._check()
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        # Set again: the base class of 4.57 knows it as one of its own arguments, that of 5.x does not.
+        self.tie_word_embeddings = tie_word_embeddings
+
+    def _one_form_of_rope(self, rope_parameters, rope_theta, rope_scaling) -> dict:
+        given = dict(rope_scaling or {}) | dict(rope_parameters or {})
+        side = self.head_dim // 2 * 5 // 16  # frequencies of h and of w: the 11B model's share, 20 of 64
+        return {
+            "rope_type": given.pop("rope_type", given.pop("type", "default")),
+            "rope_theta": given.pop("rope_theta", rope_theta if rope_theta is not None else 5_000_000.0),
+            "mrope_section": list(given.pop("mrope_section", [self.head_dim // 2 - 2 * side, side, side])),
+            "mrope_interleaved": given.pop("mrope_interleaved", True),
+            **{key: value for key, value in given.items() if key != "type"},
+        }
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies, as servers written for transformers 4 read it."""
+        return self.rope_parameters["rope_theta"]
+
+    @property
+    def rope_scaling(self) -> dict:
+        """`rope_parameters` under its older name."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict) -> None:
+        self.rope_parameters = self._one_form_of_rope(value, self.rope_theta, None)
+
+    def _check(self) -> None:
+        _require_positive_ints(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings",
+        )  # fmt: skip
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "`text_config.num_attention_heads` over `num_key_value_heads`",
+            (self.num_attention_heads, self.num_key_value_heads),
+            "whole groups of query heads",
+        )
+        _require(self.head_dim % 2 == 0, "`text_config.head_dim`", self.head_dim, "an even number (rotary pairs)")
+        layers = self.cross_attention_layers
+        _require(
+            bool(layers) and layers == sorted(set(layers)) and layers[0] > 0 and layers[-1] < self.num_hidden_layers,
+            "`text_config.cross_attention_layers`",
+            layers,
+            f"at least one rising layer index from 1 to {self.num_hidden_layers - 1} (layer 0 is always self-attention)",
+        )
+        rope, half = self.rope_parameters, self.head_dim // 2
+        _require(rope["rope_type"] == "default", "rope type", rope["rope_type"], "'default'")
+        _require(rope["mrope_interleaved"] is True, "`mrope_interleaved`", rope["mrope_interleaved"], "true")
+        section = rope["mrope_section"]
+        _require(
+            len(section) == 3
+            and all(isinstance(count, int) and count >= 0 for count in section)
+            and sum(section) == half
+            and 3 * section[1] - 2 < half
+            and 3 * section[2] - 1 < half,
+            "`mrope_section`",
+            section,
+            f"[t, h, w] that sum to head_dim / 2 = {half}, h and w fitting every third frequency",
+        )
+        _require(0.0 <= self.attention_dropout < 1.0, "`attention_dropout`", self.attention_dropout, "0 <= p < 1")
+
+
+class MossVLConfig(PretrainedConfig):
+    """Configuration of `MossVLForConditionalGeneration`.
+
+    Args:
+        text_config, vision_config: a dict or a config object each; defaults are those of the 11B model.
+        image_token_id: `<|image_pad|>`, one a frame in the text. video_token_id: `<|video_pad|>`, which the processor replaces.
+        vision_seq_pad_multiple: kept for checkpoints that carry it. It pads the vision sequence with hidden tokens for kernels
+            that ask for aligned lengths; ours do not, and it changes no number.
+        tie_word_embeddings: read from here or from `text_config`, and kept the same in both, since transformers 4 reads the one
+            and transformers 5 the other.
+
+    Raises:
+        ValueError: for parts that do not fit each other.
+    """
+
+    model_type = "moss_vl"
+    sub_configs = {"text_config": MossVLTextConfig, "vision_config": MossVLVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        text_config=None,
+        vision_config=None,
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        vision_seq_pad_multiple=1,
+        tie_word_embeddings=None,
+        **kwargs,
+    ):
+        self.text_config = self._sub_config("text_config", text_config)
+        self.vision_config = self._sub_config("vision_config", vision_config)
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        self.vision_start_token_id = vision_start_token_id
+        self.vision_end_token_id = vision_end_token_id
+        self.vision_seq_pad_multiple = vision_seq_pad_multiple
+        self._check()
+        if tie_word_embeddings is None:
+            tie_word_embeddings = self.text_config.tie_word_embeddings
+        self.text_config.tie_word_embeddings = tie_word_embeddings
+        kwargs["auto_map"] = self._whole_auto_map(kwargs.get("auto_map") or {})
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+
+    @staticmethod
+    def _whole_auto_map(given: dict) -> dict:
+        """Released configs do not name the class for image-text-to-text; all model classes are one."""
+        config, model = "configuration_moss_vl.MossVLConfig", "modeling_moss_vl.MossVLForConditionalGeneration"
+        model = given.get("AutoModelForCausalLM", given.get("AutoModel", model))
+        models = dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), model)
+        return {"AutoConfig": config, **models, **given}
+
+    def _sub_config(self, name: str, value) -> PretrainedConfig:
+        if value is None:
+            value = {}
+        if isinstance(value, dict):
+            return self.sub_configs[name](**value)
+        # By name, not by class: remote code may hand in the same class from another copy of this module.
+        _require(
+            getattr(value, "model_type", None) == self.sub_configs[name].model_type,
+            f"`{name}`",
+            type(value).__name__,
+            f"a dict or a {self.sub_configs[name].__name__}",
+        )
+        return value
+
+    def _check(self) -> None:
+        _require(
+            self.vision_config.out_hidden_size == self.text_config.hidden_size,
+            "`vision_config.out_hidden_size`",
+            self.vision_config.out_hidden_size,
+            f"`text_config.hidden_size` = {self.text_config.hidden_size}",
+        )
+        ids = (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
+        vocab_size = self.text_config.vocab_size
+        _require(
+            all(isinstance(i, int) and 0 <= i < vocab_size for i in ids) and len(set(ids)) == len(ids),
+            "image, video, vision_start and vision_end token ids",
+            ids,
+            f"four different ids below vocab_size = {vocab_size}",
+        )
+        multiple = self.vision_seq_pad_multiple
+        _require(isinstance(multiple, int) and multiple > 0, "`vision_seq_pad_multiple`", multiple, "a positive integer")
+
+
+# Saved configs name this class in their `auto_map`, and `save_pretrained` copies the code beside them.
+MossVLConfig.register_for_auto_class()
+
+__all__ = ["MossVLConfig", "MossVLTextConfig", "MossVLVisionConfig"]

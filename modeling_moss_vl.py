@@ -1,0 +1,1140 @@
+"""MOSS-VL: a ViT encoder, and a causal decoder whose gated cross-attention layers read the vision tokens.
+
+Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, K key/value
+heads, G = H / K, d head size, F frames, P patches, V vision tokens (each frame's tokens and its separator, all samples one
+behind the other without padding).
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
+from .generation_utils import MossVLGenerationMixin
+from .vision_sequence import (
+    Span,
+    VisionCacheLayer,
+    VisionCall,
+    VisionRequest,
+    VisionState,
+    count_media,
+    plan_call,
+    read_grid,
+    read_request,
+)
+from .xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention, once for vision, self- and cross-attention
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0):
+    """Softmax attention written out. query [B, H, T, d], key and value [B, K, S, d], mask bool (True = may see) or additive,
+    [B or 1, 1, T or 1, S]. Query heads of one group are rows of one product, so keys and values are not repeated.
+
+    Returns:
+        [B, T, H, d] and the weights [B, H, T, S].
+    """
+    (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
+    grouped = query.reshape(batch, kv_heads, -1, d)  # [B, K, G * T, d]
+    scores = (grouped @ key.transpose(2, 3) * scaling).view(batch, heads, rows, -1)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, float("-inf"))
+        else:
+            scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = F.dropout(weights, p=dropout, training=module.training)
+    out = dropped.view(batch, kv_heads, -1, key.shape[2]) @ value
+    return out.view(batch, heads, rows, -1).transpose(1, 2), weights
+
+
+def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0):
+    """One attention call. Shapes as in `eager_attention_forward`; `causal` only where `mask` is None.
+
+    Returns:
+        [B, T, H, d], and the weights where the implementation is eager, else None.
+    """
+    scaling, dropout = module.scaling, dropout if module.training else 0.0
+    if implementation == "eager":
+        if causal and query.shape[2] > 1:
+            rows, columns = query.shape[2], key.shape[2]
+            mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)[None, None]
+        return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
+    batch, heads, rows, d = query.shape
+    kv_heads = key.shape[1]
+    if implementation == "sdpa" and heads > kv_heads and (rows == 1 or (mask is None and not causal)):
+        # Nothing tells the heads of a group apart but their queries: as rows of one head they read the keys once.
+        grouped = query.reshape(batch, kv_heads, -1, d)
+        out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
+        return out.view(batch, heads, rows, -1).transpose(1, 2), None
+    attention = ALL_ATTENTION_FUNCTIONS[implementation]
+    out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal)
+    return out, None
+
+
+def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
+    """The attention implementation for this call: eager where weights are asked for, sdpa where flash-attention cannot run."""
+    if need_weights:
+        return "eager"
+    if name is None:
+        return "sdpa"
+    if "flash" in name and (states.device.type == "cpu" or states.dtype not in (torch.float16, torch.bfloat16)):
+        logger.warning_once(
+            f"{name} does not run on {states.device.type} in {states.dtype}; sdpa is used. Load the model in bfloat16 on CUDA."
+        )
+        return "sdpa"
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vision encoder
+
+
+class FrameRun(NamedTuple):
+    """`frames` frames in a row that share a grid of `rows` x `columns` patches."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def patches(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+def frame_runs(grid_thw) -> list[FrameRun]:
+    """[[t, h, w], ...] -> runs of equal grids, in order."""
+    runs: list[FrameRun] = []
+    for t, h, w in grid_thw:
+        if runs and runs[-1][1:] == (h, w):
+            runs[-1] = runs[-1]._replace(frames=runs[-1].frames + t)
+        else:
+            runs.append(FrameRun(t, h, w))
+    return runs
+
+
+def chunk_runs(runs: list[FrameRun], frames: int) -> list[list[FrameRun]]:
+    """Cuts runs into chunks of at most `frames` frames, in order."""
+    chunks, room = [], 0
+    for run in runs:
+        left = run.frames
+        while left:
+            if not room:
+                chunks.append([])
+                room = frames
+            taken = min(left, room)
+            chunks[-1].append(run._replace(frames=taken))
+            left, room = left - taken, room - taken
+    return chunks
+
+
+class MossVLVisionPatchProjection(nn.Conv3d):
+    """A convolution whose kernel is one patch, as the linear map it is."""
+
+    def forward(self, pixel_values):
+        return F.linear(pixel_values, self.weight.flatten(1), self.bias)
+
+
+class MossVLVisionPatchEmbed(nn.Module):
+    def __init__(self, config: MossVLVisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = MossVLVisionPatchProjection(config.in_channels, config.hidden_size, kernel, stride=kernel)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[P, channels * time * row * column] -> [P, hidden]"""
+        weight = self.proj.weight
+        return self.proj(pixel_values.to(device=weight.device, dtype=weight.dtype))
+
+
+class MossVLVisionMLP(nn.Module):
+    def __init__(self, config: MossVLVisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states):
+        return self.linear_fc2(self.act_fn(self.linear_fc1(hidden_states)))
+
+
+class MossVLVisionAttention(nn.Module):
+    def __init__(self, config: MossVLVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_heads
+        self.head_dim = config.hidden_size // config.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, runs, rotations, implementation):
+        qkv = self.qkv(hidden_states)  # [P, 3 * hidden]
+        outs = []
+        for run, part, (cos, sin) in zip(runs, qkv.split([run.patches for run in runs]), rotations):
+            part = part.view(run.frames, -1, 3, self.num_heads, self.head_dim)
+            query, key, value = part.permute(2, 0, 3, 1, 4).unbind(0)  # [frames, heads, rows * columns, d] each
+            query, key = (rotate(x.float(), cos, sin).to(x.dtype) for x in (query, key))
+            out, _ = attend(self, query, key, value, None, implementation)
+            outs.append(out.reshape(run.patches, -1))
+        return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
+
+
+class MossVLVisionBlock(GradientCheckpointingLayer):
+    def __init__(self, config: MossVLVisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = MossVLVisionAttention(config)
+        self.mlp = MossVLVisionMLP(config)
+
+    def forward(self, hidden_states, runs, rotations, implementation):
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), runs, rotations, implementation)
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class MossVLVisionMerger(nn.Module):
+    """Last and kept features of m x m patches -> one vision token."""
+
+    def __init__(self, config: MossVLVisionConfig):
+        super().__init__()
+        features = len(config.deepstack_visual_indexes) + 1
+        self.merged_size = features * config.hidden_size * config.spatial_merge_size**2
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(features)
+        )
+        self.linear_fc1 = nn.Linear(self.merged_size, self.merged_size)
+        self.act_fn = nn.GELU()
+        self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """[last, kept...], each [P, hidden] -> [P / m^2, out]"""
+        merged = torch.cat([norm(feature) for norm, feature in zip(self.norms, features)], dim=-1)
+        return self.linear_fc2(self.act_fn(self.linear_fc1(merged.view(-1, self.merged_size))))
+
+
+class MossVLPreTrainedModel(PreTrainedModel):
+    config_class = MossVLConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MossVLVisionBlock", "MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MossVLCrossAttentionLayer):
+            nn.init.zeros_(module.cross_attn_attn_gate)
+            nn.init.zeros_(module.cross_attn_mlp_gate)
+        elif isinstance(module, MossVLModel):
+            nn.init.zeros_(module.separator_token)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # read from the config at every call
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        try:
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        except (ImportError, ValueError) as error:
+            if attn_implementation is None or not attn_implementation.startswith("flash_attention"):
+                raise
+            logger.warning_once(f"{attn_implementation} cannot be used here, sdpa is used instead. The reason: {error}")
+            return super()._check_and_adjust_attn_implementation("sdpa", *args, **kwargs)
+
+
+class MossVLVisionModel(MossVLPreTrainedModel):
+    config_class = MossVLVisionConfig
+    main_input_name = "pixel_values"
+    _no_split_modules = ["MossVLVisionBlock"]
+
+    def __init__(self, config: MossVLVisionConfig):
+        super().__init__(config)
+        self.head_dim = config.hidden_size // config.num_heads
+        self.spatial_merge_size = config.spatial_merge_size
+        self.patch_embed = MossVLVisionPatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(MossVLVisionBlock(config) for _ in range(config.depth))
+        self.merger = MossVLVisionMerger(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.patch_embed
+
+    def forward(self, pixel_values: torch.Tensor, grid_thw, vision_chunked_length: Optional[int] = None) -> torch.Tensor:
+        """Encodes frames, `vision_chunked_length` at a time; attention never leaves a frame.
+
+        Args:
+            pixel_values: [P, channels * time * patch * patch], patches merge block by merge block.
+            grid_thw: [media, 3], (frames, patch rows, patch columns): a tensor or nested list.
+            vision_chunked_length: frames a chunk; default 64, in training all at once.
+
+        Returns:
+            [P / m^2, out_hidden_size], row-major over merge blocks, frame after frame.
+
+        Raises:
+            ValueError: if pixels and grid do not fit each other, or the model.
+        """
+        grid = read_grid(pixel_values, grid_thw, self.config)
+        if vision_chunked_length is None:
+            vision_chunked_length = max(1, sum(t for t, _, _ in grid)) if self.training else DEFAULT_VISION_CHUNK
+        elif not isinstance(vision_chunked_length, int) or vision_chunked_length < 1:
+            raise ValueError(f"`vision_chunked_length` is {vision_chunked_length!r}; expected a positive number of frames.")
+        chunks = chunk_runs(frame_runs(grid), vision_chunked_length)
+        pixels = pixel_values.split([sum(run.patches for run in chunk) for chunk in chunks])
+        features = [self._encode(part, chunk) for part, chunk in zip(pixels, chunks)]
+        return torch.cat(features) if len(features) > 1 else features[0]
+
+    def _encode(self, pixel_values: torch.Tensor, runs: list[FrameRun]) -> torch.Tensor:
+        hidden_states = self.patch_embed(pixel_values)
+        places, rotations = zip(*(self._positions(run, hidden_states) for run in runs))
+        hidden_states = hidden_states + (torch.cat(places) if len(places) > 1 else places[0])
+        implementation = usable_implementation(self.config._attn_implementation, hidden_states)
+        kept = []
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, runs, rotations, implementation)
+            if index in self.config.deepstack_visual_indexes:
+                kept.append(hidden_states)
+        return self.merger([hidden_states, *kept])
+
+    def _positions(self, run: FrameRun, like: torch.Tensor):
+        """Learned positions [patches, hidden] and rotations [rows * columns, d / 2] of a run, in merge-block order."""
+        m, device = self.spatial_merge_size, like.device
+        rows = torch.arange(run.rows, device=device).view(-1, 1, m, 1)
+        columns = torch.arange(run.columns, device=device).view(1, -1, 1, m)
+        # [block rows, m] x [block columns, m] -> block row, block column, row in block, column in block
+        rows, columns = torch.broadcast_tensors(rows.view(-1, 1, m, 1), columns)
+        rows, columns = rows.flatten(), columns.flatten()
+
+        side = round(self.config.num_position_embeddings**0.5)
+        y = torch.linspace(0, side - 1, run.rows, device=device)[rows]
+        x = torch.linspace(0, side - 1, run.columns, device=device)[columns]
+        y0, x0 = y.long(), x.long()
+        y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
+        dy, dx = (y - y0)[:, None], (x - x0)[:, None]
+        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).float()
+        weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
+        places = (corners * weights).sum(0).to(like.dtype)
+        return places.repeat(run.frames, 1), grid_rotation(rows, columns, self.head_dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoder
+
+
+class MossVLRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class MossVLTextMLP(nn.Module):
+    def __init__(self, config: MossVLTextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MossVLTextAttention(nn.Module):
+    """Projections that self- and cross-attention share."""
+
+    def __init__(self, config: MossVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        query_size, key_size = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def queries(self, states: torch.Tensor, table) -> torch.Tensor:
+        """[B, T, D] -> [B, H, T, d], normalised and rotated."""
+        query = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return rotate(query, *table)
+
+    def keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated."""
+        key = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return rotate(key, *table), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MossVLSelfAttention(MossVLTextAttention):
+    is_causal = True
+
+    def forward(self, hidden_states, table, mask, implementation, past_key_values=None):
+        """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None."""
+        query = self.queries(hidden_states, table)
+        key, value = self.keys_values(hidden_states, table)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, weights = attend(
+            self, query, key, value, mask, implementation, causal=mask is None, dropout=self.attention_dropout
+        )
+        return self.o_proj(out.flatten(2)), weights
+
+
+class MossVLCrossAttention(MossVLTextAttention):
+    is_causal = False
+
+    def forward(self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None):
+        """hidden_states [B, T, D] read the packed vision sequence, each span of rows its own tokens.
+
+        Args:
+            vision_states: [v, D], the vision tokens that are new in this call, or None.
+            vision_table: their rotation, two of [v, d / 2].
+
+        Returns:
+            [B, T, D], and where the implementation is eager the weights [B, H, T, longest sample's V], else None.
+        """
+        key = value = None
+        if vision_states is not None:
+            key, value = self.keys_values(vision_states[None], vision_table)  # [1, K, v, d]
+        if past_key_values is not None:
+            key, value = past_key_values.layers[self.layer_idx].store(key, value, call)
+        query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+        outs, weights, row = [], [], 0
+        for span in call.spans:
+            if span.rows.start > row:  # rows that see nothing
+                outs.append(query.new_zeros(span.rows.start - row, *query.shape[1:]))
+            keep = span.keep if span.keep is None else span.keep.to(query.device)[None, None, None]
+            out, weight = attend(
+                self,
+                query[span.rows].transpose(0, 1)[None],  # [1, H, rows, d]
+                key[:, :, span.tokens],
+                value[:, :, span.tokens],
+                keep,
+                "sdpa" if keep is not None and implementation != "eager" else implementation,
+                dropout=self.attention_dropout,
+            )
+            outs.append(out[0])
+            weights.append(weight)
+            row = span.rows.stop
+        if row < query.shape[0]:
+            outs.append(query.new_zeros(query.shape[0] - row, *query.shape[1:]))
+        out = (torch.cat(outs) if len(outs) > 1 else outs[0]).reshape(*hidden_states.shape[:2], -1)
+        return self.o_proj(out), self._all_weights(weights, call, hidden_states) if implementation == "eager" else None
+
+    @staticmethod
+    def _all_weights(weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor) -> torch.Tensor:
+        widest = max(span.tokens.stop - span.tokens.start for span in call.spans)
+        out = like.new_zeros(like.shape[0] * like.shape[1], weights[0].shape[1], widest)
+        for span, weight in zip(call.spans, weights):
+            out[span.rows, :, : weight.shape[-1]] = weight[0].transpose(0, 1)
+        return out.unflatten(0, like.shape[:2]).transpose(1, 2)
+
+
+class MossVLSelfAttentionLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MossVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MossVLSelfAttention(config, layer_idx)
+        self.mlp = MossVLTextMLP(config)
+        self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, table, mask, implementation, past_key_values=None):
+        attended, weights = self.self_attn(
+            self.input_layernorm(hidden_states), table, mask, implementation, past_key_values
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class MossVLCrossAttentionLayer(GradientCheckpointingLayer):
+    """Gated reading of the vision sequence; a row that sees nothing passes through unchanged."""
+
+    def __init__(self, config: MossVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.cross_attn = MossVLCrossAttention(config, layer_idx)
+        self.mlp = MossVLTextMLP(config)
+        self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None
+    ):
+        attended, weights = self.cross_attn(
+            self.input_layernorm(hidden_states), vision_states, table, vision_table, call, implementation, past_key_values
+        )
+        sees = 1.0 if call.sees is None else call.sees.to(hidden_states)
+        hidden_states = hidden_states + sees * self.cross_attn_attn_gate.tanh() * attended
+        fed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + sees * self.cross_attn_mlp_gate.tanh() * fed, weights
+
+
+@dataclass
+class MossVLModelOutput(ModelOutput):
+    """Output of the models without a head.
+
+    Attributes:
+        last_hidden_state: [B, T, D].
+        past_key_values: the cache, where one is used.
+        hidden_states: input of every layer and the final norm's output, [B, T, D] each.
+        attentions: weights of the self-attention layers, in order, [B, H, T, S] each.
+        cross_attentions: weights of the cross-attention layers, in order, [B, H, T, V of the longest sample] each; empty where no
+            token sees any frame.
+        rope_deltas: [B]; the token at cache index i has position i + rope_delta.
+    """
+
+    last_hidden_state: Optional[torch.FloatTensor] = None
+    past_key_values: Optional[Cache] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    rope_deltas: Optional[torch.LongTensor] = None
+
+
+@dataclass
+class MossVLCausalLMOutput(ModelOutput):
+    """`MossVLModelOutput` with `logits` [B, rows asked for, vocab] in place of the last hidden state, and `loss` where labels are
+    given."""
+
+    loss: Optional[torch.FloatTensor] = None
+    logits: Optional[torch.FloatTensor] = None
+    past_key_values: Optional[Cache] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    rope_deltas: Optional[torch.LongTensor] = None
+
+
+class MossVLTextModel(MossVLPreTrainedModel):
+    config_class = MossVLTextConfig
+    _no_split_modules = ["MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
+
+    def __init__(self, config: MossVLTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        crossing = set(config.cross_attention_layers)
+        self.layers = nn.ModuleList(
+            (MossVLCrossAttentionLayer if index in crossing else MossVLSelfAttentionLayer)(config, index)
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        vision_states: Optional[torch.FloatTensor] = None,
+        vision_position_ids: Optional[torch.LongTensor] = None,
+        vision_call: Optional[VisionCall] = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> MossVLModelOutput:
+        """The decoder layers and the final norm.
+
+        Args:
+            input_ids [B, T] or inputs_embeds [B, T, D].
+            attention_mask: [B, S] with 0 at padding, or a ready 4D mask [B, 1, T, S], bool (True = may see) or additive.
+            position_ids: [B, T], or [3, B, T] for t, h, w; default: counting on from the cache.
+            vision_states [v, D], vision_position_ids [3, v], vision_call: the vision tokens new in this call, and who sees what;
+                without a call the cross-attention layers are skipped.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        config, hidden_states = self.config, inputs_embeds
+        past_length = cached_length(past_key_values)
+        if position_ids is None:
+            position_ids = torch.arange(past_length, past_length + hidden_states.shape[1], device=hidden_states.device)[None]
+        if position_ids.ndim == 2:
+            position_ids = position_ids.expand(3, *position_ids.shape)
+        rope = config.rope_parameters
+        angles = (config.head_dim, rope["rope_theta"], rope["mrope_section"], hidden_states.dtype)
+        table = tuple(part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles))  # [B, 1, T, d / 2]
+        vision_table = None
+        if vision_states is not None:
+            vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d / 2]
+        implementation = usable_implementation(config._attn_implementation, hidden_states, output_attentions)
+        mask = causal_mask(attention_mask, hidden_states, past_key_values, implementation)
+
+        all_states, attentions, cross_attentions = [], [], []
+        for layer in self.layers:
+            all_states.append(hidden_states)
+            if isinstance(layer, MossVLSelfAttentionLayer):
+                hidden_states, weights = layer(
+                    hidden_states, table, mask, implementation, past_key_values=past_key_values
+                )
+                attentions.append(weights)
+            elif vision_call is not None and vision_call.spans:
+                hidden_states, weights = layer(
+                    hidden_states, vision_states, table, vision_table, vision_call, implementation,
+                    past_key_values=past_key_values,
+                )  # fmt: skip
+                cross_attentions.append(weights)
+            if not output_hidden_states:
+                all_states.clear()
+        hidden_states = self.norm(hidden_states)
+        return MossVLModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
+
+
+def cached_length(cache: Optional[Cache]) -> int:
+    """Text tokens in the cache (layer 0 is always self-attention)."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def causal_mask(
+    attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache], implementation: str
+) -> Optional[torch.Tensor]:
+    """What the self-attention layers take as mask: None where plain causality says it all, a 2D padding mask for
+    flash-attention, else bool [B, 1, T, S]. A token always sees itself, so that no row of a softmax is empty."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask.to(hidden_states.device)
+    rows, past = hidden_states.shape[1], cached_length(cache)
+    known = past + rows
+    # A static cache returns all its slots, of which those behind the last token are empty.
+    slots = getattr(cache.layers[0], "max_cache_len", known) if cache is not None and cache.layers else known
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if "flash" in implementation and slots == known:
+        return attention_mask if padded else None
+    if not padded and slots == known and (rows == 1 or past == 0):
+        return None
+    at = torch.arange(slots, device=hidden_states.device)
+    row_at = at[past:known, None]
+    mask = (at <= row_at)[None, None]  # [1, 1, T, S]
+    if padded:
+        may_see = F.pad(attention_mask.to(hidden_states.device).bool(), (0, slots - known))
+        mask = mask & may_see[:, None, None, :] | (at == row_at)
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+class MossVLModel(MossVLPreTrainedModel):
+    """Vision encoder, separator and decoder, without a head."""
+
+    def __init__(self, config: MossVLConfig):
+        super().__init__(config)
+        self.visual = MossVLVisionModel._from_config(config.vision_config)
+        self.language_model = MossVLTextModel._from_config(config.text_config)
+        self.separator_token = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.embed_tokens = value
+
+    def get_decoder(self):
+        return self.language_model
+
+    def get_image_features(self, pixel_values, grid_thw, vision_chunked_length=None) -> BaseModelOutputWithPooling:
+        """Vision tokens [P / m^2, D] of all frames, before separators; see `MossVLVisionModel.forward`."""
+        features = self.visual(pixel_values, grid_thw, vision_chunked_length)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
+
+    def get_rope_index(
+        self, input_ids, grid_thw=None, attention_mask=None, media_nums_per_sample=None
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+        """XRoPE positions of whole prompts.
+
+        Returns:
+            Text positions [3, B, T]; vision positions [3, B, longest V], 0 where a sample has fewer; rope_deltas [B].
+        """
+        request = read_request(
+            self.config, None, 0, input_ids, attention_mask, None, grid_thw, media_nums_per_sample
+        )
+        position_ids, vision_position_ids, rope_deltas = self._place(request)
+        lengths = [request.tokens_placed(sample) for sample in range(len(request.new))]
+        per_sample = vision_position_ids.split(lengths, dim=1)
+        padded = nn.utils.rnn.pad_sequence([positions.T for positions in per_sample], batch_first=True)  # [B, V, 3]
+        return position_ids.expand(3, -1, -1), padded.permute(2, 0, 1), rope_deltas
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        use_cache: Optional[bool] = None,
+        pixel_values: Optional[torch.FloatTensor] = None,
+        grid_thw: Optional[torch.LongTensor] = None,
+        media_nums_per_sample: Optional[list[int]] = None,
+        cross_attention_mask: Optional[torch.BoolTensor] = None,
+        vision_chunked_length: Optional[int] = None,
+        rows_per_sample: int = 1,
+        prompt_length: Optional[int] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+    ) -> MossVLModelOutput:
+        """See `MossVLForConditionalGeneration.forward`."""
+        incremental = use_cache is True or past_key_values is not None
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.text_config.use_cache and not self.training)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        cache = past_key_values if use_cache else None
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
+        request = read_request(
+            self.config,
+            vision_state(cache, self.config.text_config),
+            cached_length(cache),
+            input_ids if input_ids is not None else inputs_embeds,
+            attention_mask,
+            pixel_values,
+            grid_thw,
+            media_nums_per_sample,
+            cross_attention_mask,
+            rows_per_sample,
+            prompt_length,
+            whole_prompt=not incremental,
+        )
+        state, call = plan_call(request)
+        text_positions, vision_position_ids, rope_deltas = self._place(request)
+        if position_ids is None:
+            position_ids = text_positions
+        elif position_ids.shape[-2:] != request.is_token.shape or position_ids.shape[:-2] not in ((), (3,)):
+            raise ValueError(
+                f"`position_ids` has shape {list(position_ids.shape)}; expected {list(request.is_token.shape)}, or the same behind a "
+                f"leading 3 for (t, h, w): one position for each token of this call."
+            )
+        else:
+            highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
+            rope_deltas = highest.amax(1) + 1 - request.past_length - request.is_token.shape[1]
+
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.embed_tokens(input_ids)
+        vision_states, waiting = None, request.state.waiting
+        if request.grid and any(request.new):
+            states = self._with_separators(self.visual(pixel_values, request.grid, vision_chunked_length), request.grid)
+            vision_states, waiting = self._take_placed(request, states)
+            del states
+        elif request.state.is_waiting():
+            vision_states, waiting = self._take_placed(request, None)
+        elif request.grid and self.training and cache is None:
+            # Blank media only. They are read all the same, times 0: every parameter gets a gradient on every rank.
+            vision_states = self._with_separators(self.visual(pixel_values, request.grid), request.grid)
+            vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
+            call = VisionCall(
+                spans=[Span(slice(0, request.is_token.numel()), slice(0, len(vision_states)))],
+                sees=torch.zeros_like(request.is_token, dtype=vision_states.dtype)[..., None],
+                length=len(vision_states),
+            )
+        if cache is not None:
+            vision_cache_layer = install_vision_layers(cache, self.config.text_config)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            inputs_embeds=inputs_embeds,
+            vision_states=vision_states,
+            vision_position_ids=vision_position_ids,
+            vision_call=call,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        if cache is not None:
+            vision_cache_layer.state = replace(state, waiting=waiting, rope_delta=rope_deltas)
+        outputs.rope_deltas = rope_deltas
+        return outputs
+
+    def _place(self, request: VisionRequest):
+        """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B]."""
+        state, device = request.state, request.is_token.device
+        start = torch.full((len(state.row_sample),), request.past_length, device=device)
+        if state.rope_delta is not None:
+            start = start + state.rope_delta.to(device)
+        extents = [max(grid) for sample in state.row_sample for grid in request.frames_placed(sample)]
+        text, origins, behind = walk_text(
+            request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start
+        )
+        rope_deltas = behind - request.past_length - request.is_token.shape[1]
+        origins = origins.split([request.pads[sample] for sample in state.row_sample])
+        pieces = []
+        for sample in range(len(request.pads)):
+            runs = frame_runs((1, h, w) for h, w in request.frames_placed(sample))
+            for run, origin in zip(runs, origins[state.first_row(sample)].split([run.frames for run in runs])):
+                pieces.append(frame_positions(origin, run.rows, run.columns))
+        vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
+        return text, vision, rope_deltas
+
+    def _with_separators(self, features: torch.Tensor, grid: list[list[int]]) -> torch.Tensor:
+        """Features [tokens, D] -> vision states, the separator behind each frame."""
+        m = self.config.vision_config.spatial_merge_size
+        runs = frame_runs((t, h // m, w // m) for t, h, w in grid)
+        separator = self.separator_token.to(features)
+        pieces = []
+        for run, part in zip(runs, features.split([run.patches for run in runs])):
+            part = part.unflatten(0, (run.frames, -1))  # [frames, tokens, D]
+            pieces.append(torch.cat([part, separator.expand(run.frames, 1, -1)], dim=1).flatten(0, 1))
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _take_placed(self, request: VisionRequest, states: Optional[torch.Tensor]):
+        """New vision states, and those that waited, -> those that this call places [v, D] or None, and those that wait on."""
+        m, state = self.config.vision_config.spatial_merge_size, request.state
+        new: list[Optional[torch.Tensor]] = [None] * len(request.new)
+        if states is not None:
+            media = iter(request.grid)
+            per_sample = [
+                sum(t * ((h // m) * (w // m) + 1) for t, h, w in (next(media) for _ in range(count)))
+                for count in request.media_nums
+            ]
+            new = [part if frames else None for part, frames in zip(states.split(per_sample), request.new)]
+            if not state.is_waiting() and all(request.tokens_placed(i) == n for i, n in enumerate(per_sample)):
+                return states, state.waiting
+        placed, waiting = [], []
+        for sample, parts in enumerate(zip(state.waiting, new)):
+            parts = [part for part in parts if part is not None]
+            count = request.tokens_placed(sample)
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
+            if count:
+                placed.append(whole[:count])
+            waiting.append(whole[count:] if whole is not None and len(whole) > count else None)
+        return (torch.cat(placed) if len(placed) > 1 else placed[0] if placed else None), waiting
+
+
+def install_vision_layers(cache: Cache, config: MossVLTextConfig) -> VisionCacheLayer:
+    """Makes the cross-attention layers of a cache hold vision keys and values; returns the one that holds the state."""
+    fresh = cached_length(cache) == 0
+    while len(cache.layers) < config.num_hidden_layers:
+        cache.layers.append(cache.layer_class_to_replicate())
+    for index in config.cross_attention_layers:
+        if fresh:
+            cache.layers[index] = VisionCacheLayer()
+    return cache.layers[config.cross_attention_layers[0]]
+
+
+def vision_state(cache: Optional[Cache], config: MossVLTextConfig) -> Optional[VisionState]:
+    """The state that a cache in use carries; None where there is nothing in the cache."""
+    if cached_length(cache) == 0:
+        return None
+    layer = cache.layers[config.cross_attention_layers[0]]
+    if not isinstance(layer, VisionCacheLayer) or layer.state is None:
+        raise ValueError(
+            f"`past_key_values` holds {cached_length(cache)} tokens, but not their vision sequence; expected a cache that this model "
+            f"filled. Pass an empty cache, or the `past_key_values` of an earlier output."
+        )
+    return layer.state
+
+
+class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixin, GenerationMixin):
+    """MOSS-VL with its language model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: MossVLConfig):
+        super().__init__(config)
+        self.model = MossVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def visual(self) -> MossVLVisionModel:
+        return self.model.visual
+
+    @property
+    def language_model(self) -> MossVLTextModel:
+        return self.model.language_model
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def get_decoder(self):
+        return self.model.language_model
+
+    def get_image_features(self, pixel_values, grid_thw, vision_chunked_length=None) -> BaseModelOutputWithPooling:
+        """See `MossVLModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, grid_thw, vision_chunked_length)
+
+    def get_rope_index(self, input_ids, grid_thw=None, attention_mask=None, media_nums_per_sample=None):
+        """See `MossVLModel.get_rope_index`."""
+        return self.model.get_rope_index(input_ids, grid_thw, attention_mask, media_nums_per_sample)
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: Union[int, torch.Tensor] = 0,
+        pixel_values: Optional[torch.FloatTensor] = None,
+        grid_thw: Optional[torch.LongTensor] = None,
+        media_nums_per_sample: Optional[list[int]] = None,
+        cross_attention_mask: Optional[torch.BoolTensor] = None,
+        vision_chunked_length: Optional[int] = None,
+        rows_per_sample: int = 1,
+        prompt_length: Optional[int] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        num_items_in_batch: Optional[Union[int, torch.Tensor]] = None,
+    ) -> Union[MossVLCausalLMOutput, tuple]:
+        """One pass over text and the frames that come with it.
+
+        A prompt may come in pieces: with `use_cache=True` (or a cache) frames may be given before the text reaches their
+        `image_pad`, or with the piece that does. Without a cache, text and frames have to match.
+
+        Args:
+            input_ids: [B, T], one `image_pad` for each frame. `inputs_embeds` [B, T, D] may replace the embeddings; frames need
+                `input_ids` as well, for their places.
+            attention_mask: [B, S], cache included, 0 at padding on either side; or a ready 4D mask for self-attention.
+            position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions.
+            past_key_values: any transformers cache, empty or filled by this model.
+            labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside.
+            logits_to_keep: logits of the last n rows only (0: all), or of the rows at these indices.
+            pixel_values: [P, channels * time * patch * patch], the media of all samples in the order of the text.
+            grid_thw: [media, 3], (frames, patch rows, patch columns).
+            media_nums_per_sample: media of each sample; told from the text where it is missing.
+            cross_attention_mask: bool [B, 1, T, F], True = hidden; default: what the text says. Any mask is obeyed.
+            vision_chunked_length: frames that the vision encoder takes at once, default 64 (in training: all).
+            rows_per_sample: text rows that share each sample's media, as beams do.
+            prompt_length: tokens of the whole prompt; `image_pad` ids behind it are text that the model wrote.
+            num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
+
+        Raises:
+            ValueError: for counts and shapes that do not fit each other, before anything is computed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            grid_thw=grid_thw,
+            media_nums_per_sample=media_nums_per_sample,
+            cross_attention_mask=cross_attention_mask,
+            vision_chunked_length=vision_chunked_length,
+            rows_per_sample=rows_per_sample,
+            prompt_length=prompt_length,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels[:, kept],
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        result = MossVLCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            rope_deltas=outputs.rope_deltas,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Hooks of `generate`. The prompt carries the media into the first call; from then on the cache knows them.
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats text rows for beams and answers; the media stay as they are, shared by the rows of their sample."""
+        cache = model_kwargs.get("past_key_values")
+        past_length = cached_length(cache)
+        if input_ids is not None and input_ids.shape[1]:
+            if input_ids.shape[1] > past_length:
+                model_kwargs["prompt_length"] = input_ids.shape[1]
+            else:
+                model_kwargs["prompt_length"] = past_length + input_ids.shape[1]
+        media = {name: model_kwargs.pop(name) for name in MEDIA_KWARGS if name in model_kwargs}
+        if past_length == 0 and input_ids is not None and input_ids.shape[1]:
+            read_request(self.config, None, 0, input_ids, model_kwargs.get("attention_mask"), **media)
+        frame_mask = media.pop("cross_attention_mask", None)
+        if frame_mask is not None:
+            media["cross_attention_mask"] = frame_mask.repeat_interleave(expand_size, dim=0)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if expand_size > 1 and past_length == 0:
+            model_kwargs["rows_per_sample"] = expand_size
+        elif expand_size > 1:
+            cache.batch_repeat_interleave(expand_size)
+        return input_ids, {**model_kwargs, **media}
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs):
+        """None: positions are XRoPE's, and forward works them out."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        cache_position=None,
+        next_sequence_length=None,
+        is_first_iteration=False,
+        use_cache=True,
+        **kwargs,
+    ):
+        """The inputs of the next call: the tokens that the cache does not hold yet, with the media they need.
+
+        transformers 4 tells how many tokens are new by `cache_position`, transformers 5 by `next_sequence_length`.
+        """
+        past_length = cached_length(past_key_values)
+        if inputs_embeds is not None and past_length == 0:
+            kwargs["inputs_embeds"] = inputs_embeds
+            kwargs["input_ids"] = input_ids if input_ids.shape[1] == inputs_embeds.shape[1] else None
+        else:
+            new = cache_position.shape[0] if cache_position is not None else next_sequence_length
+            if new is None and past_key_values is not None and input_ids.shape[1] > past_length:
+                new = input_ids.shape[1] - past_length
+            kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
+            if past_length:
+                kwargs = self._without_known_media(past_key_values, kwargs)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            text = kwargs["input_ids"] if kwargs["input_ids"] is not None else inputs_embeds
+            attention_mask = attention_mask[:, : past_length + text.shape[1]]
+        for name in ("labels", "token_type_ids"):
+            kwargs.pop(name, None)
+        return {**kwargs, "past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+
+    def _without_known_media(self, cache: Cache, kwargs: dict) -> dict:
+        """Drops media that the cache holds already. A later turn may bring those of the whole conversation, or its own."""
+        if kwargs.get("grid_thw") is None:
+            return kwargs
+        state, ids = vision_state(cache, self.config.text_config), kwargs["input_ids"]
+        prompt_left = max(kwargs.get("prompt_length", 0) - cached_length(cache), 0)
+        samples = range(len(state.grids))
+        pads = (ids[:, :prompt_left] == self.config.image_token_id).sum(1).tolist()
+        pads = [pads[state.first_row(sample)] for sample in samples]
+        grid = read_grid(kwargs.get("pixel_values"), kwargs["grid_thw"], self.config.vision_config)
+        waiting = [len(state.grids[sample]) - state.placed[sample] for sample in samples]
+        wanted = [max(0, asked - there) for asked, there in zip(pads, waiting)]
+        nums = count_media(grid, kwargs.get("media_nums_per_sample"), pads)
+        kept, at, patch = [], 0, 0  # (medium, its patches)
+        new_nums = []
+        for sample in samples:
+            own = grid[at : at + nums[sample]]
+            frames = sum(t for t, _, _ in own)
+            known = 0 if frames == wanted[sample] else len(state.grids[sample])
+            if wanted[sample] and frames != known + wanted[sample]:
+                raise ValueError(
+                    f"The new text of sample {sample} asks for {wanted[sample]} frames beyond the cache, but its media have {frames}; "
+                    f"expected {wanted[sample]}, or {len(state.grids[sample]) + wanted[sample]} with those of the earlier turns."
+                )
+            count, passed = 0, 0
+            for t, h, w in own:
+                if wanted[sample] and passed >= known:
+                    kept.append(([t, h, w], slice(patch, patch + t * h * w)))
+                    count += 1
+                passed, patch = passed + t, patch + t * h * w
+            new_nums.append(count)
+            at += nums[sample]
+        kwargs = dict(kwargs)
+        mask = kwargs.get("cross_attention_mask")
+        if not kept:
+            dropped = [name for name in MEDIA_KWARGS if name != "cross_attention_mask"]
+            if mask is not None and mask.shape[2] < cached_length(cache) + ids.shape[1]:
+                dropped.append("cross_attention_mask")  # of the new turn alone, which has no frames
+            return {name: value for name, value in kwargs.items() if name not in dropped}
+        if len(kept) < len(grid):
+            kwargs["pixel_values"] = torch.cat([kwargs["pixel_values"][patches] for _, patches in kept])
+        return {**kwargs, "grid_thw": [medium for medium, _ in kept], "media_nums_per_sample": new_nums}
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
+        )
+        if model_kwargs.get("use_cache", True):
+            for name in (*MEDIA_KWARGS, "position_ids", "inputs_embeds"):
+                model_kwargs.pop(name, None)
+        elif model_kwargs.get("cross_attention_mask") is not None:
+            mask = model_kwargs["cross_attention_mask"]  # the new token sees what the one before it saw
+            last = mask[:, :, -1:].expand(-1, -1, num_new_tokens, -1)
+            model_kwargs["cross_attention_mask"] = torch.cat([mask, last], dim=2)
+        return model_kwargs
+
+
+MEDIA_KWARGS = ("pixel_values", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
+
+# `save_pretrained` copies the code beside the weights.
+MossVLForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "MossVLForConditionalGeneration",
+    "MossVLModel",
+    "MossVLPreTrainedModel",
+    "MossVLTextModel",
+    "MossVLVisionModel",
+]

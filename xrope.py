@@ -1,0 +1,95 @@
+"""XRoPE: one 3D coordinate space (t, h, w) for text and vision. Integer positions and rotation, as pure functions.
+
+Axes: B text rows, T text tokens, N frames (flat, in the order of their `image_pad` tokens), V vision tokens, d head size.
+Source of every formula: sections 3 and 5 of the model's specification; the rotation is RoFormer's (Su et al., 2021).
+"""
+
+import torch
+
+
+def walk_text(
+    is_token: torch.Tensor, is_frame: torch.Tensor, extents: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Walks the text rows with a counter p: a token takes p and moves it on by 1; a frame of merged grid H x W takes
+    [p, p + max(H, W)), its `image_pad` stands at p + max(H, W), and p goes on behind it. Padding moves nothing.
+
+    Args:
+        is_token: bool [B, T], False at padding.
+        is_frame: bool [B, T], True where an `image_pad` stands for a frame.
+        extents: long [N], max(H, W) of the frames, in the row-major order of `is_frame`.
+        start: long [B], the counter before each row's first token.
+
+    Returns:
+        Positions of the text [B, T] (the same on all three axes, 0 at padding), the first coordinate p of each frame [N], and the
+        counter behind each row [B].
+    """
+    steps = is_token.long()
+    steps[is_frame] += extents
+    behind = start[:, None] + steps.cumsum(dim=1)  # [B, T]
+    text = (behind - 1).masked_fill(~is_token, 0)
+    return text, text[is_frame] - extents, behind[:, -1]
+
+
+def frame_positions(origins: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Positions of the vision tokens of frames that share a merged grid, each frame followed by its separator.
+
+    Token (y, x) of a frame that starts at p has (p, p + y, p + x); its separator has p + max(H, W) on every axis.
+
+    Args:
+        origins: long [n], the p of each frame.
+
+    Returns:
+        long [3, n * (height * width + 1)].
+    """
+    ys = torch.arange(height, device=origins.device).repeat_interleave(width)
+    xs = torch.arange(width, device=origins.device).repeat(height)
+    offsets = torch.stack([torch.zeros_like(ys), ys, xs])  # [3, H * W]
+    offsets = torch.nn.functional.pad(offsets, (0, 1), value=max(height, width))
+    return (origins[None, :, None] + offsets[:, None, :]).flatten(1)
+
+
+def rotation(
+    positions: torch.Tensor, head_dim: int, theta: float, section: list[int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of interleaved XRoPE. Frequency j of the d/2, theta^(-2j/d), turns with h if j % 3 == 1 and
+    j < 3 * section[1], with w if j % 3 == 2 and j < 3 * section[2], else with t. Computed in float32, cast at the end.
+
+    Args:
+        positions: [3, ...].
+
+    Returns:
+        cos and sin, each [..., d / 2].
+    """
+    j = torch.arange(head_dim // 2, device=positions.device)
+    frequencies = theta ** (-2.0 * j.float() / head_dim)
+    axis = torch.zeros_like(j)
+    axis[(j % 3 == 1) & (j < 3 * section[1])] = 1
+    axis[(j % 3 == 2) & (j < 3 * section[2])] = 2
+    angles = positions.float()[axis].movedim(0, -1) * frequencies  # [..., d / 2]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def grid_rotation(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the vision encoder's 2D rotary positions, in float32: d/4 frequencies 10000^(-4i/d), first of the
+    row, then of the column.
+
+    Args:
+        rows, columns: [P], the place of each patch in its frame.
+
+    Returns:
+        cos and sin, each [P, d / 2].
+    """
+    i = torch.arange(head_dim // 4, device=rows.device)
+    frequencies = 10000.0 ** (-4.0 * i.float() / head_dim)
+    angles = torch.cat([rows.float()[:, None] * frequencies, columns.float()[:, None] * frequencies], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (j, j + d/2): [x_a x_b] -> [x_a cos - x_b sin, x_b cos + x_a sin].
+
+    Args:
+        x: [..., d]; cos, sin: broadcast to [..., d / 2].
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
