@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -67,19 +67,18 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0):
-    """One attention call. Shapes as in `eager_attention_forward`; `causal` only where `mask` is None.
+    """One attention call. Shapes as in `eager_attention_forward`; `causal` where `mask` is None and T = S, or T = 1.
 
     Returns:
         [B, T, H, d], and the weights where the implementation is eager, else None.
     """
     scaling, dropout = module.scaling, dropout if module.training else 0.0
+    (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
+    causal = causal and rows > 1
     if implementation == "eager":
-        if causal and query.shape[2] > 1:
-            rows, columns = query.shape[2], key.shape[2]
-            mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)[None, None]
+        if causal:
+            mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
-    batch, heads, rows, d = query.shape
-    kv_heads = key.shape[1]
     if implementation == "sdpa" and heads > kv_heads and (rows == 1 or (mask is None and not causal)):
         # Nothing tells the heads of a group apart but their queries: as rows of one head they read the keys once.
         grouped = query.reshape(batch, kv_heads, -1, d)
@@ -150,7 +149,7 @@ class MossVLVisionPatchProjection(nn.Conv3d):
     """A convolution whose kernel is one patch, as the linear map it is."""
 
     def forward(self, pixel_values):
-        return F.linear(pixel_values, self.weight.flatten(1), self.bias)
+        return F.linear(pixel_values.to(self.weight), self.weight.flatten(1), self.bias)
 
 
 class MossVLVisionPatchEmbed(nn.Module):
@@ -161,8 +160,7 @@ class MossVLVisionPatchEmbed(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[P, channels * time * row * column] -> [P, hidden]"""
-        weight = self.proj.weight
-        return self.proj(pixel_values.to(device=weight.device, dtype=weight.dtype))
+        return self.proj(pixel_values)
 
 
 class MossVLVisionMLP(nn.Module):
@@ -407,12 +405,13 @@ class MossVLTextAttention(nn.Module):
 class MossVLSelfAttention(MossVLTextAttention):
     is_causal = True
 
-    def forward(self, hidden_states, table, mask, implementation, past_key_values=None):
+    def forward(self, hidden_states, table, mask, implementation, past_key_values=None, cache_position=None):
         """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None."""
         query = self.queries(hidden_states, table)
         key, value = self.keys_values(hidden_states, table)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            # Where the tokens stand: the static cache of transformers 4 asks for it.
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
         out, weights = attend(
             self, query, key, value, mask, implementation, causal=mask is None, dropout=self.attention_dropout
         )
@@ -477,9 +476,9 @@ class MossVLSelfAttentionLayer(GradientCheckpointingLayer):
         self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, table, mask, implementation, past_key_values=None):
+    def forward(self, hidden_states, table, mask, implementation, past_key_values=None, cache_position=None):
         attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), table, mask, implementation, past_key_values
+            self.input_layernorm(hidden_states), table, mask, implementation, past_key_values, cache_position
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
@@ -593,8 +592,9 @@ class MossVLTextModel(MossVLPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         config, hidden_states = self.config, inputs_embeds
         past_length = cached_length(past_key_values)
+        cache_position = torch.arange(past_length, past_length + hidden_states.shape[1], device=hidden_states.device)
         if position_ids is None:
-            position_ids = torch.arange(past_length, past_length + hidden_states.shape[1], device=hidden_states.device)[None]
+            position_ids = cache_position[None]
         if position_ids.ndim == 2:
             position_ids = position_ids.expand(3, *position_ids.shape)
         rope = config.rope_parameters
@@ -604,6 +604,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
         if vision_states is not None:
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d / 2]
         implementation = usable_implementation(config._attn_implementation, hidden_states, output_attentions)
+        if "flash" in implementation and static_length(past_key_values) is not None:
+            implementation = "sdpa"  # the empty slots of a static cache need a mask
         mask = causal_mask(attention_mask, hidden_states, past_key_values, implementation)
 
         all_states, attentions, cross_attentions = [], [], []
@@ -611,8 +613,9 @@ class MossVLTextModel(MossVLPreTrainedModel):
             all_states.append(hidden_states)
             if isinstance(layer, MossVLSelfAttentionLayer):
                 hidden_states, weights = layer(
-                    hidden_states, table, mask, implementation, past_key_values=past_key_values
-                )
+                    hidden_states, table, mask, implementation,
+                    past_key_values=past_key_values, cache_position=cache_position,
+                )  # fmt: skip
                 attentions.append(weights)
             elif vision_call is not None and vision_call.spans:
                 hidden_states, weights = layer(
@@ -637,6 +640,11 @@ def cached_length(cache: Optional[Cache]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def static_length(cache: Optional[Cache]) -> Optional[int]:
+    """Slots of a static cache, which it returns all of, the empty ones too; None for a cache that grows."""
+    return getattr(cache.layers[0], "max_cache_len", None) if cache is not None and cache.layers else None
+
+
 def causal_mask(
     attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache], implementation: str
 ) -> Optional[torch.Tensor]:
@@ -646,10 +654,9 @@ def causal_mask(
         return attention_mask.to(hidden_states.device)
     rows, past = hidden_states.shape[1], cached_length(cache)
     known = past + rows
-    # A static cache returns all its slots, of which those behind the last token are empty.
-    slots = getattr(cache.layers[0], "max_cache_len", known) if cache is not None and cache.layers else known
+    slots = static_length(cache) if static_length(cache) is not None else known
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if "flash" in implementation and slots == known:
+    if "flash" in implementation:
         return attention_mask if padded else None
     if not padded and slots == known and (rows == 1 or past == 0):
         return None
@@ -1006,31 +1013,44 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         return result if as_dict else result.to_tuple()
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Hooks of `generate`. The prompt carries the media into the first call; from then on the cache knows them.
+    # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`; once the prompt is
+    # in the cache the entry is dropped, since the cache knows.
+
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs(model_kwargs)
+        ids, cache = model_kwargs.get("input_ids"), model_kwargs.get("past_key_values")
+        if ids is not None and ids.shape[1] and cached_length(cache) == 0:
+            prompt = {name: model_kwargs[name] for name in ("attention_mask", *MEDIA_KWARGS) if name in model_kwargs}
+            read_request(self.config, None, 0, ids, **prompt)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeats text rows for beams and answers; the media stay as they are, shared by the rows of their sample."""
+        prompt = {name: model_kwargs.pop(name, None) for name in ("position_ids", *MEDIA_KWARGS)}
+        prompt = {name: value for name, value in prompt.items() if value is not None}
         cache = model_kwargs.get("past_key_values")
-        past_length = cached_length(cache)
-        if input_ids is not None and input_ids.shape[1]:
-            if input_ids.shape[1] > past_length:
-                model_kwargs["prompt_length"] = input_ids.shape[1]
-            else:
-                model_kwargs["prompt_length"] = past_length + input_ids.shape[1]
-        media = {name: model_kwargs.pop(name) for name in MEDIA_KWARGS if name in model_kwargs}
-        if past_length == 0 and input_ids is not None and input_ids.shape[1]:
+        past_length, length = cached_length(cache), input_ids.shape[1] if input_ids is not None else 0
+        if length and past_length == 0:
+            media = {name: value for name, value in prompt.items() if name != "position_ids"}
             read_request(self.config, None, 0, input_ids, model_kwargs.get("attention_mask"), **media)
-        frame_mask = media.pop("cross_attention_mask", None)
-        if frame_mask is not None:
-            media["cross_attention_mask"] = frame_mask.repeat_interleave(expand_size, dim=0)
+        if length:
+            model_kwargs["prompt_length"] = length if length > past_length else past_length + length
+        if expand_size > 1:
+            if past_length:
+                cache.batch_repeat_interleave(expand_size)
+            else:
+                model_kwargs["rows_per_sample"] = expand_size
+            for name, axis in (("cross_attention_mask", 0), ("position_ids", -2)):
+                if name in prompt:
+                    prompt[name] = prompt[name].repeat_interleave(expand_size, dim=axis)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if expand_size > 1 and past_length == 0:
-            model_kwargs["rows_per_sample"] = expand_size
-        elif expand_size > 1:
-            cache.batch_repeat_interleave(expand_size)
-        return input_ids, {**model_kwargs, **media}
+        return input_ids, {**model_kwargs, "prompt_kwargs": prompt}
+
+    def _get_cache(self, cache_implementation, batch_size, max_cache_len, model_kwargs):
+        """A static cache of this call's own; transformers 4 would keep one on the model, where two threads would share it."""
+        offloading = "offloaded" in cache_implementation
+        return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
         """None: positions are XRoPE's, and forward works them out."""
@@ -1045,84 +1065,97 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         next_sequence_length=None,
         is_first_iteration=False,
         use_cache=True,
+        prompt_kwargs=None,
+        position_ids=None,
         **kwargs,
     ):
         """The inputs of the next call: the tokens that the cache does not hold yet, with the media they need.
 
-        transformers 4 tells how many tokens are new by `cache_position`, transformers 5 by `next_sequence_length`.
+        transformers 4 tells how many tokens are new by `cache_position`, transformers 5 by `next_sequence_length`. The positions
+        that transformers makes (`position_ids`) are not XRoPE's; a caller's own are in `prompt_kwargs`.
         """
         past_length = cached_length(past_key_values)
         if inputs_embeds is not None and past_length == 0:
             kwargs["inputs_embeds"] = inputs_embeds
             kwargs["input_ids"] = input_ids if input_ids.shape[1] == inputs_embeds.shape[1] else None
+            length = inputs_embeds.shape[1]
         else:
             new = cache_position.shape[0] if cache_position is not None else next_sequence_length
             if new is None and past_key_values is not None and input_ids.shape[1] > past_length:
                 new = input_ids.shape[1] - past_length
             kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
-            if past_length:
-                kwargs = self._without_known_media(past_key_values, kwargs)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            text = kwargs["input_ids"] if kwargs["input_ids"] is not None else inputs_embeds
-            attention_mask = attention_mask[:, : past_length + text.shape[1]]
+            length = kwargs["input_ids"].shape[1]
         for name in ("labels", "token_type_ids"):
             kwargs.pop(name, None)
-        return {**kwargs, "past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        prompt = dict(prompt_kwargs or {})
+        if past_length:
+            prompt = self._without_known_media(past_key_values, kwargs["input_ids"], prompt, kwargs.get("prompt_length", 0))
+        if "position_ids" in prompt and prompt["position_ids"].shape[-1] > length:
+            prompt["position_ids"] = prompt["position_ids"][..., past_length : past_length + length]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, : past_length + length]
+        return {
+            **kwargs,
+            **prompt,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+        }
 
-    def _without_known_media(self, cache: Cache, kwargs: dict) -> dict:
-        """Drops media that the cache holds already. A later turn may bring those of the whole conversation, or its own."""
-        if kwargs.get("grid_thw") is None:
-            return kwargs
-        state, ids = vision_state(cache, self.config.text_config), kwargs["input_ids"]
-        prompt_left = max(kwargs.get("prompt_length", 0) - cached_length(cache), 0)
-        samples = range(len(state.grids))
-        pads = (ids[:, :prompt_left] == self.config.image_token_id).sum(1).tolist()
-        pads = [pads[state.first_row(sample)] for sample in samples]
-        grid = read_grid(kwargs.get("pixel_values"), kwargs["grid_thw"], self.config.vision_config)
-        waiting = [len(state.grids[sample]) - state.placed[sample] for sample in samples]
-        wanted = [max(0, asked - there) for asked, there in zip(pads, waiting)]
-        nums = count_media(grid, kwargs.get("media_nums_per_sample"), pads)
-        kept, at, patch = [], 0, 0  # (medium, its patches)
-        new_nums = []
-        for sample in samples:
-            own = grid[at : at + nums[sample]]
-            frames = sum(t for t, _, _ in own)
-            known = 0 if frames == wanted[sample] else len(state.grids[sample])
-            if wanted[sample] and frames != known + wanted[sample]:
+    def _without_known_media(self, cache: Cache, ids: torch.Tensor, prompt: dict, prompt_length: int) -> dict:
+        """Drops the media that the cache holds already. A later turn may bring those of the whole conversation, or its own."""
+        if "grid_thw" not in prompt:
+            return prompt
+        state, past_length = vision_state(cache, self.config.text_config), cached_length(cache)
+        pads = (ids[:, : max(prompt_length - past_length, 0)] == self.config.image_token_id).sum(1).tolist()
+        pads = [pads[state.first_row(sample)] for sample in range(len(state.grids))]
+        grid = read_grid(prompt.get("pixel_values"), prompt["grid_thw"], self.config.vision_config)
+        nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
+        kept, kept_nums, media, patch = [], [], iter(grid), 0  # kept: (medium, its rows of pixel_values)
+        for sample, (asked, count) in enumerate(zip(pads, nums)):
+            own = [next(media) for _ in range(count)]
+            known, frames = len(state.grids[sample]), sum(t for t, _, _ in own)
+            wanted = max(0, asked - (known - state.placed[sample]))
+            if wanted and frames not in (wanted, known + wanted):
                 raise ValueError(
-                    f"The new text of sample {sample} asks for {wanted[sample]} frames beyond the cache, but its media have {frames}; "
-                    f"expected {wanted[sample]}, or {len(state.grids[sample]) + wanted[sample]} with those of the earlier turns."
+                    f"The new text of sample {sample} asks for {wanted} frames beyond the cache, but its media have {frames}; "
+                    f"expected {wanted}, or {known + wanted} with those of the earlier turns."
                 )
-            count, passed = 0, 0
+            kept_nums.append(0)
             for t, h, w in own:
-                if wanted[sample] and passed >= known:
+                frames -= t  # frames behind this medium
+                if frames < wanted:
                     kept.append(([t, h, w], slice(patch, patch + t * h * w)))
-                    count += 1
-                passed, patch = passed + t, patch + t * h * w
-            new_nums.append(count)
-            at += nums[sample]
-        kwargs = dict(kwargs)
-        mask = kwargs.get("cross_attention_mask")
+                    kept_nums[-1] += 1
+                patch += t * h * w
         if not kept:
-            dropped = [name for name in MEDIA_KWARGS if name != "cross_attention_mask"]
-            if mask is not None and mask.shape[2] < cached_length(cache) + ids.shape[1]:
-                dropped.append("cross_attention_mask")  # of the new turn alone, which has no frames
-            return {name: value for name, value in kwargs.items() if name not in dropped}
+            mask = prompt.get("cross_attention_mask")
+            if mask is not None and mask.shape[2] < past_length + ids.shape[1]:
+                mask = None  # of the new turn alone, which has no frames
+            prompt = {"position_ids": prompt.get("position_ids"), "cross_attention_mask": mask}
+            return {name: value for name, value in prompt.items() if value is not None}
         if len(kept) < len(grid):
-            kwargs["pixel_values"] = torch.cat([kwargs["pixel_values"][patches] for _, patches in kept])
-        return {**kwargs, "grid_thw": [medium for medium, _ in kept], "media_nums_per_sample": new_nums}
+            pixels = torch.cat([prompt["pixel_values"][patches] for _, patches in kept])
+            prompt = {**prompt, "pixel_values": pixels, "grid_thw": [medium for medium, _ in kept]}
+        return {**prompt, "media_nums_per_sample": kept_nums}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
         )
         if model_kwargs.get("use_cache", True):
-            for name in (*MEDIA_KWARGS, "position_ids", "inputs_embeds"):
-                model_kwargs.pop(name, None)
-        elif model_kwargs.get("cross_attention_mask") is not None:
-            mask = model_kwargs["cross_attention_mask"]  # the new token sees what the one before it saw
-            last = mask[:, :, -1:].expand(-1, -1, num_new_tokens, -1)
-            model_kwargs["cross_attention_mask"] = torch.cat([mask, last], dim=2)
+            model_kwargs.pop("prompt_kwargs", None)
+            model_kwargs.pop("inputs_embeds", None)
+        elif model_kwargs.get("prompt_kwargs"):
+            model_kwargs["prompt_kwargs"] = prompt = dict(model_kwargs["prompt_kwargs"])
+            if "cross_attention_mask" in prompt:  # the new token sees what the one before it saw
+                mask = prompt["cross_attention_mask"]
+                prompt["cross_attention_mask"] = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, num_new_tokens, -1)], dim=2)
+            if "position_ids" in prompt:
+                positions = prompt["position_ids"]
+                steps = torch.arange(1, num_new_tokens + 1, device=positions.device)
+                behind = positions.flatten(0, -2).amax(1).view(*positions.shape[:-1], 1)
+                prompt["position_ids"] = torch.cat([positions, behind + steps], dim=-1)
         return model_kwargs
 
 
