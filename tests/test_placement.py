@@ -1,0 +1,129 @@
+"""Where the weights lie, and what computes: splits over devices and offload, dtypes, flash-attention where it cannot run."""
+
+import logging
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+from tiny import assorted_samples, batch, make_model
+
+
+def answer(model):
+    inputs = batch(assorted_samples(), "left")
+    with torch.no_grad():
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    return logits, ids
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    return model, tmp_path
+
+
+SPLITS = {
+    "language model on disk": {"model.visual": "cpu", "model.separator_token": "cpu", "model.language_model": "disk", "lm_head": "cpu"},
+    "all but the head on disk": {"model": "disk", "lm_head": "cpu"},
+    "vision on disk": {"model.visual": "disk", "model.separator_token": "cpu", "model.language_model": "cpu", "lm_head": "disk"},
+    "layers here and there": {
+        "model.visual": "cpu", "model.separator_token": "cpu", "lm_head": "cpu",
+        **{f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(6)},
+        "model.language_model.embed_tokens": "cpu", "model.language_model.norm": "disk",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_between_cpu_and_disk(saved, split):
+    model, folder = saved
+    loaded = MossVLForConditionalGeneration.from_pretrained(
+        folder / "model", device_map=SPLITS[split], offload_folder=folder / "offload", dtype=torch.float32
+    ).eval()
+    assert any(parameter.device.type == "meta" for parameter in loaded.parameters())
+    (logits, ids), (expected, expected_ids) = answer(loaded), answer(model)
+    assert torch.equal(ids, expected_ids)
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_every_parameter_offloaded(saved, kind):
+    model, folder = saved
+    expected, expected_ids = answer(model)
+    offloaded = MossVLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    if kind == "cpu":
+        cpu_offload(offloaded, execution_device="cpu")
+    else:
+        disk_offload(offloaded, folder / "offload", execution_device="cpu")
+    assert all(parameter.device.type == "meta" for parameter in offloaded.parameters())
+    logits, ids = answer(offloaded)
+    assert torch.equal(ids, expected_ids) and torch.allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [1.5, 0.6, 0.4])
+def test_device_map_auto(saved, share):
+    """All of the weights fit, or the rest goes to the disk by itself."""
+    model, folder = saved
+    room = {"cpu": int(share * sum(4 * parameter.numel() for parameter in model.parameters()))}
+    loaded = MossVLForConditionalGeneration.from_pretrained(
+        folder / "model", device_map="auto", max_memory=room, offload_folder=folder / "offload", dtype=torch.float32
+    )
+    assert (share < 1) == any(parameter.device.type == "meta" for parameter in loaded.parameters())
+    assert torch.equal(answer(loaded.eval())[1], answer(model)[1])
+
+
+def test_flash_attention_falls_back_with_one_warning(saved, caplog):
+    if torch.cuda.is_available():
+        pytest.skip("flash-attention may run here")
+    model, folder = saved
+    library = logging.getLogger("transformers_modules"), logging.getLogger("moss_vl"), logging.getLogger("transformers")
+    for logger in library:
+        logger.propagate = True
+    from moss_vl.modeling_moss_vl import logger as ours
+
+    ours.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        flash = MossVLForConditionalGeneration.from_pretrained(
+            folder / "model", attn_implementation="flash_attention_2", dtype=torch.float32
+        ).eval()
+        logits, ids = answer(flash)
+        answer(flash)
+    warnings = [record.getMessage() for record in caplog.records if "sdpa" in record.getMessage()]
+    assert len(warnings) == 1 and "flash_attention_2" in warnings[0], warnings
+    expected, expected_ids = answer(model)
+    assert torch.equal(ids, expected_ids) and torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_attention_can_be_changed_later():
+    model = make_model("sdpa")
+    expected = answer(model)[0]
+    for name in ("eager", "flash_attention_2", "sdpa"):
+        model.set_attn_implementation(name)
+        assert torch.allclose(answer(model)[0], expected, atol=1e-4), name
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_parameter_takes_the_dtype_asked_for(saved, dtype):
+    _, folder = saved
+    for name in ("dtype", "torch_dtype"):
+        model = MossVLForConditionalGeneration.from_pretrained(folder / "model", **{name: dtype})
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert model(**assorted_samples()[3].inputs()).logits.dtype == dtype
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flash_attention_2"])
+def test_cuda_follows_the_cpu(dtype, implementation):
+    expected = answer(make_model())[0]
+    model = make_model()
+    model.set_attn_implementation(implementation)
+    model = model.to("cuda", dtype)
+    inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch(assorted_samples(), "left").items()}
+    with torch.no_grad():
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()].float().cpu()
+    limit = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]  # tf32 may be on; 10 and 8 bits
+    assert (logits - expected).norm() / expected.norm() < limit
