@@ -610,7 +610,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
 
         all_states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
-            all_states.append(hidden_states)
+            if output_hidden_states:
+                all_states.append(hidden_states)
             if isinstance(layer, MossVLSelfAttentionLayer):
                 hidden_states, weights = layer(
                     hidden_states, table, mask, implementation,
@@ -623,8 +624,6 @@ class MossVLTextModel(MossVLPreTrainedModel):
                     past_key_values=past_key_values,
                 )  # fmt: skip
                 cross_attentions.append(weights)
-            if not output_hidden_states:
-                all_states.clear()
         hidden_states = self.norm(hidden_states)
         return MossVLModelOutput(
             last_hidden_state=hidden_states,

@@ -52,6 +52,16 @@ def test_minimal_inputs(model):
     assert continuation(model, {"input_ids": text.ids[None]}) == [plain_greedy(model, text)]
 
 
+def test_embeddings_in_place_of_ids(model):
+    text, sample = assorted_samples()[0], assorted_samples()[2]
+    embed = model.get_input_embeddings()
+    assert run(model, {"inputs_embeds": embed(text.ids[None])}).tolist() == [plain_greedy(model, text)]
+    both = sample.inputs() | {"inputs_embeds": embed(sample.ids[None])}
+    assert continuation(model, both) == [plain_greedy(model, sample)]
+    with pytest.raises(ValueError, match="`input_ids` beside it"):
+        run(model, {name: value for name, value in both.items() if name != "input_ids"})
+
+
 def test_a_written_image_pad_is_text(model):
     """With the head's row of `image_pad` made the loudest, every new token is one; cached and plain decoding agree on what follows."""
     model = copy.deepcopy(model)

@@ -127,3 +127,22 @@ def test_cuda_follows_the_cpu(dtype, implementation):
         logits = model(**inputs).logits[inputs["attention_mask"].bool()].float().cpu()
     limit = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]  # tf32 may be on; 10 and 8 bits
     assert (logits - expected).norm() / expected.norm() < limit
+
+
+@pytest.mark.parametrize("where", ["top", "text"])
+def test_tied_embeddings_survive_saving(tmp_path, where):
+    config = {"tie_word_embeddings": True} if where == "top" else {"text": {"tie_word_embeddings": True}}
+    model = make_model(**config)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded = MossVLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(answer(loaded)[0], answer(model)[0])
+
+
+def test_a_new_vocabulary_size():
+    model = make_model()
+    expected = answer(model)[0]
+    model.resize_token_embeddings(230)
+    assert model.config.text_config.vocab_size == 230
+    assert torch.allclose(answer(model)[0][:, :200], expected, atol=1e-6)
