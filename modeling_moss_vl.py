@@ -5,10 +5,11 @@ heads, G = H / K, d head size, F frames, P patches, V vision tokens (each frame'
 behind the other without padding).
 """
 
+import difflib
+import inspect
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional, Union
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -1016,6 +1017,11 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     # in the cache the entry is dropped, since the cache knows.
 
     def _validate_model_kwargs(self, model_kwargs):
+        known = set(inspect.signature(self.forward).parameters)
+        for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
+            near = difflib.get_close_matches(name, {*known, *self.generation_config.to_dict()}, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"`{name}` is neither an input of this model nor a setting of `generate`{hint}")
         super()._validate_model_kwargs(model_kwargs)
         ids, cache = model_kwargs.get("input_ids"), model_kwargs.get("past_key_values")
         if ids is not None and ids.shape[1] and cached_length(cache) == 0:

@@ -320,3 +320,9 @@ def test_a_cache_of_another_model_is_an_error(model):
         cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), layer)
     with pytest.raises(ValueError, match="a cache that this model filled"):
         model(torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name, near", [("pixle_values", "pixel_values"), ("max_new_token", "max_new_tokens"), ("zzz", "")])
+def test_unknown_keywords(model, name, near):
+    with pytest.raises(ValueError, match=f"`{name}` is neither .*" + (f"did you mean `{near}`" if near else "generate`$")):
+        run(model, assorted_samples()[1].inputs(), **{name: 1})

@@ -1,0 +1,749 @@
+"""The offline methods of MOSS-VL: query -> conversation -> prompt -> processor -> `generate` -> text.
+
+A query is checked as a whole before anything is decoded, and becomes a `_Turn`. Turns whose `generate` call would be the same
+share one, left-padded. Nothing of a call stays on the model or the processor: a conversation goes on through the session state
+that a call returns.
+
+A conversation is a list of {"role", "content"}; content is a list of {"type": "text", "text"}, {"type": "image", "image"} and
+{"type": "video", "video"} parts, each medium in its own part.
+"""
+
+import difflib
+import math
+import numbers
+import queue
+import re
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+
+
+# Used where a query or call does not say otherwise. None, given for a media knob, leaves it to the processor's own setting.
+MEDIA_DEFAULTS = {
+    "min_pixels": 4096,
+    "max_pixels": 16777216,
+    "multi_image_max_pixels": 201326592,
+    "video_max_pixels": 201326592,
+    "video_fps": 1.0,
+    "min_frames": 1,
+    "max_frames": 256,
+    "num_extract_threads": 4,
+}
+GENERATE_DEFAULTS = {
+    "max_new_tokens": 1024,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "do_sample": False,
+}
+VISION_CHUNKED_LENGTH = 64
+
+# Facts about the weights: the knob, and its name in `config.vision_config`.
+WEIGHT_KNOBS = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+BOTH_KNOBS = ("min_pixels", "max_pixels", "image_mean", "image_std", "allow_http", *WEIGHT_KNOBS)
+IMAGE_KNOBS = (*BOTH_KNOBS, "multi_image_max_pixels")
+VIDEO_KNOBS = (
+    *BOTH_KNOBS, "video_max_pixels", "video_fps", "num_frames", "min_frames", "max_frames", "num_extract_threads", "video_backend",
+)  # fmt: skip
+MEDIA_ALIASES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels", "frame_extract_num_threads": "num_extract_threads"}
+MEDIA_KNOBS = {*IMAGE_KNOBS, *VIDEO_KNOBS, *MEDIA_ALIASES}
+
+QUERY_KEYS = {
+    "prompt", "messages", "images", "videos", "media_kwargs", "generate_kwargs", "use_template", "system_prompt",
+    "system_prompt_type", "thinking_mode", "reset_session", "clear_history", "persist_session", "append_messages_to_session",
+}  # fmt: skip
+CANCEL_KEYS = ("cancel_current_generate", "stop_generation")
+QUEUE_KEYS = {*QUERY_KEYS, *CANCEL_KEYS, "stop_offline_generate", "stream_output"}
+
+# What turns sampling off again where the checkpoint's generation_config.json sets it; transformers warns about any other value.
+GREEDY = {
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+GENERATE_OBJECTS = {"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"}
+# Fields of GenerationConfig that belong to `model.generate`: they ask for something else than one text, or for nothing at all.
+NOT_TEXT = {
+    "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+    "output_hidden_states",
+}  # fmt: skip
+CONFIG_FIELDS = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
+GENERATE_KNOBS = (CONFIG_FIELDS | GENERATE_OBJECTS | {"vision_chunked_length", *GENERATE_DEFAULTS}) - NOT_TEXT
+# These mean the same for a prompt with padding in front. (`repetition_penalty` is made to: see `_UnpaddedPenalty`.)
+PADDING_BLIND = {
+    *GREEDY, *GENERATE_DEFAULTS, "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "eos_token_id", "pad_token_id",
+    "use_cache", "suppress_tokens", "renormalize_logits", "remove_invalid_values", "vision_chunked_length",
+}  # fmt: skip
+
+THINKING_MODES = {
+    "no_thinking": False, "default": False, "standard": False, "deep_thinking": True, "thinking": True, "reasoning": True,
+}  # fmt: skip
+SYSTEM_PROMPTS = {
+    "text_image": "You are a helpful AI assistant. Respond to the user's request based on the provided text and images.",
+    "video": "You are a helpful AI assistant. Respond to the user's request based on the provided video.",
+}
+THINKING_PROMPT = (
+    "First think the request through, step by step, and write your reasoning inside <thinking></thinking>; "
+    "then write the answer inside <answer></answer>."
+)
+
+PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>"}
+_PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")
+
+ROUND_START, ROUND_END = "<|round_start|>", "<|round_end|>"
+
+
+# ------------------------------------------------------------------------------------------------------------ the methods
+
+
+class MossVLGenerationMixin:
+    """Offline methods of `MossVLForConditionalGeneration`. `processor` is a `MossVLProcessor` of the same checkpoint.
+
+    Texts are what was generated without special tokens, white space as it came. What is wrong with a query is a ValueError or
+    FileNotFoundError, raised before anything is decoded; in a batch it begins with "query INDEX:". A media knob that is None
+    is the processor's own setting.
+    """
+
+    def offline_image_generate(
+        self,
+        processor,
+        prompt="",
+        image=None,
+        *,
+        shortest_edge=MEDIA_DEFAULTS["min_pixels"],
+        longest_edge=MEDIA_DEFAULTS["max_pixels"],
+        multi_image_max_pixels=MEDIA_DEFAULTS["multi_image_max_pixels"],
+        patch_size=None,
+        temporal_patch_size=None,
+        merge_size=None,
+        image_mean=None,
+        image_std=None,
+        max_new_tokens=GENERATE_DEFAULTS["max_new_tokens"],
+        temperature=GENERATE_DEFAULTS["temperature"],
+        top_k=GENERATE_DEFAULTS["top_k"],
+        top_p=GENERATE_DEFAULTS["top_p"],
+        repetition_penalty=GENERATE_DEFAULTS["repetition_penalty"],
+        do_sample=GENERATE_DEFAULTS["do_sample"],
+        vision_chunked_length=VISION_CHUNKED_LENGTH,
+        use_template=None,
+        system_prompt=None,
+        system_prompt_type=None,
+        thinking_mode=None,
+        **generate_kwargs,
+    ) -> str:
+        """The answer to `prompt` about one image or a list of them, which stand before it.
+
+        Args:
+            image: anything the processor takes for an image, or a list.
+            shortest_edge, longest_edge: least and most *pixels* of an image after its resize; `multi_image_max_pixels` of all together.
+            patch_size, temporal_patch_size, merge_size: those of the weights (the default), or an error.
+            image_mean, image_std: three numbers each; default the processor's own.
+            temperature: 0 or less means greedy, as does `do_sample=False`.
+            vision_chunked_length: frames that the vision encoder takes at a time.
+            use_template: True renders the chat template, False feeds the images and the bare prompt, None is True if there is one.
+            system_prompt, system_prompt_type, thinking_mode: a system turn, see `offline_batch_generate`.
+            generate_kwargs: any other knob of `generate` that leaves one text (`num_beams`, `streamer`, `stop_strings`, ...).
+        """
+        return _answer_one(self, processor, "image", locals())
+
+    def offline_video_generate(
+        self,
+        processor,
+        prompt="",
+        video=None,
+        *,
+        shortest_edge=MEDIA_DEFAULTS["min_pixels"],
+        longest_edge=MEDIA_DEFAULTS["max_pixels"],
+        video_max_pixels=MEDIA_DEFAULTS["video_max_pixels"],
+        patch_size=None,
+        temporal_patch_size=None,
+        merge_size=None,
+        video_fps=MEDIA_DEFAULTS["video_fps"],
+        num_frames=None,
+        min_frames=MEDIA_DEFAULTS["min_frames"],
+        max_frames=MEDIA_DEFAULTS["max_frames"],
+        num_extract_threads=MEDIA_DEFAULTS["num_extract_threads"],
+        image_mean=None,
+        image_std=None,
+        max_new_tokens=GENERATE_DEFAULTS["max_new_tokens"],
+        temperature=GENERATE_DEFAULTS["temperature"],
+        top_k=GENERATE_DEFAULTS["top_k"],
+        top_p=GENERATE_DEFAULTS["top_p"],
+        repetition_penalty=GENERATE_DEFAULTS["repetition_penalty"],
+        do_sample=GENERATE_DEFAULTS["do_sample"],
+        vision_chunked_length=VISION_CHUNKED_LENGTH,
+        use_template=None,
+        system_prompt=None,
+        system_prompt_type=None,
+        thinking_mode=None,
+        **generate_kwargs,
+    ) -> str:
+        """The answer to `prompt` about one video or a list of them, which stand before it.
+
+        Args:
+            video: anything the processor takes for a video (a dict with segments, too), or a list.
+            shortest_edge, longest_edge: least and most *pixels* of a frame after its resize; `video_max_pixels` of all frames together.
+            video_fps: frames a second that are looked at; `min_frames` and `max_frames` bound their number. `num_frames` may be given
+                instead.
+            num_extract_threads: threads that decode (`frame_extract_num_threads` is its older name).
+
+        The others are as for `offline_image_generate`.
+        """
+        return _answer_one(self, processor, "video", locals())
+
+    def offline_batch_generate(self, processor, queries, session_states=None, vision_chunked_length=VISION_CHUNKED_LENGTH) -> dict:
+        """Answers to many queries. Those that can share a `generate` call do; each answer is the one it would get alone.
+
+        Args:
+            queries: a list of dicts with, all optional,
+                prompt: text, after the query's images and then videos; or
+                messages: chat messages; content is text or a list of parts. A part of type image or video carries its medium under
+                    that name, "url" or "path", else it (like a placeholder in a text) stands for the next one of `images` or `videos`.
+                images, videos: one medium or a list.
+                media_kwargs: `MEDIA_KNOBS`; generate_kwargs: `GENERATE_KNOBS`.
+                use_template: as for `offline_image_generate`; without a template the contents of messages follow each other bare.
+                system_prompt: the system turn. thinking_mode: "deep_thinking" (or "thinking", "reasoning") asks for the reasoning inside
+                    <thinking></thinking> and the answer inside <answer></answer>, "no_thinking" ("default", "standard") does not.
+                    system_prompt_type: "text_image" or "video", the opening sentence where there is no `system_prompt`; by default
+                    "video" if there is one. Without any of the three, no system turn is added.
+                reset_session (or clear_history): True forgets the session state first.
+                persist_session: False leaves the turn out of the returned session state.
+                append_messages_to_session: False takes the query as the whole conversation instead of its next turn.
+            session_states: None, or a list with None or an earlier call's state for each query. `media_kwargs` of earlier turns
+                hold until a query says otherwise.
+
+        Returns:
+            {"results": [{"index", "text", "input_text", "messages"}], "session_states": [...]} in the order of the queries:
+            `input_text` is the prompt as given to the processor, `messages` the conversation with the answer at its end.
+        """
+        if not isinstance(queries, (list, tuple)):
+            raise ValueError(f"queries must be a list of dicts, got {type(queries).__name__}")
+        states = [None] * len(queries) if session_states is None else session_states
+        if not isinstance(states, (list, tuple)) or len(states) != len(queries):
+            got = len(states) if isinstance(states, (list, tuple)) else type(states).__name__
+            raise ValueError(f"session_states must be None or a list with one state a query: got {got}, expected {len(queries)}")
+        turns = []
+        for index, (query, state) in enumerate(zip(queries, states)):
+            with _naming(index):
+                turns.append(_resolve(self, processor, query, state, vision_chunked_length))
+        for index, turn in enumerate(turns if len(turns) > 1 else ()):  # the processor looks at one query's videos first by itself
+            if turn.videos and not turn.videos_kwargs.get("allow_http"):
+                with _naming(index):
+                    processor.video_processor.plan(turn.videos, **turn.videos_kwargs)
+        inputs = []
+        for index, turn in enumerate(turns):
+            with _naming(index):
+                inputs.append(_encode(processor, turn))
+        results, session_states = [], []
+        for index, (turn, text) in enumerate(zip(turns, _answer(self, processor, turns, inputs))):
+            messages, state = turn.closed(text)
+            results.append({"index": index, "text": text, "input_text": turn.text, "messages": messages})
+            session_states.append(state)
+        return {"results": results, "session_states": session_states}
+
+    def offline_generate(self, processor, new_queries, output_text_queue, vision_chunked_length=VISION_CHUNKED_LENGTH) -> None:
+        """Serves queries from a `queue.Queue` until one has `stop_offline_generate`; strings go to `output_text_queue`.
+
+        A query is one of `offline_batch_generate`; its answer is the text and `<|round_end|>`, or with `stream_output`
+        `<|round_start|>`, pieces of text that join to it, and `<|round_end|>`. An error is `[ERROR] MESSAGE` in place of the text
+        (or of the rest of it), and the loop goes on.
+
+        A query with `cancel_current_generate` or `stop_generation` ends the answer being generated, if there is one, ahead of
+        the queries that wait; what else it says is served in its turn, as is `stop_offline_generate`.
+
+        Queries stand alone, unless one has `persist_session`: its conversation is continued by those after it, up to one with
+        `reset_session`.
+        """
+        waiting, state = deque(), None
+        while True:
+            query = waiting.popleft() if waiting else new_queries.get()
+            try:
+                if _is_cancel(query):  # nothing is being generated
+                    query = _without_cancel(query)
+                    if not query:
+                        continue
+                query = {"persist_session": False, **_without_cancel(_check_dict("query", query, QUEUE_KEYS))}
+                if _flag(query, "stop_offline_generate", False):
+                    return
+                query.pop("stop_offline_generate", None)
+                stream = _flag(query, "stream_output", False)
+                query.pop("stream_output", None)
+                turn = _resolve(self, processor, query, state, vision_chunked_length)
+                inputs = _encode(processor, turn)
+                cancel = _CancelFromQueue(new_queries, waiting)
+                turn.generate["stopping_criteria"] = [*turn.generate.get("stopping_criteria", []), cancel]
+                if stream:
+                    if "streamer" in turn.generate:
+                        raise ValueError("a query has stream_output or a streamer in its generate_kwargs, got both")
+                    output_text_queue.put(ROUND_START)
+                    turn.generate["streamer"] = _QueueStreamer(processor.tokenizer, output_text_queue)
+                text = _answer(self, processor, [turn], [inputs])[0]
+                _, state = turn.closed(text)
+                if not stream:
+                    output_text_queue.put(text)
+            except Exception as error:  # whatever one query does, the next is served
+                output_text_queue.put(f"[ERROR] {error or type(error).__name__}")
+            output_text_queue.put(ROUND_END)
+
+
+def _answer_one(model, processor, kind: str, call: dict) -> str:
+    """The answer of a single method; `call` has its arguments by name."""
+    extra = call["generate_kwargs"]
+    knobs = IMAGE_KNOBS if kind == "image" else VIDEO_KNOBS
+    media_knobs = {*knobs, *(alias for alias, name in MEDIA_ALIASES.items() if name in knobs)}
+    arguments = call.keys() - {"self", "generate_kwargs"}
+    _check_dict(f"offline_{kind}_generate", extra, arguments | media_knobs | GENERATE_KNOBS | NOT_TEXT)
+    media = _as_list(call[kind])
+    if not media:
+        raise ValueError(f"{kind} must be one {kind} or a list of at least one, got {call[kind]!r}")
+    media_kwargs = {MEDIA_ALIASES.get(name, name): call[name] for name in arguments & media_knobs}
+    for name in extra.keys() & media_knobs:  # the other name of an argument
+        known = MEDIA_ALIASES.get(name, name)
+        if media_kwargs.get(known) != MEDIA_DEFAULTS.get(known):
+            raise ValueError(f"offline_{kind}_generate: {name} is another name of {known}, and both were given; give one")
+        media_kwargs[known] = extra[name]
+    if media_kwargs.get("num_frames") is not None and media_kwargs["video_fps"] == MEDIA_DEFAULTS["video_fps"]:
+        del media_kwargs["video_fps"]
+    call = {**call, **extra}
+    query = {
+        "prompt": call["prompt"],
+        f"{kind}s": media,
+        "media_kwargs": media_kwargs,
+        "generate_kwargs": {name: call[name] for name in call.keys() & (GENERATE_KNOBS | NOT_TEXT)},
+        **{name: call[name] for name in ("use_template", "system_prompt", "system_prompt_type", "thinking_mode")},
+    }
+    turn = _resolve(model, processor, query, None, call["vision_chunked_length"])
+    return _answer(model, processor, [turn], [_encode(processor, turn)])[0]
+
+
+# --------------------------------------------------------------------------------------------------- from a query to a turn
+
+
+@dataclass
+class _Turn:
+    """A query that was found good: all that the processor and `generate` need, and what its session state is made of."""
+
+    messages: list  # the conversation up to the question
+    text: str
+    images: list
+    videos: list
+    media_kwargs: dict  # as the queries of this conversation gave them
+    images_kwargs: dict
+    videos_kwargs: dict
+    generate: dict
+    state: dict | None  # what the turn continues
+    persist: bool
+
+    def closed(self, answer: str) -> tuple[list, dict | None]:
+        """The conversation with the answer, and the session state after it."""
+        messages = [*self.messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        return messages, {"messages": messages, "media_kwargs": self.media_kwargs} if self.persist else self.state
+
+
+def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
+    """The turn of a query after a session state. Raises ValueError or FileNotFoundError; decodes nothing."""
+    _check_dict("query", query, QUERY_KEYS)
+    if state is not None and (not isinstance(state, dict) or set(state) != {"messages", "media_kwargs"}):
+        raise ValueError(f"a session state is None or what an earlier call returned in 'session_states', got {state!r:.200}")
+    if _flag(query, "reset_session", False) or _flag(query, "clear_history", False):
+        state = None
+    continued = state if _flag(query, "append_messages_to_session", True) else None
+    before, media_kwargs = (continued["messages"], continued["media_kwargs"]) if continued else ([], {})
+
+    messages = _with_system([*before], _query_messages(query), query)
+    use_template = query.get("use_template")
+    has_template = bool(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
+    if use_template not in (None, True, False):
+        raise ValueError(f"use_template must be True, False or None, got {use_template!r}")
+    if use_template and not has_template:
+        raise ValueError("use_template=True, but the processor has no chat template; pass use_template=False or add chat_template.jinja")
+    text = _render(processor, messages, has_template if use_template is None else use_template)
+
+    media_kwargs = _merge_media_kwargs(media_kwargs, _check_dict("media_kwargs", query.get("media_kwargs"), MEDIA_KNOBS))
+    knobs = {**MEDIA_DEFAULTS, **media_kwargs}
+    if knobs.get("num_frames") is not None and "video_fps" not in media_kwargs:
+        del knobs["video_fps"]
+    knobs = {name: value for name, value in knobs.items() if value is not None}
+    turn = _Turn(
+        messages=messages,
+        text=text,
+        images=_media_of(messages, "image"),
+        videos=_media_of(messages, "video"),
+        media_kwargs=media_kwargs,
+        images_kwargs={name: value for name, value in knobs.items() if name in IMAGE_KNOBS},
+        videos_kwargs={name: value for name, value in knobs.items() if name in VIDEO_KNOBS},
+        generate=_generate_kwargs(model, processor.tokenizer, query.get("generate_kwargs"), vision_chunked_length),
+        state=state,
+        persist=_flag(query, "persist_session", True),
+    )
+    _check_media(model, processor, turn)
+    return turn
+
+
+def _query_messages(query: dict) -> list:
+    """The messages that a query adds, each medium in its part."""
+    waiting = {"image": _as_list(query.get("images")), "video": _as_list(query.get("videos"))}
+    prompt, messages = query.get("prompt"), query.get("messages")
+    if messages is None:
+        if prompt is None and not any(waiting.values()):
+            raise ValueError("a query needs a prompt, messages, images or videos; got none of them")
+        prompt = "" if prompt is None else prompt
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a string, got {type(prompt).__name__}; chat messages go under 'messages'")
+        if placeholder := _PLACEHOLDER.search(prompt):
+            raise ValueError(
+                f"prompt holds {placeholder[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
+            )
+        media = [{"type": kind, kind: medium} for kind, media in waiting.items() for medium in media]
+        return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
+    if prompt is not None:
+        raise ValueError("a query has a prompt or messages, got both")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages must be a list of at least one {{'role', 'content'}}, got {messages!r:.100}")
+    asked = {"image": 0, "video": 0}
+    filled = []
+    for message in messages:
+        _check_dict("message", message, {"role", "content"})
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"a message needs a role (a string) and content (a string or a list of parts), got {message!r:.200}")
+        parts = []
+        for part in _parts(content):
+            kind = part["type"]
+            if kind != "text" and part.get(kind) is None:
+                if asked[kind] < len(waiting[kind]):
+                    part[kind] = waiting[kind][asked[kind]]
+                asked[kind] += 1
+            parts.append(part)
+        filled.append({"role": role, "content": parts})
+    for kind, count in asked.items():
+        if count != len(waiting[kind]):
+            raise ValueError(f"the messages leave places for {count} {kind}s, but {kind}s holds {len(waiting[kind])}; they must match")
+    return filled
+
+
+def _parts(content):
+    """The parts of a message's content, new dicts; placeholders in a text become parts without a medium."""
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image", "video"):
+            raise ValueError(f"a part of a message is a dict with type 'text', 'image' or 'video', got {part!r:.200}")
+        if kind != "text":
+            _check_dict(f"part of type {kind}", part, {"type", kind, "url", "path"})
+            media = [part[name] for name in (kind, "url", "path") if part.get(name) is not None]
+            if len(media) > 1:
+                raise ValueError(f"a part holds one {kind}, got {len(media)}: {part!r:.200}")
+            yield {"type": kind, **{kind: medium for medium in media}}
+            continue
+        _check_dict("part of type text", part, {"type", "text"})
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of type text needs a string under 'text', got {part!r:.200}")
+        for index, piece in enumerate(_PLACEHOLDER.split(part["text"])):  # text, kind, text, kind, ..., text
+            if index % 2:
+                yield {"type": piece}
+            elif piece or piece == part["text"]:
+                yield {"type": "text", "text": piece}
+
+
+def _with_system(before: list, new: list, query: dict) -> list:
+    """The conversation, with the system turn that the query chooses in place of the one it had."""
+    system, mode, kind = (query.get(name) for name in ("system_prompt", "thinking_mode", "system_prompt_type"))
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"system_prompt must be a string, got {type(system).__name__}")
+    _check_choice("thinking_mode", mode, THINKING_MODES)
+    _check_choice("system_prompt_type", kind, SYSTEM_PROMPTS)
+    if system is mode is kind is None:
+        return before + new
+    if new[0]["role"] == "system":
+        raise ValueError("the messages begin with a system turn, and the query chooses one; leave out one of them")
+    if before and before[0]["role"] == "system":
+        before = before[1:]
+    if system is None:
+        system = SYSTEM_PROMPTS[kind or ("video" if _media_of(before + new, "video") else "text_image")]
+    if mode is not None and THINKING_MODES[mode]:
+        system = f"{system}\n{THINKING_PROMPT}".lstrip("\n")
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *before, *new]
+
+
+def _media_of(messages: list, kind: str) -> list:
+    return [part[kind] for message in messages for part in message["content"] if part["type"] == kind]
+
+
+def _render(processor, messages: list, use_template: bool) -> str:
+    """The prompt of a conversation, a placeholder for each medium (for each segment, where a video has segments)."""
+
+    def content(parts):
+        for part in parts:
+            medium = part[part["type"]]
+            segments = medium.get("segments") if part["type"] == "video" and isinstance(medium, dict) else None
+            yield medium if part["type"] == "text" else PLACEHOLDERS[part["type"]] * (1 if segments is None else len(segments))
+
+    plain = [{"role": message["role"], "content": "".join(content(message["content"]))} for message in messages]
+    if use_template:
+        return processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    if any(message["role"] == "system" for message in plain):
+        raise ValueError("a system turn needs the chat template; pass use_template=True, or put its words into the prompt")
+    text = "".join(message["content"] for message in plain)
+    if not text:
+        raise ValueError("nothing to continue from: no template, no media and an empty prompt")
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------------- the knobs
+
+
+def _merge_media_kwargs(earlier: dict, given: dict) -> dict:
+    """Earlier turns' knobs under this query's. A rate takes the place of a number of frames, and the other way round."""
+    named = {}
+    for name, value in given.items():
+        known = MEDIA_ALIASES.get(name, name)
+        if value is not None and named.get(known) is not None:
+            raise ValueError(f"media_kwargs: {name!r} and {known!r} are the same knob; give one of them")
+        named[known] = named.get(known) if value is None else value
+    rates = ("video_fps", "num_frames")
+    if any(name in named for name in rates):
+        earlier = {name: value for name, value in earlier.items() if name not in rates}
+    return {**earlier, **named}
+
+
+def _check_media(model, processor, turn: _Turn) -> None:
+    """Knobs and media of a turn, as far as can be told without decoding."""
+    for knobs, own in ((turn.images_kwargs, processor.image_processor), (turn.videos_kwargs, processor.video_processor)):
+        own.resolve(knobs)
+        for name, config_name in WEIGHT_KNOBS.items():
+            expected = getattr(model.config.vision_config, config_name)
+            got = knobs.get(name, getattr(own, name))
+            if got != expected:
+                where = "the call" if name in knobs else f"the {type(own).__name__}"
+                raise ValueError(f"{name} of {where} is {got}, but the model's weights are made for {expected}")
+    if turn.images:
+        turn.images = processor.image_processor.see(turn.images, **turn.images_kwargs)
+
+
+def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
+    """Everything that `generate` gets beside the inputs, defaults filled in."""
+    if isinstance(given, dict) and (instead := sorted(given.keys() & NOT_TEXT)):
+        raise ValueError(f"generate_kwargs: {', '.join(instead)}: the offline methods return one text; call model.generate for more")
+    given = _check_dict("generate_kwargs", given, GENERATE_KNOBS)
+    knobs = {**GENERATE_DEFAULTS, "vision_chunked_length": vision_chunked_length, **given}
+    for name in ("max_new_tokens", "vision_chunked_length"):
+        _check_number(name, knobs[name], numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
+    _check_number("temperature", knobs["temperature"], numbers.Real, "a number", lambda x: True)
+    _check_number("top_p", knobs["top_p"], numbers.Real, "above 0 and at most 1", lambda x: 0 < x <= 1)
+    _check_number("top_k", knobs["top_k"], numbers.Integral, "a whole number, 0 for no limit", lambda x: x >= 0)
+    _check_number("repetition_penalty", knobs["repetition_penalty"], numbers.Real, "above 0", lambda x: x > 0)
+    knobs |= {name: float(knobs[name]) for name in ("temperature", "top_p", "repetition_penalty")}  # transformers wants no ints here
+    if not isinstance(knobs["do_sample"], bool):
+        raise ValueError(f"do_sample must be True or False, got {knobs['do_sample']!r}")
+
+    if not knobs["do_sample"] or knobs["temperature"] <= 0:
+        knobs |= {name: value for name, value in GREEDY.items() if name in CONFIG_FIELDS}
+    for name in ("stopping_criteria", "logits_processor"):
+        if not isinstance(knobs.get(name, []), list):
+            raise ValueError(f"{name} must be a list, got {type(knobs[name]).__name__}")
+    if "max_length" in given and "max_new_tokens" not in given:
+        del knobs["max_new_tokens"]
+    if given.get("eos_token_id") is None and model.generation_config.eos_token_id is None:
+        knobs["eos_token_id"] = tokenizer.eos_token_id
+    if given.get("pad_token_id") is None:
+        knobs["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if given.get("stop_strings") is not None:
+        knobs["tokenizer"] = tokenizer
+    GenerationConfig(**{name: value for name, value in knobs.items() if name in CONFIG_FIELDS})  # its own checks
+    return knobs
+
+
+# ---------------------------------------------------------------------------------------------- from turns to their answers
+
+
+def _encode(processor, turn: _Turn):
+    return processor(
+        text=turn.text,
+        images=turn.images or None,
+        videos=turn.videos or None,
+        images_kwargs=turn.images_kwargs,
+        videos_kwargs=turn.videos_kwargs,
+        return_tensors="pt",
+    )
+
+
+def _answer(model, processor, turns: list, inputs: list) -> list[str]:
+    """The text of each turn. Empties `inputs` on the way."""
+    device = "cpu" if model.device.type == "meta" else model.device  # meta: offloaded
+    texts = [None] * len(turns)
+    for group in _groups(turns, inputs):
+        knobs = dict(turns[group[0]].generate)
+        batch = _left_padded([inputs[i] for i in group], knobs["pad_token_id"])
+        for i in group:
+            inputs[i] = None
+        padding = (batch["attention_mask"] == 0).sum(dim=1).tolist()
+        if any(padding) and knobs["repetition_penalty"] != 1:
+            knobs["logits_processor"] = LogitsProcessorList([_UnpaddedPenalty(knobs["repetition_penalty"], padding)])
+            knobs["repetition_penalty"] = 1.0
+        if "stopping_criteria" in knobs:
+            knobs["stopping_criteria"] = StoppingCriteriaList(knobs["stopping_criteria"])
+        for name in ("input_ids", "attention_mask", "grid_thw"):  # pixels follow chunk by chunk
+            batch[name] = batch[name].to(device)
+        ids = model.generate(**batch, **knobs)[:, batch["input_ids"].shape[1] :]
+        for i, text in zip(group, processor.tokenizer.batch_decode(ids, skip_special_tokens=True)):
+            texts[i] = text
+    return texts
+
+
+def _groups(turns: list, inputs: list) -> list[list[int]]:
+    """Indices of the turns that share a `generate` call, by what it would be asked to do."""
+    groups = []
+    for i, turn in enumerate(turns):
+        knobs = turn.generate
+        length = None if knobs.keys() <= PADDING_BLIND else inputs[i]["input_ids"].shape[1]
+        shares = None if knobs.keys() & GENERATE_OBJECTS else (knobs, length)
+        same = next((group for key, group in groups if shares is not None and key == shares), None)
+        if same is None:
+            groups.append((shares, [i]))
+        else:
+            same.append(i)
+    return [group for _, group in groups]
+
+
+def _left_padded(inputs: list, pad_token_id: int) -> dict:
+    """One batch of samples that were processed each for itself; the frame mask is left to the model, which tells it from the text."""
+    width = max(one["input_ids"].shape[1] for one in inputs)
+
+    def padded(name, value):  # [1, T] each -> [1, width] each
+        return [torch.nn.functional.pad(one[name], (width - one[name].shape[1], 0), value=value) for one in inputs]
+
+    def joined(tensors):
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+    return {
+        "input_ids": joined(padded("input_ids", pad_token_id)),
+        "attention_mask": joined(padded("attention_mask", 0)),
+        "pixel_values": joined([one["pixel_values"] for one in inputs]),
+        "grid_thw": joined([one["grid_thw"] for one in inputs]),
+        "media_nums_per_sample": [count for one in inputs for count in one["media_nums_per_sample"]],
+    }
+
+
+class _UnpaddedPenalty(LogitsProcessor):
+    """The repetition penalty of rows with `padding[i]` tokens in front, which are no part of what was said."""
+
+    def __init__(self, penalty: float, padding: list[int]):
+        self.penalise = RepetitionPenaltyLogitsProcessor(penalty)
+        self.padding = padding
+
+    def __call__(self, input_ids, scores):
+        beams = len(input_ids) // len(self.padding)
+        rows = [slice(i, i + 1) for i in range(len(input_ids))]
+        return torch.cat([self.penalise(input_ids[row, self.padding[row.start // beams] :], scores[row]) for row in rows])
+
+
+# -------------------------------------------------------------------------------------------------------------- the queues
+
+
+def _is_cancel(query) -> bool:
+    return isinstance(query, dict) and any(query.get(key) for key in CANCEL_KEYS)
+
+
+def _without_cancel(query: dict) -> dict:
+    return {key: value for key, value in query.items() if key not in CANCEL_KEYS}
+
+
+class _CancelFromQueue(StoppingCriteria):
+    """Between two tokens, moves what has come in to `waiting`, in order; stops at a query that cancels."""
+
+    def __init__(self, new_queries, waiting: deque):
+        self.new_queries = new_queries
+        self.waiting = waiting
+        self.cancelled = False
+
+    def __call__(self, input_ids, scores, **kwargs):
+        while True:
+            try:
+                query = self.new_queries.get_nowait()
+            except queue.Empty:
+                break
+            if _is_cancel(query):
+                self.cancelled = True
+                query = _without_cancel(query)
+                if not query:
+                    continue
+            self.waiting.append(query)
+        return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
+
+
+class _QueueStreamer(TextStreamer):
+    """Puts text on a queue as soon as it cannot change any more."""
+
+    def __init__(self, tokenizer, output_text_queue):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.output_text_queue = output_text_queue
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        if text:
+            self.output_text_queue.put(text)
+
+
+# --------------------------------------------------------------------------------------------------------- checking arguments
+
+
+@contextmanager
+def _naming(index: int):
+    """Puts the query's number before the message of what is wrong with it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"query {index}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"query {index}: {error}") from error
+
+
+def _check_dict(what: str, value, known) -> dict:
+    """`value`, {} for None; ValueError unless it is a dict whose keys are all known."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a dict, got {type(value).__name__}")
+    for name in value:
+        if name not in known:
+            raise ValueError(f"{what}: unknown key {name!r}; {_nearest(name, known)}")
+    return value
+
+
+def _check_choice(what: str, value, known) -> None:
+    if value is not None and value not in known:
+        raise ValueError(f"{what}: unknown value {value!r}; {_nearest(value, known)}")
+
+
+def _nearest(name, known) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _check_number(name: str, value, kind, expected: str, fits) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not fits(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _flag(query: dict, name: str, default: bool) -> bool:
+    value = query.get(name)
+    if value not in (None, True, False):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return default if value is None else bool(value)
+
+
+def _as_list(media) -> list:
+    """One medium, a list of them or None -> a list."""
+    if media is None:
+        return []
+    return list(media) if isinstance(media, (list, tuple)) else [media]

@@ -1,0 +1,641 @@
+"""Images to patches: where a picture may come from, its size, the resize, the order of the patches.
+
+The first half is shared with `video_processing_moss_vl`. Axes: n frames, h rows, w columns, p patch size, m merge size,
+t temporal patch size, P patches.
+"""
+
+import base64
+import difflib
+import http.client
+import io
+import math
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MAX_ASPECT = 200  # longer side : shorter side
+MAX_SOURCE_PIXELS = 178_956_970  # of one picture before the resize; what Pillow refuses by default
+MAX_IMAGE_BYTES = 64 * 2**20  # of one picture that is downloaded, or inside a data: URL
+DOWNLOAD_SECONDS = 30.0
+
+
+# ---------------------------------------------------------------------------------------------------- checking arguments
+
+
+def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
+    """The name of `known` that is spelled most like `name`, None where none is near."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), None)
+
+
+def reject_unknown(given, known, what: str) -> None:
+    """ValueError for the first name of `given` that is not in `known`; it says the nearest one."""
+    for name in given:
+        if name not in known:
+            near = nearest_name(name, known)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"{what}: unknown keyword {name!r}; {hint}")
+
+
+def positive_int(name: str, value) -> int:
+    """`value` as an int of at least 1 (1e6 is one, True is not), else a ValueError that names it."""
+    whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not whole or not math.isfinite(value) or value != int(value) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return int(value)
+
+
+def three_floats(name: str, value) -> tuple[float, float, float]:
+    """One finite number a colour channel; of a name that ends in `std`, above 0."""
+    try:
+        numbers = tuple(float(x) for x in value)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(math.isfinite(x) for x in numbers):
+        raise ValueError(f"{name} must be three finite numbers, one for each of red, green and blue, got {value!r}")
+    if name.endswith("std") and min(numbers) <= 0:
+        raise ValueError(f"{name} divides, so each number must be above 0, got {value!r}")
+    return numbers
+
+
+def pixel_limits(default, size=None, min_pixels=None, max_pixels=None, shortest_edge=None, longest_edge=None):
+    """(min, max) pixels: what a call names, else `default`, a dict {"shortest_edge", "longest_edge"} of pixel counts.
+
+    `min_pixels` and `shortest_edge` are two names of one number, so are `max_pixels` and `longest_edge`, and `size` may hold
+    either edge. ValueError where two of them disagree or min > max.
+    """
+    size = {} if size is None else {k: v for k, v in dict(size).items() if v is not None}
+    reject_unknown(size, ("shortest_edge", "longest_edge"), "size")
+    limits = []
+    for edge, names in (
+        ("shortest_edge", {"size['shortest_edge']": size.get("shortest_edge"), "shortest_edge": shortest_edge, "min_pixels": min_pixels}),
+        ("longest_edge", {"size['longest_edge']": size.get("longest_edge"), "longest_edge": longest_edge, "max_pixels": max_pixels}),
+    ):
+        given = {name: positive_int(name, value) for name, value in names.items() if value is not None}
+        if len(set(given.values())) > 1:
+            raise ValueError(f"these name the same limit and disagree: {given}; give one of them")
+        limits.append(next(iter(given.values())) if given else positive_int(f"size[{edge!r}]", dict(default)[edge]))
+    if limits[0] > limits[1]:
+        raise ValueError(f"shortest_edge (min_pixels) {limits[0]} is above longest_edge (max_pixels) {limits[1]}")
+    return limits[0], limits[1]
+
+
+def with_knobs(settings: dict, knobs: dict) -> dict:
+    """A processor file's settings under keyword arguments; a pixel limit among these replaces the file's, however it is named."""
+    knobs = {name: value for name, value in knobs.items() if value is not None}
+    size, given = dict(settings.get("size") or {}), dict(knobs.pop("size", None) or {})
+    out = dict(settings)
+    for edge, alias in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        if {edge, alias} & knobs.keys() or edge in given:
+            for names in (size, out):
+                names.pop(edge, None)
+                names.pop(alias, None)
+    return {**out, "size": {**size, **given}, **knobs}
+
+
+# ------------------------------------------------------------------------------------------------------ where bytes lie
+
+
+def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, timeout=DOWNLOAD_SECONDS):
+    """(file, name): a path string or a seekable binary file of its own, and what to call it in messages.
+
+    `source`: a path (str, pathlib), a `file:`, `data:` or - with `allow_http` - `http(s):` URL, bytes, or a binary file object,
+    which is read from its start and left at the position it had. `max_bytes` bounds what is downloaded or decoded from a
+    `data:` URL, `timeout` (seconds) a whole download.
+
+    Raises FileNotFoundError where there is no such file, ValueError for anything else that cannot be read.
+    """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if isinstance(source, str):
+        scheme = source[: source.find(":")].lower() if ":" in source[:6] else ""
+        if scheme == "data":
+            return _data_url(source, what, max_bytes)
+        if scheme in ("http", "https"):
+            if not allow_http:
+                raise ValueError(f"{what} {source!r} would be downloaded; pass allow_http=True to allow that")
+            return io.BytesIO(_download(source, what, max_bytes, timeout)), source
+        if scheme == "file":
+            url = urllib.parse.urlsplit(source)
+            if url.netloc not in ("", "localhost"):
+                raise ValueError(f"{what} {source!r}: a file: URL of another machine, {url.netloc!r}; expected file:///path")
+            source = urllib.request.url2pathname(url.path)
+        return _path(source, what), repr(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data, name = bytes(source), f"{what} of {len(source)} bytes"
+    elif hasattr(source, "read"):
+        name = repr(getattr(source, "name", None) or f"{what} in a {type(source).__name__}")
+        data = _read_all(source, name)
+    else:
+        raise ValueError(
+            f"cannot read {what} from a {type(source).__name__}; expected a path, a file:, data: or http(s): URL, bytes or a binary file"
+        )
+    if not data:
+        raise ValueError(f"{name} is empty")
+    return io.BytesIO(data), name
+
+
+def _path(path: str, what: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError(f"{what} has no usable path: {path!r}")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no such {what} file: {path!r}")
+    if not os.path.isfile(path):
+        raise ValueError(f"{what} {path!r} is not a file")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{what} file {path!r} is empty")
+    return path
+
+
+def _read_all(file, name: str) -> bytes:
+    if isinstance(file, io.TextIOBase):
+        raise ValueError(f"{name} is open as text; open it with mode 'rb'")
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()
+    try:
+        position = file.tell()
+        file.seek(0)
+    except (AttributeError, OSError):  # a pipe: what is left in it
+        position = None
+    data = file.read()
+    if position is not None:
+        file.seek(position)
+    if not isinstance(data, (bytes, bytearray)):
+        raise ValueError(f"{name}: read() gave {type(data).__name__}, expected bytes; open it with mode 'rb'")
+    return bytes(data)
+
+
+def _data_url(url: str, what: str, max_bytes: int):
+    head, comma, body = url.partition(",")
+    name = f"{what} in a data: URL ({head[5:40] or 'no type'}, {len(body)} characters)"
+    if not comma:
+        raise ValueError(f"{name} has no comma before its data; expected data:[type][;base64],DATA")
+    is_base64 = head.lower().endswith(";base64")
+    if len(body) > (max_bytes * 4 // 3 + 4 if is_base64 else max_bytes * 3):
+        raise ValueError(f"{name} is over the limit of {max_bytes} bytes")
+    data = urllib.parse.unquote_to_bytes(body)
+    if is_base64:
+        data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        try:
+            data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+        except ValueError as error:
+            raise ValueError(f"{name} is not base64: {error}") from None
+    if not 0 < len(data) <= max_bytes:
+        raise ValueError(f"{name} holds {len(data)} bytes; expected 1 to {max_bytes}")
+    return io.BytesIO(data), name
+
+
+def _download(url: str, what: str, max_bytes: int, timeout: float) -> bytes:
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,  # a redirect to anything but http(s) is an error
+    ):
+        opener.add_handler(handler())
+    deadline, data = time.monotonic() + timeout, bytearray()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "moss-vl"})
+        with opener.open(request, timeout=timeout) as response:
+            size = response.headers.get("Content-Length")
+            if size is not None and size.isdigit() and int(size) > max_bytes:
+                raise ValueError(f"{what} {url!r} has {size} bytes, over the limit of {max_bytes}")
+            while chunk := response.read1(2**16):
+                data += chunk
+                if len(data) > max_bytes:
+                    raise ValueError(f"{what} {url!r} is over the limit of {max_bytes} bytes")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{what} {url!r} took longer than {timeout:g} seconds to download")
+    except (OSError, urllib.error.URLError, http.client.HTTPException) as error:
+        raise ValueError(f"{what} {url!r} cannot be downloaded: {error}") from error
+    if not data:
+        raise ValueError(f"{what} {url!r} is empty")
+    return bytes(data)
+
+
+# ------------------------------------------------------------------------------------------------------ RGB of an image
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """An image of which only the size is known yet (rows and columns as stored, before an EXIF rotation)."""
+
+    name: str
+    height: int
+    width: int
+    read: Callable[[], np.ndarray]  # decodes: uint8 [h, w, 3], upright
+
+
+def see_image(source, *, what="image", allow_http=False) -> SeenImage:
+    """Looks at an image without decoding it, and checks its size.
+
+    `source`: what `open_source` takes, a PIL image of any mode, or an array or tensor [h, w], [h, w, 1 | 3 | 4] or
+    [1 | 3 | 4, h, w] (a tensor's channels are looked for in front first) of uint8, bool, uint16 (65535 is white), whole numbers
+    0..255, or floats in 0..1 or else 0..255.
+
+    Raises FileNotFoundError, or ValueError for anything that is not an image, has no pixels, is over 200:1, or has more than
+    `MAX_SOURCE_PIXELS` by its header.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        name = f"{what}, a {type(source).__name__} of shape {tuple(source.shape)}"
+        array = _channels_last(source, name)
+        seen = SeenImage(name, array.shape[0], array.shape[1], lambda: _array_rgb(array, name))
+    elif isinstance(source, Image.Image):
+        name = repr(getattr(source, "filename", "") or f"{what} of mode {source.mode}")
+        seen = SeenImage(name, source.height, source.width, lambda: _pil_rgb(source, name))
+    else:
+        file, name = open_source(source, what=what, allow_http=allow_http)
+
+        def read():
+            with _pil_open(file, name) as image:
+                return _pil_rgb(image, name)
+
+        with _pil_open(file, name) as image:
+            seen = SeenImage(name, image.height, image.width, read)
+
+    short, long = sorted((seen.height, seen.width))
+    if short < 1:
+        raise ValueError(f"{name} has no pixels: {seen.width} x {seen.height}")
+    if short * long > MAX_SOURCE_PIXELS:
+        raise ValueError(f"{name} has {seen.width} x {seen.height} pixels, over the limit of {MAX_SOURCE_PIXELS}; make it smaller first")
+    check_aspect(seen.height, seen.width, name)
+    return seen
+
+
+def load_image(source, *, what="image", allow_http=False) -> Image.Image:
+    """The image upright in RGB, transparency on white, the first frame of an animation. Sources and errors: `see_image`."""
+    return Image.fromarray(see_image(source, what=what, allow_http=allow_http).read())
+
+
+def check_aspect(height: int, width: int, name: str) -> None:
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"{name} is {width} x {height}; the longer side may be at most {MAX_ASPECT} times the shorter")
+
+
+def _pil_open(file, name: str) -> Image.Image:
+    if not isinstance(file, str):
+        file = io.BytesIO(file.getvalue())  # a position of its own
+    try:
+        return Image.open(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise all kinds on damaged files
+        raise ValueError(f"{name} is not an image that Pillow can read: {error}") from error
+
+
+def _pil_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Decodes: uint8 [h, w, 3]."""
+    try:
+        image.load()
+        upright = _ROTATIONS.get(_orientation(image))
+        if upright is not None:
+            image = image.transpose(upright)
+        if image.mode.startswith("I;16"):
+            return _array_rgb(np.asarray(image).astype(np.uint16), name)
+        if image.mode in ("I", "F"):
+            return _array_rgb(np.asarray(image), name)
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+_ROTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image):
+    try:
+        return image.getexif().get(0x0112)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return None
+
+
+def _channels_last(source, name: str):
+    """[h, w, 1 | 3 | 4], a view of a numpy array or tensor."""
+    shape = tuple(source.shape)
+    if len(shape) == 2:
+        return source[:, :, None]
+    if len(shape) == 3:
+        front = isinstance(source, torch.Tensor)
+        for channels_first in (front, not front):
+            if channels_first and shape[0] in (1, 3, 4):
+                return source.permute(1, 2, 0) if front else source.transpose(1, 2, 0)
+            if not channels_first and shape[2] in (1, 3, 4):
+                return source
+    raise ValueError(f"{name}: expected [h, w], [h, w, channels] or [channels, h, w] with 1, 3 or 4 channels")
+
+
+def _array_rgb(array, name: str) -> np.ndarray:
+    """uint8 [h, w, 3] of an array or tensor [h, w] or [h, w, 1 | 3 | 4]."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.dtype in (torch.bfloat16, torch.float16) else array).numpy()
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{name} holds {array.dtype}; expected numbers")
+        low, high = array.min(), array.max()
+        if not 0 <= low <= high <= 255:
+            raise ValueError(f"{name} holds values from {low} to {high}; expected 0..255, or 0..1 as floats")
+        if array.dtype.kind == "f":
+            array = np.rint(array * 255 if high <= 1 else array)
+        array = array.astype(np.uint8)
+    if array.shape[2] == 4:
+        opaque = Image.fromarray(np.ascontiguousarray(array))
+        return np.array(Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB"))
+    if array.shape[2] == 1:
+        array = np.repeat(array, 3, axis=2)
+    return array
+
+
+# ------------------------------------------------------------------------------------------------------------ the pixels
+
+
+def fit_size(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """(h, w), multiples of `factor` near the given ones, within the pixel limits (processing.md, section 3)."""
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        return shrink(height, width, factor, math.sqrt(height * width / max_pixels))
+    if h * w < min_pixels:
+        return grow(height, width, factor, math.sqrt(min_pixels / (height * width)))
+    return h, w
+
+
+def shrink(height: int, width: int, factor: int, beta: float) -> tuple[int, int]:
+    """Both sides divided by `beta` and rounded down to a multiple of `factor`, at least one."""
+    return (
+        max(factor, math.floor(height / beta / factor) * factor),
+        max(factor, math.floor(width / beta / factor) * factor),
+    )
+
+
+def grow(height: int, width: int, factor: int, beta: float) -> tuple[int, int]:
+    """Both sides times `beta`, rounded up to a multiple of `factor`."""
+    return math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+
+
+def resize_uint8(frame, height: int, width: int) -> torch.Tensor:
+    """uint8 [h, w, 3] array or tensor -> uint8 [3, height, width], antialiased bicubic (a = -0.5) in fixed point."""
+    if isinstance(frame, np.ndarray):
+        frame = torch.from_numpy(frame if frame.flags.writeable and min(frame.strides) >= 0 else frame.copy())
+    frame = frame.permute(2, 0, 1)  # channels last in memory, as the kernel likes it
+    if frame.shape[1:] == (height, width):
+        return frame
+    return torch.nn.functional.interpolate(frame[None], size=(height, width), mode="bicubic", antialias=True)[0]
+
+
+def patchify(frames: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int = 1) -> torch.Tensor:
+    """[n, 3, h, w] -> [P, 3 * t * p * p], frame by frame, merge block by merge block (model.md, section 3).
+
+    h and w are multiples of p * m. The last frame is repeated where n is no multiple of t.
+    """
+    n, c, height, width = frames.shape
+    t, p, m = temporal_patch_size, patch_size, merge_size
+    if n % t:
+        frames = torch.cat([frames, frames[-1:].expand(t - n % t, -1, -1, -1)])
+    blocks = frames.reshape(-1, t, c, height // (p * m), m, p, width // (p * m), m, p)
+    # [T, t, c, Y, my, py, X, mx, px] -> [T, Y, X, my, mx, c, t, py, px]
+    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * t * p * p)
+
+
+def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [P, 3 * k] levels -> float32 (x / 255 - mean) / std, written to `out` where it is given.
+
+    Computed as (x - 255 mean) / (255 std), which has no rounding but that of the division at mean = std = 0.5.
+    """
+    out = torch.empty(patches.shape, dtype=torch.float32) if out is None else out
+    out.copy_(patches)
+    channels = out.view(len(out), 3, -1)
+    channels.sub_(torch.tensor(image_mean, dtype=torch.float64).mul(255).float()[:, None])
+    channels.div_(torch.tensor(image_std, dtype=torch.float64).mul(255).float()[:, None])
+    return out
+
+
+def to_format(tensor: torch.Tensor, return_tensors):
+    """The tensor itself for "pt" or None, the numpy array that shares its memory for "np"."""
+    return tensor.numpy() if check_return_tensors(return_tensors) == "np" else tensor
+
+
+def check_return_tensors(return_tensors):
+    kind = getattr(return_tensors, "value", return_tensors)
+    if kind not in (None, "pt", "np"):
+        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}")
+    return kind
+
+
+# ---------------------------------------------------------------------------------------------------------- the processor
+
+
+# What transformers' processors write into their files and this one always does: may be named, not changed.
+FIXED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "data_format": "channels_first",
+}
+SERVICE_KEYS = {"auto_map", "image_processor_type", "video_processor_type", "processor_class", "feature_extractor_type"}
+
+
+def drop_fixed(kwargs: dict, what: str) -> dict:
+    """`kwargs` without the steps that are always done; ValueError where one of them is to be left out or done otherwise."""
+    for name in FIXED.keys() & kwargs.keys():
+        value = getattr(kwargs[name], "value", kwargs[name])
+        if value is not None and value != FIXED[name]:
+            raise ValueError(f"{what}: {name} is always {FIXED[name]!r} for MOSS-VL, got {kwargs[name]!r}")
+    return {name: value for name, value in kwargs.items() if name not in FIXED}
+
+
+@dataclass(frozen=True)
+class ImageKnobs:
+    min_pixels: int
+    max_pixels: int
+    multi_image_max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    allow_http: bool
+
+
+class MossVLImageProcessor(BaseImageProcessor):
+    """Images of one sample -> patches.
+
+    Args (each also per call):
+        size: {"shortest_edge", "longest_edge"}, the least and most *pixels* of a resized image. Other names per call:
+            `min_pixels` or `shortest_edge`, `max_pixels` or `longest_edge`.
+        multi_image_max_pixels: most pixels of all images of a sample, shared in proportion to their areas.
+        patch_size, temporal_patch_size, merge_size: of the model; sides become multiples of patch_size * merge_size.
+        image_mean, image_std: three numbers each, for levels in 0..1.
+    """
+
+    _auto_class = "AutoImageProcessor"  # save_pretrained takes the code along
+    model_input_names = ["pixel_values", "image_grid_thw"]
+    knobs = (
+        "size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge", "multi_image_max_pixels", "patch_size",
+        "temporal_patch_size", "merge_size", "image_mean", "image_std", "allow_http",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        size=None,
+        multi_image_max_pixels=201326592,
+        patch_size=16,
+        temporal_patch_size=1,
+        merge_size=2,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        min_pixels=None,
+        max_pixels=None,
+        shortest_edge=None,
+        longest_edge=None,
+        **kwargs,
+    ):
+        kwargs = drop_fixed(kwargs, type(self).__name__)
+        for name in kwargs.keys() - SERVICE_KEYS:
+            if kwargs[name] is not None and not name.startswith("_"):
+                logger.warning_once(f"{type(self).__name__}: {name}={kwargs[name]!r} has no effect")
+        super().__init__(**kwargs)
+        low, high = pixel_limits(
+            {"shortest_edge": 4096, "longest_edge": 16777216}, size, min_pixels, max_pixels, shortest_edge, longest_edge
+        )
+        self.size = {"shortest_edge": low, "longest_edge": high}
+        self.multi_image_max_pixels = multi_image_max_pixels
+        self.patch_size = patch_size
+        self.temporal_patch_size = temporal_patch_size
+        self.merge_size = merge_size
+        self.image_mean = list(three_floats("image_mean", image_mean))
+        self.image_std = list(three_floats("image_std", image_std))
+        self.resolve({})
+
+    @classmethod
+    def from_dict(cls, image_processor_dict, **kwargs):
+        """Knobs among the keyword arguments take the place of the file's, and are checked with the rest."""
+        knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
+        return super().from_dict(with_knobs(image_processor_dict, knobs), **kwargs)
+
+    @property
+    def min_pixels(self) -> int:
+        return self.size["shortest_edge"]
+
+    @property
+    def max_pixels(self) -> int:
+        return self.size["longest_edge"]
+
+    def resolve(self, knobs: dict) -> ImageKnobs:
+        """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError."""
+        knobs = drop_fixed(knobs, type(self).__name__)
+        reject_unknown(knobs, self.knobs, type(self).__name__)
+
+        def pick(name):
+            value = knobs.get(name)
+            return getattr(self, name) if value is None else value
+
+        sizes = {name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge")}
+        low, high = pixel_limits(self.size, **sizes)
+        counts = {
+            name: positive_int(name, pick(name))
+            for name in ("multi_image_max_pixels", "patch_size", "temporal_patch_size", "merge_size")
+        }
+        colours = {name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")}
+        return ImageKnobs(low, high, **counts, **colours, allow_http=bool(knobs.get("allow_http")))
+
+    def see(self, images, **knobs) -> list[SeenImage]:
+        """The images of one sample, their sizes checked, nothing decoded: what `extract` also takes. Errors: `see_image`."""
+        allow_http = self.resolve(knobs).allow_http
+        return [image if isinstance(image, SeenImage) else see_image(image, allow_http=allow_http) for image in flat_images(images)]
+
+    def extract(self, images, **knobs) -> list[tuple[torch.Tensor, list[int]]]:
+        """Per image of one sample: levels uint8 [P, 3 * t * p * p], and the grid [1, patch rows, patch columns]."""
+        use = self.resolve(knobs)
+        seen = self.see(images, **knobs)
+        area = sum(image.height * image.width for image in seen)
+        factor = use.patch_size * use.merge_size
+        out = []
+        for image in seen:
+            pixels = image.read()  # [h, w, 3]
+            height, width = pixels.shape[:2]
+            share = use.multi_image_max_pixels * (height * width / area)
+            share = min(max(share, use.min_pixels), use.max_pixels)
+            height, width = fit_size(height, width, factor, use.min_pixels, share)
+            frame = resize_uint8(pixels, height, width)[None]
+            patches = patchify(frame, use.patch_size, use.merge_size, use.temporal_patch_size)
+            out.append((patches, [1, height // use.patch_size, width // use.patch_size]))
+        return out
+
+    def preprocess(self, images, return_tensors=None, **knobs) -> BatchFeature:
+        """The images of one sample: `pixel_values` float32 [P, 3 * t * p * p] and `image_grid_thw` [images, 3].
+
+        `images`: one image, or a list; what an image may be is said at `see_image`. Keyword arguments: those of the class,
+        and `allow_http`. `return_tensors`: "pt" (also None) or "np".
+        """
+        check_return_tensors(return_tensors)
+        use = self.resolve(knobs)
+        levels, grids = zip(*self.extract(images, **knobs))
+        pixel_values = torch.empty(sum(map(len, levels)), levels[0].shape[1])
+        for part, patches in zip(pixel_values.split([len(patches) for patches in levels]), levels):
+            normalise(patches, use.image_mean, use.image_std, out=part)
+        data = {"pixel_values": pixel_values, "image_grid_thw": torch.tensor(grids)}
+        return BatchFeature({name: to_format(tensor, return_tensors) for name, tensor in data.items()})
+
+
+class MossVLImageProcessorFast(MossVLImageProcessor):
+    """The same under the name that released files use."""
+
+    def to_dict(self):
+        """Saved under the other name: transformers 4.57 wants torchvision for one that ends in Fast. `auto_map` keeps this one."""
+        return {**super().to_dict(), "image_processor_type": MossVLImageProcessor.__name__}
+
+
+def flat_images(images) -> list:
+    """One image, an array [n, h, w, channels] or lists of images -> a flat list, not empty."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        images = list(images)
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    flat = [one for image in images for one in (flat_images(image) if isinstance(image, (list, tuple)) else [image])]
+    if not flat:
+        raise ValueError("no image given; expected at least one")
+    return flat
+
+
+__all__ = ["MossVLImageProcessor", "MossVLImageProcessorFast"]

@@ -1,0 +1,117 @@
+"""The sample files: small, drawn by data/make_samples.py, and showing what its scenes say at the times they say."""
+
+import math
+from itertools import combinations
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from scripts import load_script
+
+FOLDER = ROOT / "data"
+
+
+samples = load_script("data/make_samples.py")
+PICTURES = [name for name in samples.SCENES if name.endswith(".jpg")]
+CLIPS = [name for name in samples.SCENES if name.endswith(".mp4")]
+
+
+def decode(path):
+    """Frames [n, h, w, 3] and their times in seconds."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), [frame.time for frame in frames]
+
+
+def pixel_at(frame, thing):
+    """The frame's colour where the thing is solid: its centre, or for a ring the middle of its band."""
+    height, width = frame.shape[:2]
+    away = 0.79 * thing.radius * min(height, width) if thing.shape == "ring" else 0.0
+    return frame[round(thing.y * height), round(thing.x * width + away)].astype(int)
+
+
+def shows(frame, thing):
+    return np.abs(pixel_at(frame, thing) - samples.COLOURS[thing.colour]).max() < 40
+
+
+def events(thing):
+    """(time, thing before, thing after) of every event after the start; None where it is not to be seen."""
+    times = [(thing.appears, 0.0), (thing.disappears, 0.0)]
+    times += [(thing.changes[0], 0.0)] if thing.changes is not None else []
+    times += [(thing.moves[0], samples.MOVE_SECONDS)] if thing.moves is not None else []
+    return [(time, thing.at(time - 0.01), thing.at(time + lasts)) for time, lasts in times if 0 < time < math.inf]
+
+
+@pytest.mark.parametrize("name", samples.SCENES)
+def test_files_are_small_and_of_the_scene_s_size(name):
+    scene = samples.SCENES[name]
+    assert (FOLDER / name).stat().st_size < 300_000
+    frame = np.asarray(Image.open(FOLDER / name)) if name in PICTURES else decode(FOLDER / name)[0][0]
+    assert frame.shape == (scene.height, scene.width, 3)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_script_draws_the_committed_pictures(name, tmp_path):
+    samples.write_picture(samples.SCENES[name], tmp_path / name)
+    drawn, kept = (np.asarray(Image.open(folder / name)).astype(int) for folder in (tmp_path, FOLDER))
+    assert np.abs(drawn - kept).mean() < 1  # another JPEG or font library may round another way
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_script_draws_the_committed_clips(name):
+    scene = samples.SCENES[name]
+    frames, times = decode(FOLDER / name)
+    expected = samples.frame_times(scene)
+    assert times == pytest.approx(expected, abs=1e-3)
+    assert len(frames) == scene.seconds * scene.fps
+    for index in range(0, len(frames), scene.fps // 2):
+        drawn = np.asarray(samples.draw_scene(scene, expected[index])).astype(int)
+        assert np.abs(frames[index] - drawn).mean() < 4, f"{name} at {expected[index]} s is not the scene"
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_things_happen_when_the_scene_says(name):
+    scene = samples.SCENES[name]
+    frames, times = decode(FOLDER / name)
+    happened = 0
+    for thing in scene.things:
+        for time, before, after in events(thing):
+            earlier = max(index for index, at in enumerate(times) if at < time - 1e-6)
+            later = min(index for index, at in enumerate(times) if at >= time + samples.MOVE_SECONDS)
+            if before is not None:
+                assert shows(frames[earlier], before)
+                assert not shows(frames[later], before)
+            if after is not None:
+                assert not shows(frames[earlier], after)
+                assert shows(frames[later], after)
+            happened += 1
+    assert happened >= 2
+
+
+@pytest.mark.parametrize("name", samples.SCENES)
+def test_scenes_keep_to_the_drawn_world(name):
+    scene = samples.SCENES[name]
+    assert 96 <= min(scene.width, scene.height) and max(scene.width, scene.height) <= 320
+    assert max(scene.width, scene.height) <= 2 * min(scene.width, scene.height)
+    assert scene.noise <= 12
+    assert len({(thing.shape, thing.colour) for thing in scene.things}) == len(scene.things)
+    assert 1 <= len(scene.things) <= (4 if name in PICTURES else 3)
+    for thing in scene.things:
+        assert thing.shape in samples.SHAPES and thing.colour in samples.COLOURS and abs(thing.angle) <= 15
+        low, high = {"small": (0.09, 0.14), "large": (0.18, 0.26)}[thing.size]
+        assert low <= thing.radius <= high
+    if scene.sign is not None:
+        assert 1 <= len(scene.sign.text) <= 5 and scene.sign.text.isascii() and scene.sign.text.isalnum()
+        assert scene.sign.text == scene.sign.text.upper() and 0.12 <= scene.sign.height <= 0.30
+        assert scene.sign.colour in ("black", "white")
+    starts = sorted(time for thing in scene.things for time, _, _ in events(thing))
+    assert all(later - earlier >= 1 for earlier, later in zip(starts, starts[1:]))
+    for time in samples.frame_times(scene) or [0.0]:
+        masks = [samples.thing_mask(thing, scene, 1) for thing in (t.at(time) for t in scene.things) if thing is not None]
+        masks += [samples.sign_mask(scene.sign, scene, 1)] if scene.sign is not None else []
+        filled = [np.asarray(mask) > 0 for mask in masks]
+        assert all(not (a & b).any() for a, b in combinations(filled, 2)), f"things overlap at {time} s"
+        assert all(not np.concatenate([m[0], m[-1], m[:, 0], m[:, -1]]).any() for m in filled), f"cut off at {time} s"

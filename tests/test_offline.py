@@ -1,0 +1,652 @@
+"""The offline methods on a tiny random model: what they ask of processor and `generate`, batches, sessions, the queue server."""
+
+import copy
+import inspect
+import json
+import queue
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextIteratorStreamer, logging
+
+from conftest import GOLDEN
+from moss_vl import generation_utils
+from moss_vl.configuration_moss_vl import MossVLConfig
+from moss_vl.image_processing_moss_vl import MossVLImageProcessorFast
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+from moss_vl.processing_moss_vl import MossVLProcessor
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+
+VIDEO = str(GOLDEN / "processing/media/v05s_320x240_30.mp4")
+LONGER_VIDEO = str(GOLDEN / "processing/media/v5s_320x240_30.mp4")
+CHATML = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+SMALL = {"max_pixels": 16384}  # pixels; keeps the frames of these tests at 4 to 12 vision tokens
+NEW = {"max_new_tokens": 8}
+SEEN = ("input_ids", "pixel_values", "grid_thw")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "processing/tokenizer")
+    return MossVLProcessor(MossVLImageProcessorFast(), tokenizer, MossVLVideoProcessor(), chat_template=CHATML)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    """The golden tiny model's shape with 16-pixel patches; weights wide enough that no two tokens are nearly equally likely."""
+    config = json.loads((GOLDEN / "model/tiny/config.json").read_text())
+    config["text_config"]["vocab_size"] = len(processor.tokenizer)
+    config["vision_config"]["patch_size"] = 16
+    ids = {f"{kind}_token_id": getattr(processor, f"{kind}_token_id") for kind in ("image", "video", "vision_start", "vision_end")}
+    made = MossVLForConditionalGeneration(MossVLConfig(**{**config, **ids})).eval()
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1 or parameter.numel() == 1 or not parameter.any():
+                parameter.normal_(std=0.3, generator=noise)
+    made.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    return made
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Paths of three pictures of noise: 64 x 64, 128 x 64 and 96 x 160 (width x height)."""
+    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    paths = []
+    for width, height in ((64, 64), (128, 64), (96, 160)):
+        paths.append(str(folder / f"{width}x{height}.png"))
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def calls(model, monkeypatch):
+    """Keyword arguments of every `generate` call."""
+    seen, generate = [], model.generate
+
+    def spy(**kwargs):
+        seen.append(kwargs)
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    return seen
+
+
+@pytest.fixture
+def nothing_is_encoded(monkeypatch):
+    def decode(*args, **kwargs):
+        raise AssertionError("media were processed although the query is wrong")
+
+    monkeypatch.setattr(MossVLProcessor, "__call__", decode)
+
+
+def by_hand(model, processor, text, images=None, videos=None, media=SMALL, **generate):
+    inputs = processor(text=text, images=images, videos=videos, return_tensors="pt", **media)
+    ids = model.generate(**inputs, **{**NEW, **generate}, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id)
+    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def batch(model, processor, *queries, **kwargs):
+    return model.offline_batch_generate(processor, list(queries), **kwargs)
+
+
+def text_of(model, processor, query, **kwargs):
+    return batch(model, processor, query, **kwargs)["results"][0]["text"]
+
+
+def query_of(prompt=None, media=SMALL, generate=NEW, **rest):
+    query = {"media_kwargs": dict(media), "generate_kwargs": {**NEW, **generate}, **rest}
+    return query if prompt is None else {"prompt": prompt, **query}
+
+
+# ------------------------------------------------------------------------------------------------------- the lines as they stand
+
+
+def test_the_lines_of_the_specification(model, processor, pictures, calls):
+    common = dict(shortest_edge=4096, longest_edge=16777216, patch_size=16, temporal_patch_size=1, merge_size=2,
+                  image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], max_new_tokens=6, temperature=1.0, top_k=50, top_p=1.0,
+                  repetition_penalty=1.0, do_sample=False, vision_chunked_length=64, use_template=False)
+    image = model.offline_image_generate(processor, prompt="", image=pictures[0], multi_image_max_pixels=201326592, **common)
+    video = model.offline_video_generate(processor, prompt="", video=VIDEO, video_max_pixels=201326592, video_fps=1.0, min_frames=1,
+                                         max_frames=256, num_extract_threads=4, **common)
+    queries = [{"images": [pictures[0]], "generate_kwargs": {"max_new_tokens": 6}, "use_template": False},
+               {"videos": [VIDEO], "media_kwargs": {"min_pixels": 4096, "max_pixels": 16777216, "video_max_pixels": 201326592,
+                "video_fps": 1.0, "min_frames": 1, "max_frames": 256}, "generate_kwargs": {"max_new_tokens": 6}, "use_template": False}]
+    with torch.no_grad():
+        result = model.offline_batch_generate(processor, queries, session_states=None, vision_chunked_length=64)
+    assert [item["text"] for item in result["results"]] == [image, video]
+    assert [item["index"] for item in result["results"]] == [0, 1] and len(result["session_states"]) == 2
+    assert all(call["vision_chunked_length"] == 64 for call in calls)
+    assert len(calls) == 3  # the two queries of the batch share a call
+
+
+def test_defaults_are_those_of_the_specification(model):
+    shared = dict(prompt="", shortest_edge=4096, longest_edge=16777216, max_new_tokens=1024, temperature=1.0, top_k=50, top_p=1.0,
+                  repetition_penalty=1.0, do_sample=False, vision_chunked_length=64, use_template=None)
+    for method, own in ((model.offline_image_generate, dict(multi_image_max_pixels=201326592)),
+                        (model.offline_video_generate, dict(video_max_pixels=201326592, video_fps=1.0, min_frames=1, max_frames=256,
+                                                            num_extract_threads=4))):
+        parameters = inspect.signature(method).parameters
+        assert {name: parameters[name].default for name in {**shared, **own}} == {**shared, **own}
+
+
+def test_text_is_that_of_processor_and_generate_by_hand(model, processor, pictures):
+    bare = model.offline_image_generate(processor, "Hi", pictures[:2], longest_edge=16384, use_template=False, max_new_tokens=8)
+    assert bare == by_hand(model, processor, "<|image|><|image|>Hi", images=pictures[:2])
+    chat = model.offline_video_generate(processor, "What happens?", VIDEO, longest_edge=16384, video_fps=4, max_new_tokens=8)
+    text = "<|im_start|>user\n<|video|>What happens?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat == by_hand(model, processor, text, videos=[VIDEO], media={**SMALL, "video_fps": 4})
+    result = batch(model, processor, query_of("a", images=pictures[0], videos=[VIDEO]))["results"][0]
+    assert result["input_text"] == "<|im_start|>user\n<|image|><|video|>a<|im_end|>\n<|im_start|>assistant\n"
+    assert result["text"] == by_hand(model, processor, result["input_text"], images=pictures[:1], videos=[VIDEO])
+    assert bare and chat and result["text"] and len({bare, chat, result["text"]}) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------------- the knobs
+
+IMAGE_EFFECTS = [
+    (dict(), [[1, 10, 6]]),
+    (dict(longest_edge=4096), [[1, 4, 2]]),
+    (dict(shortest_edge=65536), [[1, 22, 14]]),
+    (dict(multi_image_max_pixels=8192), [[1, 6, 4]]),
+]
+
+
+@pytest.mark.parametrize("knobs, grid", IMAGE_EFFECTS)
+def test_image_limits_act(model, processor, pictures, calls, knobs, grid):
+    model.offline_image_generate(processor, "", pictures[2], max_new_tokens=1, **knobs)
+    assert calls[0]["grid_thw"].tolist() == grid
+
+
+VIDEO_EFFECTS = [
+    (dict(), [[5, 16, 20]]),
+    (dict(video_fps=2), [[10, 16, 20]]),
+    (dict(video_fps=2.0, max_frames=4), [[4, 16, 20]]),
+    (dict(video_fps=0.1, min_frames=3), [[3, 16, 20]]),
+    (dict(num_frames=7), [[7, 16, 20]]),
+    (dict(longest_edge=16384), [[5, 6, 8]]),
+    (dict(video_max_pixels=5 * 16384), [[5, 6, 8]]),
+    (dict(frame_extract_num_threads=1), [[5, 16, 20]]),
+]
+
+
+@pytest.mark.parametrize("knobs, grid", VIDEO_EFFECTS)
+def test_video_limits_act(model, processor, calls, knobs, grid):
+    model.offline_video_generate(processor, "", LONGER_VIDEO, max_new_tokens=1, **knobs)
+    assert calls[0]["grid_thw"].tolist() == grid
+
+
+def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, processor, pictures, calls):
+    before = [copy.deepcopy(part.to_dict()) for part in (processor.image_processor, processor.video_processor)]
+    for method, medium in ((model.offline_image_generate, pictures[0]), (model.offline_video_generate, VIDEO)):
+        calls.clear()
+        for extra in ({}, dict(image_mean=[0.25, 0.5, 0.5], image_std=[0.25, 0.5, 0.5], longest_edge=16384), {}):
+            method(processor, "", medium, max_new_tokens=1, **extra)
+        plain, changed, again = (call["pixel_values"] for call in calls)
+        assert torch.equal(plain, again) and plain.shape[1] == changed.shape[1] and changed.max() > 2.9 > 1.1 > plain.max()
+    assert [part.to_dict() for part in (processor.image_processor, processor.video_processor)] == before
+
+
+@pytest.mark.parametrize("name, wrong", [("patch_size", 14), ("temporal_patch_size", 2), ("merge_size", 4)])
+def test_sizes_that_do_not_fit_the_weights(model, processor, pictures, nothing_is_encoded, name, wrong):
+    for method, medium in ((model.offline_image_generate, pictures[0]), (model.offline_video_generate, VIDEO)):
+        with pytest.raises(ValueError, match=f"{name} of the call is {wrong}, but .* weights"):
+            method(processor, "", medium, **{name: wrong})
+    other = copy.copy(processor)
+    other.image_processor = MossVLImageProcessorFast(**{name: wrong})
+    with pytest.raises(ValueError, match=f"query 0: {name} of the MossVLImageProcessorFast is {wrong}"):
+        batch(model, other, query_of("a", images=pictures[0]))
+
+
+def test_generate_gets_sampling_knobs_only_when_it_samples(model, processor, calls):
+    sampling = dict(do_sample=True, temperature=0.7, top_k=11, top_p=0.9, repetition_penalty=1.3, min_p=0.01)
+    batch(model, processor, query_of("a", generate=sampling), query_of("a", generate={**sampling, "temperature": 0}))
+    (first, second) = calls
+    assert {name: first[name] for name in sampling} == sampling
+    assert second["do_sample"] is False and second["temperature"] == 1.0 and second["top_k"] == 50 and second["min_p"] is None
+    assert second["repetition_penalty"] == 1.3
+
+
+@pytest.mark.parametrize("generate", [dict(temperature=0), dict(temperature=-1.0, do_sample=True), dict(do_sample=False, temperature=0.3)])
+def test_greedy_by_temperature_is_greedy(model, processor, pictures, generate):
+    assert text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate)) == text_of(
+        model, processor, query_of("Hi", images=pictures[0])
+    )
+
+
+def test_sampling_samples(model, processor, pictures):
+    texts = set()
+    for seed in (0, 0, 1, 2):
+        torch.manual_seed(seed)
+        texts.add(model.offline_image_generate(processor, "Hi", pictures[0], do_sample=True, temperature=2.0, max_new_tokens=8))
+    assert len(texts) == 3
+    torch.manual_seed(0)
+    assert model.offline_image_generate(processor, "Hi", pictures[0], do_sample=True, top_k=1, max_new_tokens=8) == (
+        model.offline_image_generate(processor, "Hi", pictures[0], max_new_tokens=8)
+    )
+
+
+def test_greedy_warns_of_nothing_whatever_the_checkpoint_says(model, processor, pictures, monkeypatch, caplog):
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(do_sample=True, temperature=0.6, top_k=5, top_p=0.8, min_p=0.1)
+    monkeypatch.setattr(model, "generation_config", settings)
+    logging.enable_propagation()
+    try:
+        for query in (query_of("Hi"), query_of("Hi", images=pictures[0], generate=dict(temperature=0, top_k=3))):
+            text_of(model, processor, query)
+    finally:
+        logging.disable_propagation()
+    assert caplog.messages == []
+    monkeypatch.undo()
+    assert settings.do_sample and settings.temperature == 0.6
+
+
+def test_other_knobs_of_generate(model, processor, pictures, calls):
+    ask = lambda **generate: text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate))  # noqa: E731
+    plain = ask()
+    assert ask(num_beams=3) == by_hand(
+        model, processor, "<|im_start|>user\n<|image|>Hi<|im_end|>\n<|im_start|>assistant\n", images=pictures[:1], num_beams=3
+    )
+    model.offline_batch_generate(processor, [{"prompt": "Hi", "generate_kwargs": {"max_length": 12}}])
+    assert calls[-1]["max_length"] == 12 and "max_new_tokens" not in calls[-1]
+    third = processor.tokenizer(plain, add_special_tokens=False)["input_ids"][2]
+    stop = processor.tokenizer.decode([third])
+    assert plain.startswith(ask(stop_strings=[stop])) and ask(stop_strings=[stop]).endswith(stop)
+    assert ask(eos_token_id=third) in plain
+    assert ask(no_repeat_ngram_size=1) != "" and ask(suppress_tokens=[third]) != plain
+
+    class OnlyOne(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.ones(len(input_ids), dtype=torch.bool)
+
+    assert plain.startswith(ask(stopping_criteria=[OnlyOne()])) and ask(stopping_criteria=[OnlyOne()]) != plain
+
+
+def test_a_streamer_gets_the_text_in_pieces(model, processor, pictures):
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text = model.offline_image_generate(processor, "Hi", pictures[0], max_new_tokens=40, streamer=streamer)
+    assert "".join(streamer) == text
+
+
+# --------------------------------------------------------------------------------------------------------------- wrong queries
+
+WRONG_QUERIES = [
+    ("promt", dict(promt="a"), "unknown key 'promt'; did you mean 'prompt'"),
+    ("image", dict(prompt="a", image="x.png"), "unknown key 'image'; did you mean 'images'"),
+    ("media_kwargs key", dict(prompt="a", media_kwargs={"video_fsp": 1}), "media_kwargs: unknown key 'video_fsp'; did you mean 'video_fps'"),
+    ("generate_kwargs key", dict(prompt="a", generate_kwargs={"max_new_token": 1}), "unknown key 'max_new_token'; did you mean 'max_new_tokens'"),
+    ("several texts", dict(prompt="a", generate_kwargs={"num_return_sequences": 2}), "num_return_sequences.* one text"),
+    ("generate_kwargs type", dict(prompt="a", generate_kwargs=[1]), "generate_kwargs must be a dict, got list"),
+    ("nothing", {}, "needs a prompt, messages, images or videos"),
+    ("nothing to continue", dict(prompt="", use_template=False), "nothing to continue from"),
+    ("both", dict(prompt="a", messages=[{"role": "user", "content": "a"}]), "prompt or messages, got both"),
+    ("prompt type", dict(prompt=["a"]), "prompt must be a string, got list"),
+    ("placeholder", dict(prompt="<|image|>a", images=["x.png"]), r"prompt holds '<\|image\|>'"),
+    ("use_template", dict(prompt="a", use_template="no"), "use_template must be True, False or None, got 'no'"),
+    ("flag", dict(prompt="a", persist_session="yes"), "persist_session must be True or False, got 'yes'"),
+    ("system type", dict(prompt="a", system_prompt=3), "system_prompt must be a string"),
+    ("thinking", dict(prompt="a", thinking_mode="deep_thinkin"), "thinking_mode.*did you mean 'deep_thinking'"),
+    ("prompt type choice", dict(prompt="a", system_prompt_type="vidoe"), "system_prompt_type.*did you mean 'video'"),
+    ("system, no template", dict(prompt="a", system_prompt="b", use_template=False), "system turn needs the chat template"),
+    ("no messages", dict(messages=[]), "messages must be a list of at least one"),
+    ("message key", dict(messages=[{"role": "user", "contents": "a"}]), "unknown key 'contents'; did you mean 'content'"),
+    ("no role", dict(messages=[{"content": "a"}]), "needs a role"),
+    ("part type", dict(messages=[{"role": "user", "content": [{"type": "picture"}]}]), "type 'text', 'image' or 'video'"),
+    ("part key", dict(messages=[{"role": "user", "content": [{"type": "image", "imge": "a"}]}]), "unknown key 'imge'; did you mean 'image'"),
+    ("text part", dict(messages=[{"role": "user", "content": [{"type": "text"}]}]), "needs a string under 'text'"),
+    ("too few", dict(messages=[{"role": "user", "content": "<|image|><|image|>"}], images=["x.png"]), "places for 2 images, but images holds 1"),
+    ("too many", dict(messages=[{"role": "user", "content": "a"}], videos=["x.mp4"]), "places for 0 videos, but videos holds 1"),
+    ("two systems", dict(messages=[{"role": "system", "content": "a"}], system_prompt="b"), "leave out one"),
+    ("tokens", dict(prompt="a", generate_kwargs={"max_new_tokens": 0}), "max_new_tokens must be a whole number of at least 1, got 0"),
+    ("temperature", dict(prompt="a", generate_kwargs={"temperature": "hot"}), "temperature must be a number, got 'hot'"),
+    ("top_p", dict(prompt="a", generate_kwargs={"top_p": 1.5}), "top_p must be above 0 and at most 1, got 1.5"),
+    ("top_k", dict(prompt="a", generate_kwargs={"top_k": -1}), "top_k must be a whole number"),
+    ("penalty", dict(prompt="a", generate_kwargs={"repetition_penalty": 0}), "repetition_penalty must be above 0, got 0"),
+    ("sample", dict(prompt="a", generate_kwargs={"do_sample": 1}), "do_sample must be True or False, got 1"),
+    ("no file", dict(prompt="a", images=["nowhere.png"]), "nowhere.png"),
+    ("no video", dict(prompt="a", videos=["nowhere.mp4"]), "nowhere.mp4"),
+    ("pixels", dict(prompt="a", media_kwargs={"min_pixels": 10**6, "max_pixels": 10**5}), "1000000.*100000"),
+    ("frames", dict(prompt="a", media_kwargs={"min_frames": 9, "max_frames": 8}), "9.*8"),
+    ("rates", dict(prompt="a", media_kwargs={"video_fps": 1, "num_frames": 8}), "num_frames"),
+    ("twice", dict(prompt="a", media_kwargs={"min_pixels": 4096, "shortest_edge": 4097}), "same knob"),
+    ("query type", "a", "query must be a dict, got str"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", [row[1:] for row in WRONG_QUERIES], ids=[row[0] for row in WRONG_QUERIES])
+def test_a_wrong_query_is_named_before_anything_is_encoded(model, processor, pictures, nothing_is_encoded, wrong, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^query 1: .*{message}"):
+        batch(model, processor, query_of("fine", images=pictures[0]), wrong)
+
+
+def test_wrong_calls(model, processor, pictures, nothing_is_encoded):
+    for arguments, message in (
+        (dict(max_new_token=3), "offline_image_generate: unknown key 'max_new_token'; did you mean 'max_new_tokens'"),
+        (dict(longest_egde=3), "did you mean 'longest_edge'"),
+        (dict(video_fps=3), "unknown key 'video_fps'"),
+        (dict(vision_chunked_length=0), "vision_chunked_length must be a whole number"),
+        (dict(image=[]), "image must be one image or a list"),
+        (dict(image="nowhere.png"), "nowhere.png"),
+        (dict(longest_edge=5000, max_pixels=6000), "max_pixels is another name of"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            model.offline_image_generate(processor, "a", **{"image": pictures[0], **arguments})
+    with pytest.raises(ValueError, match="queries must be a list of dicts, got dict"):
+        model.offline_batch_generate(processor, {"prompt": "a"})
+    for states, got in (([], 0), ([None, None], 2), ({}, "dict")):
+        with pytest.raises(ValueError, match=f"got {got}, expected 1"):
+            batch(model, processor, {"prompt": "a"}, session_states=states)
+    with pytest.raises(ValueError, match="query 0: a session state is None or"):
+        batch(model, processor, {"prompt": "a"}, session_states=["old"])
+
+
+def test_no_template_to_use(model, processor):
+    bare = MossVLProcessor(processor.image_processor, processor.tokenizer, processor.video_processor)
+    with pytest.raises(ValueError, match="no chat template"):
+        batch(model, bare, query_of("a", use_template=True))
+    assert batch(model, bare, query_of("a"))["results"][0]["input_text"] == "a"
+
+
+# ------------------------------------------------------------------------------------------------------------------- batches
+
+
+def some_queries(pictures):
+    return [
+        query_of("Describe the picture, please, in a few words.", images=pictures[0]),
+        query_of("Hi"),
+        query_of("", images=pictures[1:], use_template=False),
+        query_of("What happens?", videos=[VIDEO], media={**SMALL, "video_fps": 8}),
+        query_of("a", images=pictures[2], videos=[VIDEO], media={"max_pixels": 6400}),
+        query_of("", images=pictures[0], use_template=False, generate=dict(max_new_tokens=3)),
+    ]
+
+
+@pytest.mark.parametrize("generate", [{}, dict(repetition_penalty=1.5), dict(num_beams=2), dict(no_repeat_ngram_size=2),
+                                      dict(repetition_penalty=3, num_beams=2)], ids=str)
+def test_in_a_batch_as_alone(model, processor, pictures, generate):
+    queries = some_queries(pictures)
+    for query in queries:
+        query["generate_kwargs"].update(generate)
+    before = copy.deepcopy(queries)
+    alone = [text_of(model, processor, query) for query in queries]
+    assert [item["text"] for item in batch(model, processor, *queries)["results"]] == alone
+    assert [item["text"] for item in batch(model, processor, *queries[::-1])["results"]] == alone[::-1]
+    assert queries == before and len(set(alone)) > 3
+
+
+def test_a_penalty_does_not_touch_the_padding_token(model, processor, calls):
+    """Padding with the very token that the shorter query says first: counted as said already, it would not come any more."""
+    knobs = dict(max_new_tokens=1, suppress_tokens=[processor.tokenizer.eos_token_id])
+    text_of(model, processor, query_of("Hi", generate=knobs))
+    first = model.generate(**calls[0])[0, -1].item()
+    assert first not in calls[0]["input_ids"]
+    knobs.update(repetition_penalty=100.0, pad_token_id=first)
+    short, longer = (query_of(prompt, generate=knobs) for prompt in ("Hi", "Hi, a much longer one"))
+    alone = [text_of(model, processor, query) for query in (short, longer)]
+    assert alone[0] == processor.tokenizer.decode([first])
+    assert [item["text"] for item in batch(model, processor, short, longer)["results"]] == alone
+    assert len(calls[-1]["input_ids"]) == 2
+
+
+def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
+    batch(model, processor, *some_queries(pictures))
+    assert [len(call["input_ids"]) for call in calls] == [5, 1]  # by max_new_tokens
+    calls.clear()
+    same, other = dict(no_repeat_ngram_size=2), dict(no_repeat_ngram_size=3)
+    batch(model, processor, *(query_of(prompt, generate=knobs) for prompt, knobs in (("ab", same), ("ab", other), ("ab", same), ("a longer one", same))))
+    assert [len(call["input_ids"]) for call in calls] == [2, 1, 1]  # this knob would see padding
+    calls.clear()
+    streamers = [TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) for _ in range(2)]
+    texts = batch(model, processor, *(query_of("ab", generate=dict(streamer=streamer)) for streamer in streamers))["results"]
+    assert [len(call["input_ids"]) for call in calls] == [1, 1]
+    assert ["".join(streamer) for streamer in streamers] == [item["text"] for item in texts]
+
+
+def test_no_queries(model, processor):
+    assert batch(model, processor) == {"results": [], "session_states": []}
+
+
+class FavourLast(LogitsProcessor):
+    """Says the last token again: sees the whole row."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, input_ids[:, :1], 1e4)
+
+
+def test_a_logits_processor_of_the_caller_sees_no_padding(model, processor):
+    knobs = dict(logits_processor=LogitsProcessorList([FavourLast()]))
+    short, long = batch(model, processor, query_of("ab", use_template=False, generate=knobs),
+                        query_of("said longer", use_template=False, generate=knobs))["results"]
+    first = processor.tokenizer.decode(processor.tokenizer("ab")["input_ids"][:1])
+    assert short["text"] == first * 8 != long["text"]
+
+
+# ------------------------------------------------------------------------------------------------- messages and system turns
+
+
+def test_messages_keep_their_order(model, processor, pictures):
+    parts = [{"type": "text", "text": "First"}, {"type": "image", "image": pictures[0]}, {"type": "text", "text": "then"},
+             {"type": "video", "path": VIDEO}, {"type": "image", "url": pictures[1]}]
+    in_parts = query_of(messages=[{"role": "user", "content": parts}])
+    from_lists = query_of(messages=[{"role": "user", "content": "First<|image|>then<|video|><|image_pad|>"}],
+                          images=pictures[:2], videos=VIDEO)
+    mixed = query_of(messages=[{"role": "user", "content": [parts[0], {"type": "image"}, *parts[2:4], {"type": "image"}]}], images=pictures[:2])
+    before = copy.deepcopy(mixed)
+    results = batch(model, processor, in_parts, from_lists, mixed)["results"]
+    expected = "<|im_start|>user\nFirst<|image|>then<|video|><|image|><|im_end|>\n<|im_start|>assistant\n"
+    assert [item["input_text"] for item in results] == [expected] * 3
+    assert len({item["text"] for item in results}) == 1 and results[0]["messages"] == results[1]["messages"] == results[2]["messages"]
+    assert results[0]["text"] == by_hand(model, processor, expected, images=pictures[:2], videos=[VIDEO]) and mixed == before
+    said = results[0]["messages"][-1]
+    assert said == {"role": "assistant", "content": [{"type": "text", "text": results[0]["text"]}]}
+    bare = batch(model, processor, {**in_parts, "use_template": False})["results"][0]
+    assert bare["input_text"] == "First<|image|>then<|video|><|image|>"
+
+
+def test_a_segment_has_its_own_placeholder(model, processor, calls):
+    video = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
+    result = batch(model, processor, query_of("a", videos=[video], use_template=False))["results"][0]
+    assert result["input_text"] == "<|video|><|video|>a"
+    assert calls[0]["grid_thw"][:, 0].tolist() == [2, 1]
+
+
+SYSTEM_TURNS = [
+    ({}, None),
+    (dict(system_prompt="Be short."), "Be short."),
+    (dict(system_prompt=""), ""),
+    (dict(thinking_mode="no_thinking"), generation_utils.SYSTEM_PROMPTS["text_image"]),
+    (dict(thinking_mode="default", system_prompt="Be short."), "Be short."),
+    (dict(thinking_mode="standard", system_prompt_type="video"), generation_utils.SYSTEM_PROMPTS["video"]),
+    (dict(system_prompt_type="text_image"), generation_utils.SYSTEM_PROMPTS["text_image"]),
+    *((dict(thinking_mode=mode, system_prompt="Be short."), f"Be short.\n{generation_utils.THINKING_PROMPT}")
+      for mode in ("deep_thinking", "thinking", "reasoning")),
+]
+
+
+@pytest.mark.parametrize("chosen, system", SYSTEM_TURNS)
+def test_system_turns(model, processor, chosen, system):
+    text = batch(model, processor, query_of("a", **chosen))["results"][0]["input_text"]
+    head = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    assert text == f"{head}<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_deep_thinking_about_a_video(model, processor, calls):
+    model.offline_video_generate(processor, "a", VIDEO, thinking_mode="reasoning", max_new_tokens=1)
+    text = processor.tokenizer.decode(calls[0]["input_ids"][0])
+    assert generation_utils.SYSTEM_PROMPTS["video"] in text
+    assert re.search("<thinking></thinking>.*<answer></answer>", text)
+
+
+# ------------------------------------------------------------------------------------------------------------------ sessions
+
+
+def test_a_session_goes_on(model, processor, pictures):
+    first = batch(model, processor, query_of("What is it?", images=pictures[0], system_prompt="Be short."), query_of("Hi"))
+    states = first["session_states"]
+    kept = copy.deepcopy(states)
+    second = batch(model, processor, query_of("And this?", videos=[VIDEO]), query_of("Again"), session_states=states)
+    answers = [item["text"] for item in first["results"]]
+    text = second["results"][0]["input_text"]
+    assert text == (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n<|image|>What is it?<|im_end|>\n"
+        f"<|im_start|>assistant\n{answers[0]}<|im_end|>\n<|im_start|>user\n<|video|>And this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert second["results"][0]["text"] == by_hand(model, processor, text, images=pictures[:1], videos=[VIDEO])
+    assert second["results"][1]["input_text"].count("<|im_start|>") == 4
+    assert states == kept
+    third = batch(model, processor, query_of("3", system_prompt="Be long."), query_of("3"), session_states=second["session_states"])
+    assert third["results"][0]["messages"][:1] == [{"role": "system", "content": [{"type": "text", "text": "Be long."}]}]
+    assert third["results"][0]["messages"][1:5] == second["results"][0]["messages"][1:]
+
+
+def test_a_session_state_is_plain_data(model, processor, pictures):
+    state = batch(model, processor, query_of("What is it?", images=pictures[0]))["session_states"][0]
+    again = json.loads(json.dumps(state))
+    assert again == state
+    ask = query_of("And now?")
+    assert text_of(model, processor, ask, session_states=[again]) == text_of(model, processor, ask, session_states=[state])
+
+
+def test_an_earlier_turn_is_seen_as_it_was(model, processor, calls):
+    state = batch(model, processor, query_of("a", videos=[LONGER_VIDEO], media={**SMALL, "video_fps": 2}))["session_states"][0]
+    batch(model, processor, query_of("b", media={}), session_states=[state])
+    batch(model, processor, query_of("b", media={"num_frames": 3}), session_states=[state])
+    assert [call["grid_thw"].tolist() for call in calls] == [[[10, 6, 8]], [[10, 6, 8]], [[3, 6, 8]]]
+
+
+def test_reset_persist_and_append(model, processor):
+    state = batch(model, processor, query_of("one"))["session_states"][0]
+    for flags, turns, kept in (
+        ({}, 4, 4),
+        (dict(reset_session=True), 2, 2),
+        (dict(clear_history=True), 2, 2),
+        (dict(persist_session=False), 4, 2),
+        (dict(persist_session=False, reset_session=True), 2, None),
+        (dict(append_messages_to_session=False), 2, 2),
+        (dict(append_messages_to_session=False, persist_session=False), 2, 2),
+    ):
+        result = batch(model, processor, query_of("two", **flags), session_states=[state])
+        after = result["session_states"][0]
+        assert len(result["results"][0]["messages"]) == turns, flags
+        assert (after and len(after["messages"])) == kept, flags
+        if kept == 2 and flags.get("persist_session") is False:
+            assert after == state
+
+
+# --------------------------------------------------------------------------------------------------------------- the queue
+
+
+def serve(model, processor, *items, stop=True):
+    """What the server puts out for items that were all there before it started, cut into rounds."""
+    asked, said = queue.Queue(), queue.Queue()
+    for item in (*items, *([{"stop_offline_generate": True}] if stop else [])):
+        asked.put(item)
+    server = threading.Thread(target=model.offline_generate, args=(processor, asked, said), daemon=True)
+    server.start()
+    server.join(120)
+    assert not server.is_alive()
+    rounds = [[]]
+    while not said.empty():
+        piece = said.get()
+        if piece == "<|round_end|>":
+            rounds.append([])
+        else:
+            rounds[-1].append(piece)
+    assert rounds.pop() == []
+    return rounds
+
+
+def test_the_server_answers_in_order(model, processor, pictures):
+    queries = [query_of("Hi", generate=dict(max_new_tokens=30)), query_of("What?", images=pictures[0]), query_of("Hi", videos=VIDEO, use_template=False)]
+    alone = [text_of(model, processor, query) for query in queries]
+    assert serve(model, processor, *queries) == [[text] for text in alone]
+    for text, pieces in zip(alone, serve(model, processor, *({**query, "stream_output": True} for query in queries))):
+        assert pieces[0] == "<|round_start|>" and "".join(pieces[1:]) == text
+
+
+def test_an_error_is_put_out_and_the_next_query_answered(model, processor):
+    good = query_of("Hi")
+    rounds = serve(model, processor, {"promt": "Hi"}, "Hi", {**good, "images": ["nowhere.png"], "stream_output": True}, {}, good)
+    assert rounds[0][0].startswith("[ERROR] query: unknown key 'promt'; did you mean 'prompt'")
+    assert rounds[1] == ["[ERROR] query must be a dict, got str"]
+    assert len(rounds[2]) == 1 and "nowhere.png" in rounds[2][0]
+    assert rounds[3][0].startswith("[ERROR] a query needs")
+    assert rounds[4] == [text_of(model, processor, good)]
+
+
+@pytest.mark.parametrize("flag", ["cancel_current_generate", "stop_generation"])
+def test_cancelling_ends_one_answer_and_loses_no_query(model, processor, flag):
+    eos = processor.tokenizer.eos_token_id
+    long = query_of("Hi", generate=dict(max_new_tokens=400, suppress_tokens=[eos]))
+    first, second = query_of("a"), query_of("b")
+    rounds = serve(model, processor, {flag: True}, {**long, "stream_output": True}, first, {**second, flag: True})
+    one_token = text_of(model, processor, query_of("Hi", generate=dict(max_new_tokens=1, suppress_tokens=[eos])))
+    assert rounds == [["<|round_start|>", one_token], [text_of(model, processor, first)], [text_of(model, processor, second)]] or (
+        one_token == "" and rounds[0] == ["<|round_start|>"]
+    )
+
+
+def test_cancelling_from_another_thread(model, processor):
+    asked, said = queue.Queue(), queue.Queue()
+    server = threading.Thread(target=model.offline_generate, args=(processor, asked, said), daemon=True)
+    server.start()
+    asked.put({**query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id])), "stream_output": True})
+    assert said.get(timeout=60) == "<|round_start|>"
+    pieces = [said.get(timeout=60)]
+    asked.put({"stop_generation": True})
+    while pieces[-1] != "<|round_end|>":
+        pieces.append(said.get(timeout=60))
+    assert not pieces[0].startswith("[ERROR]")
+    asked.put(query_of("a"))
+    assert said.get(timeout=60) == text_of(model, processor, query_of("a")) and said.get(timeout=60) == "<|round_end|>"
+    asked.put({"stop_offline_generate": True})
+    server.join(60)
+    assert not server.is_alive() and said.empty()
+
+
+def test_the_server_continues_what_it_was_told_to_keep(model, processor):
+    state = batch(model, processor, query_of("one"))["session_states"][0]
+    apart, joined = text_of(model, processor, query_of("two")), text_of(model, processor, query_of("two"), session_states=[state])
+    assert apart != joined
+    assert serve(model, processor, query_of("one"), query_of("two"))[1] == [apart]
+    rounds = serve(model, processor, query_of("one", persist_session=True), query_of("two"), {"promt": 1}, query_of("two"),
+                   query_of("two", reset_session=True), query_of("two"))
+    assert [pieces[0] for pieces in rounds if not pieces[0].startswith("[ERROR]")][1:] == [joined, joined, apart, apart]
+
+
+# ------------------------------------------------------------------------------------------------------------------ threads
+
+
+def test_two_threads_at_once(model, processor, pictures):
+    queries = [query_of("Hi", images=pictures, media={"max_pixels": 4096}), query_of("Hi", images=pictures, media={"max_pixels": 25600})]
+    alone = [text_of(model, processor, query) for query in queries]
+    texts, failures = [[], []], []
+
+    def ask(i):
+        try:
+            texts[i] += [text_of(model, processor, queries[i]) for _ in range(6)]
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and alone[0] != alone[1]
+    assert texts == [[text] * 6 for text in alone]
