@@ -636,7 +636,7 @@ def _left_padded(inputs: list, pad_token_id: int) -> dict:
 
 
 class _UnpaddedPenalty(LogitsProcessor):
-    """The repetition penalty of rows with `padding[i]` tokens in front, which are no part of what was said."""
+    """The repetition penalty of rows with `padding[i]` tokens in front, which transformers 4 would count as said."""
 
     def __init__(self, penalty: float, padding: list[int]):
         self.penalise = RepetitionPenaltyLogitsProcessor(penalty)

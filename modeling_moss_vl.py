@@ -458,12 +458,14 @@ class MossVLCrossAttention(MossVLTextAttention):
         if row < query.shape[0]:
             outs.append(query.new_zeros(query.shape[0] - row, *query.shape[1:]))
         out = (torch.cat(outs) if len(outs) > 1 else outs[0]).reshape(*hidden_states.shape[:2], -1)
-        return self.o_proj(out), self._all_weights(weights, call, hidden_states) if implementation == "eager" else None
+        if implementation != "eager":
+            return self.o_proj(out), None
+        return self.o_proj(out), self._all_weights(weights, call, hidden_states, self.num_heads)
 
     @staticmethod
-    def _all_weights(weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor) -> torch.Tensor:
-        widest = max(span.tokens.stop - span.tokens.start for span in call.spans)
-        out = like.new_zeros(like.shape[0] * like.shape[1], weights[0].shape[1], widest)
+    def _all_weights(weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor, heads: int) -> torch.Tensor:
+        widest = max((span.tokens.stop - span.tokens.start for span in call.spans), default=0)
+        out = like.new_zeros(like.shape[0] * like.shape[1], heads, widest)
         for span, weight in zip(call.spans, weights):
             out[span.rows, :, : weight.shape[-1]] = weight[0].transpose(0, 1)
         return out.unflatten(0, like.shape[:2]).transpose(1, 2)
@@ -587,7 +589,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
             attention_mask: [B, S] with 0 at padding, or a ready 4D mask [B, 1, T, S], bool (True = may see) or additive.
             position_ids: [B, T], or [3, B, T] for t, h, w; default: counting on from the cache.
             vision_states [v, D], vision_position_ids [3, v], vision_call: the vision tokens new in this call, and who sees what;
-                without a call the cross-attention layers are skipped.
+                where nothing is seen or new, the cross-attention layers are skipped.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -619,7 +621,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
                     past_key_values=past_key_values, cache_position=cache_position,
                 )  # fmt: skip
                 attentions.append(weights)
-            elif vision_call is not None and vision_call.spans:
+            elif vision_call is not None and (vision_call.spans or vision_call.writes):
                 hidden_states, weights = layer(
                     hidden_states, vision_states, table, vision_table, vision_call, implementation,
                     past_key_values=past_key_values,
@@ -735,10 +737,8 @@ class MossVLModel(MossVLPreTrainedModel):
         """See `MossVLForConditionalGeneration.forward`."""
         incremental = use_cache is True or past_key_values is not None
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.text_config.use_cache and not self.training)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        cache = past_key_values if use_cache else None
+            use_cache = self.config.text_config.use_cache and not self.training
+        cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
         request = read_request(
@@ -815,11 +815,11 @@ class MossVLModel(MossVLPreTrainedModel):
             request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start
         )
         rope_deltas = behind - request.past_length - request.is_token.shape[1]
-        origins = origins.split([request.pads[sample] for sample in state.row_sample])
+        origins = state.of_samples(origins.split([request.pads[sample] for sample in state.row_sample]), origins[:0])
         pieces = []
-        for sample in range(len(request.pads)):
+        for sample, of_sample in enumerate(origins):
             runs = frame_runs((1, h, w) for h, w in request.frames_placed(sample))
-            for run, origin in zip(runs, origins[state.first_row(sample)].split([run.frames for run in runs])):
+            for run, origin in zip(runs, of_sample.split([run.frames for run in runs])):
                 pieces.append(frame_positions(origin, run.rows, run.columns))
         vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
         return text, vision, rope_deltas
@@ -1090,7 +1090,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                 new = input_ids.shape[1] - past_length
             kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = kwargs["input_ids"].shape[1]
-        for name in ("labels", "token_type_ids"):
+        for name in ("labels", "token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
             kwargs.pop(name, None)
         prompt = dict(prompt_kwargs or {})
         if past_length:
@@ -1113,7 +1113,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             return prompt
         state, past_length = vision_state(cache, self.config.text_config), cached_length(cache)
         pads = (ids[:, : max(prompt_length - past_length, 0)] == self.config.image_token_id).sum(1).tolist()
-        pads = [pads[state.first_row(sample)] for sample in range(len(state.grids))]
+        pads = state.of_samples(pads, 0)
         grid = read_grid(prompt.get("pixel_values"), prompt["grid_thw"], self.config.vision_config)
         nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
         kept, kept_nums, media, patch = [], [], iter(grid), 0  # kept: (medium, its rows of pixel_values)

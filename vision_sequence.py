@@ -52,8 +52,10 @@ class VisionState:
             starts=[0] * (samples + 1),
         )
 
-    def first_row(self, sample: int) -> int:
-        return self.row_sample.index(sample)
+    def of_samples(self, of_rows: list, otherwise) -> list:
+        """What the first row of each sample has, out of what all rows have; `otherwise` where no row is left of a sample."""
+        first = {sample: row for row, sample in reversed([*enumerate(self.row_sample)])}
+        return [of_rows[first[sample]] if sample in first else otherwise for sample in range(len(self.grids))]
 
     def is_waiting(self) -> bool:
         return any(states is not None for states in self.waiting)
@@ -81,7 +83,7 @@ class VisionCall:
     """What the cross-attention layers of one forward call need to know.
 
     Attributes:
-        spans: who sees what, by rising rows. Empty: nobody sees anything, and the layers are skipped.
+        spans: who sees what, by rising rows.
         sees: [B, T, 1], 0 where a row sees nothing; None where every row sees something.
         length: of the packed keys and values.
         writes: where the new vision tokens go in the packed keys and values, (new, packed) slices.
@@ -217,7 +219,7 @@ def read_request(
             f"this call, 0 at padding."
         )
     is_token = torch.ones(rows, length, dtype=torch.bool, device=text.device)
-    if attention_mask is not None and attention_mask.ndim == 2 and (past_length == 0 or length > 1):
+    if attention_mask is not None and attention_mask.ndim == 2:
         is_token = attention_mask[:, past_length:].to(text.device).bool()
     if prompt_length is not None:
         whole_prompt = known >= prompt_length
@@ -228,8 +230,7 @@ def read_request(
     written = past_length > 0 and length == 1 and grid_thw is None and not state.is_waiting()
     if text.ndim == 2 and in_prompt and not written:
         is_frame[:, :in_prompt] = (text == config.image_token_id)[:, :in_prompt] & is_token[:, :in_prompt]
-    row_pads = is_frame.sum(1).tolist() if in_prompt and not written else [0] * rows
-    pads = [row_pads[state.first_row(sample)] for sample in range(len(state.grids))]
+    pads = state.of_samples(is_frame.sum(1).tolist() if in_prompt and not written else [0] * rows, 0)
 
     hidden = None
     if cross_attention_mask is not None:
@@ -240,14 +241,13 @@ def read_request(
             raise ValueError("`grid_thw` came with `inputs_embeds` alone; expected `input_ids` beside it, to place the frames.")
         grid = read_grid(pixel_values, grid_thw, config.vision_config)
         media_nums = count_media(grid, media_nums_per_sample, pads)
+        unseen = state.of_samples([hidden is not None and whole_prompt and hidden[row].all() for row in range(rows)], True)
         media, merge, patch = iter(grid), config.vision_config.spatial_merge_size, 0
         for sample, count in enumerate(media_nums):
             own = [next(media) for _ in range(count)]
             patches = sum(t * h * w for t, h, w in own)
             blank = pads[sample] == 0 and [t for t, _, _ in own] == [1] and (
-                pixel_values is None
-                or (hidden is not None and whole_prompt and hidden[state.first_row(sample)].all())
-                or not pixel_values[patch : patch + patches].any()
+                unseen[sample] or pixel_values is None or not pixel_values[patch : patch + patches].any()
             )  # the processor's blank medium stands for none
             new[sample] = [] if blank else [(h // merge, w // merge) for t, h, w in own for _ in range(t)]
             patch += patches
@@ -431,7 +431,7 @@ def plan_call(request: VisionRequest) -> tuple[VisionState, VisionCall]:
             spans.append(Span(rows, tokens, keep))
 
     sees = None
-    if spans and sum(span.rows.stop - span.rows.start for span in spans) < is_token.size:
+    if sum(span.rows.stop - span.rows.start for span in spans) < is_token.size:
         seeing = np.zeros(is_token.size, dtype=np.float32)
         for span in spans:
             seeing[span.rows] = 1.0

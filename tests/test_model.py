@@ -358,6 +358,45 @@ def test_a_mask_with_holes_equals_dense_attention():
 
 
 @torch.no_grad()
+def test_frames_hidden_at_first_are_there_later(model):
+    """The mask of the first chunk hides all; the second chunk sees both frames."""
+    sample = Sample("FttFtt", (1, 4, 4), (1, 2, 4), seed=3)
+    inputs = sample.inputs()
+    inputs["cross_attention_mask"][:, :, :3] = True
+    full = model(**inputs).logits
+    visual = {name: inputs[name] for name in ("pixel_values", "grid_thw")}
+    ids, mask = inputs["input_ids"], inputs["cross_attention_mask"]
+    first = model(ids[:, :3], cross_attention_mask=mask[:, :, :3], **visual, use_cache=True, output_attentions=True)
+    assert [weights.shape[-1] for weights in first.cross_attentions] == [0, 0]
+    second = model(ids[:, 3:], cross_attention_mask=mask[:, :, 3:], past_key_values=first.past_key_values)
+    close(torch.cat([first.logits, second.logits], dim=1), full)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_may_be_repeated_and_dropped(model):
+    samples = assorted_samples()[1:4]
+    inputs = batch(samples, "left")
+    step = torch.tensor([[5], [6], [7]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+    cache = model(**inputs, use_cache=True).past_key_values
+    expected = model(step, past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
+    twice = copy.deepcopy(cache)
+    twice.batch_repeat_interleave(2)
+    got = model(step.repeat_interleave(2, 0), past_key_values=twice, attention_mask=mask.repeat_interleave(2, 0)).logits
+    close(got, expected.repeat_interleave(2, 0))
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    close(model(step[[2, 1]], past_key_values=cache, attention_mask=mask[[2, 1]]).logits, expected[[2, 1]])
+
+
+@torch.no_grad()
+def test_a_cache_given_with_use_cache_false_is_still_read(model):
+    sample = assorted_samples()[2]
+    cache = model(**sample.inputs(), use_cache=True).past_key_values
+    expected = model(torch.tensor([[5]]), past_key_values=copy.deepcopy(cache)).logits
+    close(model(torch.tensor([[5]]), past_key_values=cache, use_cache=False).logits, expected)
+
+
+@torch.no_grad()
 def test_a_row_that_sees_nothing_passes_cross_attention_unchanged(model):
     layer, seen = model.model.language_model.layers[1], []
     hook = layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out[0])))
