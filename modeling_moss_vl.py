@@ -40,6 +40,7 @@ from .xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
 logger = logging.get_logger(__name__)
 
 DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
+MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,7 +173,12 @@ class MossVLVisionMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states):
-        return self.linear_fc2(self.act_fn(self.linear_fc1(hidden_states)))
+        if torch.is_grad_enabled():
+            return self.linear_fc2(self.act_fn(self.linear_fc1(hidden_states)))
+        out = torch.empty_like(hidden_states)  # rows by rows: the wide layer of a whole chunk is its largest tensor
+        for rows, out_rows in zip(hidden_states.split(MLP_ROWS), out.split(MLP_ROWS)):
+            out_rows.copy_(self.linear_fc2(self.act_fn(self.linear_fc1(rows))))
+        return out
 
 
 class MossVLVisionAttention(nn.Module):
@@ -226,9 +232,11 @@ class MossVLVisionMerger(nn.Module):
         self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """[last, kept...], each [P, hidden] -> [P / m^2, out]"""
-        merged = torch.cat([norm(feature) for norm, feature in zip(self.norms, features)], dim=-1)
-        return self.linear_fc2(self.act_fn(self.linear_fc1(merged.view(-1, self.merged_size))))
+        """[last, kept...], each [P, hidden] -> [P / m^2, out]. Takes the features out of the list as it goes: they are the
+        largest tensors of the encoder."""
+        merged = torch.cat([norm(features.pop(0)) for norm in self.norms], dim=-1)
+        merged = self.linear_fc1(merged.view(-1, self.merged_size))
+        return self.linear_fc2(self.act_fn(merged))
 
 
 class MossVLPreTrainedModel(PreTrainedModel):
@@ -310,23 +318,27 @@ class MossVLVisionModel(MossVLPreTrainedModel):
     def _encode(self, pixel_values: torch.Tensor, runs: list[FrameRun]) -> torch.Tensor:
         hidden_states = self.patch_embed(pixel_values)
         places, rotations = zip(*(self._positions(run, hidden_states) for run in runs))
-        hidden_states = hidden_states + (torch.cat(places) if len(places) > 1 else places[0])
+        parts = hidden_states.split([run.patches for run in runs])
+        parts = [part.unflatten(0, (run.frames, -1)) + place for run, part, place in zip(runs, parts, places)]
+        hidden_states = torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else parts[0].flatten(0, 1)
+        del parts
         implementation = usable_implementation(self.config._attn_implementation, hidden_states)
-        kept = []
+        features = []
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, runs, rotations, implementation)
             if index in self.config.deepstack_visual_indexes:
-                kept.append(hidden_states)
-        return self.merger([hidden_states, *kept])
+                features.append(hidden_states)
+        features.insert(0, hidden_states)
+        del hidden_states
+        return self.merger(features)
 
     def _positions(self, run: FrameRun, like: torch.Tensor):
-        """Learned positions [patches, hidden] and rotations [rows * columns, d / 2] of a run, in merge-block order."""
+        """Learned positions [rows * columns, hidden] and rotations [rows * columns, d / 2] of a frame, in merge-block order."""
         m, device = self.spatial_merge_size, like.device
+        # [block rows, 1, m, 1] x [1, block columns, 1, m] -> block row, block column, row in block, column in block
         rows = torch.arange(run.rows, device=device).view(-1, 1, m, 1)
         columns = torch.arange(run.columns, device=device).view(1, -1, 1, m)
-        # [block rows, m] x [block columns, m] -> block row, block column, row in block, column in block
-        rows, columns = torch.broadcast_tensors(rows.view(-1, 1, m, 1), columns)
-        rows, columns = rows.flatten(), columns.flatten()
+        rows, columns = (part.flatten() for part in torch.broadcast_tensors(rows, columns))
 
         side = round(self.config.num_position_embeddings**0.5)
         y = torch.linspace(0, side - 1, run.rows, device=device)[rows]
@@ -336,8 +348,7 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         dy, dx = (y - y0)[:, None], (x - x0)[:, None]
         corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).float()
         weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
-        places = (corners * weights).sum(0).to(like.dtype)
-        return places.repeat(run.frames, 1), grid_rotation(rows, columns, self.head_dim)
+        return (corners * weights).sum(0).to(like.dtype), grid_rotation(rows, columns, self.head_dim)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def share_frames(total: int, lengths: list[float]) -> list[int]:
     exact = [rest * length / whole if whole else rest / len(lengths) for length in lengths]
     shares = [math.floor(x) for x in exact]
     largest = sorted(range(len(lengths)), key=lambda i: shares[i] - exact[i])
-    for i in largest[: rest - sum(shares)]:
+    for i in largest[: max(0, rest - sum(shares))]:
         shares[i] += 1
     return [1 + share for share in shares]
 
@@ -247,12 +247,12 @@ class PyAVVideo(Video):
 
     def _open(self):
         av = self._av
-        limits = {"max_pixels": str(MAX_SOURCE_PIXELS)}
-        try:
-            if isinstance(self._file, str):  # the prefix keeps "concat:" and the like from being a protocol
-                return av.open("file:" + self._file, options={"protocol_whitelist": "file", **limits}, metadata_errors="ignore")
-            file = io.BytesIO(self._file.getvalue())  # a position of its own
-            return av.open(file, options={"protocol_whitelist": "data", **limits}, metadata_errors="ignore")
+        if isinstance(self._file, str):  # the prefix keeps "concat:" and the like from being a protocol
+            file, reach = "file:" + self._file, "file"
+        else:
+            file, reach = io.BytesIO(self._file.getvalue()), "data"  # a position of its own
+        try:  # a playlist in the file must not reach further
+            return av.open(file, container_options={"protocol_whitelist": reach}, metadata_errors="ignore")
         except (av.error.FFmpegError, UnicodeError) as error:
             raise ValueError(f"{self.name} is not a video that PyAV can read: {getattr(error, 'strerror', error)}") from error
 
@@ -486,7 +486,7 @@ class _PacketReader:
 
 
 class DecordVideo(Video):
-    """A file that decord reads: right for closed GOPs (see the README for the kinds of file that decord gets wrong)."""
+    """A file that decord reads. Without a word, it gives wrong frames for open GOPs, edit lists and MPEG-TS."""
 
     def __init__(self, decord, file, name: str):
         self._decord, self._file, self.name = decord, file, name
@@ -934,7 +934,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             return knobs.get(name, getattr(self, name))
 
         low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in SIZES})
-        counts = {name: positive_int(name, pick(name)) for name in ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames")}
+        whole = ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames")
+        counts = {name: positive_int(name, pick(name)) for name in whole}
         if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1:
             raise ValueError(f"temporal_patch_size must be 1, got {pick('temporal_patch_size')!r}: every frame has a time of its own")
         if counts["min_frames"] > counts["max_frames"]:
@@ -942,7 +943,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         if counts["video_max_pixels"] < low:
             raise ValueError(f"video_max_pixels {counts['video_max_pixels']} does not hold one frame of shortest_edge {low} pixels")
 
-        rate, number = (knobs.get("video_fps"), knobs.get("num_frames"))
+        rate, number = knobs.get("video_fps"), knobs.get("num_frames")
         if rate is None and number is None:
             rate, number = self.video_fps, self.num_frames
         if rate is not None and number is not None:
@@ -1056,6 +1057,9 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                 found[video] += problems
             elif video not in again:
                 again.append(video)
+        for clip in clips:
+            if clip.plan.video in again:
+                clip.shown[:] = -1
         for video, problems in zip(again, _in_threads(threads, lambda video: read(video, sorted(uses[video]), True), again)):
             found[video] = video.problems + problems
 

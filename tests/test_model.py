@@ -434,6 +434,35 @@ def test_decoding_does_not_copy_vision_keys_and_values(model):
     assert shapes == [layer.keys.shape for layer in layers] == [torch.Size([1, 2, 5 + 5 + 5 + 9 + 5, 16])] * 2
 
 
+def largest_allocation(call) -> int:
+    """Bytes of the largest tensor that is made during `call`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@torch.no_grad()
+def test_no_tensor_of_text_by_vision_is_made(with_mask):
+    """1,000 text tokens, 100 frames of 37 tokens: not even one bit-sized mask of 1,000 x 3,700 is allocated, nor in a decode step a copy
+    of the keys."""
+    model = make_model("sdpa")
+    sample = Sample("tttttttttF" * 100, (100, 12, 12))
+    inputs = sample.inputs()
+    if not with_mask:
+        inputs["cross_attention_mask"] = None
+    caches = []
+    prefill = largest_allocation(
+        lambda: caches.append(model(**inputs, use_cache=True, vision_chunked_length=8).past_key_values)
+    )
+    keys = caches[0].layers[1].keys
+    assert keys.shape == (1, 2, 3700, 16)
+    assert prefill < 1000 * 3700 / 2, prefill
+    step = largest_allocation(lambda: model(torch.tensor([[5]]), past_key_values=caches[0]))
+    text_keys = caches[0].layers[0].keys  # these grow by a token, and are copied for it
+    assert step <= text_keys.numel() * text_keys.element_size() < keys.numel() * keys.element_size()
+
+
 @torch.no_grad()
 def test_attention_weights_and_hidden_states(model):
     samples = [assorted_samples()[i] for i in (3, 0, 2)]

@@ -165,11 +165,8 @@ def test_golden_videos(name):
 def test_pixels_are_exact_from_given_frames(processor, video):
     arrays = np.load(GOLDEN / "processing" / f"frames_{video.stem}.npz")
     frames, times = arrays["rgb_u8_thwc"], arrays["pts"].tolist()
-    case, _, levels = golden_case("05_batch_right_pad" if video is LONG else "15_video_fps2")
-    if video is CLIP:  # the frames at 1 a second are those of case 04, before its image
-        levels = np.load(GOLDEN / "processing" / "04_mixed_video_image.npz")["pixel_levels_u8"][: 5 * 320]
-    else:
-        levels = levels[-9 * 416 :]
+    # the 5 frames that stand before the image of case 04, the 9 that are the end of case 05
+    levels = golden_case("04_mixed_video_image")[2][: 5 * 320] if video is CLIP else golden_case("05_batch_right_pad")[2][-9 * 416 :]
     clip = processor.extract([frames], video_metadata={"timestamps": times})[0]
     assert clip.timestamps == times
     assert np.array_equal(clip.patches.numpy(), levels)
@@ -307,7 +304,7 @@ def test_jumps(codec, options, suffix, tmp_path, monkeypatch):
     seek, decode = room._PacketReader._seek, room.PyAVVideo._decode
     monkeypatch.setattr(room._PacketReader, "_seek", lambda *args: jumps.append(seek(*args)) or jumps[-1])
     video = open_video(path)
-    monkeypatch.setattr(room.PyAVVideo, "_decode", lambda self, context, packet, problems: fed.append(packet) or decode(self, context, packet, problems))
+    monkeypatch.setattr(room.PyAVVideo, "_decode", lambda *args: fed.append(args[2]) or decode(*args))
     wanted = [0, 62, 419, 420, 421, 899]
     problems = []
     assert [read_number(image) for _, _, image in video.frames(wanted, problems)] == wanted
@@ -515,7 +512,7 @@ def test_a_cover_picture_is_no_video(tmp_path):
         sound = container.add_stream("aac", rate=16000)
         cover = container.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 96, 64, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         container.mux(cover.encode(av.VideoFrame.from_ndarray(draw(1), "rgb24").reformat(format="yuvj420p")))
         container.mux(cover.encode())
         make_media._write_tone(container, sound)
@@ -698,7 +695,8 @@ def test_decoded_frames_that_do_not_fit(processor):
 
 
 def test_by_hand_call(processor):
-    out = processor(str(CLIP), video_fps=2, max_frames=4, size={"shortest_edge": 1024, "longest_edge": 20000}, return_metadata=True, return_tensors="pt")
+    size = {"shortest_edge": 1024, "longest_edge": 20000}
+    out = processor(str(CLIP), video_fps=2, max_frames=4, size=size, return_metadata=True, return_tensors="pt")
     metadata = out["video_metadata"][0]
     assert out["video_grid_thw"].tolist() == [[4, 6, 10]]
     assert out["pixel_values_videos"].shape == (4 * 60, 768) and out["pixel_values_videos"].dtype == torch.float32
@@ -797,7 +795,8 @@ def test_decord(name, make):
     ours = open_video(make(name))
     assert np.allclose(video.times, ours.times, atol=2e-3) and video.duration == pytest.approx(ours.duration, abs=2e-3)
     if "open_gop" not in name:  # decord gets those wrong
-        for (_, _, a), (_, _, b) in zip(video.frames([0, len(video.times) - 1], []), ours.frames([0, len(video.times) - 1], [])):
+        ends = [0, len(video.times) - 1]
+        for (_, _, a), (_, _, b) in zip(video.frames(ends, []), ours.frames(ends, []), strict=True):
             assert np.array_equal(a, b)
 
 
