@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py --frames 256
 
-Each size runs in a process of its own; the peak is Linux's high-water mark of resident memory (VmHWM), reset before the
-prefill. "One chunk" is the same mark for the vision encoder over one chunk of frames by itself.
+The peak is that of the bytes in tensors, from torch's own record of every allocation, so it is the same in every run. "One chunk"
+is the same figure for the vision encoder over one chunk of frames by itself. Beside it, the growth of resident memory as Linux
+sees it (VmHWM), which swings with the allocator.
 """
 
 import argparse
@@ -26,6 +27,20 @@ def reset_peak() -> int:
 def peak() -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def allocation_peak(call) -> int:
+    """Most bytes that tensors made during `call` hold at once."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def measure(frames: int, options: dict, queue) -> None:
@@ -54,26 +69,29 @@ def measure(frames: int, options: dict, queue) -> None:
     ids = torch.randint(0, 900, (1, frames * options["tokens"]))
     ids[:, options["tokens"] - 1 :: options["tokens"]] = 990
     grid = torch.tensor([[frames, side, side]])
+    first, outs = min(chunk, frames), []
+
+    def prefill():
+        outs[:] = [model(ids, pixel_values=pixels, grid_thw=grid, use_cache=True, logits_to_keep=1, vision_chunked_length=chunk)]
+
     with torch.no_grad():
-        model(ids[:, : options["tokens"]], pixel_values=pixels[: side * side], grid_thw=grid.new_tensor([[1, side, side]]))
-        first = min(chunk, frames)
-        for _ in range(2):  # the first call also fills the libraries' own workspaces
-            before = reset_peak()
-            model.model.visual(pixels[: first * side * side], [[first, side, side]], chunk)
-            one_chunk = peak() - before
-        before = reset_peak()
-        out = model(
-            ids, pixel_values=pixels, grid_thw=grid, use_cache=True, logits_to_keep=1, vision_chunked_length=chunk
+        one_chunk = allocation_peak(
+            lambda: model.model.visual(pixels[: first * side * side], [[first, side, side]], chunk)
         )
-        prefill = peak() - before
+        before = reset_peak()
+        prefill()
+        resident = peak() - before
+        outs.clear()
+        most = allocation_peak(prefill)
+    out = outs[0]
     cross = [out.past_key_values.layers[index] for index in config.text_config.cross_attention_layers]
     tokens = cross[0].keys.shape[-2]
     caches = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in out.past_key_values.layers)
     states = tokens * width * out.logits.element_size()
     queue.put(
         {
-            "frames": frames, "vision_tokens": tokens, "text_tokens": ids.shape[1], "peak": prefill, "vision_states": states,
-            "caches": caches, "one_chunk": one_chunk, "ratio": prefill / (states + caches + one_chunk),
+            "frames": frames, "vision_tokens": tokens, "text_tokens": ids.shape[1], "peak": most, "resident": resident, "vision_states": states,
+            "caches": caches, "one_chunk": one_chunk, "ratio": most / (states + caches + one_chunk),
         }
     )  # fmt: skip
 
@@ -90,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = vars(parser.parse_args())
     rows, context = [], multiprocessing.get_context("spawn")
-    print("frames  vision tokens  peak MB = x times (states + caches + one chunk) MB")
+    print("frames  vision tokens  resident MB  peak MB = x times (states + caches + one chunk) MB")
     for frames in options.pop("frames"):
         queue = context.Queue()
         process = context.Process(target=measure, args=(frames, options, queue))
@@ -98,7 +116,7 @@ def main() -> None:
         rows.append(row := queue.get())
         process.join()
         parts = " + ".join(f"{row[name] / 1e6:.0f}" for name in ("vision_states", "caches", "one_chunk"))
-        print(f"{frames:6}  {row['vision_tokens']:13}  {row['peak'] / 1e6:7.0f} = {row['ratio']:.2f} x ({parts})", flush=True)
+        print(f"{frames:6}  {row['vision_tokens']:13}  {row['resident'] / 1e6:11.0f}  {row['peak'] / 1e6:7.0f} = {row['ratio']:.2f} x ({parts})", flush=True)
     if options["json"] is not None:
         options["json"].write_text(json.dumps(rows, indent=1))
 
