@@ -93,7 +93,7 @@ def fit_video_size(height, width, frames, factor, min_pixels, max_pixels, share)
 
     `min_pixels` and `max_pixels` bound one frame (the former also the clip), `share` all frames of the clip.
     """
-    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
+    h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > max_pixels:
         h, w = shrink(height, width, factor, math.sqrt(height * width / max_pixels))
     if frames * h * w > share:
