@@ -306,7 +306,10 @@ def finished(out: Path, lines: list) -> tuple[int, int]:
 
 
 def parsed(line: str) -> dict:
-    query = json.loads(line)
+    try:
+        query = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a line must be a JSON object, got {line:.60}: {error}") from None
     if not isinstance(query, dict):
         raise ValueError(f"a line must be a JSON object, got {line:.60}")
     return query

@@ -1,0 +1,1 @@
+../../configuration_moss_vl.py

@@ -1,0 +1,1 @@
+../../image_processing_moss_vl.py

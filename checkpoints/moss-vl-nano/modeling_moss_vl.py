@@ -1,0 +1,1 @@
+../../modeling_moss_vl.py

@@ -1,0 +1,1 @@
+../../processing_moss_vl.py
