@@ -21,14 +21,6 @@ SHORT = ("--max-new-tokens", "4", "--max-pixels", "20000")
 infer = load_script("infer.py")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def loaded():
     """Processor and model, loaded once and as infer.py loads them."""

@@ -218,6 +218,44 @@ def test_eager_equals_sdpa():
     close(eager(**inputs).logits[real], sdpa(**inputs).logits[real])
 
 
+SIZES = {
+    "no groups": {"text": {"num_attention_heads": 2, "num_key_value_heads": 2}},
+    "one key head": {"text": {"num_attention_heads": 6, "num_key_value_heads": 1}},
+    "wide heads, bias": {"text": {"head_dim": 40, "attention_bias": True, "rope_scaling": {"mrope_section": [8, 6, 6]}}},
+    "cross-attention in a row and last": {"text": {"cross_attention_layers": [2, 3, 5]}},
+    "no kept blocks": {"vision": {"deepstack_visual_indexes": []}},
+    "last block kept as well": {"vision": {"deepstack_visual_indexes": [1, 2], "num_position_embeddings": 36}},
+    "merge 4": {"vision": {"spatial_merge_size": 4, "num_position_embeddings": 64}},
+    "merge 1": {"vision": {"spatial_merge_size": 1}},
+    "two frames a patch": {"vision": {"temporal_patch_size": 2}},
+    "gelu and relu": {"text": {"hidden_act": "gelu"}, "vision": {"hidden_act": "relu", "num_heads": 4}},
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@torch.no_grad()
+def test_other_sizes(sizes):
+    """eager = sdpa = token by token = batch of each alone."""
+    config = SIZES[sizes]
+    samples = [Sample("tFFtt", (1, 8, 4), (1, 4, 12), seed=1), Sample("ttttttt", seed=2), Sample("FFFt", (3, 4, 4), seed=3)]
+    if config.get("vision", {}).get("temporal_patch_size") == 2:
+        for sample in samples:
+            sample.pixel_values = sample.pixel_values.repeat(1, 2)
+    inputs = batch(samples, "left")
+    real = inputs["attention_mask"].bool()
+    models = [make_model(name, **config) for name in ("eager", "sdpa")]
+    eager, sdpa = (model(**inputs).logits for model in models)
+    close(eager[real], sdpa[real], what="eager and sdpa")
+    for row, sample in enumerate(samples):
+        alone = models[1](**sample.inputs()).logits[0]
+        close(sdpa[row, -len(sample.ids) :], alone, what=f"row {row}")
+        cache, steps = DynamicCache(), []
+        visual = {"pixel_values": sample.pixel_values, "grid_thw": sample.grid_thw}
+        for i in range(len(sample.ids)):
+            steps.append(models[1](sample.ids[None, i : i + 1], past_key_values=cache, **(visual if i == 0 else {})).logits)
+        close(torch.cat(steps, dim=1)[0], alone, what=f"row {row}, token by token")
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 64])
 @torch.no_grad()
 def test_vision_chunks_change_nothing(model, length):

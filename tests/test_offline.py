@@ -32,14 +32,6 @@ NEW = {"max_new_tokens": 8}
 SEEN = ("input_ids", "pixel_values", "grid_thw")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def processor():
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "processing/tokenizer")
