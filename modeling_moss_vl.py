@@ -433,7 +433,10 @@ class MossVLSelfAttention(MossVLTextAttention):
 class MossVLCrossAttention(MossVLTextAttention):
     is_causal = False
 
-    def forward(self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None):
+    def forward(
+        self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None,
+        output_attentions=False,
+    ):  # fmt: skip
         """hidden_states [B, T, D] read the packed vision sequence, each span of rows its own tokens.
 
         Args:
@@ -441,7 +444,7 @@ class MossVLCrossAttention(MossVLTextAttention):
             vision_table: their rotation, two of [v, d / 2].
 
         Returns:
-            [B, T, D], and where the implementation is eager the weights [B, H, T, longest sample's V], else None.
+            [B, T, D], and where they are asked for (eager alone has them) the weights [B, H, T, longest sample's V], else None.
         """
         key = value = None
         if vision_states is not None:
@@ -464,14 +467,13 @@ class MossVLCrossAttention(MossVLTextAttention):
                 dropout=self.attention_dropout,
             )
             outs.append(out[0])
-            weights.append(weight)
+            weights.append(weight if output_attentions else None)
             row = span.rows.stop
         if row < query.shape[0]:
             outs.append(query.new_zeros(query.shape[0] - row, *query.shape[1:]))
         out = (torch.cat(outs) if len(outs) > 1 else outs[0]).reshape(*hidden_states.shape[:2], -1)
-        if implementation != "eager":
-            return self.o_proj(out), None
-        return self.o_proj(out), self._all_weights(weights, call, hidden_states, self.num_heads)
+        weights = self._all_weights(weights, call, hidden_states, self.num_heads) if output_attentions else None
+        return self.o_proj(out), weights
 
     @staticmethod
     def _all_weights(weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor, heads: int) -> torch.Tensor:
@@ -511,11 +513,13 @@ class MossVLCrossAttentionLayer(GradientCheckpointingLayer):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None
-    ):
+        self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None,
+        output_attentions=False,
+    ):  # fmt: skip
         attended, weights = self.cross_attn(
-            self.input_layernorm(hidden_states), vision_states, table, vision_table, call, implementation, past_key_values
-        )
+            self.input_layernorm(hidden_states), vision_states, table, vision_table, call, implementation, past_key_values,
+            output_attentions,
+        )  # fmt: skip
         sees = 1.0 if call.sees is None else call.sees.to(hidden_states)
         hidden_states = hidden_states + sees * self.cross_attn_attn_gate.tanh() * attended
         fed = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -631,11 +635,11 @@ class MossVLTextModel(MossVLPreTrainedModel):
                     hidden_states, table, mask, implementation,
                     past_key_values=past_key_values, cache_position=cache_position,
                 )  # fmt: skip
-                attentions.append(weights)
+                attentions.append(weights if output_attentions else None)
             elif vision_call is not None and (vision_call.spans or vision_call.writes):
                 hidden_states, weights = layer(
                     hidden_states, vision_states, table, vision_table, vision_call, implementation,
-                    past_key_values=past_key_values,
+                    past_key_values=past_key_values, output_attentions=output_attentions,
                 )  # fmt: skip
                 cross_attentions.append(weights)
         hidden_states = self.norm(hidden_states)

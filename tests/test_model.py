@@ -480,11 +480,12 @@ def largest_allocation(call) -> int:
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_no_tensor_of_text_by_vision_is_made(with_mask):
+def test_no_tensor_of_text_by_vision_is_made(implementation, with_mask):
     """1,000 text tokens, 100 frames of 37 tokens: not even one bit-sized mask of 1,000 x 3,700 is allocated, nor in a decode step a copy
     of the keys."""
-    model = make_model("sdpa")
+    model = make_model(implementation, text={"num_attention_heads": 2, "num_key_value_heads": 1})
     sample = Sample("tttttttttF" * 100, (100, 12, 12))
     inputs = sample.inputs()
     if not with_mask:
@@ -494,8 +495,9 @@ def test_no_tensor_of_text_by_vision_is_made(with_mask):
         lambda: caches.append(model(**inputs, use_cache=True, vision_chunked_length=8).past_key_values)
     )
     keys = caches[0].layers[1].keys
-    assert keys.shape == (1, 2, 3700, 16)
-    assert prefill < 1000 * 3700 / 2, prefill
+    assert keys.shape == (1, 1, 3700, 16)
+    text_scores = 4 * 2 * 1000 * 1000 if implementation == "eager" else 0  # eager self-attention writes out T x T
+    assert prefill <= max(text_scores, 1000 * 3700 / 2), prefill
     step = largest_allocation(lambda: model(torch.tensor([[5]]), past_key_values=caches[0]))
     text_keys = caches[0].layers[0].keys  # these grow by a token, and are copied for it
     assert step <= text_keys.numel() * text_keys.element_size() < keys.numel() * keys.element_size()
