@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import transformers
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ProcessorMixin
@@ -32,6 +31,7 @@ from .image_processing_moss_vl import (
     to_format,
 )
 from .video_processing_moss_vl import MossVLVideoProcessor
+from .video_reading import is_frames
 
 
 logger = logging.get_logger(__name__)
@@ -557,22 +557,11 @@ def _is_one(kind: str, x) -> bool:
     """Whether `x` is one image or video rather than a list of them."""
     if kind == "image":
         return x is not None and not isinstance(x, (list, tuple)) and not (_is_array(x) and x.ndim == 4)
-    return x is not None and (_is_frames(x) if isinstance(x, (list, tuple)) else not (_is_array(x) and x.ndim == 5))
+    return x is not None and (is_frames(x) if isinstance(x, (list, tuple)) else not (_is_array(x) and x.ndim == 5))
 
 
 def _is_array(x) -> bool:
     return isinstance(x, (np.ndarray, torch.Tensor))
-
-
-def _is_frames(x) -> bool:
-    """Whether a list is one video, of decoded frames or of picture files."""
-
-    def is_frame(f) -> bool:
-        if isinstance(f, (str, os.PathLike)):
-            return os.fspath(f).lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
-        return isinstance(f, Image.Image) or (_is_array(f) and f.ndim in (2, 3))
-
-    return len(x) > 0 and all(map(is_frame, x))
 
 
 def _clips(kind: str, x) -> int:

@@ -21,16 +21,16 @@ from transformers.video_utils import VideoMetadata
 import make_media
 from conftest import GOLDEN, ROOT
 from make_media import X264_CLOSED, X264_OPEN, X265_OPEN, copy_packets, decode_all, draw, read_number, turn, write_video
-from moss_vl import video_processing_moss_vl as room
+from moss_vl import video_processing_moss_vl, video_reading
 from moss_vl.video_processing_moss_vl import (
     MossVLVideoProcessor,
     fit_video_size,
     frame_count,
-    open_video,
     sample_indices,
     segment_times,
     share_frames,
 )
+from moss_vl.video_reading import open_video
 
 
 CLIP = GOLDEN / "processing" / "media" / "v5s_320x240_30.mp4"  # 150 frames
@@ -45,13 +45,15 @@ def processor():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """The warnings of the room, as texts."""
+    """The warnings of the two rooms, as texts."""
     texts = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())
-    room.logger.addHandler(handler)
+    for room in (video_processing_moss_vl, video_reading):
+        room.logger.addHandler(handler)
     yield texts
-    room.logger.removeHandler(handler)
+    for room in (video_processing_moss_vl, video_reading):
+        room.logger.removeHandler(handler)
 
 
 def numbers(clip, height, width, merge=2, patch=16):
@@ -301,10 +303,10 @@ def test_jumps(codec, options, suffix, tmp_path, monkeypatch):
     path = write_video(tmp_path / "source.mp4", count=900, codec=codec, options=options)
     path = path if suffix == "mp4" else copy_packets(path, tmp_path / f"long.{suffix}")
     jumps, fed = [], []
-    seek, decode = room._PacketReader._seek, room.PyAVVideo._decode
-    monkeypatch.setattr(room._PacketReader, "_seek", lambda *args: jumps.append(seek(*args)) or jumps[-1])
+    seek, decode = video_reading._PacketReader._seek, video_reading.PyAVVideo._decode
+    monkeypatch.setattr(video_reading._PacketReader, "_seek", lambda *args: jumps.append(seek(*args)) or jumps[-1])
     video = open_video(path)
-    monkeypatch.setattr(room.PyAVVideo, "_decode", lambda *args: fed.append(args[2]) or decode(*args))
+    monkeypatch.setattr(video_reading.PyAVVideo, "_decode", lambda *args: fed.append(args[2]) or decode(*args))
     wanted = [0, 62, 419, 420, 421, 899]
     problems = []
     assert [read_number(image) for _, _, image in video.frames(wanted, problems)] == wanted
@@ -531,7 +533,7 @@ def test_gigantic_and_thin_frames(make, tmp_path):
 
 
 def test_all_videos_are_looked_at_before_one_is_decoded(make, processor, monkeypatch):
-    monkeypatch.setattr(room.PyAVVideo, "frames", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(video_reading.PyAVVideo, "frames", lambda *args: pytest.fail("decoded"))
     good = make("h264.mp4")
     for bad in ("missing.mp4", {"video_path": good, "segments": [[9.0, 10.0]]}):
         with pytest.raises((ValueError, FileNotFoundError)):
@@ -808,9 +810,9 @@ def test_decord_meets_golden():
 
 
 def test_which_decoder(monkeypatch, make):
-    assert isinstance(open_video(make("h264.mp4")), room.PyAVVideo)
+    assert isinstance(open_video(make("h264.mp4")), video_reading.PyAVVideo)
     monkeypatch.setitem(sys.modules, "av", None)
-    assert isinstance(open_video(make("h264.mp4")), room.DecordVideo)
+    assert isinstance(open_video(make("h264.mp4")), video_reading.DecordVideo)
     with pytest.raises(ImportError, match="pip install av"):
         open_video(make("h264.mp4"), backend="pyav")
     monkeypatch.setitem(sys.modules, "decord", None)
