@@ -1052,8 +1052,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         if length and past_length == 0:
             media = {name: value for name, value in prompt.items() if name != "position_ids"}
             read_request(self.config, None, 0, input_ids, model_kwargs.get("attention_mask"), **media)
-        if length:
-            model_kwargs["prompt_length"] = length if length > past_length else past_length + length
+            model_kwargs["prompt_length"] = length
         if expand_size > 1:
             if past_length:
                 cache.batch_repeat_interleave(expand_size)
@@ -1101,15 +1100,15 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             length = inputs_embeds.shape[1]
         else:
             new = cache_position.shape[0] if cache_position is not None else next_sequence_length
-            if new is None and past_key_values is not None and input_ids.shape[1] > past_length:
-                new = input_ids.shape[1] - past_length
             kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = kwargs["input_ids"].shape[1]
         for name in ("labels", "token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
             kwargs.pop(name, None)
         prompt = dict(prompt_kwargs or {})
-        if past_length:
-            prompt = self._without_known_media(past_key_values, kwargs["input_ids"], prompt, kwargs.get("prompt_length", 0))
+        if past_length and prompt_kwargs is None:
+            kwargs.setdefault("prompt_length", past_length)  # what the model writes after a later turn
+        elif past_length:
+            prompt = self._without_known_media(past_key_values, kwargs["input_ids"], prompt, kwargs.get("prompt_length"))
         if "position_ids" in prompt and prompt["position_ids"].shape[-1] > length:
             prompt["position_ids"] = prompt["position_ids"][..., past_length : past_length + length]
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -1122,12 +1121,13 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             "use_cache": use_cache,
         }
 
-    def _without_known_media(self, cache: Cache, ids: torch.Tensor, prompt: dict, prompt_length: int) -> dict:
+    def _without_known_media(self, cache: Cache, ids: torch.Tensor, prompt: dict, prompt_length: Optional[int]) -> dict:
         """Drops the media that the cache holds already. A later turn may bring those of the whole conversation, or its own."""
         if "grid_thw" not in prompt:
             return prompt
         state, past_length = vision_state(cache, self.config.text_config), cached_length(cache)
-        pads = (ids[:, : max(prompt_length - past_length, 0)] == self.config.image_token_id).sum(1).tolist()
+        in_prompt = ids if prompt_length is None else ids[:, : max(prompt_length - past_length, 0)]
+        pads = (in_prompt == self.config.image_token_id).sum(1).tolist()
         pads = state.of_samples(pads, 0)
         grid = read_grid(prompt.get("pixel_values"), prompt["grid_thw"], self.config.vision_config)
         nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
@@ -189,6 +190,21 @@ def test_a_second_turn_on_a_kept_cache(model, with_media):
         assert continuation(model, inputs | extra, past_key_values=copy.deepcopy(out.past_key_values)) == [expected]
     beams = continuation(model, inputs, past_key_values=copy.deepcopy(out.past_key_values), num_beams=2)
     assert beams == continuation(model, whole.inputs() | {"cross_attention_mask": None}, num_beams=2)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 wants the whole conversation")
+def test_a_second_turn_given_by_its_new_tokens_alone(model):
+    first = Sample("tF", (1, 4, 4), seed=41)
+    out = run(model, first.inputs(), return_dict_in_generate=True, max_new_tokens=2)
+    second = Sample("ttFtttFtttt", (1, 4, 6), (1, 4, 4), seed=42)  # longer than all before it
+    whole = Sample("t", seed=0)
+    whole.ids = torch.cat([out.sequences[0], second.ids])
+    whole.pixel_values = torch.cat([first.pixel_values, second.pixel_values])
+    whole.grid_thw = torch.cat([first.grid_thw, second.grid_thw])
+    new = whole.ids[None, out.past_key_values.get_seq_length() :]
+    inputs = {"input_ids": new, "attention_mask": torch.ones(1, len(whole.ids), dtype=torch.long)}
+    inputs |= {"pixel_values": second.pixel_values, "grid_thw": second.grid_thw}
+    assert continuation(model, inputs, past_key_values=out.past_key_values) == [plain_greedy(model, whole)]
 
 
 def test_a_second_turn_of_a_batch(model):
