@@ -1032,6 +1032,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     # in the cache the entry is dropped, since the cache knows.
 
     def _validate_model_kwargs(self, model_kwargs):
+        """Checks names, and a whole prompt against its media: forward may get it in chunks."""
         known = set(inspect.signature(self.forward).parameters)
         for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
             near = difflib.get_close_matches(name, {*known, *self.generation_config.to_dict()}, n=1)
@@ -1050,8 +1051,6 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         cache = model_kwargs.get("past_key_values")
         past_length, length = cached_length(cache), input_ids.shape[1] if input_ids is not None else 0
         if length and past_length == 0:
-            media = {name: value for name, value in prompt.items() if name != "position_ids"}
-            read_request(self.config, None, 0, input_ids, model_kwargs.get("attention_mask"), **media)
             model_kwargs["prompt_length"] = length
         if expand_size > 1:
             if past_length:
