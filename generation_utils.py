@@ -725,9 +725,14 @@ def _check_choice(what: str, value, known) -> None:
         raise ValueError(f"{what}: unknown value {value!r}; {_nearest(value, known)}")
 
 
+def nearest_name(name, known) -> str | None:
+    """The name of `known` that is spelled most like `name`, None where none is near."""
+    return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)), None)
+
+
 def _nearest(name, known) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    near = nearest_name(name, known)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def _check_number(name: str, value, kind, expected: str, fits) -> None:

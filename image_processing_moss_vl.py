@@ -1,6 +1,6 @@
 """Images to patches: where a picture may come from, its size, the resize, the order of the patches.
 
-The first half is shared with `video_processing_moss_vl`. Axes: n frames, h rows, w columns, p patch size, m merge size,
+The first half is shared with the two video files. Axes: n frames, h rows, w columns, p patch size, m merge size,
 t temporal patch size, P patches.
 """
 
@@ -27,6 +27,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+SIZES = ("size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge")  # the names that a pixel limit goes by
+DEFAULT_SIZE = {"shortest_edge": 4096, "longest_edge": 16777216}  # pixels of an image or frame
 MAX_ASPECT = 200  # longer side : shorter side
 MAX_SOURCE_PIXELS = 178_956_970  # of one picture before the resize; what Pillow refuses by default
 MAX_IMAGE_BYTES = 64 * 2**20  # of one picture that is downloaded, or inside a data: URL
@@ -511,8 +513,8 @@ class MossVLImageProcessor(BaseImageProcessor):
     _auto_class = "AutoImageProcessor"  # save_pretrained takes the code along
     model_input_names = ["pixel_values", "image_grid_thw"]
     knobs = (
-        "size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge", "multi_image_max_pixels", "patch_size",
-        "temporal_patch_size", "merge_size", "image_mean", "image_std", "allow_http",
+        *SIZES, "multi_image_max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std",
+        "allow_http",
     )  # fmt: skip
 
     def __init__(
@@ -535,9 +537,7 @@ class MossVLImageProcessor(BaseImageProcessor):
             if kwargs[name] is not None and not name.startswith("_"):
                 logger.warning_once(f"{type(self).__name__}: {name}={kwargs[name]!r} has no effect")
         super().__init__(**kwargs)
-        low, high = pixel_limits(
-            {"shortest_edge": 4096, "longest_edge": 16777216}, size, min_pixels, max_pixels, shortest_edge, longest_edge
-        )
+        low, high = pixel_limits(DEFAULT_SIZE, size, min_pixels, max_pixels, shortest_edge, longest_edge)
         self.size = {"shortest_edge": low, "longest_edge": high}
         self.multi_image_max_pixels = multi_image_max_pixels
         self.patch_size = patch_size
@@ -570,8 +570,7 @@ class MossVLImageProcessor(BaseImageProcessor):
             value = knobs.get(name)
             return getattr(self, name) if value is None else value
 
-        sizes = {name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge")}
-        low, high = pixel_limits(self.size, **sizes)
+        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in SIZES})
         counts = {
             name: positive_int(name, pick(name))
             for name in ("multi_image_max_pixels", "patch_size", "temporal_patch_size", "merge_size")

@@ -5,7 +5,6 @@ heads, G = H / K, d head size, F frames, P patches, V vision tokens (each frame'
 behind the other without padding).
 """
 
-import difflib
 import inspect
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional, Union
@@ -22,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
-from .generation_utils import MossVLGenerationMixin
+from .generation_utils import MossVLGenerationMixin, nearest_name
 from .vision_sequence import (
     Span,
     VisionCacheLayer,
@@ -232,9 +231,8 @@ class MossVLVisionMerger(nn.Module):
         self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """[last, kept...], each [P, hidden] -> [P / m^2, out]. Takes the features out of the list as it goes: they are the
-        largest tensors of the encoder."""
-        merged = torch.cat([norm(features.pop(0)) for norm in self.norms], dim=-1)
+        """[last, kept...], each [P, hidden] -> [P / m^2, out]"""
+        merged = torch.cat([norm(feature) for norm, feature in zip(self.norms, features)], dim=-1)
         merged = self.linear_fc1(merged.view(-1, self.merged_size))
         return self.linear_fc2(self.act_fn(merged))
 
@@ -246,7 +244,6 @@ class MossVLPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MossVLVisionBlock", "MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -323,14 +320,12 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         hidden_states = torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else parts[0].flatten(0, 1)
         del parts
         implementation = usable_implementation(self.config._attn_implementation, hidden_states)
-        features = []
+        kept = []
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, runs, rotations, implementation)
             if index in self.config.deepstack_visual_indexes:
-                features.append(hidden_states)
-        features.insert(0, hidden_states)
-        del hidden_states
-        return self.merger(features)
+                kept.append(hidden_states)
+        return self.merger([hidden_states, *kept])
 
     def _positions(self, run: FrameRun, like: torch.Tensor):
         """Learned positions [rows * columns, hidden] and rotations [rows * columns, d / 2] of a frame, in merge-block order."""
@@ -635,7 +630,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
                     hidden_states, table, mask, implementation,
                     past_key_values=past_key_values, cache_position=cache_position,
                 )  # fmt: skip
-                attentions.append(weights if output_attentions else None)
+                if output_attentions:
+                    attentions.append(weights)
             elif vision_call is not None and (vision_call.spans or vision_call.writes):
                 hidden_states, weights = layer(
                     hidden_states, vision_states, table, vision_table, vision_call, implementation,
@@ -876,11 +872,10 @@ class MossVLModel(MossVLPreTrainedModel):
 
 def install_vision_layers(cache: Cache, config: MossVLTextConfig) -> VisionCacheLayer:
     """Makes the cross-attention layers of a cache hold vision keys and values; returns the one that holds the state."""
-    fresh = cached_length(cache) == 0
-    while len(cache.layers) < config.num_hidden_layers:
-        cache.layers.append(cache.layer_class_to_replicate())
-    for index in config.cross_attention_layers:
-        if fresh:
+    if cached_length(cache) == 0:
+        while len(cache.layers) < config.num_hidden_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+        for index in config.cross_attention_layers:
             cache.layers[index] = VisionCacheLayer()
     return cache.layers[config.cross_attention_layers[0]]
 
@@ -1035,8 +1030,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         """Checks names, and a whole prompt against its media: forward may get it in chunks."""
         known = set(inspect.signature(self.forward).parameters)
         for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
-            near = difflib.get_close_matches(name, {*known, *self.generation_config.to_dict()}, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
+            near = nearest_name(name, {*known, *self.generation_config.to_dict()})
+            hint = f"; did you mean `{near}`?" if near else ""
             raise ValueError(f"`{name}` is neither an input of this model nor a setting of `generate`{hint}")
         super()._validate_model_kwargs(model_kwargs)
         ids, cache = model_kwargs.get("input_ids"), model_kwargs.get("past_key_values")
@@ -1164,7 +1159,6 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         )
         if model_kwargs.get("use_cache", True):
             model_kwargs.pop("prompt_kwargs", None)
-            model_kwargs.pop("inputs_embeds", None)
         elif model_kwargs.get("prompt_kwargs"):
             model_kwargs["prompt_kwargs"] = prompt = dict(model_kwargs["prompt_kwargs"])
             if "cross_attention_mask" in prompt:  # the new token sees what the one before it saw

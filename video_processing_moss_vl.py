@@ -18,8 +18,10 @@ from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .image_processing_moss_vl import (
+    DEFAULT_SIZE,
     FIXED,
     SERVICE_KEYS,
+    SIZES,
     check_return_tensors,
     drop_fixed,
     grow,
@@ -40,8 +42,6 @@ from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positi
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_SIZE = {"shortest_edge": 4096, "longest_edge": 16777216}  # pixels of a frame
-SIZES = ("size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge")
 
 
 # ---------------------------------------------------------------------------------------------------------- which frames
@@ -310,8 +310,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
     _auto_class = "AutoVideoProcessor"  # save_pretrained takes the code along
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
     knobs = (
-        "size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge", "video_max_pixels", "patch_size",
-        "temporal_patch_size", "merge_size", "video_fps", "num_frames", "min_frames", "max_frames", "num_extract_threads",
+        *SIZES, "video_max_pixels", "patch_size", "temporal_patch_size", "merge_size", "video_fps", "num_frames", "min_frames", "max_frames", "num_extract_threads",
         "frame_extract_num_threads", "image_mean", "image_std", "video_backend", "allow_http",
     )  # fmt: skip
 
