@@ -80,9 +80,12 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
         if causal:
             mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
-    if implementation == "sdpa" and heads > kv_heads and (rows == 1 or (mask is None and not causal)):
+    groups = heads // kv_heads
+    tiled = mask is not None and rows > 1 and not causal and mask.numel() * groups <= key.numel()  # the mask is less to copy than the keys
+    if implementation == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
         # Nothing tells the heads of a group apart but their queries: as rows of one head they read the keys once.
         grouped = query.reshape(batch, kv_heads, -1, d)
+        mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1) if tiled else mask
         out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
         return out.view(batch, heads, rows, -1).transpose(1, 2), None
     attention = ALL_ATTENTION_FUNCTIONS[implementation]
@@ -451,7 +454,7 @@ class MossVLCrossAttention(MossVLTextAttention):
         for span in call.spans:
             if span.rows.start > row:  # rows that see nothing
                 outs.append(query.new_zeros(span.rows.start - row, *query.shape[1:]))
-            keep = span.keep if span.keep is None else span.keep.to(query.device)[None, None, None]
+            keep = None if span.keep is None else torch.atleast_2d(span.keep.to(query.device))[None, None]
             out, weight = attend(
                 self,
                 query[span.rows].transpose(0, 1)[None],  # [1, H, rows, d]

@@ -71,7 +71,8 @@ class VisionState:
 
 
 class Span(NamedTuple):
-    """Text rows `rows` (a slice of all B * T) see the vision tokens `tokens`; bool `keep` [tokens] hides some of them."""
+    """Text rows `rows` (a slice of all B * T) see the vision tokens `tokens`; bool `keep`, [tokens] or [rows, tokens], is False at
+    those of them that are hidden."""
 
     rows: slice
     tokens: slice
@@ -95,6 +96,34 @@ class VisionCall:
     length: int
     writes: tuple[tuple[slice, slice], ...] = ()
     moves: tuple[tuple[slice, slice], ...] = ()
+
+
+GATHERED = 1 << 15  # rows x tokens, at most, of spans that are attended in one call
+
+
+def gather(spans: list[Span], device) -> list[Span]:
+    """Joins neighbouring spans whose prefixes start at the same token, while rows x tokens stay small: one attention call with a mask
+    costs less than many without."""
+    joined: list[list[Span]] = []
+    for span in spans:
+        if joined:
+            first, last = joined[-1][0], joined[-1][-1]
+            size = (span.rows.stop - first.rows.start) * (max(span.tokens.stop, last.tokens.stop) - span.tokens.start)
+            if size <= GATHERED and first.keep is None is span.keep and (span.rows.start, span.tokens.start) == (
+                last.rows.stop, first.tokens.start,
+            ) and span.tokens.stop >= last.tokens.stop:  # fmt: skip
+                joined[-1].append(span)
+                continue
+        joined.append([span])
+    out = []
+    for group in joined:
+        if len(group) > 1:
+            rows, tokens = slice(group[0].rows.start, group[-1].rows.stop), group[-1].tokens
+            reach = np.repeat([span.tokens.stop - tokens.start for span in group], [span.rows.stop - span.rows.start for span in group])
+            keep = torch.from_numpy(np.arange(tokens.stop - tokens.start) < reach[:, None]).to(device)
+            group = [Span(rows, tokens, keep)]
+        out += group
+    return out
 
 
 class VisionCacheLayer(DynamicLayer):
@@ -437,4 +466,4 @@ def plan_call(request: VisionRequest) -> tuple[VisionState, VisionCall]:
             seeing[span.rows] = 1.0
         sees = torch.from_numpy(seeing).view(*is_token.shape, 1).to(device)
     state = replace(state, grids=grids, placed=placed, seen=seen, starts=starts)
-    return state, VisionCall(spans, sees, starts[-1], tuple(writes), tuple(moves))
+    return state, VisionCall(gather(spans, device), sees, starts[-1], tuple(writes), tuple(moves))

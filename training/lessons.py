@@ -1,0 +1,264 @@
+"""Batches of the drawn world for train_nano.py: pictures and clips drawn afresh for every step, with several questions about each.
+
+The questions about one picture or clip share its pixels and the text that stands for them: a row is [media, question 1 with its answer,
+question 2 with its answer, ...], each question sees the media and itself alone, and has the positions it would have by itself.
+
+Axes: B rows, T text tokens, N vision tokens without separators, in the order of the media.
+"""
+
+import io
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+from questions import CLIP_TASKS, IMAGES_TASK, PICTURE_TASKS, ask_clip, ask_images, ask_picture, place_of, sampled_times
+from world import COLOURS, SHAPES, SIGN_CHARACTERS, WAYS, draw_background, draw_scene, random_clip, random_picture, sign_font
+
+TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
+CHANCES = {  # how often a picture or clip is asked the question; above 1: several times
+    "describe picture": 0.7, "color": 0.4, "shape": 0.4, "count": 0.5, "place": 0.6, "relation": 1.8, "exists": 0.7, "text": 0.5,
+    "describe clip": 0.7, "first or last": 0.5, "when": 1.7, "visible at": 1.7, "direction": 0.7, "color after": 0.7, "duration": 0.15,
+}  # fmt: skip
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+LETTERS_A_TOKEN = 4
+WIDE_LIMITS = (4096, 1 << 24)  # pixels, those of released checkpoints
+
+# What each vision token is asked directly, as (name, classes). Class -100 is not asked.
+SIGHTS = (
+    ("shape", len(SHAPES) + 1), ("colour", len(COLOURS)), ("size", 2), ("place", 9), ("rank", 4),
+    *((f"nearest {way}", 5) for way in WAYS), *((f"letter {i}", len(SIGN_CHARACTERS) + 1) for i in range(LETTERS_A_TOKEN)),
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class Script:
+    """The text of a row: the media, then questions with answers."""
+
+    def __init__(self, tokenizer, template: bool, media: str, grids: list[tuple[int, int]]):
+        self.tokenizer, self.template = tokenizer, template
+        image_pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.ids = self.encode(("<|im_start|>user\n" if template else "") + media)
+        self.positions, at, frames = [], 0, iter(grids)
+        for token in self.ids:
+            at += max(next(frames)) if token == image_pad else 0
+            self.positions.append(at)
+            at += 1
+        self.begin = at
+        self.labels, self.parts, self.tasks = [-100] * len(self.ids), [0] * len(self.ids), [-1] * len(self.ids)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def add(self, question) -> None:
+        """An empty prompt without template has to be the first: what it continues is the media."""
+        prompt = question.prompt + ("<|im_end|>\n<|im_start|>assistant\n" if self.template else "")
+        asked, answered = self.encode(prompt), self.encode(question.answer + "<|im_end|>")
+        part = self.parts[-1] + 1
+        assert asked or part == 1, question
+        length = len(asked) + len(answered)
+        self.ids += asked + answered
+        self.labels += [-100] * len(asked) + answered
+        self.positions += range(self.begin, self.begin + length)
+        self.parts += [part] * length
+        self.tasks += [-1] * len(asked) + [TASKS.index(question.task)] * len(answered)
+
+    def add_all(self, questions) -> None:
+        for question in sorted(questions, key=lambda question: question.prompt != ""):
+            self.add(question)
+
+
+def choose(lot: random.Random, tasks, ask) -> list:
+    """Questions of the tasks by their chances, no two with the same prompt."""
+    questions = {}
+    while not questions:
+        for task in tasks:
+            for _ in range(int(CHANCES[task]) + (lot.random() < CHANCES[task] % 1)):
+                question = ask(task, lot.random() < 0.35)
+                if question is not None:
+                    questions.setdefault(question.prompt, question)
+    chosen = list(questions.values())
+    lot.shuffle(chosen)
+    return chosen
+
+
+def join(scripts: list[Script], pad: int) -> dict:
+    """Rows of text as tensors [B, T]."""
+    length = -(-max(len(script.ids) for script in scripts) // 32) * 32  # few lengths: the CPU's kernels are prepared for each
+
+    def rows(name, fill):
+        return torch.tensor([getattr(script, name) + [fill] * (length - len(getattr(script, name))) for script in scripts])
+
+    return {"input_ids": rows("ids", pad), "labels": rows("labels", -100), "position_ids": rows("positions", 0), "parts": rows("parts", -1),
+            "tasks": rows("tasks", -1)}  # fmt: skip
+
+
+def may_see(parts: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> bool [B, 1, T, T]: what stands before in the media or in the same question."""
+    same = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
+    return (same & torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool).tril())[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def compressed(lot: random.Random, picture: Image.Image) -> Image.Image:
+    """As lossy files have it."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=lot.randint(60, 95))
+    return Image.open(file).convert("RGB")
+
+
+def sights(things, sign, canvas: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """What each vision token of a picture shows, [H * W, len(SIGHTS)].
+
+    A token shows the thing on which its middle lies, or whose middle lies in it. Of that thing it is asked shape, colour, size, place,
+    its number from the left, and the number of the nearest thing on each side (4 for none); of the letters with their middles in it, which.
+    """
+    (width, height), (rows, columns) = canvas, grid
+    names = [name for name, _ in SIGHTS]
+    out = np.full((rows, columns, len(SIGHTS)), -100, dtype=np.int64)
+    out[..., 0], out[..., names.index("letter 0") :] = len(SHAPES), len(SIGN_CHARACTERS)
+    things = sorted(things, key=lambda thing: thing.x)
+    if things:
+        ys, xs = ((np.arange(rows) + 0.5) / rows * height)[:, None], ((np.arange(columns) + 0.5) / columns * width)[None]
+        reach = np.array([thing.radius * thing.fill * min(canvas) for thing in things])
+        middles = np.array([(thing.x * width, thing.y * height) for thing in things])
+        away = np.hypot(xs[..., None] - middles[:, 0], ys[..., None] - middles[:, 1])  # [H, W, things]
+        nearest, inside = (away / reach).argmin(-1), (away / reach).min(-1) < 0.95
+        for number, thing in enumerate(things):
+            at = min(int(thing.y * rows), rows - 1), min(int(thing.x * columns), columns - 1)
+            nearest[at], inside[at] = number, True
+        for number, thing in enumerate(things):
+            values = [SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), int(thing.size == "large"), PLACES.index(place_of(thing)), number]
+            for right, down in WAYS.values():
+                side = (middles[:, 0] - middles[number, 0]) * right + (middles[:, 1] - middles[number, 1]) * down
+                apart = np.where(side > 0, np.hypot(*(middles - middles[number]).T), np.inf)
+                values.append(int(apart.argmin()) if np.isfinite(apart).any() else 4)
+            out[inside & (nearest == number), : len(values)] = values
+    if sign is not None:
+        font, (left, _, right, _) = sign_font(sign, height)
+        begin = sign.x * width - (left + right) / 2
+        row = min(int(sign.y * rows), rows - 1)
+        filled = [0] * columns
+        for i, letter in enumerate(sign.text):
+            middle = begin + (font.getlength(sign.text[:i]) + font.getlength(sign.text[: i + 1])) / 2
+            column = min(max(int(middle / width * columns), 0), columns - 1)
+            if filled[column] < LETTERS_A_TOKEN:
+                out[row, column, names.index("letter 0") + filled[column]] = SIGN_CHARACTERS.index(letter)
+                filled[column] += 1
+    return out.reshape(-1, len(SIGHTS))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Lessons(torch.utils.data.Dataset):
+    """Batch number i, always the same for the same seed; `plan(i)` says of which kind it is: "look", "pictures", "images" or "clips".
+
+    Args:
+        size: how many pictures a batch has; other kinds are sized to cost about as much.
+    """
+
+    def __init__(self, processor, seed: int, plan, steps: int, size: int = 32):
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.picture_limits = (self.image_processor.min_pixels, self.image_processor.max_pixels)
+        self.frame_limits = (processor.video_processor.min_pixels, processor.video_processor.max_pixels)
+        self.seed, self.plan, self.steps, self.size = seed, plan, steps, size
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict:
+        torch.set_num_threads(1)
+        lot, kind = random.Random(f"{self.seed} {step}"), self.plan(step)
+        return {"kind": kind} | {"look": self.look, "pictures": self.pictures, "images": self.images, "clips": self.clips}[kind](lot)
+
+    def some_limits(self, lot):
+        """Mostly the checkpoint's own; at times a frame's, or hardly any: whoever asks may set others."""
+        return lot.choices((self.picture_limits, self.frame_limits, WIDE_LIMITS), (0.66, 0.2, 0.14))[0]
+
+    def pixels(self, pictures, limits) -> tuple[torch.Tensor, list[list[int]]]:
+        """pixel_values [P, 768] in bfloat16 and the grids (t, h, w) of pictures at these limits."""
+        seen = self.image_processor(pictures, min_pixels=limits[0], max_pixels=limits[1], return_tensors="pt")
+        return seen["pixel_values"].to(torch.bfloat16), seen["image_grid_thw"].tolist()
+
+    def seen(self, lot, scenes, limits) -> tuple[dict, list[tuple[int, int]]]:
+        """Pixels, grids and what every token shows; and the merged grids."""
+        pictures = [draw_scene(scene) for scene in scenes]
+        pixel_values, grids = self.pixels([compressed(lot, picture) if lot.random() < 0.3 else picture for picture in pictures], limits)
+        merged = [(h // 2, w // 2) for _, h, w in grids]
+        shown = [sights(scene.things, scene.sign, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
+        return {"pixel_values": pixel_values, "grid_thw": grids, "sights": torch.from_numpy(np.concatenate(shown))}, merged
+
+    def scenes(self, lot, limits) -> list:
+        """As many as fill a batch; the fewer pixels each has, the more."""
+        count = self.size if limits is not self.frame_limits else self.size * 5 // 4
+        scenes = [random_picture(lot, sign_share=0.5) for _ in range(count)]
+        return sorted(scenes, key=lambda scene: scene.width / scene.height)  # equal grids stand together
+
+    def look(self, lot) -> dict:
+        limits = self.some_limits(lot)
+        return self.seen(lot, self.scenes(lot, limits), limits)[0]
+
+    def pictures(self, lot) -> dict:
+        limits = self.some_limits(lot)
+        scenes, scripts = self.scenes(lot, limits), []
+        seen, grids = self.seen(lot, scenes, limits)
+        for scene, grid in zip(scenes, grids):
+            script = Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>", [grid])
+            tasks = [task for task in PICTURE_TASKS if task != "text" or scene.sign is None and lot.random() < 0.4]
+            questions = choose(lot, tasks, lambda task, plain: ask_picture(task, scene, lot, plain))
+            if scene.sign is not None:
+                questions.append(ask_picture("text", scene, lot))
+            script.add_all(questions)
+            scripts.append(script)
+        return {**seen, **join(scripts, self.tokenizer.pad_token_id), "media_nums": [1] * len(scenes)}
+
+    def images(self, lot) -> dict:
+        """Several pictures a row, and which of them shows what."""
+        limits = lot.choices((self.picture_limits, self.frame_limits), (0.6, 0.4))[0]
+        room, groups, asked = (self.size if limits is self.picture_limits else self.size * 3 // 2), [], []
+        while sum(map(len, groups)) < room:
+            group = [random_picture(lot, count=lot.randint(1, 3), sign_share=0.2) for _ in range(lot.randint(2, 4))]
+            questions = [question for question in (ask_images(group, lot, lot.random() < 0.35) for _ in range(4)) if question is not None]
+            if questions:
+                groups.append(group)
+                asked.append({question.prompt: question for question in questions}.values())
+        seen, grids = self.seen(lot, [scene for group in groups for scene in group], limits)
+        scripts, rest = [], iter(grids)
+        for group, questions in zip(groups, asked):
+            scripts.append(Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>" * len(group), [next(rest) for _ in group]))
+            scripts[-1].add_all(questions)
+        return {**seen, **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
+
+    def clips(self, lot) -> dict:
+        """Clips of about the same length, drawn at the times that the video processor takes."""
+        fps, limits = lot.choice((1, 2)), self.frame_limits if lot.random() < 0.85 else WIDE_LIMITS
+        seconds = lot.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
+        scripts, patches, grids = [], [], []
+        while sum(map(len, patches)) < 500 * self.size and len(scripts) < 24:
+            scene = random_clip(lot, seconds)
+            times = sampled_times(scene, fps)
+            background, drawn = draw_background(scene), {}  # moments that look the same are drawn once
+            for time in times:
+                if tuple(scene.at(time)) not in drawn:
+                    drawn[tuple(scene.at(time))] = len(drawn), compressed(lot, draw_scene(scene, time, background))
+            pixel_values, own = self.pixels([picture for _, picture in drawn.values()], limits)
+            shown = [drawn[tuple(scene.at(time))][0] for time in times]
+            patches.append(pixel_values.view(len(own), -1, pixel_values.shape[1])[shown].flatten(0, 1))
+            _, h, w = own[0]
+            grids.append([len(times), h, w])
+            stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
+            media = f"<|vision_start|>{stamps}<|vision_end|>"
+            scripts.append(Script(self.tokenizer, lot.random() < 0.5, media, [(h // 2, w // 2)] * len(times)))
+            scripts[-1].add_all(choose(lot, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, lot, plain)))
+        order = sorted(range(len(grids)), key=lambda clip: grids[clip][1:])  # equal grids stand together
+        rows = join([scripts[clip] for clip in order], self.tokenizer.pad_token_id)
+        pixel_values = torch.cat([patches[clip] for clip in order])
+        return {"pixel_values": pixel_values, "grid_thw": [grids[clip] for clip in order], "media_nums": [1] * len(scripts), **rows}

@@ -1,0 +1,241 @@
+"""What may be asked about a scene of the drawn world (world.py), in several wordings, and the right answers.
+
+A thing is called by its shape where no other has it ("the star"), else by colour and shape ("the blue star"). The first wording of each
+list is the plain one.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from world import COLOURS, SHAPES, WAYS, Scene, Thing
+
+PICTURE_TASKS = ("describe picture", "color", "shape", "count", "place", "relation", "exists", "text")
+CLIP_TASKS = ("describe clip", "first or last", "when", "visible at", "direction", "color after", "duration")
+IMAGES_TASK = "which image"
+
+DESCRIBE_PICTURE = (
+    "Describe the picture.", "", "Describe the image.", "What do you see in the picture?", "What is in the image?", "Describe what you see.",
+    "What does the picture show?", "Which objects are in the picture?", "Describe this picture.", "Describe this image.", "What is shown here?",
+)  # fmt: skip
+COLOR = ("What color is the {}?", "What colour is the {}?", "Which color does the {} have?", "What is the color of the {}?", "Name the color of the {}.",
+         "Tell me the color of the {}.", "The {} has which color?")  # fmt: skip
+SHAPE = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?", "What is the {} object?", "Name the shape of the {} object.",
+         "What shape does the {} object have?", "Which shape does the {} thing have?")  # fmt: skip
+COUNT = ("How many objects are there?", "Count the objects.", "How many objects are in the picture?", "How many shapes can you see in the picture?",
+         "How many objects do you see?", "What is the number of objects?", "How many shapes are there?", "How many things are in the image?")  # fmt: skip
+PLACE = ("Where is the {}?", "In which part of the picture is the {}?", "Where in the picture is the {}?", "Where can the {} be found?", "What is the position of the {}?",
+         "Where is the {} in the image?", "Where do you see the {}?")  # fmt: skip
+RELATION = ("What is {} the {}?", "Which object is {} the {}?", "What object is {} the {}?", "What do you see {} the {}?", "What can be seen {} the {}?",
+            "Name the object {} the {}.", "Which shape is {} the {}?")  # fmt: skip
+SIDES = {"left": "to the left of", "right": "to the right of", "up": "above", "down": "below"}
+EXISTS = ("Is there a {}?", "Is there a {} in the picture?", "Can you see a {}?", "Do you see a {}?", "Does the picture show a {}?", "Is a {} in the image?",
+          "Does the image contain a {}?")  # fmt: skip
+TEXT = ("What does the text say?", "What does the sign say?", "Read the text.", "What is written in the picture?", "What text is in the picture?",
+        "Which text can you read?", "What is the text in the image?", "What is written there?")  # fmt: skip
+WHICH_IMAGE = ("Which image shows a {}?", "In which image is a {}?", "Which picture shows a {}?", "In which picture is a {}?", "Which image has a {}?",
+               "Which of the images shows a {}?", "Which image contains a {}?")  # fmt: skip
+DESCRIBE_CLIP = (
+    "Describe the video.", "", "Describe the clip.", "What happens in the video?", "What happens?", "Tell me what happens, in order, with times.",
+    "Describe what happens in the video.", "What does the video show?", "Describe this video.", "What happens in this clip?",
+)  # fmt: skip
+FIRST_OR_LAST = ("What happens {}?", "What happens {} in the video?", "Which event comes {}?", "What is the {} event?", "What happens {} of all?", "Name the {} event.")
+APPEAR = ("When does the {} appear?", "At what time does the {} appear?", "When can the {} first be seen?", "When does the {} come into view?", "When does the {} show up?")
+DISAPPEAR = ("When does the {} disappear?", "At what time does the {} disappear?", "When does the {} vanish?", "When is the {} gone?", "When does the {} go away?")
+CHANGE = ("When does the {} change color?", "At what time does the {} change color?", "When does the {} change its color?", "When does the color of the {} change?",
+          "When does the {} change colour?")  # fmt: skip
+MOVE = ("When does the {} start moving?", "At what time does the {} start moving?", "When does the {} start to move?", "When does the {} begin to move?", "When does the {} move?")
+VISIBLE_AT = ("What is visible at {:.1f} seconds?", "What can be seen at {:.1f} seconds?", "Which objects are visible at {:.1f} seconds?", "What do you see at {:.1f} seconds?",
+              "What is in the video at {:.1f} seconds?")  # fmt: skip
+DIRECTION = ("Which way does the {} move?", "In which direction does the {} move?", "Where does the {} move to?", "What direction does the {} move in?",
+             "Which direction does the {} go?", "In what direction does the {} move?")  # fmt: skip
+COLOR_AFTER = ("What color is the {} after it changes?", "What color does the {} change to?", "Which color does the {} have after the change?",
+               "What is the new color of the {}?", "What colour is the {} after it changes?", "What color does the {} turn?")  # fmt: skip
+DURATION = ("How long is the video?", "How many seconds does the clip last?", "How long is the clip?", "How long does the video last?", "What is the length of the video?")
+
+
+@dataclass(frozen=True)
+class Question:
+    task: str
+    prompt: str
+    answer: str
+
+
+def place_of(thing: Thing) -> str:
+    """Its ninth of the canvas: top left, top, top right, left, center, ..."""
+    row, column = min(int(3 * thing.y), 2), min(int(3 * thing.x), 2)
+    return " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "center"
+
+
+def article(thing: Thing) -> str:
+    return f"a {thing.size} {thing.colour} {thing.shape}"
+
+
+def with_place(thing: Thing) -> str:
+    place = place_of(thing)
+    where = "on" if place in ("left", "right") else "in" if place == "center" else "at"
+    return f"{article(thing)} {where} the {place}"
+
+
+def listing(things: list[Thing]) -> str:
+    """Things with their places, from left to right."""
+    return ", ".join(with_place(thing) for thing in sorted(things, key=lambda thing: thing.x)) or "nothing"
+
+
+def called(thing: Thing, among) -> str:
+    """What a question calls it: the shape where that says it all."""
+    alike = [other for other in among if other.shape == thing.shape]
+    return thing.shape if len(alike) == 1 else f"{thing.colour} {thing.shape}"
+
+
+def beside(scene: Scene, thing: Thing, way: str) -> Thing | None:
+    """The nearest thing whose centre lies on that side of this one's."""
+    right, down = WAYS[way]
+    others = [other for other in scene.things if other is not thing and (other.x - thing.x) * right + (other.y - thing.y) * down > 0]
+    distance = lambda other: math.hypot((other.x - thing.x) * scene.width, (other.y - thing.y) * scene.height)  # noqa: E731
+    return min(others, key=distance, default=None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def ask_picture(task: str, scene: Scene, lot: random.Random, plain: bool = False) -> Question | None:
+    """A question of the task about the picture, or None where the picture offers none. `plain` takes the first wording."""
+
+    def word(wordings, *names):
+        return (wordings[0] if plain else lot.choice(wordings)).format(*names)
+
+    things = scene.things
+    thing = lot.choice(things)
+    if task == "describe picture":
+        sign = f', and the text "{scene.sign.text}"' if scene.sign is not None else ""
+        prompt = "" if lot.random() < 0.3 else word(DESCRIBE_PICTURE)
+        return Question(task, prompt, listing(list(things)) + sign)
+    if task == "color":
+        single = [thing for thing in things if called(thing, things) == thing.shape]
+        return Question(task, word(COLOR, (thing := lot.choice(single)).shape), thing.colour) if single else None
+    if task == "shape":
+        single = [thing for thing in things if sum(other.colour == thing.colour for other in things) == 1]
+        return Question(task, word(SHAPE, (thing := lot.choice(single)).colour), thing.shape) if single else None
+    if task == "count":
+        return Question(task, word(COUNT), str(len(things)))
+    if task == "place":
+        return Question(task, word(PLACE, called(thing, things)), place_of(thing))
+    if task == "relation":
+        way = lot.choice(tuple(SIDES))
+        other = beside(scene, thing, way)
+        return Question(task, word(RELATION, SIDES[way], called(thing, things)), "nothing" if other is None else article(other))
+    if task == "exists":
+        there = {(thing.shape, thing.colour) for thing in things}
+        if lot.random() < 0.5:
+            shape, colour = lot.choice(sorted(there))
+        else:  # half of what is not there is there in shape or in colour
+            shape, colour = thing.shape, thing.colour
+            near = lot.choice(("shape", "colour", "neither", "neither"))
+            while (shape, colour) in there:
+                shape = thing.shape if near == "shape" else lot.choice(SHAPES)
+                colour = thing.colour if near == "colour" else lot.choice(tuple(COLOURS))
+        return Question(task, word(EXISTS, f"{colour} {shape}").replace(" a orange", " an orange"), "yes" if (shape, colour) in there else "no")
+    if task == "text":
+        return Question(task, word(TEXT), scene.sign.text if scene.sign is not None else "nothing")
+    raise ValueError(f"no task named {task!r}; those of pictures are {', '.join(PICTURE_TASKS)}")
+
+
+def ask_images(scenes: list[Scene], lot: random.Random, plain: bool = False) -> Question | None:
+    """Which of several pictures shows a thing that one of them alone has."""
+    names = {}
+    for index, scene in enumerate(scenes):
+        for thing in scene.things:
+            for name in (thing.shape, f"{thing.colour} {thing.shape}"):
+                names.setdefault(name, set()).add(index)
+    single = sorted(name for name, images in names.items() if len(images) == 1)
+    shapes = [name for name in single if name in SHAPES]
+    if not single:
+        return None
+    name = lot.choice(shapes if shapes and (plain or lot.random() < 0.6) else single)
+    prompt = (WHICH_IMAGE[0] if plain else lot.choice(WHICH_IMAGE)).format(name).replace(" a orange", " an orange")
+    return Question(IMAGES_TASK, prompt, str(names[name].pop() + 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+@dataclass(frozen=True)
+class Event:
+    time: float  # the stamp of the first sampled frame that shows it
+    kind: str  # appears, disappears, changes, moves
+    thing: Thing
+    name: str  # what the thing is called
+
+    @property
+    def clause(self) -> str:
+        if self.kind == "appears":
+            return with_place(self.thing).replace(self.thing.shape, f"{self.thing.shape} appears")
+        if self.kind == "changes":
+            return f"the {self.name} changes color to {self.thing.changes[1]}"
+        return f"the {self.name} disappears" if self.kind == "disappears" else f"the {self.name} moves {way_of(self.thing)}"
+
+
+def way_of(thing: Thing) -> str:
+    _, right, down = thing.moves
+    return next(way for way, step in WAYS.items() if step[0] * right + step[1] * down > 0)
+
+
+def sampled_times(scene: Scene, fps: float) -> list[float]:
+    """Times of the frames that the video processor takes of a clip, `fps` a second."""
+    total = round(scene.seconds * scene.fps)
+    count = min(max(math.ceil(total / scene.fps * fps - 1e-6), 1), total)
+    indices = dict.fromkeys(np.linspace(0, total - 1, count).astype(int).tolist())
+    return [index / scene.fps for index in indices]
+
+
+def events_of(scene: Scene, times: list[float]) -> list[Event]:
+    """What happens in a clip, in order; what no sampled frame shows is left out."""
+    events = []
+    for thing in scene.things:
+        name = called(thing, scene.things)
+        starts = {"appears": thing.appears, "disappears": thing.disappears, "changes": (thing.changes or (math.inf,))[0],
+                  "moves": (thing.moves or (math.inf,))[0]}  # fmt: skip
+        for kind, start in starts.items():
+            shown = [time for time in times if (time > start if kind == "moves" else time >= start)]
+            if start > 0 and shown:
+                now = thing.at(shown[0]) if kind == "appears" else thing
+                events.append((start, Event(shown[0], kind, now, name)))
+    return [event for _, event in sorted(events, key=lambda pair: pair[0])]
+
+
+def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, plain: bool = False) -> Question | None:
+    """A question of the task about a clip of which frames at `times` are seen, or None where the clip offers none."""
+
+    def word(wordings, *names):
+        return (wordings[0] if plain else lot.choice(wordings)).format(*names)
+
+    events = events_of(scene, times)
+    if task == "describe clip":
+        clauses = [f"at {times[0]:.1f} seconds {listing(scene.at(times[0]))}", *(f"at {event.time:.1f} seconds {event.clause}" for event in events)]
+        return Question(task, "" if lot.random() < 0.3 else word(DESCRIBE_CLIP), "; ".join(clauses))
+    if task == "visible at":
+        time = lot.choice(times)
+        return Question(task, word(VISIBLE_AT, time), listing(scene.at(time)))
+    if task == "duration":
+        return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds")
+    if task == "first or last":
+        which = lot.choice(("first", "last"))
+        clause = events[0 if which == "first" else -1].clause if events else "nothing"
+        return Question(task, word(FIRST_OR_LAST, which), clause)
+    kinds = {"when": ("appears", "disappears", "changes", "moves"), "direction": ("moves",), "color after": ("changes",)}
+    if task not in kinds:
+        raise ValueError(f"no task named {task!r}; those of clips are {', '.join(CLIP_TASKS)}")
+    events = [event for event in events if event.kind in kinds[task]]
+    if not events:
+        return None
+    event = lot.choice(events)
+    if task == "direction":
+        return Question(task, word(DIRECTION, event.name), way_of(event.thing))
+    if task == "color after":
+        return Question(task, word(COLOR_AFTER, event.name), event.thing.changes[1])
+    wordings = {"appears": APPEAR, "disappears": DISAPPEAR, "changes": CHANGE, "moves": MOVE}[event.kind]
+    return Question(task, word(wordings, event.name), f"{event.time:.1f} seconds")
