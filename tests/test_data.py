@@ -1,6 +1,7 @@
 """The sample files: small, drawn by data/make_samples.py, and showing what its scenes say at the times they say."""
 
 import math
+import sys
 from itertools import combinations
 
 import av
@@ -11,8 +12,10 @@ from PIL import Image
 from conftest import ROOT
 from scripts import load_script
 
-FOLDER = ROOT / "data"
+sys.path[:0] = [str(ROOT / "training")]
+from world import COLOURS, MOVE_SECONDS, SHAPES, draw_scene, frame_times, sign_mask, thing_mask  # noqa: E402
 
+FOLDER = ROOT / "data"
 
 samples = load_script("data/make_samples.py")
 PICTURES = [name for name in samples.SCENES if name.endswith(".jpg")]
@@ -34,14 +37,21 @@ def pixel_at(frame, thing):
 
 
 def shows(frame, thing):
-    return np.abs(pixel_at(frame, thing) - samples.COLOURS[thing.colour]).max() < 40
+    return np.abs(pixel_at(frame, thing) - COLOURS[thing.colour]).max() < 40
+
+
+def on_canvas(mask, begin, scene):
+    """The mask as bool [h, w] of the whole canvas."""
+    canvas = Image.new("L", (scene.width, scene.height))
+    canvas.paste(mask, begin)
+    return np.asarray(canvas) > 0
 
 
 def events(thing):
     """(time, thing before, thing after) of every event after the start; None where it is not to be seen."""
     times = [(thing.appears, 0.0), (thing.disappears, 0.0)]
     times += [(thing.changes[0], 0.0)] if thing.changes is not None else []
-    times += [(thing.moves[0], samples.MOVE_SECONDS)] if thing.moves is not None else []
+    times += [(thing.moves[0], MOVE_SECONDS)] if thing.moves is not None else []
     return [(time, thing.at(time - 0.01), thing.at(time + lasts)) for time, lasts in times if 0 < time < math.inf]
 
 
@@ -64,11 +74,11 @@ def test_script_draws_the_committed_pictures(name, tmp_path):
 def test_script_draws_the_committed_clips(name):
     scene = samples.SCENES[name]
     frames, times = decode(FOLDER / name)
-    expected = samples.frame_times(scene)
+    expected = frame_times(scene)
     assert times == pytest.approx(expected, abs=1e-3)
     assert len(frames) == scene.seconds * scene.fps
     for index in range(0, len(frames), scene.fps // 2):
-        drawn = np.asarray(samples.draw_scene(scene, expected[index])).astype(int)
+        drawn = np.asarray(draw_scene(scene, expected[index])).astype(int)
         assert np.abs(frames[index] - drawn).mean() < 4, f"{name} at {expected[index]} s is not the scene"
 
 
@@ -80,7 +90,7 @@ def test_things_happen_when_the_scene_says(name):
     for thing in scene.things:
         for time, before, after in events(thing):
             earlier = max(index for index, at in enumerate(times) if at < time - 1e-6)
-            later = min(index for index, at in enumerate(times) if at >= time + samples.MOVE_SECONDS)
+            later = min(index for index, at in enumerate(times) if at >= time + MOVE_SECONDS)
             if before is not None:
                 assert shows(frames[earlier], before)
                 assert not shows(frames[later], before)
@@ -100,7 +110,7 @@ def test_scenes_keep_to_the_drawn_world(name):
     assert len({(thing.shape, thing.colour) for thing in scene.things}) == len(scene.things)
     assert 1 <= len(scene.things) <= (4 if name in PICTURES else 3)
     for thing in scene.things:
-        assert thing.shape in samples.SHAPES and thing.colour in samples.COLOURS and abs(thing.angle) <= 15
+        assert thing.shape in SHAPES and thing.colour in COLOURS and abs(thing.angle) <= 15
         low, high = {"small": (0.09, 0.14), "large": (0.18, 0.26)}[thing.size]
         assert low <= thing.radius <= high
     if scene.sign is not None:
@@ -109,9 +119,9 @@ def test_scenes_keep_to_the_drawn_world(name):
         assert scene.sign.colour in ("black", "white")
     starts = sorted(time for thing in scene.things for time, _, _ in events(thing))
     assert all(later - earlier >= 1 for earlier, later in zip(starts, starts[1:]))
-    for time in samples.frame_times(scene) or [0.0]:
-        masks = [samples.thing_mask(thing, scene, 1) for thing in (t.at(time) for t in scene.things) if thing is not None]
-        masks += [samples.sign_mask(scene.sign, scene, 1)] if scene.sign is not None else []
-        filled = [np.asarray(mask) > 0 for mask in masks]
+    for time in frame_times(scene) or [0.0]:
+        masks = [thing_mask(thing, scene, 1) for thing in scene.at(time)]
+        masks += [sign_mask(scene.sign, scene, 1)] if scene.sign is not None else []
+        filled = [on_canvas(*mask, scene) for mask in masks]
         assert all(not (a & b).any() for a, b in combinations(filled, 2)), f"things overlap at {time} s"
         assert all(not np.concatenate([m[0], m[-1], m[:, 0], m[:, -1]]).any() for m in filled), f"cut off at {time} s"

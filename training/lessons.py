@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from questions import CLIP_TASKS, IMAGES_TASK, PICTURE_TASKS, ask_clip, ask_images, ask_picture, place_of, sampled_times
-from world import COLOURS, SHAPES, SIGN_CHARACTERS, WAYS, draw_background, draw_scene, random_clip, random_picture, sign_font
+from world import COLOURS, SHAPES, SIGN_CHARACTERS, WAYS, draw_background, draw_ink, draw_scene, random_canvas, random_clip, random_picture, sign_font
 
 TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
 CHANCES = {  # how often a picture or clip is asked the question; above 1: several times
@@ -22,6 +22,7 @@ CHANCES = {  # how often a picture or clip is asked the question; above 1: sever
 }  # fmt: skip
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 LETTERS_A_TOKEN = 4
+ALIKE = 8  # pictures of one size in a batch: kernels are prepared for every shape, and equal grids are encoded as one
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, those of released checkpoints
 
 # What each vision token is asked directly, as (name, classes). Class -100 is not asked.
@@ -154,6 +155,15 @@ def sights(things, sign, canvas: tuple[int, int], grid: tuple[int, int]) -> np.n
     return out.reshape(-1, len(SIGHTS))
 
 
+def ink_patches(scene, grid: tuple[int, int]) -> np.ndarray:
+    """How much of each of its 8 x 8 squares is covered by things and letters, for every patch of a picture: [P, 64], 0 to 1, in the order
+    of `pixel_values`."""
+    rows, columns = grid  # merged
+    levels = np.asarray(draw_ink(scene).resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    # [Y, my, py, X, mx, px] -> [Y, X, my, mx, py, px]
+    return levels.reshape(rows, 2, 8, columns, 2, 8).transpose(0, 3, 1, 4, 2, 5).reshape(-1, 64)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches
 
@@ -194,17 +204,20 @@ class Lessons(torch.utils.data.Dataset):
         pixel_values, grids = self.pixels([compressed(lot, picture) if lot.random() < 0.3 else picture for picture in pictures], limits)
         merged = [(h // 2, w // 2) for _, h, w in grids]
         shown = [sights(scene.things, scene.sign, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
-        return {"pixel_values": pixel_values, "grid_thw": grids, "sights": torch.from_numpy(np.concatenate(shown))}, merged
+        inks = torch.from_numpy(np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged)]))
+        return {"pixel_values": pixel_values, "grid_thw": grids, "sights": torch.from_numpy(np.concatenate(shown)), "inks": inks}, merged
 
-    def scenes(self, lot, limits) -> list:
+    def scenes(self, lot, limits, count=None, sign_share: float = 0.5) -> list:
         """As many as fill a batch; the fewer pixels each has, the more."""
-        count = self.size if limits is not self.frame_limits else self.size * 5 // 4
-        scenes = [random_picture(lot, sign_share=0.5) for _ in range(count)]
-        return sorted(scenes, key=lambda scene: scene.width / scene.height)  # equal grids stand together
+        number = self.size if limits is not self.frame_limits else self.size * 2
+        canvases = [random_canvas(lot) for _ in range(number // ALIKE)]
+        canvases.sort(key=lambda canvas: canvas[0] / canvas[1])  # equal grids stand together
+        return [random_picture(lot, count, sign_share, canvas) for canvas in canvases for _ in range(ALIKE)]
 
     def look(self, lot) -> dict:
-        limits = self.some_limits(lot)
-        return self.seen(lot, self.scenes(lot, limits), limits)[0]
+        """Full pictures without text, mostly small ones: they hold as many things to learn from."""
+        limits = self.frame_limits if lot.random() < 0.6 else self.some_limits(lot)
+        return self.seen(lot, self.scenes(lot, limits, count=lot.choice((3, 4, 4)), sign_share=0.7), limits)[0]
 
     def pictures(self, lot) -> dict:
         limits = self.some_limits(lot)
@@ -224,8 +237,10 @@ class Lessons(torch.utils.data.Dataset):
         """Several pictures a row, and which of them shows what."""
         limits = lot.choices((self.picture_limits, self.frame_limits), (0.6, 0.4))[0]
         room, groups, asked = (self.size if limits is self.picture_limits else self.size * 3 // 2), [], []
+        canvas = random_canvas(lot)
         while sum(map(len, groups)) < room:
-            group = [random_picture(lot, count=lot.randint(1, 3), sign_share=0.2) for _ in range(lot.randint(2, 4))]
+            canvas = random_canvas(lot) if sum(map(len, groups)) > room // 2 else canvas
+            group = [random_picture(lot, lot.randint(1, 3), 0.2, canvas) for _ in range(lot.randint(2, 4))]
             questions = [question for question in (ask_images(group, lot, lot.random() < 0.35) for _ in range(4)) if question is not None]
             if questions:
                 groups.append(group)
@@ -243,7 +258,9 @@ class Lessons(torch.utils.data.Dataset):
         seconds = lot.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
         scripts, patches, grids = [], [], []
         while sum(map(len, patches)) < 500 * self.size and len(scripts) < 24:
-            scene = random_clip(lot, seconds)
+            if len(scripts) % 4 == 0:
+                canvas = random_canvas(lot)
+            scene = random_clip(lot, seconds, canvas)
             times = sampled_times(scene, fps)
             background, drawn = draw_background(scene), {}  # moments that look the same are drawn once
             for time in times:

@@ -1,7 +1,7 @@
 """What may be asked about a scene of the drawn world (world.py), in several wordings, and the right answers.
 
-A thing is called by its shape where no other has it ("the star"), else by colour and shape ("the blue star"). The first wording of each
-list is the plain one.
+A thing is called by its shape where no other has it ("the star"), else by colour and shape ("the blue star"). The first wording of
+each list is the plain one.
 """
 
 import math
@@ -16,43 +16,88 @@ CLIP_TASKS = ("describe clip", "first or last", "when", "visible at", "direction
 IMAGES_TASK = "which image"
 
 DESCRIBE_PICTURE = (
-    "Describe the picture.", "", "Describe the image.", "What do you see in the picture?", "What is in the image?", "Describe what you see.",
-    "What does the picture show?", "Which objects are in the picture?", "Describe this picture.", "Describe this image.", "What is shown here?",
+    "Describe the picture.", "", "Describe the image.", "What do you see in the picture?", "What is in the image?",
+    "Describe what you see.", "What does the picture show?", "Which objects are in the picture?", "Describe this picture.",
+    "Describe this image.", "What is shown here?",
 )  # fmt: skip
-COLOR = ("What color is the {}?", "What colour is the {}?", "Which color does the {} have?", "What is the color of the {}?", "Name the color of the {}.",
-         "Tell me the color of the {}.", "The {} has which color?")  # fmt: skip
-SHAPE = ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?", "What is the {} object?", "Name the shape of the {} object.",
-         "What shape does the {} object have?", "Which shape does the {} thing have?")  # fmt: skip
-COUNT = ("How many objects are there?", "Count the objects.", "How many objects are in the picture?", "How many shapes can you see in the picture?",
-         "How many objects do you see?", "What is the number of objects?", "How many shapes are there?", "How many things are in the image?")  # fmt: skip
-PLACE = ("Where is the {}?", "In which part of the picture is the {}?", "Where in the picture is the {}?", "Where can the {} be found?", "What is the position of the {}?",
-         "Where is the {} in the image?", "Where do you see the {}?")  # fmt: skip
-RELATION = ("What is {} the {}?", "Which object is {} the {}?", "What object is {} the {}?", "What do you see {} the {}?", "What can be seen {} the {}?",
-            "Name the object {} the {}.", "Which shape is {} the {}?")  # fmt: skip
+COLOR = (
+    "What color is the {}?", "What colour is the {}?", "Which color does the {} have?", "What is the color of the {}?",
+    "Name the color of the {}.", "Tell me the color of the {}.", "The {} has which color?",
+)  # fmt: skip
+SHAPE = (
+    "What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?", "What is the {} object?",
+    "Name the shape of the {} object.", "What shape does the {} object have?", "Which shape does the {} thing have?",
+)  # fmt: skip
+COUNT = (
+    "How many objects are there?", "Count the objects.", "How many objects are in the picture?",
+    "How many shapes can you see in the picture?", "How many objects do you see?", "What is the number of objects?",
+    "How many shapes are there?", "How many things are in the image?",
+)  # fmt: skip
+PLACE = (
+    "Where is the {}?", "In which part of the picture is the {}?", "Where in the picture is the {}?",
+    "Where can the {} be found?", "What is the position of the {}?", "Where is the {} in the image?",
+    "Where do you see the {}?",
+)  # fmt: skip
+RELATION = (
+    "What is {} the {}?", "Which object is {} the {}?", "What object is {} the {}?", "What do you see {} the {}?",
+    "What can be seen {} the {}?", "Name the object {} the {}.", "Which shape is {} the {}?",
+)  # fmt: skip
 SIDES = {"left": "to the left of", "right": "to the right of", "up": "above", "down": "below"}
-EXISTS = ("Is there a {}?", "Is there a {} in the picture?", "Can you see a {}?", "Do you see a {}?", "Does the picture show a {}?", "Is a {} in the image?",
-          "Does the image contain a {}?")  # fmt: skip
-TEXT = ("What does the text say?", "What does the sign say?", "Read the text.", "What is written in the picture?", "What text is in the picture?",
-        "Which text can you read?", "What is the text in the image?", "What is written there?")  # fmt: skip
-WHICH_IMAGE = ("Which image shows a {}?", "In which image is a {}?", "Which picture shows a {}?", "In which picture is a {}?", "Which image has a {}?",
-               "Which of the images shows a {}?", "Which image contains a {}?")  # fmt: skip
-DESCRIBE_CLIP = (
-    "Describe the video.", "", "Describe the clip.", "What happens in the video?", "What happens?", "Tell me what happens, in order, with times.",
-    "Describe what happens in the video.", "What does the video show?", "Describe this video.", "What happens in this clip?",
+EXISTS = (
+    "Is there a {}?", "Is there a {} in the picture?", "Can you see a {}?", "Do you see a {}?", "Does the picture show a {}?",
+    "Is a {} in the image?", "Does the image contain a {}?",
 )  # fmt: skip
-FIRST_OR_LAST = ("What happens {}?", "What happens {} in the video?", "Which event comes {}?", "What is the {} event?", "What happens {} of all?", "Name the {} event.")
-APPEAR = ("When does the {} appear?", "At what time does the {} appear?", "When can the {} first be seen?", "When does the {} come into view?", "When does the {} show up?")
-DISAPPEAR = ("When does the {} disappear?", "At what time does the {} disappear?", "When does the {} vanish?", "When is the {} gone?", "When does the {} go away?")
-CHANGE = ("When does the {} change color?", "At what time does the {} change color?", "When does the {} change its color?", "When does the color of the {} change?",
-          "When does the {} change colour?")  # fmt: skip
-MOVE = ("When does the {} start moving?", "At what time does the {} start moving?", "When does the {} start to move?", "When does the {} begin to move?", "When does the {} move?")
-VISIBLE_AT = ("What is visible at {:.1f} seconds?", "What can be seen at {:.1f} seconds?", "Which objects are visible at {:.1f} seconds?", "What do you see at {:.1f} seconds?",
-              "What is in the video at {:.1f} seconds?")  # fmt: skip
-DIRECTION = ("Which way does the {} move?", "In which direction does the {} move?", "Where does the {} move to?", "What direction does the {} move in?",
-             "Which direction does the {} go?", "In what direction does the {} move?")  # fmt: skip
-COLOR_AFTER = ("What color is the {} after it changes?", "What color does the {} change to?", "Which color does the {} have after the change?",
-               "What is the new color of the {}?", "What colour is the {} after it changes?", "What color does the {} turn?")  # fmt: skip
-DURATION = ("How long is the video?", "How many seconds does the clip last?", "How long is the clip?", "How long does the video last?", "What is the length of the video?")
+TEXT = (
+    "What does the text say?", "What does the sign say?", "Read the text.", "What is written in the picture?",
+    "What text is in the picture?", "Which text can you read?", "What is the text in the image?", "What is written there?",
+)  # fmt: skip
+WHICH_IMAGE = (
+    "Which image shows a {}?", "In which image is a {}?", "Which picture shows a {}?", "In which picture is a {}?",
+    "Which image has a {}?", "Which of the images shows a {}?", "Which image contains a {}?",
+)  # fmt: skip
+DESCRIBE_CLIP = (
+    "Describe the video.", "", "Describe the clip.", "What happens in the video?", "What happens?",
+    "Tell me what happens, in order, with times.", "Describe what happens in the video.", "What does the video show?",
+    "Describe this video.", "What happens in this clip?",
+)  # fmt: skip
+FIRST_OR_LAST = (
+    "What happens {}?", "What happens {} in the video?", "Which event comes {}?", "What is the {} event?",
+    "What happens {} of all?", "Name the {} event.",
+)  # fmt: skip
+APPEAR = (
+    "When does the {} appear?", "At what time does the {} appear?", "When can the {} first be seen?",
+    "When does the {} come into view?", "When does the {} show up?",
+)  # fmt: skip
+DISAPPEAR = (
+    "When does the {} disappear?", "At what time does the {} disappear?", "When does the {} vanish?", "When is the {} gone?",
+    "When does the {} go away?",
+)  # fmt: skip
+CHANGE = (
+    "When does the {} change color?", "At what time does the {} change color?", "When does the {} change its color?",
+    "When does the color of the {} change?", "When does the {} change colour?",
+)  # fmt: skip
+MOVE = (
+    "When does the {} start moving?", "At what time does the {} start moving?", "When does the {} start to move?",
+    "When does the {} begin to move?", "When does the {} move?",
+)  # fmt: skip
+VISIBLE_AT = (
+    "What is visible at {:.1f} seconds?", "What can be seen at {:.1f} seconds?",
+    "Which objects are visible at {:.1f} seconds?", "What do you see at {:.1f} seconds?",
+    "What is in the video at {:.1f} seconds?",
+)  # fmt: skip
+DIRECTION = (
+    "Which way does the {} move?", "In which direction does the {} move?", "Where does the {} move to?",
+    "What direction does the {} move in?", "Which direction does the {} go?", "In what direction does the {} move?",
+)  # fmt: skip
+COLOR_AFTER = (
+    "What color is the {} after it changes?", "What color does the {} change to?",
+    "Which color does the {} have after the change?", "What is the new color of the {}?",
+    "What colour is the {} after it changes?", "What color does the {} turn?",
+)  # fmt: skip
+DURATION = (
+    "How long is the video?", "How many seconds does the clip last?", "How long is the clip?",
+    "How long does the video last?", "What is the length of the video?",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +137,7 @@ def called(thing: Thing, among) -> str:
 def beside(scene: Scene, thing: Thing, way: str) -> Thing | None:
     """The nearest thing whose centre lies on that side of this one's."""
     right, down = WAYS[way]
-    others = [other for other in scene.things if other is not thing and (other.x - thing.x) * right + (other.y - thing.y) * down > 0]
+    others = [other for other in scene.things if (other.x - thing.x) * right + (other.y - thing.y) * down > 0]
     distance = lambda other: math.hypot((other.x - thing.x) * scene.width, (other.y - thing.y) * scene.height)  # noqa: E731
     return min(others, key=distance, default=None)
 
@@ -137,7 +182,8 @@ def ask_picture(task: str, scene: Scene, lot: random.Random, plain: bool = False
             while (shape, colour) in there:
                 shape = thing.shape if near == "shape" else lot.choice(SHAPES)
                 colour = thing.colour if near == "colour" else lot.choice(tuple(COLOURS))
-        return Question(task, word(EXISTS, f"{colour} {shape}").replace(" a orange", " an orange"), "yes" if (shape, colour) in there else "no")
+        prompt = word(EXISTS, f"{colour} {shape}").replace(" a orange", " an orange")
+        return Question(task, prompt, "yes" if (shape, colour) in there else "no")
     if task == "text":
         return Question(task, word(TEXT), scene.sign.text if scene.sign is not None else "nothing")
     raise ValueError(f"no task named {task!r}; those of pictures are {', '.join(PICTURE_TASKS)}")
@@ -196,12 +242,13 @@ def events_of(scene: Scene, times: list[float]) -> list[Event]:
     """What happens in a clip, in order; what no sampled frame shows is left out."""
     events = []
     for thing in scene.things:
-        name = called(thing, scene.things)
+        name, seen = called(thing, scene.things), [time for time in times if thing.at(time) is not None]
         starts = {"appears": thing.appears, "disappears": thing.disappears, "changes": (thing.changes or (math.inf,))[0],
                   "moves": (thing.moves or (math.inf,))[0]}  # fmt: skip
         for kind, start in starts.items():
-            shown = [time for time in times if (time > start if kind == "moves" else time >= start)]
-            if start > 0 and shown:
+            among = times if kind == "disappears" else seen
+            shown = [time for time in among if (time > start if kind == "moves" else time >= start)]
+            if start > 0 and seen and shown:
                 now = thing.at(shown[0]) if kind == "appears" else thing
                 events.append((start, Event(shown[0], kind, now, name)))
     return [event for _, event in sorted(events, key=lambda pair: pair[0])]
@@ -215,8 +262,9 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
 
     events = events_of(scene, times)
     if task == "describe clip":
-        clauses = [f"at {times[0]:.1f} seconds {listing(scene.at(times[0]))}", *(f"at {event.time:.1f} seconds {event.clause}" for event in events)]
-        return Question(task, "" if lot.random() < 0.3 else word(DESCRIBE_CLIP), "; ".join(clauses))
+        clauses = [(times[0], listing(scene.at(times[0]))), *((event.time, event.clause) for event in events)]
+        answer = "; ".join(f"at {time:.1f} seconds {clause}" for time, clause in clauses)
+        return Question(task, "" if lot.random() < 0.3 else word(DESCRIBE_CLIP), answer)
     if task == "visible at":
         time = lot.choice(times)
         return Question(task, word(VISIBLE_AT, time), listing(scene.at(time)))
@@ -224,8 +272,10 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds")
     if task == "first or last":
         which = lot.choice(("first", "last"))
-        clause = events[0 if which == "first" else -1].clause if events else "nothing"
-        return Question(task, word(FIRST_OR_LAST, which), clause)
+        prompt, at_end = word(FIRST_OR_LAST, which), events[:2] if which == "first" else events[:-3:-1]
+        if len(at_end) == 2 and at_end[0].time == at_end[1].time:
+            return None  # the same frame shows both
+        return Question(task, prompt, at_end[0].clause if at_end else "nothing")
     kinds = {"when": ("appears", "disappears", "changes", "moves"), "direction": ("moves",), "color after": ("changes",)}
     if task not in kinds:
         raise ValueError(f"no task named {task!r}; those of clips are {', '.join(CLIP_TASKS)}")

@@ -20,16 +20,18 @@ from torch import nn
 
 TRAINING = Path(__file__).resolve().parent
 PROJECT = TRAINING.parent
-sys.path[:0] = [str(PROJECT), str(TRAINING)]
+sys.path[:0] = [str(PROJECT / "checkpoints"), str(TRAINING)]
 from lessons import SIGHTS, TASKS, Lessons, may_see  # noqa: E402
+from make_nano import make  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
-LOOK_SHARE = 0.1  # of all steps, in which the encoder alone learns
+LOOK_SHARE = 0.2  # of all steps, in which the encoder alone learns
 DECAY_SHARE = 0.35  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
 KINDS = (("pictures", 0.52), ("clips", 0.38), ("images", 0.10))
-SIGHT_WEIGHTS = {"shape": 1.0, "colour": 1.0, "size": 0.5, "place": 0.5, "rank": 0.5, "letter": 1.0, "nearest": 0.25}
+SIGHT_WEIGHTS = {"shape": 3.0, "colour": 0.5, "size": 0.5, "place": 0.3, "rank": 0.3, "letter": 2.0, "nearest": 0.1}
+INK_WEIGHT = 4.0
 SIGHT_SHARE = 0.3  # weight of naming beside answering
 
 
@@ -39,7 +41,7 @@ class Muon:
     The model computes in bfloat16; the weights that are learned are float32 copies, which `step` writes back.
     """
 
-    def __init__(self, named_parameters, rate: float = 0.02, adam_rate: float = 2e-3, momentum: float = 0.95, decay: float = 0.02):
+    def __init__(self, named_parameters, rate: float = 0.02, adam_rate: float = 6e-4, momentum: float = 0.95, decay: float = 0.02):
         self.rate, self.adam_rate, self.momentum, self.decay = rate, adam_rate, momentum, decay
         self.parameters = dict(named_parameters)
         self.weights = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
@@ -93,12 +95,19 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Namer(nn.Module):
-    """Reads off each vision token what it shows. Only for training; it is thrown away."""
+    """Reads off each vision token what it shows, and off each patch, halfway through the encoder, where in it there is ink. Only for training; it
+    is thrown away."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, vision_width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.heads = nn.Linear(width, sum(classes for _, classes in SIGHTS))
+        self.ink_norm = nn.LayerNorm(vision_width)
+        self.ink_head = nn.Linear(vision_width, 64)
+
+    def ink(self, patches: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """patches [P, vision width], targets [P, 64] -> loss."""
+        return F.binary_cross_entropy_with_logits(self.ink_head(self.ink_norm(patches)).float(), targets)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """tokens [N, D] and targets [N, len(SIGHTS)] -> loss, and the share named rightly."""
@@ -158,8 +167,9 @@ def answers_right(logits: torch.Tensor, batch: dict) -> dict[str, list[int]]:
 
 def learn(model, namer, batch: dict) -> tuple[torch.Tensor, dict]:
     """Loss of a batch, and what to log."""
-    seen = []
+    seen, halfway = [], []
     visual = model.model.visual
+    block = visual.blocks[visual.config.deepstack_visual_indexes[0]].register_forward_hook(lambda module, args, out: halfway.append(out))
     if batch["kind"] == "look":
         seen.append(visual(batch["pixel_values"], batch["grid_thw"]))
         loss, log = 0.0, {}
@@ -170,11 +180,13 @@ def learn(model, namer, batch: dict) -> tuple[torch.Tensor, dict]:
                     pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"])  # fmt: skip
         hook.remove()
         loss, log = out.loss, {f"loss {batch['kind']}": [out.loss.item()], **answers_right(out.logits, batch)}
+    block.remove()
     if "sights" in batch:
         naming, right = namer(seen[0], batch["sights"])
         share = 1.0 if batch["kind"] == "look" else SIGHT_SHARE
-        loss = loss + share * naming
-        log |= {"naming": [naming.item()], **{f"names {name}": [value] for name, value in right.items()}}
+        inking = namer.ink(halfway[0], batch["inks"])
+        loss = loss + share * (naming + INK_WEIGHT * inking)
+        log |= {"naming": [naming.item()], "inking": [inking.item()], **{f"names {name}": [value] for name, value in right.items()}}
     return loss, log
 
 
@@ -188,7 +200,6 @@ def save(model, processor, namer, optimizer, output: Path, step: int) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--start", type=Path, required=True, help="checkpoint with first weights, as checkpoints/make_nano.py --output writes it")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
     parser.add_argument("--steps", type=int, default=6000, help="may be changed when a run goes on")
     parser.add_argument("--size", type=int, default=32, help="pictures in a batch")
@@ -199,10 +210,13 @@ def main():
 
     torch.manual_seed(SEED)
     args.output.mkdir(parents=True, exist_ok=True)
-    processor = AutoProcessor.from_pretrained(args.start, trust_remote_code=True)
+    start = args.output / "start"
+    if not (start / "model.safetensors").exists():
+        make(start)
+    processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
     # Eager attention: on a CPU its backward pass is several times as fast in bfloat16 as that of the fused one.
-    model = AutoModelForCausalLM.from_pretrained(args.start, trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="eager").train()
-    namer = Namer(model.config.text_config.hidden_size).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="eager").train()
+    namer = Namer(model.config.text_config.hidden_size, model.config.vision_config.hidden_size).to(torch.bfloat16)
     optimizer = Muon([*model.named_parameters(), *((f"namer.{name}", parameter) for name, parameter in namer.named_parameters())])
     begin = 0
     if (args.output / "state.pt").exists():

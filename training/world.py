@@ -1,8 +1,9 @@
-"""The drawn world that moss-vl-nano knows: scenes of plain shapes, at times with a sign, and clips in which they come, go, turn another colour
-or move. Here is what a scene is, how it is drawn, and how one is drawn by lot; what may be asked about it is in questions.py.
+"""The drawn world that moss-vl-nano knows: scenes of plain shapes, at times with a sign, and clips in which they come, go, turn
+another colour or move. Here is what a scene is, how it is drawn, and how one is drawn by lot; what may be asked about it is in
+questions.py.
 
-Places are fractions of the canvas (x to the right, y down), radii fractions of its shorter side, times seconds, colours RGB levels. The same
-scene gives the same pixels every time.
+Places are fractions of the canvas (x to the right, y down), radii fractions of its shorter side, times seconds, colours RGB levels.
+The same scene gives the same pixels every time.
 """
 
 import colorsys
@@ -24,6 +25,7 @@ COLOURS = {
 }  # fmt: skip
 SIGN_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 SMALL, LARGE = (0.09, 0.14), (0.18, 0.26)  # radii
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOVE_SECONDS = 1.0
 SUPERSAMPLING = 4
 
@@ -44,7 +46,9 @@ class Thing:
     moves: tuple[float, float, float] | None = None  # (start, to the right, down)
     move_seconds: float = MOVE_SECONDS
     fill: float = 1.0  # how far corners reach, in radii: for some a square of radius r has sides of 2 r
-    detail: float | None = None  # a star's inner radius, a ring's, half the width of a cross's arms, a triangle's tip over a base of two, all in radii
+    # In radii: the inner radius of a star or ring, half the width of a cross's arms, or how far up a triangle reaches whose base is
+    # sqrt(2) wide and sqrt(1/2) below the centre. None is the usual one, of a triangle equal sides.
+    detail: float | None = None
     tints: tuple[tuple[str, tuple[int, int, int]], ...] = ()  # (colour name, RGB) where it is not the usual one
 
     @property
@@ -99,7 +103,8 @@ class Scene:
 
     def at(self, time: float) -> list[Thing]:
         """What is to be seen at `time`, from left to right."""
-        return sorted((thing for thing in (thing.at(time) for thing in self.things) if thing is not None), key=lambda thing: thing.x)
+        now = (thing.at(time) for thing in self.things)
+        return sorted((thing for thing in now if thing is not None), key=lambda thing: thing.x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,8 +115,10 @@ def outline(thing: Thing, centre, radius: float) -> list[tuple[float, float]]:
     """Corner points, in pixels, of a shape with straight sides."""
     if thing.shape == "square":
         polar = [(45 + 90 * i, 1.0) for i in range(4)]
+    elif thing.shape == "triangle" and thing.detail is None:
+        polar = [(-90 + 120 * i, 1.0) for i in range(3)]
     elif thing.shape == "triangle":
-        polar = [(-90 + 120 * i, 1.0) for i in range(3)] if thing.detail is None else [(-90, thing.detail), (45, 1.0), (135, 1.0)]
+        polar = [(-90, thing.detail), (45, 1.0), (135, 1.0)]
     elif thing.shape == "star":
         inner = thing.detail if thing.detail is not None else 0.4
         polar = [(-90 + 36 * i, 1.0 if i % 2 == 0 else inner) for i in range(10)]
@@ -131,7 +138,8 @@ def thing_mask(thing: Thing, scene: Scene, scale: int) -> tuple[Image.Image, tup
     centre = (thing.x * scene.width * scale, thing.y * scene.height * scale)
     radius = thing.radius * thing.fill * min(scene.width, scene.height) * scale
     left, top = (max(math.floor((middle - radius) / scale) - 1, 0) for middle in centre)
-    right, bottom = (min(math.ceil((middle + radius) / scale) + 2, side) for middle, side in zip(centre, (scene.width, scene.height)))
+    sides = (scene.width, scene.height)
+    right, bottom = (min(math.ceil((middle + radius) / scale) + 2, side) for middle, side in zip(centre, sides))
     mask = Image.new("L", (max(right - left, 1) * scale, max(bottom - top, 1) * scale))
     draw = ImageDraw.Draw(mask)
     centre = (centre[0] - left * scale, centre[1] - top * scale)
@@ -161,12 +169,12 @@ def sign_font(sign: Sign, canvas_height: float):
 
 
 def sign_mask(sign: Sign, scene: Scene, scale: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The letters' pixels, as `thing_mask` has a thing's."""
     font, (left, top, right, bottom) = sign_font(sign, scene.height * scale)
     corner = (sign.x * scene.width * scale - (left + right) / 2, sign.y * scene.height * scale - (top + bottom) / 2)
     begin = tuple(max(math.floor((at + low) / scale) - 1, 0) for at, low in zip(corner, (left, top)))
-    end = tuple(
-        min(math.ceil((at + high) / scale) + 2, side) for at, high, side in zip(corner, (right, bottom), (scene.width, scene.height))
-    )
+    sides = (scene.width, scene.height)
+    end = tuple(min(math.ceil((at + high) / scale) + 2, side) for at, high, side in zip(corner, (right, bottom), sides))
     mask = Image.new("L", tuple(max(stop - start, 1) * scale for start, stop in zip(begin, end)))
     ImageDraw.Draw(mask).text((corner[0] - begin[0] * scale, corner[1] - begin[1] * scale), sign.text, font=font, fill=255)
     return mask, begin
@@ -187,12 +195,24 @@ def draw_scene(scene: Scene, time: float = 0.0, background: Image.Image | None =
     """The scene at `time` seconds, as an RGB picture. `background` saves drawing it again for each frame of a clip."""
     picture = (background if background is not None else draw_background(scene)).copy()
     scale = SUPERSAMPLING if scene.antialias else 1
-    layers = [(thing.rgb, *thing_mask(thing, scene, scale)) for thing in (thing.at(time) for thing in scene.things) if thing is not None]
+    layers = [(thing.rgb, *thing_mask(thing, scene, scale)) for thing in scene.at(time)]
     if scene.sign is not None:
         layers.append((COLOURS[scene.sign.colour], *sign_mask(scene.sign, scene, scale)))
     for colour, mask, begin in layers:
         mask = mask.reduce(scale) if scale > 1 else mask
         picture.paste(colour, (*begin, begin[0] + mask.width, begin[1] + mask.height), mask=mask)
+    return picture
+
+
+def draw_ink(scene: Scene, time: float = 0.0) -> Image.Image:
+    """Where things and letters are, white on black."""
+    picture, scale = Image.new("L", (scene.width, scene.height)), SUPERSAMPLING if scene.antialias else 1
+    masks = [thing_mask(thing, scene, scale) for thing in (thing.at(time) for thing in scene.things) if thing is not None]
+    if scene.sign is not None:
+        masks.append(sign_mask(scene.sign, scene, scale))
+    for mask, begin in masks:
+        mask = mask.reduce(scale) if scale > 1 else mask
+        picture.paste(255, (*begin, begin[0] + mask.width, begin[1] + mask.height), mask=mask)
     return picture
 
 
@@ -202,7 +222,7 @@ def frame_times(scene: Scene) -> list[float]:
 
 
 def write_clip(scene: Scene, path) -> None:
-    """h264 in mp4. One thread and no version strings: the same encoder writes the same bytes."""
+    """h264 in mp4. One thread and no version strings: the same encoder nearly always writes the same bytes."""
     import av
 
     background = draw_background(scene)
@@ -270,11 +290,17 @@ def random_ground(lot: random.Random) -> tuple[int, int, int]:
     return tuple(round(255 * level) for level in colorsys.hsv_to_rgb(lot.random(), saturation, value))
 
 
-def random_stage(lot: random.Random) -> dict:
-    """Canvas and background."""
-    width, height = lot.randint(96, 320), lot.randint(96, 320)
-    while max(width, height) > 2 * min(width, height):
+def random_canvas(lot: random.Random) -> tuple[int, int]:
+    """Width and height."""
+    while True:
         width, height = lot.randint(96, 320), lot.randint(96, 320)
+        if max(width, height) <= 2 * min(width, height):
+            return width, height
+
+
+def random_stage(lot: random.Random, canvas: tuple[int, int] | None = None) -> dict:
+    """Canvas and background."""
+    width, height = canvas if canvas is not None else random_canvas(lot)
     first = second = random_ground(lot)
     direction = (0.0, 1.0)
     if lot.random() < 0.4:
@@ -385,12 +411,12 @@ def random_things(lot: random.Random, stage: dict, count: int, sign: Sign | None
     return things
 
 
-def random_picture(lot: random.Random, count: int | None = None, sign_share: float = 1 / 3) -> Scene:
-    """A picture of `count` things (default: 1 to 4, each as likely), with a sign in `sign_share` of them."""
+def random_picture(lot: random.Random, count: int | None = None, sign_share: float = 1 / 3, canvas: tuple[int, int] | None = None) -> Scene:
+    """A picture of `count` things (default: 1 to 4, each as likely), with a sign in `sign_share` of them; `canvas` fixes its size."""
     count = count if count is not None else lot.randint(1, 4)
     signed = lot.random() < sign_share
     while True:
-        stage = random_stage(lot)
+        stage = random_stage(lot, canvas)
         for _ in range(8):
             sign = random_sign(lot, stage) if signed else None
             things = random_things(lot, stage, count, sign)
@@ -398,16 +424,16 @@ def random_picture(lot: random.Random, count: int | None = None, sign_share: flo
                 return Scene(things=tuple(things), sign=sign, **stage)
 
 
-def random_clip(lot: random.Random, seconds: tuple[float, float] = (2.0, 20.0)) -> Scene:
+def random_clip(lot: random.Random, seconds: tuple[float, float] = (2.0, 20.0), canvas: tuple[int, int] | None = None) -> Scene:
     """A clip of 1 to 3 things; each may appear, disappear, change colour or move once, events at least a second apart."""
     while True:
-        clip = try_clip(lot, seconds)
+        clip = try_clip(lot, seconds, canvas)
         if clip is not None:
             return clip
 
 
-def try_clip(lot: random.Random, seconds) -> Scene | None:
-    stage = random_stage(lot)
+def try_clip(lot: random.Random, seconds, canvas) -> Scene | None:
+    stage = random_stage(lot, canvas)
     for side in ("width", "height"):
         stage[side] -= stage[side] % 2  # as h264 wants it
     fps = lot.choice((8, 10, 12, 15, 20, 24, 25, 30, lot.randint(8, 30)))
@@ -423,7 +449,9 @@ def try_clip(lot: random.Random, seconds) -> Scene | None:
     times = sorted(lot.uniform(0.5, duration - 0.3) for _ in range(wanted))
     if lot.random() < 0.3:
         times = [float(round(time)) for time in times]
-    if any(later - sooner < 1.0 for sooner, later in zip(times, times[1:])) or any(not 0.3 < time < duration - 0.25 for time in times):
+    if any(later - sooner < 1.0 for sooner, later in zip(times, times[1:])):
+        return None
+    if any(not 0.3 < time < duration - 0.25 for time in times):
         return None
     lot.shuffle(times)
     kinds = {(thing.shape, thing.colour) for thing in things}
@@ -457,6 +485,3 @@ def try_clip(lot: random.Random, seconds) -> Scene | None:
     if all(thing.appears > 0 for thing in things) and lot.random() < 0.7:
         return None  # a stage that is empty at first is rare
     return Scene(things=tuple(things), seconds=duration, fps=fps, **stage)
-
-
-WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

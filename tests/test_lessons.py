@@ -1,0 +1,285 @@
+"""Training batches: a question in a packed row is what it is by itself, labels are answers, and tokens are asked what they show."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_model
+from transformers import AutoProcessor
+
+from conftest import ROOT
+
+sys.path[:0] = [str(ROOT / "training")]
+import lessons  # noqa: E402
+import world  # noqa: E402
+from lessons import LETTERS_A_TOKEN, PLACES, SIGHTS, TASKS, Lessons, ink_patches, may_see, sights  # noqa: E402
+from world import COLOURS, SHAPES, SIGN_CHARACTERS, Scene, Sign, Thing, draw_scene, sign_mask  # noqa: E402
+
+KINDS = ("look", "pictures", "images", "clips")
+NAMES = [name for name, _ in SIGHTS]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(ROOT / "checkpoints/moss-vl-nano", trust_remote_code=True, frame_extract_num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    """Random weights, and the checkpoint's patches and tokens."""
+    tokenizer = processor.tokenizer
+    tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in tokens.items()}
+    text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 32768}
+    return make_model(text=text, vision={"patch_size": 16}, **ids)
+
+
+@pytest.fixture(autouse=True)
+def one_font(monkeypatch):
+    """The same scenes wherever the tests run: fonts are drawn by lot among those installed."""
+    monkeypatch.setattr(world, "fonts", lambda: (None,))
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    """What went into the last batch: scenes, pictures as the image processor got them, and by rows their scripts with questions."""
+    notes = {"scenes": [], "pixels": [], "rows": []}
+
+    def note_scene(make):
+        def noting(*args, **kwargs):
+            notes["scenes"].append(make(*args, **kwargs))
+            return notes["scenes"][-1]
+        return noting
+
+    def note_question(script, question, add=lessons.Script.add):
+        script.asked = [*getattr(script, "asked", []), question]
+        script.clip = notes["scenes"][-1], *notes["pixels"][-1]
+        add(script, question)
+
+    def note_pixels(self, pictures, limits, pixels=Lessons.pixels):
+        notes["pixels"].append((pictures, limits))
+        return pixels(self, pictures, limits)
+
+    def note_rows(scripts, pad, join=lessons.join):
+        notes["rows"] = scripts
+        return join(scripts, pad)
+
+    monkeypatch.setattr(lessons, "random_picture", note_scene(lessons.random_picture))
+    monkeypatch.setattr(lessons, "random_clip", note_scene(lessons.random_clip))
+    monkeypatch.setattr(lessons, "join", note_rows)
+    monkeypatch.setattr(lessons.Script, "add", note_question)
+    monkeypatch.setattr(Lessons, "pixels", note_pixels)
+    return notes
+
+
+def batch_of(processor, kind, step, size):
+    return Lessons(processor, seed=0, plan=lambda step: kind, steps=100, size=size)[step]
+
+
+def media_of(notes, batch, row) -> dict:
+    """The media of a row as the processor takes them."""
+    if batch["kind"] != "clips":
+        pictures, (low, high) = notes["pixels"][0]
+        begin = sum(batch["media_nums"][:row])
+        return {"images": pictures[begin : begin + batch["media_nums"][row]], "min_pixels": low, "max_pixels": high}
+    scene, pictures, (low, high) = notes["rows"][row].clip
+    # Most frames are never sampled, nor is their memory touched.
+    frames = np.zeros((round(scene.seconds * scene.fps), scene.height, scene.width, 3), dtype=np.uint8)
+    rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == batch["grid_thw"][row][0])
+    moments = {}
+    for time in lessons.sampled_times(scene, rate):
+        moment = moments.setdefault(tuple(scene.at(time)), len(moments))
+        frames[round(time * scene.fps)] = np.asarray(pictures[moment])
+    return {"videos": [frames], "video_metadata": [{"fps": scene.fps}], "video_fps": rate, "min_pixels": low, "max_pixels": high}
+
+
+def alone(model, processor, script, question, media) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the prompt with the answer, and the logits [n, V] of the answer's n tokens, of a question by itself."""
+    text = "<|image|>" * len(media.get("images", ())) + "<|video|>" * len(media.get("videos", ())) + question.prompt
+    if script.template:
+        turn = [{"role": "user", "content": text}]
+        text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=text, return_tensors="pt", **media)
+    answer = processor.tokenizer(question.answer + "<|im_end|>", return_tensors="pt")["input_ids"]
+    hidden = inputs["cross_attention_mask"]
+    ids = torch.cat([inputs["input_ids"], answer], dim=1)
+    logits = model(
+        input_ids=ids,
+        cross_attention_mask=torch.cat([hidden, hidden[:, :, -1:].expand(-1, -1, answer.shape[1], -1)], dim=2),
+        pixel_values=inputs["pixel_values"].bfloat16().float(),  # as the batches have them
+        grid_thw=inputs["grid_thw"],
+        media_nums_per_sample=inputs["media_nums_per_sample"],
+    ).logits
+    return ids[0], logits[0, -answer.shape[1] - 1 : -1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, size", [("pictures", 8), ("images", 8), ("clips", 1)])
+def test_a_question_in_a_packed_row_is_the_question_by_itself(processor, model, notes, kind, size):
+    wanted = {("template", True), ("template", False), ("part", 2), ("media", 2) if kind == "images" else ("empty prompt", True)}
+    seen = set()
+    for step in range(20):
+        if wanted <= seen:
+            break
+        notes["scenes"].clear(), notes["pixels"].clear()
+        batch = batch_of(processor, kind, step, size)
+        out = model(
+            input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"],
+            labels=batch["labels"], pixel_values=batch["pixel_values"].float(), grid_thw=batch["grid_thw"],
+            media_nums_per_sample=batch["media_nums"],
+        )  # fmt: skip
+        losses = []
+        for row, script in enumerate(notes["rows"]):
+            media, parts = media_of(notes, batch, row), batch["parts"][row]
+            for part, question in enumerate(script.asked, 1):
+                ids, logits = alone(model, processor, script, question, media)
+                assert torch.equal(batch["input_ids"][row][(parts == 0) | (parts == part)], ids), question
+                answer = ((parts == part) & (batch["labels"][row] != -100)).nonzero()[:, 0]
+                packed = out.logits[row, answer - 1]
+                assert (packed - logits).abs().max() < 1e-4 * logits.abs().max(), (step, row, question)
+                losses.append(torch.nn.functional.cross_entropy(logits, batch["labels"][row, answer], reduction="none"))
+                seen |= {("template", script.template), ("part", part)}
+                seen |= {("media", batch["media_nums"][row]), ("empty prompt", question.prompt == "")}
+        assert out.loss.item() == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
+    assert wanted <= seen
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_labels_are_the_answers(processor, notes, kind):
+    batch = batch_of(processor, kind, step=5, size=8)
+    assert len(notes["rows"]) == len(batch["input_ids"]) == len(batch["media_nums"])
+    assert sum(batch["media_nums"]) == len(batch["grid_thw"])
+    for row, script in enumerate(notes["rows"]):
+        ids, labels, parts, tasks = (batch[name][row] for name in ("input_ids", "labels", "parts", "tasks"))
+        learned = labels != -100
+        assert torch.equal(labels[learned], ids[learned]) and torch.equal(tasks >= 0, learned)
+        assert set(parts[learned].tolist()) == set(range(1, len(script.asked) + 1))
+        assert (ids[parts == -1] == processor.tokenizer.pad_token_id).all()
+        for part, question in enumerate(script.asked, 1):
+            answer = (learned & (parts == part)).nonzero()[:, 0]
+            assert processor.tokenizer.decode(ids[answer]) == question.answer + "<|im_end|>"
+            assert set(tasks[answer].tolist()) == {TASKS.index(question.task)}
+            assert answer.tolist() == list(range(answer[0], (parts == part).nonzero().max() + 1)), "an answer ends its question"
+        assert len({question.prompt for question in script.asked}) == len(script.asked)
+
+
+def test_who_may_see_whom():
+    seen = may_see(torch.tensor([[0, 0, 1, 1, 2, -1]]))
+    assert seen.shape == (1, 1, 6, 6)
+    assert seen[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+
+
+def same(one, other) -> bool:
+    def equal(a, b):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+
+
+def test_batches_depend_on_their_number_and_the_seed_alone(processor):
+    first, second, other = (Lessons(processor, seed, lambda step: KINDS[step % 4], steps=8, size=8) for seed in (3, 3, 4))
+    forward = [first[step] for step in range(8)]
+    backward = [second[step] for step in reversed(range(8))][::-1]
+    assert len(first) == 8 and [batch["kind"] for batch in forward] == [*KINDS, *KINDS]
+    for step in range(8):
+        assert same(forward[step], backward[step])
+        assert not torch.equal(forward[step]["pixel_values"], other[step]["pixel_values"])
+        assert not torch.equal(forward[step]["pixel_values"], forward[step - 4]["pixel_values"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sights
+
+STAGE = Scene(
+    width=320, height=240, background=((220, 220, 220),) * 2, sign=Sign("K7Q", 152 / 320, 0.25, 0.2, "black"),
+    things=(
+        Thing("star", "blue", 290 / 320, 30 / 240, 0.10),
+        Thing("circle", "red", 120 / 320, 120 / 240, 0.20),
+        Thing("ring", "green", 201 / 320, 199 / 240, 0.09),
+    ),
+)  # fmt: skip
+
+
+def named(row) -> dict:
+    return dict(zip(NAMES, row.tolist()))
+
+
+def test_sights_of_things():
+    """Tokens of 40 x 40 pixels. The circle (radius 48) covers the middles of four; the ring's middle lies in a token whose own
+    middle it does not cover."""
+    shown = sights(STAGE.things, None, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))
+    none = dict.fromkeys(NAMES, -100) | {"shape": len(SHAPES)}
+    none |= {f"letter {i}": len(SIGN_CHARACTERS) for i in range(LETTERS_A_TOKEN)}
+    circle = {"shape": 0, "colour": 0, "size": 1, "place": PLACES.index("center"), "rank": 0,
+              "nearest left": 4, "nearest right": 1, "nearest up": 2, "nearest down": 1}  # fmt: skip
+    ring = {"shape": 5, "colour": 1, "size": 0, "place": PLACES.index("bottom"), "rank": 1,
+            "nearest left": 0, "nearest right": 2, "nearest up": 0, "nearest down": 4}  # fmt: skip
+    star = {"shape": 3, "colour": 2, "size": 0, "place": PLACES.index("top right"), "rank": 2,
+            "nearest left": 1, "nearest right": 4, "nearest up": 4, "nearest down": 1}  # fmt: skip
+    expected = {(2, 2): circle, (2, 3): circle, (3, 2): circle, (3, 3): circle, (4, 5): ring, (0, 7): star}
+    for row in range(6):
+        for column in range(8):
+            assert named(shown[row, column]) == none | expected.get((row, column), {}), (row, column)
+    assert [classes for _, classes in SIGHTS[:9]] == [len(SHAPES) + 1, len(COLOURS), 2, 9, 4, 5, 5, 5, 5]
+
+
+def test_sights_of_letters():
+    """Against the columns in which the sign's ink stands."""
+    shown = sights((), STAGE.sign, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))[..., NAMES.index("letter 0") :]
+    mask, (begin, _) = sign_mask(STAGE.sign, STAGE, 1)
+    ink = np.flatnonzero((np.asarray(mask) > 0).any(0)) + begin
+    letters = np.split(ink, np.flatnonzero(np.diff(ink) > 1) + 1)
+    assert len(letters) == 3, "the test needs letters that do not touch"
+    expected = np.full((6, 8, LETTERS_A_TOKEN), len(SIGN_CHARACTERS))
+    for letter, columns in zip("K7Q", letters):
+        slots = expected[1, int((columns[0] + columns[-1]) / 2 / 40)]
+        slots[(slots < len(SIGN_CHARACTERS)).sum()] = SIGN_CHARACTERS.index(letter)
+    assert (shown == expected).all()
+
+
+def test_more_letters_than_a_token_is_asked():
+    shown = sights((), Sign("ABCDE", 0.25, 0.3, 0.12, "black"), (320, 240), (2, 2))[:, NAMES.index("letter 0") :]
+    assert shown.tolist() == [[0, 1, 2, 3], *[[len(SIGN_CHARACTERS)] * 4] * 3]
+
+
+@torch.no_grad()
+def test_sights_stand_in_the_order_of_the_vision_tokens(processor, model, notes):
+    """Wherever a token is asked about a circle, pixels of that circle's colour are in it."""
+    circles = 0
+    for step in range(2):
+        notes["scenes"].clear()
+        batch = batch_of(processor, "look", step, size=8)
+        tokens = batch["pixel_values"].float().view(-1, 4, 3, 256).transpose(1, 2).flatten(2)  # [N, 3, pixels]
+        assert len(batch["sights"]) == len(tokens) == len(model.model.visual(batch["pixel_values"].float(), batch["grid_thw"]))
+        scenes = iter(sorted(notes["scenes"], key=lambda scene: scene.width / scene.height))
+        ends = np.cumsum([h * w // 4 for _, h, w in batch["grid_thw"]])
+        for begin, end, scene in zip([0, *ends], ends, scenes, strict=False):
+            things = scene.at(0.0)
+            for token, sight in zip(tokens[begin:end], batch["sights"][begin:end]):
+                if sight[0] == SHAPES.index("circle"):
+                    thing = things[named(sight)["rank"]]
+                    assert (thing.shape, list(COLOURS).index(thing.colour)) == ("circle", sight[1])
+                    levels = 127.5 * (token.T + 1)
+                    assert (levels - torch.tensor(thing.rgb)).abs().amax(1).min() < 40
+                    circles += 1
+    assert circles > 10
+
+
+def test_ink_stands_in_the_order_of_the_patches(processor):
+    """White on black and not resized: an 8 x 8 square's share of ink is about the mean level of its 2 x 2 pixels."""
+    things = (Thing("circle", "white", 0.35, 0.3, 0.2), Thing("square", "white", 0.7, 0.7, 0.15, angle=10))
+    scene = Scene(128, 160, ((0, 0, 0),) * 2, things, sign=Sign("K7Q", 0.3, 0.85, 0.12, "white"))
+    seen = processor.image_processor(draw_scene(scene), min_pixels=4096, max_pixels=1 << 20, return_tensors="pt")
+    assert seen["image_grid_thw"].tolist() == [[1, 10, 8]]
+    levels = (seen["pixel_values"].view(-1, 3, 8, 2, 8, 2) + 1).mean((1, 3, 5)).flatten(1).numpy() * 127.5 / 252
+    ink = ink_patches(scene, (5, 4))
+    assert ink.shape == levels.shape and 0.1 < ink.mean() < 0.5
+    assert np.abs(ink - levels).mean() < 0.03

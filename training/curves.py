@@ -1,0 +1,60 @@
+"""Draws the log of a run of train_nano.py: python training/curves.py runs/nano/log.jsonl curves.png"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+
+def columns(log: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """name -> (steps, values) of everything logged."""
+    out: dict = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name not in ("step", "time", "seconds"):
+                steps, values = out.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return out
+
+
+def smooth(values: list[float], share: float = 0.8) -> list[float]:
+    """A running average that forgets at the rate `share`, corrected for its start."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = share * total + (1 - share) * value, share * weight + 1 - share
+        out.append(total / weight)
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the curves of a run of train_nano.py.")
+    parser.add_argument("log", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logged = columns(args.log)
+    groups = {
+        "what vision tokens show, named rightly": [name for name in logged if name.startswith("names ")],
+        "loss of the answers": [name for name in logged if name.startswith("loss ")],
+        "answers with every token right": [name for name in logged if not name.startswith(("names ", "loss ", "naming", "inking"))],
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(18, 6), constrained_layout=True)
+    for axis, (title, names) in zip(axes, groups.items()):
+        for number, name in enumerate(names):
+            steps, values = logged[name]
+            axis.plot(steps, smooth(values), label=name.removeprefix("names ").removeprefix("loss "), linestyle=("-", "--", ":")[number // 10 % 3])
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[1].set_yscale("log")
+    figure.savefig(args.picture, dpi=80)
+
+
+if __name__ == "__main__":
+    main()
