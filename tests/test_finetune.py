@@ -1,4 +1,4 @@
-"""training/finetune.py as users run it: labels, batches, parts, adapters, resuming, merging, and what is refused before a model loads."""
+"""training/finetune.py as users run it: labels, batches, parts, adapters, resuming, merging, and what it refuses."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from conftest import ROOT
 from make_media import write_video
@@ -23,13 +23,33 @@ from batches import BadRecord, Collator, RecordDataset, encode, render  # noqa: 
 from records import read_records  # noqa: E402
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
-FAST = ["--cpu", "--workers", "0", "--schedule", "constant", "--warmup", "0", "--lr", "1e-3", "--log-steps", "1", "--max-pixels", "9216"]
+STEADY = ["--schedule", "constant", "--warmup", "0", "--lr", "1e-3"]
+FAST = ["--cpu", "--workers", "0", "--log-steps", "1", "--max-pixels", "9216", *STEADY]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The small checkpoint with real files in place of links, as a download has them."""
-    return shutil.copytree(NANO, tmp_path_factory.mktemp("copied") / "moss-vl-nano", symlinks=False)
+    """The small checkpoint with files in place of links, as a download has it, smaller still, every part of it with weight."""
+    folder = shutil.copytree(NANO, tmp_path_factory.mktemp("copied") / "moss-vl", symlinks=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "cross_attention_layers": [1, 3],
+        "rope_scaling": {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_type": "default"},
+    }  # fmt: skip
+    config["vision_config"] |= {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0.8 if "gate" in name and parameter.numel() == 1 else 0, 0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +64,6 @@ def data(tmp_path_factory):
     Image.new("RGB", (96, 64), "red").save(folder / "red.png")
     Image.new("RGB", (64, 96), "blue").save(folder / "blue.png")
     write_video(folder / "v.mp4", count=30, rate=10)
-    gc.collect()  # its encoder has threads; collected in a forked worker, which has not, it would wait for them for ever
     chat = [("user", "And <|image|>?<|video|><|video|>"), ("assistant", "Red."), ("user", "Sure?"), ("assistant", "Yes, I am.")]
     records = [
         {"prompt": "What color is it?", "response": "red", "images": "red.png"},
@@ -194,6 +213,7 @@ def test_workers_give_what_the_process_itself_gives(processor, data):
     dataset = RecordDataset(read_records(data), processor, max_pixels=9216)
     collate = Collator(processor.tokenizer.pad_token_id)
     expected = [collate([dataset[index], dataset[index + 1]]) for index in (0, 2, 4, 6)]
+    gc.collect()  # PyAV's frames, decoded here, have threads: a forked worker that collects them waits for those for ever
     for options in ({"num_workers": 2}, {"num_workers": 1, "multiprocessing_context": "spawn"}):
         found = list(DataLoader(dataset, batch_size=2, collate_fn=collate, **options))
         for ours, theirs in zip(found, expected, strict=True):
@@ -216,9 +236,11 @@ def test_a_record_that_is_too_long_is_named_or_replaced(processor, data, caplog)
 
 def test_a_video_that_breaks_in_a_worker_is_named(checkpoint, data, tmp_path, capfd):
     """By its header it is good, so that only decoding shows it."""
-    whole = (data.parent / "v.mp4").read_bytes()
-    at = whole.index(b"mdat") + 4
-    (tmp_path / "v.mp4").write_bytes(whole[:at] + bytes(len(whole) - at) if whole.index(b"moov") < at else whole[:at] + bytes(whole.index(b"moov") - 4 - at) + whole[whole.index(b"moov") - 4 :])
+    video = bytearray((data.parent / "v.mp4").read_bytes())
+    at = video.index(b"mdat")
+    size = int.from_bytes(video[at - 4 : at], "big")
+    video[at + 4 : at - 4 + size] = bytes(size - 8)
+    (tmp_path / "v.mp4").write_bytes(video)
     (tmp_path / "data.jsonl").write_text(json.dumps({"response": "x", "videos": "v.mp4"}))
     assert run(checkpoint, tmp_path / "data.jsonl", tmp_path / "out", "--workers", 1) == 2
     assert "finetune.py: " + str(tmp_path / "data.jsonl, record 0 (line 1): ") in capfd.readouterr().err.splitlines()[-1]
@@ -255,22 +277,24 @@ def test_only_the_parts_that_are_named_are_trained(checkpoint, data, tmp_path, p
             assert before[name].dtype == after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("options", [[], ["--lora-rank", 8, "--gradient-checkpointing", "--accumulation", 2]])
+@pytest.mark.parametrize("options", [
+    ["--batch-size", 8],
+    ["--batch-size", 4, "--accumulation", 2, "--lora-rank", 16, "--gradient-checkpointing"],
+])  # fmt: skip
 def test_a_few_steps_lower_the_loss(checkpoint, data, tmp_path, options):
-    size = 4 if options else 8
-    options = [*options, "--steps", 8, "--batch-size", size, "--lr", "1e-2" if options else "3e-3", "--eval-data", data, "--eval-steps", 8]
+    options = [*options, "--steps", 8, "--lr", "3e-3", "--eval-data", data, "--eval-steps", 5]
     assert run(checkpoint, data, tmp_path / "out", *options) == 0
     history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert len(losses) == 8 and losses[-1] < 0.8 * losses[0], losses
-    assert [entry["step"] for entry in history if "eval_loss" in entry] == [8]
-    assert [entry["eval_loss"] < losses[0] for entry in history if "eval_loss" in entry] == [True]
+    assert len(losses) == 8 and losses[-1] < 0.9 * losses[0], losses
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [5, 8], "at the end, too"
+    assert all(entry["eval_loss"] < losses[0] for entry in history if "eval_loss" in entry)
 
 
 def test_batches_that_make_a_step_count_as_one(checkpoint, data, tmp_path):
-    options = ["--steps", 1, "--train", "cross", "--lr", "1"]  # the step is the sign of the gradient, where eps does not count
-    assert run(checkpoint, data, tmp_path / "one", "--batch-size", 8, *options, "--max-grad-norm", "1e-6") == 0
-    assert run(checkpoint, data, tmp_path / "four", "--batch-size", 2, "--accumulation", 4, *options, "--max-grad-norm", "1e-6") == 0
+    options = ["--steps", 1, "--train", "cross", *LINEAR]
+    assert run(checkpoint, data, tmp_path / "one", "--batch-size", 8, *options) == 0
+    assert run(checkpoint, data, tmp_path / "four", "--batch-size", 2, "--accumulation", 4, *options) == 0
     one, four, before = weights(tmp_path / "one"), weights(tmp_path / "four"), weights(checkpoint)
     moved = [name for name in one if not torch.equal(one[name], before[name].float())]
     assert moved
@@ -279,9 +303,10 @@ def test_batches_that_make_a_step_count_as_one(checkpoint, data, tmp_path):
         assert (step - other).norm() < 1e-2 * step.norm(), name
 
 
-def test_bfloat16_keeps_what_is_trained_in_float32(checkpoint, data, tmp_path):
-    args = finetune.parse(["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path), *FAST, "--bf16", "--train", "cross"])
-    model = finetune.load_model(args)
+def test_bfloat16_keeps_what_is_trained_in_float32(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # where transformers 4 leaves "bf16" for later runs of this process
+    paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path)]
+    model = finetune.load_model(finetune.parse([*paths, *FAST, "--bf16", "--train", "cross"]))
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     (tmp_path / "text.json").write_text(json.dumps([{"response": "a red picture"}] * 2))
@@ -310,8 +335,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(checkpoint, data, tmp_path, opti
 def test_saved_loaded_and_merged_are_one_model(checkpoint, processor, data, tmp_path):
     """The trained model in memory, its folder through the Auto classes, the two ways to merge."""
     def trained(out, *options):
-        words = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(out), *FAST, "--steps", "3", "--lr", "1e-2", *options]
-        args = finetune.parse(words)
+        paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(out)]
+        args = finetune.parse([*paths, *FAST, "--steps", "3", "--lr", "1e-2", *options])
         trainer, own_processor, _ = finetune.prepare(args)
         trainer.train()
         logits = logits_of(trainer.model, processor, data)
@@ -339,8 +364,8 @@ def test_saved_loaded_and_merged_are_one_model(checkpoint, processor, data, tmp_
 
 def test_adapters_are_where_they_are_asked_for(checkpoint, data, tmp_path):
     def targets(*options):
-        words = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path), *FAST, "--lora-rank", "2", *options]
-        model = finetune.load_model(finetune.parse(words))
+        paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path)]
+        model = finetune.load_model(finetune.parse([*paths, *FAST, "--lora-rank", "2", *options]))
         assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
         return {name.removeprefix("base_model.model.").split(".lora_")[0] for name, _ in model.named_parameters() if "lora" in name}
 
@@ -359,12 +384,12 @@ def test_adapters_are_where_they_are_asked_for(checkpoint, data, tmp_path):
 def test_processes_side_by_side_are_one_with_a_larger_batch(checkpoint, data, tmp_path):
     """Two of torchrun's, one of which gets texts alone."""
     records = json.loads(data.read_text())
-    records = [{**record, "images": str(data.parent / "red.png")} if "images" in record else record for record in (records[0], records[4])]
-    (tmp_path / "two.json").write_text(json.dumps(records))
-    options = ["--steps", "1", "--train", "vision", "cross", "--lr", "1e-3", "--max-grad-norm", "1e-6"]
+    picture, text = records[0] | {"images": str(data.parent / "red.png")}, records[4]
+    (tmp_path / "two.json").write_text(json.dumps([picture, text]))
+    options = ["--steps", "1", "--train", "vision", "cross", *LINEAR]
     words = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "two.json"), *FAST, *options]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", str(ROOT / "training/finetune.py")]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*torchrun, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "training/finetune.py")]
     done = subprocess.run([*command, *words, "--output", str(tmp_path / "two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *options, "--batch-size", "2") == 0
@@ -408,7 +433,7 @@ def test_everything_wrong_is_told_before_a_model_loads(checkpoint, data, tmp_pat
         ([checkpoint, data, new, "--min-pixels", "4096", "--max-pixels", "64"], "is above longest_edge"),
         ([checkpoint, data, new, "--min-frames", "20", "--max-frames", "10"], "min_frames 20 is above max_frames 10"),
         ([checkpoint, data, new, "--schedule", "falling"], "falling"),
-        ([checkpoint, data, new, "--lora-rank", "2", "--lora-targets", "q_prj"], "'q_prj' is no linear layer of merger, cross, language"),
+        ([checkpoint, data, new, "--lora-rank", "2", "--lora-targets", "q_prj"], "'q_prj' is no linear layer of merger, cross"),
         ([tied, data, new, "--train", "head"], "the head of this checkpoint is its embeddings"),
     ):
         assert run(*options) == 2, reason
@@ -422,7 +447,7 @@ def test_a_resumed_run_keeps_its_settings(checkpoint, data, tmp_path, capsys):
     options = ["--steps", "1", "--train", "head", "--batch-size", "2"]
     assert run(checkpoint, data, tmp_path / "out", *options, "--resume") == 0, "nothing to go on from: it begins"
     assert run(checkpoint, data, tmp_path / "out", *options, "--resume", "--seed", "3") == 2
-    assert "the run was begun with --seed 0, got 3" in capsys.readouterr().err
+    assert "the run began with --seed 0, got 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, reason", [

@@ -46,33 +46,31 @@ def turns(*contents):
 
 
 def test_prompt_and_response(folder):
-    record = {"prompt": "What?", "response": "a star", "images": ["a.png", "b.png"], "videos": "v.mp4", "system_prompt": "Be short.", "id": 7}
-    found = read_one(folder, record)
-    assert found.messages == [{"role": "system", "content": "Be short."}, *turns("<|image|><|image|><|video|>What?", "a star")]
+    record = {"prompt": "What?", "response": "a star", "images": ["a.png", "b.png"], "videos": "v.mp4", "id": 7}
+    found = read_one(folder, record | {"system_prompt": "Be short."})
+    expected = turns("<|image|><|image|><|video|>What?", "a star")
+    assert found.messages == [{"role": "system", "content": "Be short."}, *expected] and read_one(folder, record).messages == expected
     assert found.images == [str(folder / "a.png"), str(folder / "b.png")] and found.videos == [str(folder / "v.mp4")]
     assert read_one(folder, {"response": "once upon a time"}).messages == turns("", "once upon a time")
     assert read_one(folder, {"prompt": "", "response": "x", "images": None, "videos": [], "system_prompt": ""}).messages == turns("", "x")
 
 
 def test_every_spelling_of_a_conversation_is_one(folder):
-    expected = read_one(folder, {"messages": turns("Look: <|image|>, and <|video|>?", "yes", "Sure?", "yes"), "images": "a.png", "videos": ["v.mp4"]})
-    text, image, video = ({"type": kind} for kind in ("text", "image", "video"))
-    parts = [text | {"text": "Look: "}, image, text | {"text": ", and "}, video, text | {"text": "?"}]
-    filled = [text | {"text": "Look: "}, image | {"image": "a.png"}, text | {"text": ", and "}, video | {"path": "v.mp4"}, text | {"text": "?"}]
-    urls = [
-        text | {"text": "Look: "}, {"type": "image_url", "image_url": {"url": "a.png"}}, text | {"text": ", and "},
-        {"type": "video_url", "video_url": "v.mp4"}, text | {"text": "?"},
-    ]  # fmt: skip
-    rest = turns("", "yes", "Sure?", "yes")[1:]
-    sharegpt = [("human", "Look: <|image_pad|>, and <|video_pad|>?"), ("gpt", "yes"), ("human", "Sure?"), ("gpt", "yes")]
-    media = {"images": ["a.png"], "videos": ["v.mp4"]}
+    media, rest = {"images": ["a.png"], "videos": ["v.mp4"]}, ("yes", "Sure?", "yes")
+    expected = read_one(folder, {"messages": turns("Look: <|image|>, and <|video|>?", *rest), **media})
+    first, second, third = ({"type": "text", "text": text} for text in ("Look: ", ", and ", "?"))
+    image, video = {"type": "image"}, {"type": "video"}
+    parts = [first, image, second, video, third]
+    filled = [first, image | {"image": "a.png"}, second, video | {"path": "v.mp4"}, third]
+    openai = {"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "video_url", "video_url": "v.mp4"}
+    sharegpt = zip(["human", "gpt"] * 2, ["Look: <|image_pad|>, and <|video_pad|>?", *rest])
     for record in (
-        {"conversations": turns("Look: <|image|>, and <|video|>?", "yes", "Sure?", "yes"), **media},
+        {"conversations": turns("Look: <|image|>, and <|video|>?", *rest), "images": "a.png", "videos": "v.mp4"},
         {"conversations": [{"from": role, "value": value} for role, value in sharegpt], **media},
-        {"messages": [{"role": "user", "content": parts}, *rest], **media},
-        {"messages": [{"role": "user", "content": filled, "name": None}, *rest], "images": None},
-        {"messages": [{"role": "user", "content": [filled[0], image, *filled[2:]]}, *rest], "images": ["a.png"]},
-        {"messages": [{"role": "user", "content": urls}, *rest]},
+        {"messages": turns(parts, *rest), **media},
+        {"messages": [{**message, "name": None} for message in turns(filled, *rest)], "images": None},
+        {"messages": turns([first, image, *filled[2:]], *rest), "images": ["a.png"]},
+        {"messages": turns([first, openai[0], second, openai[1], third], *rest)},
     ):
         assert read_one(folder, record) == expected, record
 
@@ -99,7 +97,8 @@ def test_json_and_jsonl_and_several_files(folder, tmp_path):
     found = read_records([first, str(second)])
     assert [record.messages[1]["content"] for record in found] == list("1234")
     assert [record.images for record in found] == [[str(folder / "a.png")], [], [str(tmp_path / "c.png")], []]
-    assert [record.where for record in found] == [f"{first}, record 0", f"{first}, record 1", f"{second}, record 0 (line 1)", f"{second}, record 1 (line 3)"]
+    places = [(first, "record 0"), (first, "record 1"), (second, "record 0 (line 1)"), (second, "record 1 (line 3)")]
+    assert [record.where for record in found] == [f"{file}, {place}" for file, place in places]
 
 
 CALL = {"prompt": "What?"}
@@ -131,7 +130,7 @@ BAD = [
     ({"messages": turns([{"type": "text"}], "b")}, "turn 0: a text must be a string, got None"),
     ({"messages": turns([{"type": "image", "image": "a.png", "url": "b.png"}], "b")}, "a part holds one image, got 2"),
     ({"messages": turns([{"type": "image", "imgae": "a.png"}], "b")}, "did you mean 'image'?"),
-    ({"messages": turns("<|image|><|image|>", "b"), "images": ["a.png"]}, "the text has 2 places <|image|>, but 1 images are given"),
+    ({"messages": turns("<|image|><|image|>", "b"), "images": ["a.png"]}, "has 2 places <|image|>, but 1 images are given"),
     ({"messages": turns("<image>", "b"), "images": ["a.png"]}, "the text says '<image>', write '<|image|>'"),
     ({"messages": turns("<|video|>" * 3, "b"), "videos": {"video_path": "v.mp4", "segments": [[0], [1]]}},
      "3 places <|video|>, but 1 videos (or one for each of their segments)"),
@@ -165,7 +164,8 @@ def test_all_bad_records_are_named_at_once_or_left_out(folder, caplog):
     path.write_text(path.read_text() + "\n{broken")
     with pytest.raises(ValueError) as error:
         read_records(path)
-    assert all(f"record {index} (line {index + 1}): " in str(error.value) for index in (1, 3, 4)) and "not a JSON object" in str(error.value)
+    assert all(f"record {index} (line {index + 1}): " in str(error.value) for index in (1, 3, 4))
+    assert "not a JSON object" in str(error.value)
     with caplog.at_level(logging.WARNING):
         found = read_records(path, skip_bad=True)
     assert [record.messages[1]["content"] for record in found] == ["a", "b"]

@@ -46,8 +46,8 @@ def render(record: Record, processor, template: bool = True) -> tuple[str, list[
             end = text.find(TURN_END, len(asked))
             if not text.startswith(asked) or end < 0:
                 raise ValueError(
-                    f"the chat template writes turn {turn} otherwise than it asks for one, or does not end it with {TURN_END}: what is "
-                    f"learned cannot be told; expected ChatML"
+                    f"the chat template writes turn {turn} otherwise than it asks for one, or does not end it with {TURN_END}, so that "
+                    f"what is learned cannot be told; expected ChatML"
                 )
             spans.append((len(asked), end + len(TURN_END)))
     return text, spans
@@ -66,7 +66,9 @@ def _bare(messages: list[dict], eos_token: str) -> tuple[str, list[tuple[int, in
     return text, spans
 
 
-def encode(record: Record, processor, template: bool = True, max_length: int | None = None, pixel_dtype=torch.float32, **knobs) -> dict:
+def encode(
+    record: Record, processor, template: bool = True, max_length: int | None = None, pixel_dtype=torch.float32, **knobs
+) -> dict:
     """One sample: `input_ids` and `labels` [T], `pixel_values` [P, 3 * t * p * p] in `pixel_dtype` and `grid_thw` [media, 3] (of
     the processor's blank medium, where the record has none).
 

@@ -39,13 +39,14 @@ KNOBS = {  # options that go to the processor with every call
 }  # fmt: skip
 # What a resumed run has in common with the one it goes on with: the rest (steps, paths of logs, workers) may change.
 KEPT_SETTINGS = (
-    "checkpoint", "data", "eval_data", "eval_share", "template", "max_length", "skip_bad", *KNOBS, "train", "lora_rank", "lora_alpha",
-    "lora_targets", "batch_size", "accumulation", "seed", "bf16",
+    "checkpoint", "data", "eval_data", "eval_share", "template", "max_length", "skip_bad", *KNOBS, "train", "lora_rank",
+    "lora_alpha", "lora_dropout", "lora_targets", "batch_size", "accumulation", "seed", "bf16",
 )  # fmt: skip
 EPILOG = """\
 data: a JSON list, or JSONL with an object a line, of
   {"prompt": "What is this?", "response": "a star", "images": ["a.png"], "videos": ["b.mp4"], "system_prompt": "..."}
-  {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}], "images": ["a.png"]}
+  {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}],
+   "images": ["a.png"]}
 Paths are relative to the file. In the first form the images, then the videos, stand before the prompt; a video may also be
 {"video_path": "b.mp4", "segments": [[0.5, 3.0], [4.2]]} (seconds). training/records.py has the rest. What the assistant says is
 learned, each turn with its end, and nothing else. All records are checked before anything is trained; what only decoding shows
@@ -83,7 +84,8 @@ def main(argv=None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
             raise
-        return fail("out of memory; try --gradient-checkpointing, --bf16, a smaller --batch-size, fewer --max-pixels or --max-frames", 1)
+        tries = "--gradient-checkpointing, --bf16, a smaller --batch-size, fewer --max-pixels or --max-frames"
+        return fail(f"out of memory; try {tries}", 1)
 
 
 def fail(message: str, code: int) -> int:
@@ -122,25 +124,30 @@ def parse(argv) -> argparse.Namespace:
     data.add_argument("--template", action=argparse.BooleanOptionalAction,
                       help="render the chat template, or not, for base checkpoints (default: if there is one)")  # fmt: skip
     data.add_argument("--max-length", metavar="TOKENS", type=positive, help="longest record; a longer one is bad (default: any)")
-    data.add_argument("--workers", metavar="N", type=count, default=2, help="processes that decode and preprocess (default: 2)")
+    data.add_argument("--workers", metavar="N", type=count, default=2,
+                      help="processes that decode and preprocess; each has two batches ready (default: 2)")  # fmt: skip
     data.add_argument("--min-pixels", metavar="N", type=positive, help="least pixels of an image or frame after its resize")
     data.add_argument("--max-pixels", metavar="N", type=positive, help="most pixels of an image or frame after its resize")
     data.add_argument("--multi-image-max-pixels", metavar="N", type=positive, help="most pixels of all images of a record")
     data.add_argument("--video-max-pixels", metavar="N", type=positive, help="most pixels of all frames of a record")
-    data.add_argument("--fps", metavar="RATE", type=above_0, help="frames a second of a video (all limits: default the checkpoint's)")
+    data.add_argument("--fps", metavar="RATE", type=above_0,
+                      help="frames a second of a video (of this and all limits: default the checkpoint's)")  # fmt: skip
     data.add_argument("--min-frames", metavar="N", type=positive, help="least frames of a video")
     data.add_argument("--max-frames", metavar="N", type=positive, help="most frames of the videos of a record")
 
     what = parser.add_argument_group("what is trained")
     what.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=["merger", "cross", "language"],
                       help=f"parts: {', '.join(PARTS)} (default: merger cross language)")  # fmt: skip
-    what.add_argument("--lora-rank", metavar="R", type=count, default=0, help="rank of adapters; 0: train the parts whole (default: 0)")
+    what.add_argument("--lora-rank", metavar="R", type=count, default=0,
+                      help="rank of adapters; 0: train the parts whole (default: 0)")  # fmt: skip
     what.add_argument("--lora-alpha", metavar="A", type=above_0, help="adapters count A / R (default: twice the rank)")
-    what.add_argument("--lora-dropout", metavar="P", type=at_least(float, 0), default=0.0, help="dropout before adapters (default: 0)")
+    what.add_argument("--lora-dropout", metavar="P", type=at_least(float, 0), default=0.0,
+                      help="dropout before adapters (default: 0)")  # fmt: skip
     what.add_argument("--lora-targets", metavar="NAME", nargs="+",
                       help="linear layers that get adapters, such as q_proj v_proj (default: all of the parts)")  # fmt: skip
     what.add_argument("--merge", metavar="ADAPTER_DIR", nargs="?", const=True,
-                      help="write the merged checkpoint, the adapter in a folder inside it; with ADAPTER_DIR: merge that, train nothing")  # fmt: skip
+                      help="write the merged checkpoint, the adapter in a folder inside it; "
+                           "with ADAPTER_DIR: merge that, train nothing")  # fmt: skip
 
     how = parser.add_argument_group("how it is trained")
     how.add_argument("--epochs", metavar="N", type=above_0, default=1.0, help="times that all records are learned (default: 1)")
@@ -148,17 +155,21 @@ def parse(argv) -> argparse.Namespace:
     how.add_argument("--batch-size", metavar="N", type=positive, default=1, help="records a batch and process (default: 1)")
     how.add_argument("--accumulation", metavar="N", type=positive, default=1, help="batches a step (default: 1)")
     how.add_argument("--lr", metavar="RATE", type=above_0, help="highest learning rate (default: 1e-5; 1e-4 for adapters)")
-    how.add_argument("--schedule", default="cosine", help="how it falls: linear, cosine, constant_with_warmup, ... (default: cosine)")
+    how.add_argument("--schedule", default="cosine",
+                     help="how it falls: linear, cosine, constant_with_warmup, ... (default: cosine)")  # fmt: skip
     how.add_argument("--warmup", metavar="N", type=at_least(float, 0), default=0.03,
                      help="steps in which it rises at first; below 1: share of all steps (default: 0.03)")  # fmt: skip
     how.add_argument("--weight-decay", metavar="W", type=at_least(float, 0), default=0.0, help="default: 0")
-    how.add_argument("--max-grad-norm", metavar="N", type=at_least(float, 0), default=1.0, help="gradients are cut to this (default: 1)")
+    how.add_argument("--max-grad-norm", metavar="N", type=at_least(float, 0), default=1.0,
+                     help="gradients are cut to this (default: 1)")  # fmt: skip
     how.add_argument("--seed", metavar="N", type=count, default=0, help="of order, dropout and new adapters (default: 0)")
 
     running = parser.add_argument_group("running")
     running.add_argument("--bf16", action=argparse.BooleanOptionalAction,
-                         help="compute in bfloat16; what is trained is kept in float32, the rest is not (default: on a GPU that can)")  # fmt: skip
-    running.add_argument("--save-dtype", choices=("float32", "bfloat16"), help="of the output (default: bfloat16 with --bf16, else float32)")
+                         help="compute in bfloat16; of the weights, only what is trained is kept in float32 "
+                              "(default: on a GPU that can)")  # fmt: skip
+    running.add_argument("--save-dtype", choices=("float32", "bfloat16"),
+                         help="of the output (default: bfloat16 with --bf16, else float32)")  # fmt: skip
     running.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     running.add_argument("--vision-chunk", metavar="FRAMES", type=positive,
                          help="frames that the encoder takes at once (default: all; not for DeepSpeed's stage 3)")  # fmt: skip
@@ -182,8 +193,8 @@ def parse(argv) -> argparse.Namespace:
     if args.eval_data is not None and args.eval_share is not None:
         parser.error("give --eval-data or --eval-share, not both")
     if args.data is not None and args.lora_rank == 0:
-        for name in ("merge", "lora_alpha", "lora_targets"):
-            if getattr(args, name) is not None:
+        for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets"):
+            if getattr(args, name):
                 parser.error(f"--{name.replace('_', '-')} is for adapters; give a --lora-rank above 0")
     if args.lora_dropout >= 1:
         parser.error(f"--lora-dropout must be below 1, got {args.lora_dropout}")
@@ -216,7 +227,7 @@ def check_output(args) -> str | None:
         for name in KEPT_SETTINGS:
             if before.get(name) != now[name]:
                 option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"--resume: the run was begun with {option} {before.get(name)}, got {now[name]}; it must be the same")
+                raise ValueError(f"--resume: the run began with {option} {before.get(name)}, got {now[name]}; it must be the same")
     whole = [path.parent for path in args.output.glob("checkpoint-*/trainer_state.json")]  # the file that is written last
     newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     return str(newest) if args.resume and newest else None
@@ -254,7 +265,8 @@ def train_only(model, parts) -> None:
 
 def linear_layers(model, parts) -> list[str]:
     """Names of the linear layers of these parts: those that adapters are for."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_of(name, model.config) in parts]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if part_of(name, model.config) in parts]
 
 
 def lora_targets(model, parts, wanted=None) -> list[str]:
@@ -263,7 +275,8 @@ def lora_targets(model, parts, wanted=None) -> list[str]:
     known = {name.rsplit(".", 1)[-1] for name in layers}
     for name in wanted or ():
         if name not in known:
-            raise ValueError(f"--lora-targets: {name!r} is no linear layer of {', '.join(parts)}; there are {', '.join(sorted(known))}")
+            there = ", ".join(sorted(known))
+            raise ValueError(f"--lora-targets: {name!r} is no linear layer of {', '.join(parts)}; there are {there}")
     return [name for name in layers if wanted is None or name.rsplit(".", 1)[-1] in wanted]
 
 
@@ -345,11 +358,10 @@ def finetune(args) -> int:
         trainer, processor, last = prepare(args)
     except (ValueError, OSError, ImportError) as error:
         return fail(words_of(error), 2)
-    if is_main():
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_settings(args, args.output)
+    gc.collect()  # a frame that this process decoded and left behind would hang the forked worker that collects it
     trainer.train(resume_from_checkpoint=last)
-    if trainer.eval_dataset is not None and trainer.state.global_step % trainer.args.eval_steps:
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:  # transformers 5 does it by itself
         trainer.evaluate()
     trainer.save_state()
     save(args, trainer, processor)
@@ -389,6 +401,9 @@ def prepare(args) -> tuple:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%d records, %d for evaluation; %s parameters of %s are trained", len(train_data), len(eval_data or ()),
                 f"{trained:,}", ", ".join(args.train))  # fmt: skip
+    if is_main():
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_settings(args, args.output)
     return trainer, processor, last
 
 
@@ -425,7 +440,8 @@ def make_datasets(args, processor) -> tuple[RecordDataset, RecordDataset | None]
     if args.eval_share is not None:
         count = max(1, round(args.eval_share * len(records)))
         if count >= len(records):
-            raise ValueError(f"--eval-share {args.eval_share} sets {count} of {len(records)} records aside; nothing is left to learn")
+            of = f"{count} of {len(records)} records"
+            raise ValueError(f"--eval-share {args.eval_share} sets {of} aside; nothing is left to learn")
         chosen = set(random.Random(args.seed).sample(range(len(records)), count))
         held_out = [record for index, record in enumerate(records) if index in chosen]
         records = [record for index, record in enumerate(records) if index not in chosen]
@@ -494,7 +510,7 @@ def load_model(args):
 
 
 class SaveBeside(TrainerCallback):
-    """Saves the processor into every checkpoint-N folder. (Trainer would, too, but then takes over the tokenizer's special tokens.)"""
+    """Saves the processor into every checkpoint-N folder. (Trainer would, too, but then changes the model's token ids in config.)"""
 
     def __init__(self, processor):
         self.processor = processor

@@ -3,7 +3,8 @@
 A record is an object of one of two forms:
 
     {"prompt": "What is this?", "response": "a star", "images": ["a.png"], "videos": [...], "system_prompt": "..."}
-    {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}], "images": ["a.png"]}
+    {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}],
+     "images": ["a.png"]}
 
 In the first form the images, and then the videos, stand before the prompt; all but `response` may be missing. In the second,
 `messages` may also be called `conversations`, `role` and `content` `from` and `value`, the roles `human` and `gpt`. Content is a
@@ -173,7 +174,9 @@ def _pair(raw: dict, media: dict) -> list[tuple[str, list]]:
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a string, got {text!r:.60}")
         if found := PLACEHOLDER.search(text):
-            raise ValueError(f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use 'messages'")
+            raise ValueError(
+                f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
+            )
     places = [[kind, medium] for kind in ("image", "video") for medium in media[kind]]
     return [("user", [*places, ["text", _text("prompt", prompt)]]), ("assistant", [["text", _text("response", response)]])]
 
@@ -192,7 +195,8 @@ def _turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
         role, content = (message[key] for key in keys)
         if not isinstance(role, str) or role not in ROLES:
             near = nearest_name(role, ROLES)
-            raise ValueError(f"{what}: unknown role {role!r}; {f'did you mean {near!r}?' if near else 'known: ' + ', '.join(ROLES)}")
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(ROLES)}"
+            raise ValueError(f"{what}: unknown role {role!r}; {hint}")
         turns.append((ROLES[role], _pieces(what, content, folder)))
     return turns
 
@@ -261,7 +265,8 @@ def _keys(what: str, given, known) -> dict:
     for name in given:
         if name not in known:
             near = nearest_name(name, known)
-            raise ValueError(f"{what} has an unknown key {name!r}; {f'did you mean {near!r}?' if near else 'known: ' + ', '.join(known)}")
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{what} has an unknown key {name!r}; {hint}")
     return given
 
 
@@ -306,7 +311,9 @@ def _segments(path: str, segments) -> list:
         return isinstance(x, list) and len(x) in (1, 2) and all(map(is_time, x)) and (len(x) == 1 or x[0] < x[1])
 
     if not isinstance(segments, list) or not segments or not all(map(is_segment, segments)):
-        raise ValueError(f"segments of {path!r} must be a list of [start, end] with start < end, or [time], in seconds; got {segments!r:.100}")
+        raise ValueError(
+            f"segments of {path!r} must be a list of [start, end] with start < end, or [time], in seconds; got {segments!r:.100}"
+        )
     return segments
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -54,24 +55,31 @@ class Muon:
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """One update with both rates times `scale`; parameters without a gradient stay as they are."""
+        alike = defaultdict(list)  # shape -> (name, update) of matrices, which are made orthogonal together
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
             gradient, weight, moments = parameter.grad.float(), self.weights[name], self.moments[name]
+            parameter.grad = None
             self.steps[name] += 1
             if self.is_matrix(name):
                 moments[0].lerp_(gradient, 1 - self.momentum)
                 update = gradient.lerp(moments[0], self.momentum)
-                parts = update.chunk(3) if name.endswith("qkv.weight") else [update]
-                update = torch.cat([orthogonal(part) * max(1, part.shape[0] / part.shape[1]) ** 0.5 for part in parts])
-                weight.mul_(1 - scale * self.rate * self.decay).sub_(update, alpha=scale * self.rate)
+                for part, rows in zip(update.chunk(3), weight.chunk(3)) if name.endswith("qkv.weight") else [(update, weight)]:
+                    alike[part.shape].append((part, rows))
             else:
                 moments[0].lerp_(gradient, 0.1)
                 moments[1].lerp_(gradient.square(), 0.02)
                 update = moments[0] / (1 - 0.9 ** self.steps[name]) / ((moments[1] / (1 - 0.98 ** self.steps[name])).sqrt() + 1e-8)
                 weight.sub_(update, alpha=scale * self.adam_rate)
-            parameter.copy_(weight)
-            parameter.grad = None
+                parameter.copy_(weight)
+        for shape, pairs in alike.items():
+            updates = orthogonal(torch.stack([update for update, _ in pairs]))
+            for update, (_, weight) in zip(updates, pairs):
+                weight.mul_(1 - scale * self.rate * self.decay).sub_(update, alpha=scale * self.rate * max(1, shape[0] / shape[1]) ** 0.5)
+        for name, parameter in self.parameters.items():
+            if self.is_matrix(name):
+                parameter.copy_(self.weights[name])
 
     def state_dict(self) -> dict:
         return {"weights": self.weights, "moments": self.moments, "steps": self.steps}
@@ -83,15 +91,16 @@ class Muon:
             parameter.copy_(self.weights[name])
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrix, about: five Newton-Schulz iterations in bfloat16, with Muon's coefficients."""
-    x = matrix.bfloat16()
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """[n, rows, columns] -> the nearest (semi-)orthogonal ones, about: five Newton-Schulz iterations in bfloat16, with Muon's coefficients."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).float()
+    return (x.mT if tall else x).float()
 
 
 class Namer(nn.Module):
@@ -190,6 +199,18 @@ def learn(model, namer, batch: dict) -> tuple[torch.Tensor, dict]:
     return loss, log
 
 
+def compile_parts(model) -> None:
+    """Has torch.compile join the elementwise parts of the layers, which cost a CPU more than the matrix products do."""
+    for module in model.modules():
+        if type(module).__name__ in ("MossVLVisionMLP", "MossVLTextMLP", "MossVLRMSNorm"):
+            module.compile(dynamic=True)
+
+
+def yield_to_training(worker: int) -> None:
+    """Drawing takes what computing leaves of the processors."""
+    os.nice(5)
+
+
 def save(model, processor, namer, optimizer, output: Path, step: int) -> None:
     """The checkpoint, and what a later run goes on from; a run stopped while it saves loses neither."""
     model.save_pretrained(output)
@@ -205,6 +226,7 @@ def main():
     parser.add_argument("--size", type=int, default=32, help="pictures in a batch")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads that compute")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None, help="use torch.compile")
     parser.add_argument("--save-minutes", type=float, default=10.0)
     args = parser.parse_args()
 
@@ -225,9 +247,11 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         print(f"going on at step {begin}", flush=True)
 
+    if args.compile:
+        compile_parts(model)
     lessons = Lessons(processor, SEED, plan_of(args.steps), args.steps, args.size)
     loader = torch.utils.data.DataLoader(lessons, batch_size=None, sampler=range(begin, args.steps), num_workers=args.workers,
-                                         prefetch_factor=4 if args.workers else None)  # fmt: skip
+                                         prefetch_factor=8 if args.workers else None, worker_init_fn=yield_to_training)  # fmt: skip
     torch.set_num_threads(args.threads)
     logged, times, saved, clock = defaultdict(list), defaultdict(list), time.monotonic(), time.monotonic()
     for step, batch in enumerate(loader, begin):

@@ -127,6 +127,11 @@ def outline(thing: Thing, centre, radius: float) -> list[tuple[float, float]]:
         half = math.degrees(math.atan2(arm, 1.0))  # half the width of an arm over its length
         inner = math.hypot(arm, arm) / math.hypot(arm, 1.0)
         polar = [corner for i in range(4) for corner in ((90 * i - half, 1.0), (90 * i + half, 1.0), (90 * i + 45, inner))]
+    elif thing.shape == "heart":  # not of this world; training/teach_shape.py teaches it
+        turns = [2 * math.pi * i / 60 for i in range(60)]
+        across = [16 * math.sin(turn) ** 3 / 18 for turn in turns]
+        down = [(3 - 13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t)) / -18 for t in turns]
+        polar = [(math.degrees(math.atan2(-y, x)), math.hypot(x, y)) for x, y in zip(across, down)]
     else:
         raise ValueError(f"no shape named {thing.shape!r}; the shapes are {', '.join(SHAPES)}")
     turned = [(math.radians(degrees + thing.angle), length * radius) for degrees, length in polar]
@@ -411,8 +416,10 @@ def random_things(lot: random.Random, stage: dict, count: int, sign: Sign | None
     return things
 
 
-def random_picture(lot: random.Random, count: int | None = None, sign_share: float = 1 / 3, canvas: tuple[int, int] | None = None) -> Scene:
-    """A picture of `count` things (default: 1 to 4, each as likely), with a sign in `sign_share` of them; `canvas` fixes its size."""
+def random_picture(
+    lot: random.Random, count: int | None = None, sign_share: float = 1 / 3, canvas: tuple[int, int] | None = None
+) -> Scene:
+    """A picture of `count` things (default: 1 to 4, each as likely), with a sign in `sign_share` of them; `canvas` is its size."""
     count = count if count is not None else lot.randint(1, 4)
     signed = lot.random() < sign_share
     while True:
