@@ -54,14 +54,14 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         [B, T, H, d] and the weights [B, H, T, S].
     """
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
-    grouped = query.reshape(batch, kv_heads, -1, d)  # [B, K, G * T, d]
-    scores = (grouped @ key.transpose(2, 3) * scaling).view(batch, heads, rows, -1)
+    grouped = (query * scaling).reshape(batch, kv_heads, -1, d)  # [B, K, G * T, d]; scaled before the larger product
+    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, rows, -1)
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, float("-inf"))
         else:
             scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1)  # computed in float32 whatever the dtype, rounded at the end
     dropped = F.dropout(weights, p=dropout, training=module.training)
     out = dropped.view(batch, kv_heads, -1, key.shape[2]) @ value
     return out.view(batch, heads, rows, -1).transpose(1, 2), weights

@@ -1,33 +1,29 @@
-"""Makes moss-vl-nano, a MOSS-VL of ten million parameters, in a folder: python checkpoints/make_nano.py --output FOLDER --weights FILE
+"""Makes moss-vl-nano, a MOSS-VL of two million parameters, in the folder beside this file: python checkpoints/make_nano.py
 
-Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the weights are those that
-training/train_nano.py starts from, or a file of trained ones. The code files of the folder are relative symbolic links to those of the project.
+Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the weights are
+random, from a fixed seed. The code files of the folder are relative symbolic links to those of the project.
 """
 
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "training")]
-import questions  # noqa: E402
-import world  # noqa: E402
+sys.path.insert(0, str(PROJECT))
 from install_into import code_files, read_json  # noqa: E402
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                   "<|video_pad|>", "<|time_start|>", "<|time_end|>")
 VOCABULARY = 768  # at most: merging ends when every word of the corpus is one token
 SEED = 20
-PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most, of a picture and of a clip's frame
-FRAME_PIXELS = (128 * 128, 160 * 160)
 
 # The pattern by which Qwen2 cuts text into words; digits stand alone.
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -59,19 +55,41 @@ CHAT_TEMPLATE = r"""{%- for message in messages -%}
 
 
 def corpus():
-    """Text of the drawn world, for the tokenizer: questions and answers.
+    """Text of the drawn world, for the tokenizer.
 
     The strings of signs are left out: their letters stay one token each, so that a sign is read letter by letter.
     """
-    lot = random.Random(SEED)
-    for _ in range(4000):
-        picture, clip = world.random_picture(lot, sign_share=0), world.random_clip(lot)
-        times = questions.sampled_times(clip, lot.choice((1, 2)))
-        asked = [questions.ask_picture(task, picture, lot) for task in questions.PICTURE_TASKS]
-        asked += [questions.ask_clip(task, clip, times, lot) for task in questions.CLIP_TASKS]
-        asked += [questions.ask_images([picture], lot)]
-        yield from (text for question in asked if question is not None for text in (question.prompt, question.answer))
-    yield from (', and the text "', "system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n") * 20
+    shapes = ("circle", "square", "triangle", "star", "cross", "ring")
+    colours = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+    places = ("on the left", "on the right", "at the top", "at the bottom", "in the center", "at the top left",
+              "at the top right", "at the bottom left", "at the bottom right")
+    ways = ("left", "right", "up", "down")
+    yield from (f"a {size} {colour} {shape} {place}, a" for size, colour, shape, place
+                in product(("large", "small"), colours, shapes, places))
+    yield from ("Describe the picture.", "Describe the image.", "What do you see in the picture?", "What is in the image?",
+                "Describe the video.", "Describe the clip.", "What happens in the video?", "What happens?", "nothing",
+                "What happens first?", "What happens last?", "Tell me what happens, in order, with times.",
+                "How many objects are there?", "Count the objects.", "How many shapes can you see in the picture?",
+                "What does the text say?", "What does the sign say?", "Read the text.", "What is written in the picture?",
+                "and the text", ", and the text \"", "How long is the video?", "How many seconds does the clip last?",
+                "yes", "no", "Which image shows", "In which picture is", "Image number", "Give the time in seconds.") * 20
+    for shape in shapes:
+        yield from (f"What color is the {shape}?", f"What colour is the {shape}?", f"Which color does the {shape} have?",
+                    f"Where is the {shape}?", f"In which part of the picture is the {shape}?", f"Which image shows a {shape}?",
+                    f"When does the {shape} appear?", f"When does the {shape} disappear?", f"At what time does the {shape} appear?",
+                    f"When does the {shape} change color?", f"When does the {shape} start moving?",
+                    f"Which way does the {shape} move?", f"In which direction does the {shape} move?",
+                    f"What color is the {shape} after it changes?", f"the {shape} disappears", f"the {shape} is visible") * 4
+        yield from (f"What is {side} the {shape}?" for side in ("to the left of", "to the right of", "above", "below"))
+        yield from (f"the {shape} moves {way}" for way in ways)
+    for colour in colours:
+        yield from (f"What shape is the {colour} object?", f"Which shape is {colour}?", f"changes to {colour}") * 4
+        yield from (f"Is there a {colour} {shape}?" for shape in shapes)
+        yield from (f"a small {colour} {shape} appears {place}; at" for shape in shapes for place in places)
+    for tenths in range(0, 300, 3):
+        yield f"at {tenths / 10:.1f} seconds the"
+        yield f"What is visible at {tenths / 10:.1f} seconds?"
+    yield from ("system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n") * 20
 
 
 def build_tokenizer():
@@ -113,14 +131,14 @@ def model_config(tokenizer):
     config = read_json(PROJECT / "config.json")
     config["text_config"] |= {
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"), "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "vocab_size": tokenizer.get_vocab_size(), "cross_attention_layers": [2, 6, 10], "num_hidden_layers": 12,
-        "hidden_size": 192, "intermediate_size": 448, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
-        "max_position_embeddings": 32768, "rope_theta": 10000.0,
+        "vocab_size": tokenizer.get_vocab_size(), "cross_attention_layers": [2, 6], "num_hidden_layers": 8,
+        "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "max_position_embeddings": 32768,
         "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]},
     }
     config["vision_config"] |= {
-        "deepstack_visual_indexes": [2], "depth": 6, "hidden_size": 192, "intermediate_size": 768, "num_heads": 6,
-        "num_position_embeddings": 256, "out_hidden_size": 192,
+        "deepstack_visual_indexes": [0, 2], "depth": 4, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2,
+        "num_position_embeddings": 256, "out_hidden_size": 128,
     }
     for name in ("image", "video"):
         config[f"{name}_token_id"] = tokenizer.token_to_id(f"<|{name}_pad|>")
@@ -129,19 +147,16 @@ def model_config(tokenizer):
     return config
 
 
-def processor_settings(name, size):
-    """The project's, with pixel limits within which this small encoder was trained."""
-    settings = read_json(PROJECT / name)
-    settings["size"] = dict(zip(("shortest_edge", "longest_edge"), size))
-    if "image_processor_type" in settings:  # the other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast
-        settings["image_processor_type"] = "MossVLImageProcessor"
-        settings["auto_map"]["AutoImageProcessor"] = "processing_moss_vl.MossVLImageProcessor"
+def image_settings():
+    """The project's, under the other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast."""
+    settings = read_json(PROJECT / "preprocessor_config.json")
+    settings["image_processor_type"] = "MossVLImageProcessor"
+    settings["auto_map"]["AutoImageProcessor"] = "processing_moss_vl.MossVLImageProcessor"
     return settings
 
 
-def first_weights(folder):
-    """The weights with which training starts, in bf16: matrices normal with variance 1 / fan-in, but 0 where they write to the residual stream or
-    to the logits; norms 1, biases 0, gates open."""
+def random_weights(folder):
+    """The state dict in bf16: normal(0, 0.02), norms 1, biases 0. The gates are open, so that what the model sees counts."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["HF_MODULES_CACHE"] = cache  # read when transformers is imported
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -154,15 +169,13 @@ def first_weights(folder):
     weights = {}
     for name, shape in sorted(shapes.items()):
         if name.endswith("_gate"):
-            weights[name] = torch.ones(shape)
-        elif "norm" in name and name.endswith(".weight"):
-            weights[name] = torch.ones(shape)
-        elif len(shape) < 2 or name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "lm_head.weight")):
+            weights[name] = torch.full(shape, 0.5)
+        elif name.endswith(".bias"):
             weights[name] = torch.zeros(shape)
-        elif "embed" in name and "patch" not in name:
-            weights[name] = 0.3 * torch.randn(shape, generator=generator)
+        elif "norm" in name:
+            weights[name] = torch.ones(shape)
         else:
-            weights[name] = torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
+            weights[name] = 0.02 * torch.randn(shape, generator=generator)
     return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
 
 
@@ -170,8 +183,11 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def make(folder: Path, weights: Path | None = None) -> None:
-    """Writes the checkpoint folder; `weights` is a safetensors file to take in place of the first weights."""
+def main():
+    parser = argparse.ArgumentParser(description="Make moss-vl-nano with random weights.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "moss-vl-nano",
+                        help="checkpoint folder to write (default: moss-vl-nano beside this file)")
+    folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     for name in code_files():
         link = folder / name
@@ -188,27 +204,13 @@ def make(folder: Path, weights: Path | None = None) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", read_json(PROJECT / "generation_config.json") | {
         key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id")})
-    write_json(folder / "preprocessor_config.json", processor_settings("preprocessor_config.json", PICTURE_PIXELS))
-    write_json(folder / "video_preprocessor_config.json", processor_settings("video_preprocessor_config.json", FRAME_PIXELS))
+    write_json(folder / "preprocessor_config.json", image_settings())
+    write_json(folder / "video_preprocessor_config.json", read_json(PROJECT / "video_preprocessor_config.json"))
 
-    tensors = first_weights(folder)
-    if weights is not None:
-        given = load_file(weights)
-        if {name: tensor.shape for name, tensor in given.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ValueError(f"{weights} does not hold the tensors of this model; expected those that training/train_nano.py writes")
-        tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in given.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    count = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{folder}: {len(tensors)} tensors, {count:,} parameters, {2 * count / 1e6:.1f} MB, vocabulary {tokenizer.get_vocab_size()}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Make the folder of moss-vl-nano, with the weights training starts from or with trained ones.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "moss-vl-nano",
-                        help="checkpoint folder to write (default: moss-vl-nano beside this file)")
-    parser.add_argument("--weights", type=Path, help="model.safetensors of a run of training/train_nano.py (default: those training starts from)")
-    args = parser.parse_args()
-    make(args.output, args.weights)
+    weights = random_weights(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    count = sum(tensor.numel() for tensor in weights.values())
+    print(f"{folder}: {len(weights)} tensors, {count:,} parameters, {2 * count / 1e6:.1f} MB, vocabulary {tokenizer.get_vocab_size()}")
 
 
 if __name__ == "__main__":

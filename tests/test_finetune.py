@@ -1,5 +1,6 @@
 """training/finetune.py as users run it: labels, batches, parts, adapters, resuming, merging, and what it refuses."""
 
+import copy
 import gc
 import json
 import pickle
@@ -24,6 +25,7 @@ from records import read_records  # noqa: E402
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 STEADY = ["--schedule", "constant", "--warmup", "0", "--lr", "1e-3"]
+LINEAR = ["--lr", "1", "--max-grad-norm", "1e-9"]  # Adam's first step, of gradients far below its eps, goes along them
 FAST = ["--cpu", "--workers", "0", "--log-steps", "1", "--max-pixels", "9216", *STEADY]
 
 
@@ -38,8 +40,8 @@ def checkpoint(tmp_path_factory):
         "rope_scaling": {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_type": "default"},
     }  # fmt: skip
     config["vision_config"] |= {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0],
-        "num_position_embeddings": 16,
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -54,7 +56,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(checkpoint):
-    return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    return load_processor(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,10 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 
+def load_processor(folder):
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
 def logits_of(model, processor, data):
     dataset = RecordDataset(read_records(data), processor, max_pixels=9216)
     batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(len(dataset))])
@@ -125,6 +131,9 @@ def test_the_assistant_alone_is_learned_with_the_end_of_each_turn(processor, dat
     without = [record for record in records if record.messages[0]["role"] != "system"]
     bare = [learned(processor, encode(record, processor, template=False)) for record in without]
     assert bare == [turns for record, turns in zip(records, found) if record in without]
+    base = copy.deepcopy(processor)
+    base.tokenizer.eos_token = base.tokenizer.pad_token  # as base checkpoints may have it
+    assert learned(base, encode(records[3], base, template=False)) == ["Red.<|endoftext|>", "Yes, I am.<|endoftext|>"]
 
 
 def test_what_stands_before_an_answer_is_what_generation_is_given(processor, data):
@@ -291,16 +300,23 @@ def test_a_few_steps_lower_the_loss(checkpoint, data, tmp_path, options):
     assert all(entry["eval_loss"] < losses[0] for entry in history if "eval_loss" in entry)
 
 
+def assert_same_step(checkpoint, *folders):
+    """The one step of two runs has the same size and direction in all that they train."""
+    before = {name: tensor.float() for name, tensor in weights(checkpoint).items()}
+    step, other = ({name: tensor - before[name] for name, tensor in weights(folder).items()} for folder in folders)
+    moved = [name for name in step if step[name].any()]
+    assert len(moved) > 10 and moved == [name for name in other if other[name].any()]
+    for name in moved:
+        assert (step[name] - other[name]).norm() < 1e-2 * step[name].norm(), name
+    norms = [json.loads((folder / "trainer_state.json").read_text())["log_history"][0]["grad_norm"] for folder in folders]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_batches_that_make_a_step_count_as_one(checkpoint, data, tmp_path):
     options = ["--steps", 1, "--train", "cross", *LINEAR]
     assert run(checkpoint, data, tmp_path / "one", "--batch-size", 8, *options) == 0
     assert run(checkpoint, data, tmp_path / "four", "--batch-size", 2, "--accumulation", 4, *options) == 0
-    one, four, before = weights(tmp_path / "one"), weights(tmp_path / "four"), weights(checkpoint)
-    moved = [name for name in one if not torch.equal(one[name], before[name].float())]
-    assert moved
-    for name in moved:
-        step, other = one[name] - before[name].float(), four[name] - before[name].float()
-        assert (step - other).norm() < 1e-2 * step.norm(), name
+    assert_same_step(checkpoint, tmp_path / "one", tmp_path / "four")
 
 
 def test_bfloat16_keeps_what_is_trained_in_float32(checkpoint, data, tmp_path, monkeypatch):
@@ -324,12 +340,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(checkpoint, data, tmp_path, opti
     assert run(checkpoint, data, tmp_path / "out", *options) == 0
     shutil.copytree(tmp_path / "out/checkpoint-2", tmp_path / "kept/checkpoint-2")
     (tmp_path / "kept/checkpoint-3").mkdir()  # of a run that was killed while it wrote this
+    state = json.loads((tmp_path / "kept/checkpoint-2/trainer_state.json").read_text())
+    state["log_history"].append({"step": 2, "mark": 1})
+    (tmp_path / "kept/checkpoint-2/trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "kept/finetune.json").write_bytes((tmp_path / "out/finetune.json").read_bytes())
     assert run(checkpoint, data, tmp_path / "kept", *options, "--resume") == 0
+    history = json.loads((tmp_path / "kept/trainer_state.json").read_text())["log_history"]
+    assert {"step": 2, "mark": 1} in history, "it went on from there"
     name = "adapter_model.safetensors" if "--lora-rank" in options else "model.safetensors"
     whole, resumed, half = (load_file(tmp_path / folder / name) for folder in ("out", "kept", "out/checkpoint-2"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert any(not torch.equal(whole[key], half[key].to(whole[key])) for key in whole)
+    logits_of(load(tmp_path / "out/checkpoint-2"), load_processor(tmp_path / "out/checkpoint-2"), data)
 
 
 def test_saved_loaded_and_merged_are_one_model(checkpoint, processor, data, tmp_path):
@@ -348,17 +370,18 @@ def test_saved_loaded_and_merged_are_one_model(checkpoint, processor, data, tmp_
         folder = tmp_path / f"out{len(options)}"
         logits = trained(folder, *options)
         assert (logits - start).abs().max() > 0.1
-        again = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        assert torch.allclose(logits_of(load(folder), again, data), logits, atol=1e-5), options
+        assert torch.allclose(logits_of(load(folder), load_processor(folder), data), logits, atol=1e-5), options
 
     words = ["--merge", str(folder), "--output", str(tmp_path / "merged")]
     assert finetune.main(words) == 0
-    assert torch.allclose(logits_of(load(tmp_path / "merged"), processor, data), logits, atol=1e-4)
+    merged = load(tmp_path / "merged"), load_processor(tmp_path / "merged")
+    assert torch.allclose(logits_of(*merged, data), logits, atol=1e-4)
     assert trained(tmp_path / "both", *options, "--merge").equal(logits)
     assert torch.allclose(logits_of(load(tmp_path / "both"), processor, data), logits, atol=1e-4)
     assert torch.allclose(logits_of(load(tmp_path / "both/adapter"), processor, data), logits, atol=1e-5)
     both, merged = weights(tmp_path / "both"), weights(tmp_path / "merged")
-    assert both.keys() == weights(checkpoint).keys() and all(torch.equal(both[name], merged[name]) for name in merged)
+    assert both.keys() == merged.keys() == weights(checkpoint).keys()
+    assert all(torch.equal(both[name], merged[name]) for name in merged)
     assert finetune.main(words) == 2, "the folder is not empty any more"
 
 
@@ -393,12 +416,7 @@ def test_processes_side_by_side_are_one_with_a_larger_batch(checkpoint, data, tm
     done = subprocess.run([*command, *words, "--output", str(tmp_path / "two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *options, "--batch-size", "2") == 0
-    one, two, before = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(checkpoint)
-    moved = [name for name in one if not torch.equal(one[name], before[name].float())]
-    assert any("visual" in name for name in moved)
-    for name in moved:
-        step, other = one[name] - before[name].float(), two[name] - before[name].float()
-        assert (step - other).norm() < 1e-2 * step.norm(), name
+    assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

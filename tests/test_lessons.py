@@ -73,8 +73,8 @@ def notes(monkeypatch):
     return notes
 
 
-def batch_of(processor, kind, step, size):
-    return Lessons(processor, seed=0, plan=lambda step: kind, steps=100, size=size)[step]
+def batch_of(processor, kind, step):
+    return Lessons(processor, seed=0, plan=lambda step: kind, size=8).batch(step)
 
 
 def media_of(notes, batch, row) -> dict:
@@ -115,15 +115,15 @@ def alone(model, processor, script, question, media) -> tuple[torch.Tensor, torc
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, size", [("pictures", 8), ("images", 8), ("clips", 1)])
-def test_a_question_in_a_packed_row_is_the_question_by_itself(processor, model, notes, kind, size):
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_question_in_a_packed_row_is_the_question_by_itself(processor, model, notes, kind):
     wanted = {("template", True), ("template", False), ("part", 2), ("media", 2) if kind == "images" else ("empty prompt", True)}
     seen = set()
     for step in range(20):
         if wanted <= seen:
             break
         notes["scenes"].clear(), notes["pixels"].clear()
-        batch = batch_of(processor, kind, step, size)
+        batch = batch_of(processor, kind, step)
         out = model(
             input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"],
             labels=batch["labels"], pixel_values=batch["pixel_values"].float(), grid_thw=batch["grid_thw"],
@@ -147,7 +147,7 @@ def test_a_question_in_a_packed_row_is_the_question_by_itself(processor, model, 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_labels_are_the_answers(processor, notes, kind):
-    batch = batch_of(processor, kind, step=5, size=8)
+    batch = batch_of(processor, kind, step=5)
     assert len(notes["rows"]) == len(batch["input_ids"]) == len(batch["media_nums"])
     assert sum(batch["media_nums"]) == len(batch["grid_thw"])
     for row, script in enumerate(notes["rows"]):
@@ -184,13 +184,25 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
 
 
-def test_batches_depend_on_their_number_and_the_seed_alone(processor):
-    first, second, other = (Lessons(processor, seed, lambda step: KINDS[step % 4], steps=5, size=8) for seed in (3, 3, 4))
-    forward = [first[step] for step in range(5)]
-    backward = [second[step] for step in reversed(range(5))][::-1]
-    assert len(first) == 5 and [batch["kind"] for batch in forward] == [*KINDS, "look"]
+def test_batches_depend_on_their_number_the_seed_and_the_rank_alone(processor):
+    first, second, other = (Lessons(processor, seed, lambda step: KINDS[step % 4], size=8) for seed in (3, 3, 4))
+    forward = [first.batch(step) for step in range(5)]
+    backward = [second.batch(step) for step in reversed(range(5))][::-1]
+    assert [batch["kind"] for batch in forward] == [*KINDS, "look"]
     assert all(same(*pair) for pair in zip(forward, backward))
-    assert not same(forward[0], forward[4]) and not same(forward[0], other[0])
+    assert not same(forward[0], forward[4]) and not same(forward[0], other.batch(0))
+    assert same(first.batch(0, rank=0), forward[0]) and same(first.batch(1, rank=1), second.batch(1, rank=1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_side_by_side_have_batches_of_one_kind_and_no_scene_in_common(processor, notes, kind):
+    batches, scenes = [], []
+    for rank in range(2):
+        notes["scenes"].clear()
+        batches.append(Lessons(processor, seed=0, plan=lambda step: KINDS[step], size=8).batch(KINDS.index(kind), rank))
+        scenes.append(set(notes["scenes"]))
+    assert [batch["kind"] for batch in batches] == [kind] * 2
+    assert all(scenes) and not scenes[0] & scenes[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,7 +266,7 @@ def test_sights_stand_in_the_order_of_the_vision_tokens(processor, model, notes)
     circles = 0
     for step in range(2):
         notes["scenes"].clear()
-        batch = batch_of(processor, "look", step, size=8)
+        batch = batch_of(processor, "look", step)
         tokens = batch["pixel_values"].float().view(-1, 4, 3, 256).transpose(1, 2).flatten(2)  # [N, 3, pixels]
         assert len(batch["sights"]) == len(tokens) == len(model.model.visual(batch["pixel_values"].float(), batch["grid_thw"]))
         scenes = iter(sorted(notes["scenes"], key=lambda scene: scene.width / scene.height))

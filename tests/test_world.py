@@ -26,11 +26,13 @@ from world import (  # noqa: E402
     Thing,
     contrast,
     draw_background,
+    draw_ink,
     draw_scene,
     fonts,
     load_font,
     outline,
     random_clip,
+    random_move,
     random_picture,
     sign_mask,
     thing_mask,
@@ -131,7 +133,7 @@ def test_no_two_things_are_ever_alike():
 
 
 def test_things_are_on_the_canvas_and_apart_at_every_time():
-    assert len(MOVING) > 40
+    assert len(MOVING) == 200
     for scene in PICTURES + CLIPS + MOVING:
         moves = [(thing.moves[0], thing.moves[0] + thing.move_seconds) for thing in scene.things if thing.moves is not None]
         times = {0.0, scene.seconds, *(start for thing in scene.things for start in starts_of(thing))}
@@ -185,7 +187,8 @@ def test_every_font_tells_all_characters_apart():
 
 
 def test_clips_and_their_events():
-    kinds = Counter()
+    """Each kind of event befalls about as many things, and a part of them nothing."""
+    kinds, things = Counter(), sum(len(scene.things) for scene in CLIPS)
     for scene in CLIPS:
         assert 2 <= scene.seconds <= 20 and 8 <= scene.fps <= 30
         assert scene.seconds * scene.fps == pytest.approx(round(scene.seconds * scene.fps))
@@ -194,14 +197,39 @@ def test_clips_and_their_events():
         assert all(later - sooner >= 1 for sooner, later in zip(starts, starts[1:]))
         assert all(0 < start < scene.seconds for start in starts)
         for thing in scene.things:
+            assert len(starts_of(thing)) <= 1
             kinds.update({"appears": thing.appears > 0, "disappears": thing.disappears < math.inf})
-            kinds["changes"] += thing.changes is not None
+            kinds.update({"changes": thing.changes is not None, "moves": thing.moves is not None, "rests": not starts_of(thing)})
             if thing.moves is not None:
                 start, right, down = thing.moves
                 assert min(abs(right), abs(down)) == 0 and max(abs(right), abs(down)) >= 1 / 3
                 assert start + thing.move_seconds <= scene.seconds
                 kinds["left" if right < 0 else "right" if right > 0 else "up" if down < 0 else "down"] += 1
-    assert all(kinds[kind] > 0 for kind in ("appears", "disappears", "changes", "left", "right", "up", "down")), kinds
+    shares = {kind: kinds[kind] / things for kind in ("appears", "disappears", "changes", "moves", "rests")}
+    assert all(0.12 < share < 0.32 for share in shares.values()), shares
+    assert all(kinds[way] > 0.15 * kinds["moves"] for way in ("left", "right", "up", "down")), kinds
+
+
+def test_a_move_is_drawn_where_there_is_room_and_time_for_it():
+    stage, thing = {"width": 200, "height": 160}, Thing("circle", "red", 0.5, 0.5, 0.1)
+    wall = [Thing("square", "blue", 0.5, y, 0.12) for y in (0.12, 0.4, 0.68, 0.9)]
+    passing = Thing("star", "green", 0.2, 0.3, 0.1, moves=(0.5, 0.6, 0.0))  # from left to right, high up
+
+    def drawn(others, time=3.0, duration=5.0, thing=thing):
+        return [random_move(random.Random(i), thing, time, duration, others, stage) for i in range(40)]
+
+    for moved in drawn(wall):  # none comes through
+        (first, last), (start, right, down) = (moved.at(0.0), moved.at(5.0)), moved.moves
+        assert replace(moved, x=thing.x, y=thing.y, moves=None, move_seconds=thing.move_seconds) == thing
+        assert start == 3.0 and start + moved.move_seconds <= 5.0 and (first.x < 0.5) == (last.x < 0.5)
+        assert min(abs(right), abs(down)) == 0 and max(abs(right), abs(down)) >= 1 / 3
+    found = [moved for moved in drawn([passing]) if moved is not None]
+    assert len(found) > 30
+    for moved in found:  # nor crosses the other's way, be it gone by then
+        for now in (moved.at(3.0 + share * moved.move_seconds) for share in np.linspace(0, 1, 25)):
+            assert all(math.hypot((now.x - x) * 200, (now.y - 0.3) * 160) > 0.2 * 160 for x in np.linspace(0.2, 0.8, 25))
+    assert drawn([], time=4.6) == [None] * 40, "no time"
+    assert drawn([replace(thing, radius=0.4)], thing=replace(thing, radius=0.26)) == [None] * 40, "no room"
 
 
 def test_lots_are_repeatable():
@@ -265,6 +293,14 @@ def test_same_scene_same_pixels():
     assert np.array_equal(pixels(draw_scene(noisy)), pixels(draw_scene(replace(noisy))))
     assert not np.array_equal(pixels(draw_scene(noisy)), pixels(draw_scene(replace(noisy, grain=noisy.grain + 1))))
     assert np.array_equal(pixels(draw_scene(noisy)), pixels(draw_scene(noisy, background=draw_background(noisy))))
+
+
+def test_ink_is_where_things_and_letters_are():
+    for scene, time in [(scene, 0.0) for scene in PICTURES[:60]] + [(scene, scene.seconds / 2) for scene in CLIPS[:60]]:
+        ink = np.asarray(draw_ink(scene, time))
+        assert np.array_equal(ink > 0, np.any([np.zeros_like(ink, dtype=bool), *filled(scene, time)], axis=0))
+        for thing in scene.at(time):
+            assert ink[solid(thing, scene)] == 255
 
 
 def test_unknown_shape():
@@ -447,8 +483,19 @@ MOVES = Scene(
 STILL = replace(ONE_OF_EACH, things=(Thing("cross", "red", 0.5, 0.5, 0.2),), seconds=4.0)
 
 
-def about_clip(scene, fps) -> dict[str, str]:
-    return asked(lambda task, lot: ask_clip(task, scene, sampled_times(scene, fps), lot, plain=True), CLIP_TASKS)
+def about_clip(scene, fps) -> tuple[dict[str, str], dict[float, str]]:
+    """Prompt -> answer; and apart, time -> answer, what is asked about moments between two sampled frames."""
+    times = sampled_times(scene, fps)
+    found, between = asked(lambda task, lot: ask_clip(task, scene, times, lot, plain=True), CLIP_TASKS), {}
+    for prompt in list(found):
+        moment = re.fullmatch(r"What is visible at (\d+\.\d) seconds\?", prompt)
+        if moment is not None and moment[1] not in {f"{time:.1f}" for time in times}:
+            between[float(moment[1])] = found.pop(prompt)
+    return found, between
+
+
+def tenths(begin, end) -> list[float]:
+    return [tenth / 10 for tenth in range(round(10 * begin), round(10 * end) + 1)]
 
 
 def test_questions_about_a_clip_once_a_second():
@@ -462,7 +509,8 @@ def test_questions_about_a_clip_once_a_second():
                    "at 6.0 seconds the circle moves left; "
                    "at 8.0 seconds the ring changes color to orange; at 9.0 seconds the square disappears")  # fmt: skip
     visible = [start] * 3 + [appeared] * 4 + [moved.format("white"), moved.format("orange"), after, after]
-    assert about_clip(ONE_OF_EACH, 1) == {
+    found, between = about_clip(ONE_OF_EACH, 1)
+    assert found == {
         "Describe the video.": description, "": description,
         "What happens first?": "a small blue star appears at the top", "What happens last?": "the square disappears",
         "When does the star appear?": "3.0 seconds", "When does the square disappear?": "9.0 seconds",
@@ -471,6 +519,10 @@ def test_questions_about_a_clip_once_a_second():
         "Which way does the circle move?": "left", "What color is the ring after it changes?": "orange",
         "How long is the video?": "10.1 seconds",
     }  # fmt: skip
+    unchanged = {**dict.fromkeys(tenths(0, 2), start), **dict.fromkeys(tenths(3, 5), appeared),
+                 **dict.fromkeys(tenths(9, 10), after)}  # fmt: skip
+    assert between.items() <= unchanged.items(), "asked where two frames differ"
+    assert {int(time) for time in between} == {0, 1, 3, 4, 9}
 
 
 def test_questions_about_a_clip_twice_a_second():
@@ -479,22 +531,29 @@ def test_questions_about_a_clip_twice_a_second():
     description = (f"at 0.0 seconds {start}; at 2.5 seconds a small purple star appears at the top left; "
                    "at 6.5 seconds the green star moves up")  # fmt: skip
     visible = [start] * 5 + [both.format("at the bottom")] * 8 + [both.format("in the center")] + [both.format("at the top")] * 7
-    assert about_clip(MOVES, 2) == {
+    found, between = about_clip(MOVES, 2)
+    assert found == {
         "Describe the video.": description, "": description,
         "What happens first?": "a small purple star appears at the top left", "What happens last?": "the green star moves up",
         "When does the purple star appear?": "2.5 seconds", "When does the green star start moving?": "6.5 seconds",
         **{f"What is visible at {time / 2:.1f} seconds?": things for time, things in enumerate(visible)},
         "Which way does the green star move?": "up", "How long is the video?": "10.1 seconds",
     }  # fmt: skip
+    unchanged = {**dict.fromkeys(tenths(0, 2), start), **dict.fromkeys(tenths(2.5, 6), both.format("at the bottom")),
+                 **dict.fromkeys(tenths(7, 10), both.format("at the top"))}  # fmt: skip
+    assert between.items() <= unchanged.items(), "asked where two frames differ"
+    assert {int(time) for time in between} == {0, 1, 2, 3, 4, 5, 7, 8, 9}
 
 
 def test_questions_about_a_clip_in_which_nothing_happens():
     cross = "a large red cross in the center"
-    assert about_clip(STILL, 1) == {
+    found, between = about_clip(STILL, 1)
+    assert found == {
         "Describe the video.": f"at 0.0 seconds {cross}", "": f"at 0.0 seconds {cross}",
         "What happens first?": "nothing", "What happens last?": "nothing", "How long is the video?": "4.0 seconds",
         **{f"What is visible at {time} seconds?": cross for time in ("0.0", "1.3", "2.6", "3.9")},
     }  # fmt: skip
+    assert between.items() <= dict.fromkeys(tenths(0, 3.9), cross).items() and {int(time) for time in between} == {0, 1, 2, 3}
 
 
 def test_a_thing_with_several_events_and_one_that_no_frame_shows():
@@ -635,8 +694,14 @@ def test_answers_about_clips_agree_with_a_slow_search():
                 ways = {"left": last.x < first.x, "right": last.x > first.x, "up": last.y < first.y, "down": last.y > first.y}
                 assert [way for way, true in ways.items() if true] == [question.answer]
             elif task == "visible at":
-                time, = (time for time in times if f"at {time:.1f} seconds" in question.prompt)
-                shown = [thing.at(time) for thing in scene.things if thing.at(time) is not None]
+                moment = re.search(r"at (\d+\.\d) seconds", question.prompt)[1]
+                frames = [time for time in times if f"{time:.1f}" == moment]
+                if not frames:  # between two that show the same
+                    later = next(index for index, time in enumerate(times) if time > float(moment))
+                    frames = times[later - 1 : later + 1]
+                    assert scene.at(frames[0]) == scene.at(float(moment)) == scene.at(frames[1])
+                    checked["between"] += 1
+                shown = [thing.at(frames[0]) for thing in scene.things if thing.at(frames[0]) is not None]
                 parts = question.answer.split(", ") if shown else []
                 shown.sort(key=lambda thing: thing.x)
                 assert [part.split()[1:4] for part in parts] == [[thing.size, thing.colour, thing.shape] for thing in shown]
@@ -646,3 +711,4 @@ def test_answers_about_clips_agree_with_a_slow_search():
                 kind = order[0][1] if order else None
                 assert clauses_of.get(kind, "nothing") in question.answer
     assert all(checked[task] for task in CLIP_TASKS)
+    assert 0.1 < checked["between"] / checked["visible at"] < 0.25, "a quarter, less those without such a pair"

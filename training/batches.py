@@ -46,8 +46,8 @@ def render(record: Record, processor, template: bool = True) -> tuple[str, list[
             end = text.find(TURN_END, len(asked))
             if not text.startswith(asked) or end < 0:
                 raise ValueError(
-                    f"the chat template writes turn {turn} otherwise than it asks for one, or does not end it with {TURN_END}, so that "
-                    f"what is learned cannot be told; expected ChatML"
+                    f"the chat template writes turn {turn} otherwise than it asks for one, or does not end it with {TURN_END}, so "
+                    f"that what is learned cannot be told; expected ChatML"
                 )
             spans.append((len(asked), end + len(TURN_END)))
     return text, spans

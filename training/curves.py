@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 
-
 def columns(log: Path) -> dict[str, tuple[list[int], list[float]]]:
     """name -> (steps, values) of everything logged."""
     out: dict = {}
@@ -48,7 +47,8 @@ def main():
     for axis, (title, names) in zip(axes, groups.items()):
         for number, name in enumerate(names):
             steps, values = logged[name]
-            axis.plot(steps, smooth(values), label=name.removeprefix("names ").removeprefix("loss "), linestyle=("-", "--", ":")[number // 10 % 3])
+            label, style = name.removeprefix("names ").removeprefix("loss "), ("-", "--", ":")[number // 10 % 3]
+            axis.plot(steps, smooth(values), label=label, linestyle=style)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

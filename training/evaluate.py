@@ -1,8 +1,9 @@
-"""Examines a checkpoint on the drawn world: python training/evaluate.py --checkpoint checkpoints/moss-vl-nano --json evaluation.json
+"""Examines a checkpoint on the drawn world: python training/evaluate.py --checkpoint FOLDER --json evaluation.json
 
-Fresh pictures and clips (written to h264 files and read back), from seeds that no training uses, are asked about; an answer counts if it is
-the right one to the letter. Controls: the same questions with the pixels blanked, and clips with their time stamps shuffled, show what is
-known without looking; pictures twice as large and clips twice as long as any in training show what carries over.
+Fresh pictures and clips (written to h264 files and read back), from seeds that no training uses, are asked about; an answer counts
+if it is the right one to the letter. Controls: the same questions with the pixels blanked, and clips with their time stamps
+shuffled, show what is known without looking; pictures twice as large and clips up to twice as long as any in training show what
+carries over.
 """
 
 import argparse
@@ -23,13 +24,22 @@ import torch
 TRAINING = Path(__file__).resolve().parent
 PROJECT = TRAINING.parent
 sys.path.insert(0, str(TRAINING))
-from questions import CLIP_TASKS, IMAGES_TASK, PICTURE_TASKS, Question, ask_clip, ask_images, ask_picture, sampled_times  # noqa: E402
+from questions import (  # noqa: E402
+    CLIP_TASKS,
+    IMAGES_TASK,
+    PICTURE_TASKS,
+    Question,
+    ask_clip,
+    ask_images,
+    ask_picture,
+    sampled_times,
+)
 from world import Scene, draw_scene, random_clip, random_picture, write_clip  # noqa: E402
 
 TEXTS = ("text", "no text")  # pictures with a sign and without
 TASKS = (*(task for task in PICTURE_TASKS if task != "text"), *TEXTS, IMAGES_TASK, *CLIP_TASKS)
 TIMED = ("describe clip", "when", "visible at")  # what cannot be answered without time stamps
-LONG = (20.0, 40.0)  # seconds; in training at most 20
+SECONDS, LONG = (2.0, 20.0), (20.0, 40.0)  # of a clip: as in training, and longer
 MAX_NEW_TOKENS = 160
 
 
@@ -72,12 +82,13 @@ def picture_items(task: str, n: int, seed, scale=lambda scene: scene) -> list[It
 def clip_items(tasks, n: int, seed, folder: str, seconds, workers: int) -> dict[str, list[Item]]:
     """`n` questions of each task; a clip is asked one of each at most. Their files are written to `folder`."""
     lot, items, files = random.Random(f"clips {seed} {seconds}"), {task: [] for task in tasks}, []
+    lots = {task: random.Random(f"{task} {seed} {seconds}") for task in tasks}  # a task's questions do not hang on the others
     while any(len(found) < n for found in items.values()):
         scene, fps = random_clip(lot, seconds), lot.choice((1, 2))
         times, path = tuple(sampled_times(scene, fps)), os.path.join(folder, f"{len(files)}.mp4")
         wanted = False
         for task, found in items.items():
-            question = ask_clip(task, scene, list(times), lot, lot.random() < 0.5)
+            question = ask_clip(task, scene, list(times), lots[task], lots[task].random() < 0.5)
             if question is not None and len(found) < n:
                 found.append(Item(question, (scene,), len(found) % 2 == 0, path, fps, times))
                 wanted = True
@@ -116,8 +127,8 @@ class Batches(torch.utils.data.Dataset):
             else:
                 images += [draw_scene(scene) for scene in item.scenes]
         rate = {"video_fps": float(items[0].fps)} if videos else {}
-        return self.processor(text=texts, images=images or None, videos=videos or None, padding=True, padding_side="left",
-                              return_tensors="pt", **rate)  # fmt: skip
+        media = {"images": images or None, "videos": videos or None}
+        return self.processor(text=texts, **media, **rate, padding=True, padding_side="left", return_tensors="pt")
 
 
 def blank(inputs, processor) -> None:
@@ -126,8 +137,8 @@ def blank(inputs, processor) -> None:
 
 
 def shuffle_stamps(inputs, processor) -> None:
-    """The stamps of each clip change places."""
-    begin, end = (processor.tokenizer.convert_tokens_to_ids(token) for token in (processor.time_start_token, processor.time_end_token))
+    """The stamps of each clip change places; where they differ in length, frames stand elsewhere, and so the frame mask follows."""
+    begin, end = processor.time_start_token_id, processor.time_end_token_id
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         starts, ends = ([at for at, token in enumerate(ids) if token == mark] for mark in (begin, end))
         stamps = [ids[start + 1 : stop] for start, stop in zip(starts, ends)]
@@ -137,6 +148,9 @@ def shuffle_stamps(inputs, processor) -> None:
             out += [*ids[at : start + 1], *stamp]
             at = stop
         inputs["input_ids"][row] = torch.tensor(out + ids[at:])
+    attended, frames = inputs["attention_mask"], inputs["cross_attention_mask"].shape[-1]
+    seen = ((inputs["input_ids"] == processor.image_token_id) * attended).cumsum(1) * attended
+    inputs["cross_attention_mask"] = (torch.arange(frames) >= seen[:, :, None])[:, None]
 
 
 def batches_of(items: list[Item], size: int) -> list[list[Item]]:
@@ -152,7 +166,6 @@ def batches_of(items: list[Item], size: int) -> list[list[Item]]:
     return batches
 
 
-@torch.inference_mode()
 def ask(model, processor, items: list[Item], size: int, workers: int, alter=None) -> list[tuple[Item, str]]:
     """The greedy answers. `alter(inputs, processor)` changes what the model gets to see."""
     batches = batches_of(items, size)
@@ -162,7 +175,8 @@ def ask(model, processor, items: list[Item], size: int, workers: int, alter=None
         if alter is not None:
             alter(inputs, processor)
         length = inputs["input_ids"].shape[1]
-        tokens = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        with torch.inference_mode():  # not around the loader, whose workers would inherit it, but not the threads that decode there
+            tokens = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         answers += zip(batch, processor.batch_decode(tokens[:, length:], skip_special_tokens=True))
     return answers
 
@@ -193,10 +207,10 @@ def a_frame_off(item: Item, given: str, right: str) -> bool:
     return given in stamps and right in stamps and abs(stamps.index(given) - stamps.index(right)) <= 1
 
 
-def events_in(description: str) -> list[tuple[str, str]]:
-    """(time, what happens) behind the first clause of a clip's description."""
-    clauses = [re.fullmatch(r"at (\d+\.\d) seconds (.*)", clause) for clause in description.split("; ")[1:]]
-    return [(clause[1], clause[2]) if clause else ("", "") for clause in clauses]
+def events_in(description: str) -> list[tuple[str, str]] | None:
+    """(time, what happens) behind the first clause of a clip's description; None where a clause has no time."""
+    clauses = [re.fullmatch(r"at (\d+\.\d) seconds (.*)", clause) for clause in description.split("; ")]
+    return [(clause[1], clause[2]) for clause in clauses[1:]] if all(clauses) else None
 
 
 def marks(item: Item, given: str) -> dict[str, float]:
@@ -214,7 +228,8 @@ def marks(item: Item, given: str) -> dict[str, float]:
     elif task == "describe clip":
         ours, theirs = events_in(right), events_in(given)
         out["every event"] = float(ours == theirs)
-        near = len(ours) == len(theirs) and all(a == b and a_frame_off(item, t, s) for (s, a), (t, b) in zip(ours, theirs))
+        alike = theirs is not None and [what for _, what in ours] == [what for _, what in theirs]
+        near = alike and all(a_frame_off(item, told, due) for (told, _), (due, _) in zip(theirs, ours))
         out["every event, within a frame"] = float(near)
         out["first frame"] = float(given.split("; ")[0] == right.split("; ")[0])
     return out
@@ -228,7 +243,8 @@ def average(answers: list[tuple[Item, str]]) -> dict[str, float]:
 def table(result: dict) -> str:
     """The result as Markdown."""
     columns = ("blanked", "stamps shuffled", "twice as large", "twice as long")
-    lines = ["| task | n | exact | commonest answer | " + " | ".join(columns) + " | other measures |", "|---|---|---|---|" + "---|" * (len(columns) + 1)]
+    head = ("task", "n", "exact", "commonest answer", *columns, "other measures")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for task, row in result["tasks"].items():
         cells = [task, str(row["n"]), f"{row['exact']:.1%}", f"{row['commonest answer']:.1%}"]
         cells += [f"{row[column]['exact']:.1%}" if column in row else "" for column in columns]
@@ -237,26 +253,34 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Examine a checkpoint on the drawn world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description="Examine a checkpoint on the drawn world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--checkpoint", default=str(PROJECT / "checkpoints" / "moss-vl-nano"))
     parser.add_argument("--json", type=Path, help="file to write the table to")
     parser.add_argument("--answers", type=Path, help="JSONL file to write every question with its answers to")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}"
+    )
     parser.add_argument("--n", type=int, default=500, help="questions a task")
     parser.add_argument("--control-n", type=int, default=200, help="questions a task for each control; 0 leaves the controls out")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count()), help="processes that draw and decode")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that draw and decode")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for name, least in (("n", 1), ("control_n", 0), ("batch", 1), ("workers", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least {least}")
     for path in filter(None, (args.json, args.answers)):
         if not path.resolve().parent.is_dir():
             parser.error(f"the folder of {path} does not exist; make it first")
+        if path.is_dir():
+            parser.error(f"{path} is a folder; expected a file to write")
+    if args.json and args.answers and args.json.resolve() == args.answers.resolve():
+        parser.error(f"--json and --answers are both {args.json}; expected two files")
 
     from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -264,15 +288,21 @@ def main():
     processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype))
     model = model.to(args.device).eval()
-    result = {"checkpoint": args.checkpoint, "parameters": model.num_parameters(), "dtype": args.dtype, "seed": args.seed, "tasks": {}}
+    controls = min(args.control_n, args.n)
+    result = {
+        "checkpoint": args.checkpoint, "parameters": model.num_parameters(), "dtype": args.dtype, "seed": args.seed,
+        "control n": controls, "tasks": {},
+    }  # fmt: skip
+    if args.answers:
+        args.answers.write_text("", encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         clip_tasks = [task for task in args.tasks if task in CLIP_TASKS]
         clips, long_clips = {}, {}
         if clip_tasks:
             os.makedirs(os.path.join(folder, "long"))
-            clips = clip_items(clip_tasks, args.n, args.seed, folder, (2.0, 20.0), args.workers)
-            if args.control_n:
-                long_clips = clip_items(clip_tasks, args.control_n, args.seed, os.path.join(folder, "long"), LONG, args.workers)
+            clips = clip_items(clip_tasks, args.n, args.seed, folder, SECONDS, args.workers)
+            if controls:
+                long_clips = clip_items(clip_tasks, controls, args.seed, os.path.join(folder, "long"), LONG, args.workers)
 
         def answers_to(task, column, items, alter=None):
             answers = ask(model, processor, items, args.batch, args.workers, alter)
@@ -288,15 +318,15 @@ def main():
             common = Counter(item.question.answer for item in items).most_common(1)[0][1] / len(items)
             measures = answers_to(task, "", items)
             row = {"n": len(items), "exact": measures["exact"], "commonest answer": common, "measures": measures}
-            if args.control_n:
-                fewer = items[: args.control_n]
+            if controls:
+                fewer = items[:controls]
                 row["blanked"] = answers_to(task, "blanked", fewer, blank)
                 if task in TIMED:
                     row["stamps shuffled"] = answers_to(task, "stamps shuffled", fewer, shuffle_stamps)
                 if task in clips:
                     row["twice as long"] = answers_to(task, "twice as long", long_clips[task])
                 else:
-                    row["twice as large"] = answers_to(task, "twice as large", picture_items(task, args.control_n, args.seed, larger))
+                    row["twice as large"] = answers_to(task, "twice as large", picture_items(task, controls, args.seed, larger))
             result["tasks"][task] = row
             print(f"{time.monotonic() - began:6.0f} s  {task}: {row['exact']:.1%}", file=sys.stderr, flush=True)
             if args.json:

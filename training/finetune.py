@@ -510,7 +510,7 @@ def load_model(args):
 
 
 class SaveBeside(TrainerCallback):
-    """Saves the processor into every checkpoint-N folder. (Trainer would, too, but then changes the model's token ids in config.)"""
+    """Saves the processor into every checkpoint-N folder. (Trainer would, too, but then changes the config's token ids.)"""
 
     def __init__(self, processor):
         self.processor = processor

@@ -1,7 +1,8 @@
 """Batches of the drawn world for train_nano.py: pictures and clips drawn afresh for every step, with several questions about each.
 
-The questions about one picture or clip share its pixels and the text that stands for them: a row is [media, question 1 with its answer,
-question 2 with its answer, ...], each question sees the media and itself alone, and has the positions it would have by itself.
+The questions about one picture or clip share its pixels and the text that stands for them: a row is [media, question 1 with its
+answer, question 2 with its answer, ...], each question sees the media and itself alone, and has the positions it would have by
+itself.
 
 Axes: B rows, T text tokens, N vision tokens without separators, in the order of the media.
 """
@@ -13,12 +14,25 @@ import numpy as np
 import torch
 from PIL import Image
 from questions import CLIP_TASKS, IMAGES_TASK, PICTURE_TASKS, ask_clip, ask_images, ask_picture, place_of, sampled_times
-from world import COLOURS, SHAPES, SIGN_CHARACTERS, WAYS, draw_background, draw_ink, draw_scene, random_canvas, random_clip, random_picture, sign_font
+from world import (
+    COLOURS,
+    SHAPES,
+    SIGN_CHARACTERS,
+    WAYS,
+    draw_background,
+    draw_ink,
+    draw_scene,
+    random_canvas,
+    random_clip,
+    random_picture,
+    sign_font,
+)
 
 TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
 CHANCES = {  # how often a picture or clip is asked the question; above 1: several times
     "describe picture": 0.7, "color": 0.4, "shape": 0.4, "count": 0.5, "place": 0.6, "relation": 1.8, "exists": 0.7, "text": 0.5,
-    "describe clip": 0.7, "first or last": 0.5, "when": 1.7, "visible at": 1.7, "direction": 0.7, "color after": 0.7, "duration": 0.15,
+    "describe clip": 0.7, "first or last": 0.5, "when": 1.7, "visible at": 1.7, "direction": 0.7, "color after": 0.7,
+    "duration": 0.15,
 }  # fmt: skip
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 LETTERS_A_TOKEN = 4
@@ -93,8 +107,10 @@ def join(scripts: list[Script], pad: int) -> dict:
     def rows(name, fill):
         return torch.tensor([getattr(script, name) + [fill] * (length - len(getattr(script, name))) for script in scripts])
 
-    return {"input_ids": rows("ids", pad), "labels": rows("labels", -100), "position_ids": rows("positions", 0), "parts": rows("parts", -1),
-            "tasks": rows("tasks", -1)}  # fmt: skip
+    return {
+        "input_ids": rows("ids", pad), "labels": rows("labels", -100), "position_ids": rows("positions", 0),
+        "parts": rows("parts", -1), "tasks": rows("tasks", -1),
+    }  # fmt: skip
 
 
 def may_see(parts: torch.Tensor) -> torch.Tensor:
@@ -117,8 +133,9 @@ def compressed(lot: random.Random, picture: Image.Image) -> Image.Image:
 def sights(things, sign, canvas: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """What each vision token of a picture shows, [H * W, len(SIGHTS)].
 
-    A token shows the thing on which its middle lies, or whose middle lies in it. Of that thing it is asked shape, colour, size, place,
-    its number from the left, and the number of the nearest thing on each side (4 for none); of the letters with their middles in it, which.
+    A token shows the thing on which its middle lies, or whose middle lies in it. Of that thing it is asked shape, colour, size,
+    place, its number from the left, and the number of the nearest thing on each side (4 for none); of the letters with their
+    middles in it, which.
     """
     (width, height), (rows, columns) = canvas, grid
     names = [name for name, _ in SIGHTS]
@@ -135,7 +152,8 @@ def sights(things, sign, canvas: tuple[int, int], grid: tuple[int, int]) -> np.n
             at = min(int(thing.y * rows), rows - 1), min(int(thing.x * columns), columns - 1)
             nearest[at], inside[at] = number, True
         for number, thing in enumerate(things):
-            values = [SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), int(thing.size == "large"), PLACES.index(place_of(thing)), number]
+            values = [SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), int(thing.size == "large")]
+            values += [PLACES.index(place_of(thing)), number]
             for right, down in WAYS.values():
                 side = (middles[:, 0] - middles[number, 0]) * right + (middles[:, 1] - middles[number, 1]) * down
                 apart = np.where(side > 0, np.hypot(*(middles - middles[number]).T), np.inf)
@@ -156,8 +174,8 @@ def sights(things, sign, canvas: tuple[int, int], grid: tuple[int, int]) -> np.n
 
 
 def ink_patches(scene, grid: tuple[int, int]) -> np.ndarray:
-    """How much of each of its 8 x 8 squares is covered by things and letters, for every patch of a picture: [P, 64], 0 to 1, in the order
-    of `pixel_values`."""
+    """How much of each of its 8 x 8 squares is covered by things and letters, for every patch of a picture: [P, 64], 0 to 1, in the
+    order of `pixel_values`."""
     rows, columns = grid  # merged
     levels = np.asarray(draw_ink(scene).resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     # [Y, my, py, X, mx, px] -> [Y, X, my, mx, py, px]
@@ -168,26 +186,25 @@ def ink_patches(scene, grid: tuple[int, int]) -> np.ndarray:
 # Batches
 
 
-class Lessons(torch.utils.data.Dataset):
-    """Batch number i, always the same for the same seed; `plan(i)` says of which kind it is: "look", "pictures", "images" or "clips".
+class Lessons:
+    """The batches of a run, always the same for the same seed; `plan(step)` says of which kind they are: "look", "pictures",
+    "images" or "clips".
 
     Args:
-        size: how many pictures a batch has; other kinds are sized to cost about as much.
+        size: how many pictures a batch has, a multiple of 8; other kinds are sized to cost about as much.
     """
 
-    def __init__(self, processor, seed: int, plan, steps: int, size: int = 32):
+    def __init__(self, processor, seed: int, plan, size: int = 16):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.picture_limits = (self.image_processor.min_pixels, self.image_processor.max_pixels)
         self.frame_limits = (processor.video_processor.min_pixels, processor.video_processor.max_pixels)
-        self.seed, self.plan, self.steps, self.size = seed, plan, steps, size
+        self.seed, self.plan, self.size = seed, plan, size
 
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, step: int) -> dict:
-        torch.set_num_threads(1)
-        lot, kind = random.Random(f"{self.seed} {step}"), self.plan(step)
-        return {"kind": kind} | {"look": self.look, "pictures": self.pictures, "images": self.images, "clips": self.clips}[kind](lot)
+    def batch(self, step: int, rank: int = 0) -> dict:
+        """That of one of the processes that train side by side."""
+        lot, kind = random.Random(f"{self.seed} {step} {rank}"), self.plan(step)
+        make = {"look": self.look, "pictures": self.pictures, "images": self.images, "clips": self.clips}[kind]
+        return {"kind": kind, **make(lot)}
 
     def some_limits(self, lot):
         """Mostly the checkpoint's own; at times a frame's, or hardly any: whoever asks may set others."""
@@ -201,11 +218,13 @@ class Lessons(torch.utils.data.Dataset):
     def seen(self, lot, scenes, limits) -> tuple[dict, list[tuple[int, int]]]:
         """Pixels, grids and what every token shows; and the merged grids."""
         pictures = [draw_scene(scene) for scene in scenes]
-        pixel_values, grids = self.pixels([compressed(lot, picture) if lot.random() < 0.3 else picture for picture in pictures], limits)
+        pictures = [compressed(lot, picture) if lot.random() < 0.3 else picture for picture in pictures]
+        pixel_values, grids = self.pixels(pictures, limits)
         merged = [(h // 2, w // 2) for _, h, w in grids]
         shown = [sights(scene.things, scene.sign, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
-        inks = torch.from_numpy(np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged)]))
-        return {"pixel_values": pixel_values, "grid_thw": grids, "sights": torch.from_numpy(np.concatenate(shown)), "inks": inks}, merged
+        shown, inks = np.concatenate(shown), np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged)])
+        named = {"sights": torch.from_numpy(shown), "inks": torch.from_numpy(inks)}
+        return {"pixel_values": pixel_values, "grid_thw": grids, **named}, merged
 
     def scenes(self, lot, limits, count=None, sign_share: float = 0.5) -> list:
         """As many as fill a batch; the fewer pixels each has, the more."""
@@ -241,10 +260,11 @@ class Lessons(torch.utils.data.Dataset):
         while sum(map(len, groups)) < room:
             canvas = random_canvas(lot) if sum(map(len, groups)) > room // 2 else canvas
             group = [random_picture(lot, lot.randint(1, 3), 0.2, canvas) for _ in range(lot.randint(2, 4))]
-            questions = [question for question in (ask_images(group, lot, lot.random() < 0.35) for _ in range(4)) if question is not None]
+            drawn = (ask_images(group, lot, lot.random() < 0.35) for _ in range(4))
+            questions = {question.prompt: question for question in drawn if question is not None}
             if questions:
                 groups.append(group)
-                asked.append({question.prompt: question for question in questions}.values())
+                asked.append(questions.values())
         seen, grids = self.seen(lot, [scene for group in groups for scene in group], limits)
         scripts, rest = [], iter(grids)
         for group, questions in zip(groups, asked):
@@ -257,7 +277,7 @@ class Lessons(torch.utils.data.Dataset):
         fps, limits = lot.choice((1, 2)), self.frame_limits if lot.random() < 0.85 else WIDE_LIMITS
         seconds = lot.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
         scripts, patches, grids = [], [], []
-        while sum(map(len, patches)) < 500 * self.size and len(scripts) < 24:
+        while sum(map(len, patches)) < 500 * self.size and len(scripts) < self.size // 2:
             if len(scripts) % 4 == 0:
                 canvas = random_canvas(lot)
             scene = random_clip(lot, seconds, canvas)

@@ -267,7 +267,11 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         return Question(task, "" if lot.random() < 0.3 else word(DESCRIBE_CLIP), answer)
     if task == "visible at":
         time = lot.choice(times)
-        return Question(task, word(VISIBLE_AT, time), listing(scene.at(time)))
+        shown = listing(scene.at(time))
+        later = [at for at in times if at > time]
+        if later and lot.random() < 0.25 and scene.at(time) == scene.at(later[0]):  # between two frames that show the same
+            time = lot.uniform(time, later[0])
+        return Question(task, word(VISIBLE_AT, time), shown)
     if task == "duration":
         return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds")
     if task == "first or last":

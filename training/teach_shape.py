@@ -1,8 +1,9 @@
-"""A worked example: teaches moss-vl-nano a seventh shape from 200 examples with LoRA: python training/teach_shape.py --output runs/heart
+"""A worked example: teaches moss-vl-nano a seventh shape with LoRA: python training/teach_shape.py --output runs/heart
 
-Hearts are nothing the checkpoint knows. Of 200 pictures, each with one question and its answer, most show one. They are written with a
-data.json as training/finetune.py reads it; that command tunes the checkpoint (it is printed, to be copied) and merges the adapter; then
-the checkpoint and what became of it are asked about fresh pictures with hearts. What it knew before is examined by training/evaluate.py.
+Hearts are nothing the checkpoint knows. Of 200 pictures, each with one question and its answer, most show one. They are written
+with a data.json as training/finetune.py reads it; that command tunes the checkpoint (it is printed, to be copied) and merges the
+adapter; then the checkpoint and what became of it are asked about fresh pictures with hearts. What it knew before is examined by
+training/evaluate.py.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from world import Scene, draw_scene, random_picture  # noqa: E402
 
 SHAPE = "heart"
 TASKS = ("color", "shape", "place", "exists", "describe picture")  # what is asked about hearts
-OPTIONS = ("--lora-rank", "16", "--train", "vision", "merger", "cross", "language", "head", "--epochs", "12", "--lr", "1e-3", "--batch-size", "8",
-           "--merge", "--cpu", "--save-dtype", "bfloat16", "--log-steps", "25")  # fmt: skip
+OPTIONS = (
+    "--lora-rank", "16", "--train", "vision", "merger", "cross", "language", "head", "--epochs", "12", "--lr", "1e-3",
+    "--batch-size", "8", "--merge", "--cpu", "--save-dtype", "bfloat16", "--log-steps", "25",
+)  # fmt: skip
 
 
 def picture_with_heart(lot: random.Random) -> Scene:
@@ -92,7 +95,9 @@ def examine(checkpoint: Path, count: int) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Teach moss-vl-nano a seventh shape.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Teach moss-vl-nano a seventh shape.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, default=PROJECT / "checkpoints" / "moss-vl-nano")
     parser.add_argument("--output", type=Path, required=True, help="new folder, for the data and the tuned checkpoint")
     parser.add_argument("--examples", type=int, default=200)

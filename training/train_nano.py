@@ -1,15 +1,15 @@
 """Trains moss-vl-nano from nothing on the drawn world: python training/train_nano.py --output runs/nano
 
-First the vision encoder alone learns to name what each of its tokens shows; then the whole model learns to answer, while the encoder goes on
-naming. Pictures and clips are drawn afresh for every step. A run that was stopped goes on where it was when the same command is given
-again. The output folder becomes a checkpoint; beside it lie log.jsonl, a line for every 20 steps, and state.pt.
+First the vision encoder alone learns to name what each of its tokens shows. Then the language model learns to answer from what the encoder
+gives it, in turns with the encoder, which goes on naming. Pictures and clips are drawn afresh for every step. Each processor core trains on
+batches of its own; gradients are averaged. A run that was stopped goes on where it was when the same command is given again. The output
+folder becomes a checkpoint; beside it lie log.jsonl, a line for every 20 steps, and state.pt.
 """
 
 import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -21,19 +21,19 @@ from torch import nn
 
 TRAINING = Path(__file__).resolve().parent
 PROJECT = TRAINING.parent
-sys.path[:0] = [str(PROJECT / "checkpoints"), str(TRAINING)]
+sys.path[:0] = [str(PROJECT), str(TRAINING)]
 from lessons import SIGHTS, TASKS, Lessons, may_see  # noqa: E402
-from make_nano import make  # noqa: E402
+from nano import make  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
-LOOK_SHARE = 0.2  # of all steps, in which the encoder alone learns
+LOOK_SHARE = 0.35  # of all steps, in which the encoder alone learns
 DECAY_SHARE = 0.35  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
-KINDS = (("pictures", 0.52), ("clips", 0.38), ("images", 0.10))
+FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
+KINDS = (("pictures", 0.40), ("clips", 0.30), ("look", 0.22), ("images", 0.08))
 SIGHT_WEIGHTS = {"shape": 3.0, "colour": 0.5, "size": 0.5, "place": 0.3, "rank": 0.3, "letter": 2.0, "nearest": 0.1}
 INK_WEIGHT = 4.0
-SIGHT_SHARE = 0.3  # weight of naming beside answering
 
 
 class Muon:
@@ -71,7 +71,8 @@ class Muon:
                 moments[0].lerp_(gradient, 0.1)
                 moments[1].lerp_(gradient.square(), 0.02)
                 update = moments[0] / (1 - 0.9 ** self.steps[name]) / ((moments[1] / (1 - 0.98 ** self.steps[name])).sqrt() + 1e-8)
-                weight.sub_(update, alpha=scale * self.adam_rate)
+                fast = "lm_head" in name or "language_model" in name  # of which matrices are Muon's
+                weight.sub_(update, alpha=scale * self.adam_rate * (FAST if fast else 1))
                 parameter.copy_(weight)
         for shape, pairs in alike.items():
             updates = orthogonal(torch.stack([update for update, _ in pairs]))
@@ -175,43 +176,35 @@ def answers_right(logits: torch.Tensor, batch: dict) -> dict[str, list[int]]:
 
 
 def learn(model, namer, batch: dict) -> tuple[torch.Tensor, dict]:
-    """Loss of a batch, and what to log."""
-    seen, halfway = [], []
+    """Loss of a batch, and what to log. What the encoder sees it learns to name; answering teaches the language model alone."""
     visual = model.model.visual
-    block = visual.blocks[visual.config.deepstack_visual_indexes[0]].register_forward_hook(lambda module, args, out: halfway.append(out))
+    visual.requires_grad_(batch["kind"] == "look")
     if batch["kind"] == "look":
-        seen.append(visual(batch["pixel_values"], batch["grid_thw"]))
-        loss, log = 0.0, {}
-    else:
-        visual.requires_grad_(batch["kind"] != "clips")  # of clips, which hold few sights and many frames, the encoder learns nothing
-        hook = visual.register_forward_hook(lambda module, args, out: seen.append(out))
-        out = model(input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"], labels=batch["labels"],
-                    pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"])  # fmt: skip
+        halfway = []
+        block = visual.blocks[visual.config.deepstack_visual_indexes[0]]
+        hook = block.register_forward_hook(lambda module, args, out: halfway.append(out))
+        tokens = visual(batch["pixel_values"], batch["grid_thw"])
         hook.remove()
-        loss, log = out.loss, {f"loss {batch['kind']}": [out.loss.item()], **answers_right(out.logits, batch)}
-    block.remove()
-    if "sights" in batch:
-        naming, right = namer(seen[0], batch["sights"])
-        share = 1.0 if batch["kind"] == "look" else SIGHT_SHARE
+        naming, right = namer(tokens, batch["sights"])
         inking = namer.ink(halfway[0], batch["inks"])
-        loss = loss + share * (naming + INK_WEIGHT * inking)
-        log |= {"naming": [naming.item()], "inking": [inking.item()], **{f"names {name}": [value] for name, value in right.items()}}
-    return loss, log
+        log = {"naming": [naming.item()], "inking": [inking.item()], **{f"names {name}": [value] for name, value in right.items()}}
+        return naming + INK_WEIGHT * inking, log
+    out = model(input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"], labels=batch["labels"],
+                pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"])  # fmt: skip
+    return out.loss, {f"loss {batch['kind']}": [out.loss.item()], **answers_right(out.logits, batch)}
 
 
-def compile_parts(model) -> None:
-    """Has torch.compile join the elementwise parts of the layers, which cost a CPU more than the matrix products do."""
-    for module in model.modules():
-        if type(module).__name__ in ("MossVLVisionMLP", "MossVLTextMLP", "MossVLRMSNorm"):
-            module.compile(dynamic=True)
+def average_gradients(parameters) -> None:
+    """Over all processes, which have had batches of the same kind and so gradients of the same parameters."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
-def yield_to_training(worker: int) -> None:
-    """Drawing takes what computing leaves of the processors."""
-    os.nice(5)
-
-
-def save(model, processor, namer, optimizer, output: Path, step: int) -> None:
+def save(model, processor, optimizer, output: Path, step: int) -> None:
     """The checkpoint, and what a later run goes on from; a run stopped while it saves loses neither."""
     model.save_pretrained(output)
     processor.save_pretrained(output)
@@ -219,63 +212,79 @@ def save(model, processor, namer, optimizer, output: Path, step: int) -> None:
     os.replace(output / "state.pt.new", output / "state.pt")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
-    parser.add_argument("--steps", type=int, default=6000, help="may be changed when a run goes on")
-    parser.add_argument("--size", type=int, default=32, help="pictures in a batch")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads that compute")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None, help="use torch.compile")
-    parser.add_argument("--save-minutes", type=float, default=10.0)
-    args = parser.parse_args()
-
+def train(rank: int, args) -> None:
+    """One of `args.processes` processes of a run."""
+    torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
-    args.output.mkdir(parents=True, exist_ok=True)
-    start = args.output / "start"
-    if not (start / "model.safetensors").exists():
-        make(start)
+    if args.processes > 1:
+        meeting = (args.output / "meeting").resolve().as_uri()
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.processes)
+    start, state = args.output / "start", args.output / "state.pt"
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
     # Eager attention: on a CPU its backward pass is several times as fast in bfloat16 as that of the fused one.
-    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True, dtype=torch.bfloat16, attn_implementation="eager").train()
+    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True, dtype=torch.bfloat16,
+                                                 attn_implementation="eager" if args.device == "cpu" else "sdpa").train()  # fmt: skip
     namer = Namer(model.config.text_config.hidden_size, model.config.vision_config.hidden_size).to(torch.bfloat16)
+    model, namer = model.to(args.device), namer.to(args.device)
     optimizer = Muon([*model.named_parameters(), *((f"namer.{name}", parameter) for name, parameter in namer.named_parameters())])
     begin = 0
-    if (args.output / "state.pt").exists():
-        state = torch.load(args.output / "state.pt")
-        begin = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        print(f"going on at step {begin}", flush=True)
-
-    if args.compile:
-        compile_parts(model)
-    lessons = Lessons(processor, SEED, plan_of(args.steps), args.steps, args.size)
-    loader = torch.utils.data.DataLoader(lessons, batch_size=None, sampler=range(begin, args.steps), num_workers=args.workers,
-                                         prefetch_factor=8 if args.workers else None, worker_init_fn=yield_to_training)  # fmt: skip
-    torch.set_num_threads(args.threads)
-    logged, times, saved, clock = defaultdict(list), defaultdict(list), time.monotonic(), time.monotonic()
-    for step, batch in enumerate(loader, begin):
-        waited = time.monotonic()
+    if state.exists():
+        saved = torch.load(state, map_location=args.device)
+        begin = saved["step"]
+        optimizer.load_state_dict(saved["optimizer"])
+    lessons = Lessons(processor, SEED, plan_of(args.steps), args.size)
+    logged, times, saved_at = defaultdict(list), defaultdict(list), time.monotonic()
+    for step in range(begin, args.steps):
+        clock = time.monotonic()
+        batch = lessons.batch(step, rank)
+        batch = {name: value.to(args.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        drawn = time.monotonic()
         loss, log = learn(model, namer, batch)
         loss.backward()
+        if args.processes > 1:
+            average_gradients(optimizer.parameters.values())
         optimizer.step(rate_of(step, args.steps))
+        if rank:
+            continue
         for name, values in log.items():
             logged[name] += values
-        times["waiting"].append(waited - clock)
-        times[batch["kind"]].append(time.monotonic() - waited)
-        clock = time.monotonic()
+        times["drawing"].append(drawn - clock)
+        times[batch["kind"]].append(time.monotonic() - drawn)
         if (step + 1) % 20 == 0:
             line = {"step": step + 1, "time": round(time.time(), 1), **{name: round(sum(values) / len(values), 4) for name, values in logged.items()},
                     "seconds": {name: round(sum(values) / len(values), 3) for name, values in times.items()}}  # fmt: skip
             with (args.output / "log.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
-            assert all(math.isfinite(value) for name, value in line.items() if name != "seconds"), "the loss is not finite"
+            if not all(math.isfinite(value) for name, value in line.items() if name != "seconds"):
+                raise FloatingPointError(f"the loss of step {step + 1} is not finite; go on from the last state with another seed")
             logged.clear(), times.clear()
-        if clock - saved > 60 * args.save_minutes:
-            save(model, processor, namer, optimizer, args.output, step + 1)
-            saved = clock = time.monotonic()
-    save(model, processor, namer, optimizer, args.output, args.steps)
+        if time.monotonic() - saved_at > 60 * args.save_minutes or step + 1 == args.steps:
+            save(model, processor, optimizer, args.output, step + 1)
+            saved_at = time.monotonic()
+
+
+def main():
+    cpu = not torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
+    parser.add_argument("--steps", type=int, default=6000, help="may be changed when a run goes on")
+    parser.add_argument("--size", type=int, default=16, help="pictures in a batch of each process, a multiple of 8")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count(), 2) if cpu else 1, help="side by side, each with batches of its own")
+    parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process")
+    parser.add_argument("--device", default="cpu" if cpu else "cuda")
+    parser.add_argument("--save-minutes", type=float, default=10.0)
+    args = parser.parse_args()
+    if args.size < 8 or args.size % 8:
+        parser.error(f"--size is {args.size}; expected a multiple of 8")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "meeting").unlink(missing_ok=True)
+    if not (args.output / "start" / "model.safetensors").exists():
+        make(args.output / "start")
+    if args.processes > 1:
+        torch.multiprocessing.spawn(train, (args,), args.processes)
+    else:
+        train(0, args)
 
 
 if __name__ == "__main__":

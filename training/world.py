@@ -196,28 +196,30 @@ def draw_background(scene: Scene) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
 
 
+def layers(scene: Scene, time: float):
+    """What lies on the background at `time`, the sign on top: (colour, grey mask, the mask's box on the canvas)."""
+    scale = SUPERSAMPLING if scene.antialias else 1
+    found = [(thing.rgb, *thing_mask(thing, scene, scale)) for thing in scene.at(time)]
+    if scene.sign is not None:
+        found.append((COLOURS[scene.sign.colour], *sign_mask(scene.sign, scene, scale)))
+    for colour, mask, (left, top) in found:
+        mask = mask.reduce(scale) if scale > 1 else mask
+        yield colour, mask, (left, top, left + mask.width, top + mask.height)
+
+
 def draw_scene(scene: Scene, time: float = 0.0, background: Image.Image | None = None) -> Image.Image:
     """The scene at `time` seconds, as an RGB picture. `background` saves drawing it again for each frame of a clip."""
     picture = (background if background is not None else draw_background(scene)).copy()
-    scale = SUPERSAMPLING if scene.antialias else 1
-    layers = [(thing.rgb, *thing_mask(thing, scene, scale)) for thing in scene.at(time)]
-    if scene.sign is not None:
-        layers.append((COLOURS[scene.sign.colour], *sign_mask(scene.sign, scene, scale)))
-    for colour, mask, begin in layers:
-        mask = mask.reduce(scale) if scale > 1 else mask
-        picture.paste(colour, (*begin, begin[0] + mask.width, begin[1] + mask.height), mask=mask)
+    for colour, mask, box in layers(scene, time):
+        picture.paste(colour, box, mask=mask)
     return picture
 
 
 def draw_ink(scene: Scene, time: float = 0.0) -> Image.Image:
     """Where things and letters are, white on black."""
-    picture, scale = Image.new("L", (scene.width, scene.height)), SUPERSAMPLING if scene.antialias else 1
-    masks = [thing_mask(thing, scene, scale) for thing in (thing.at(time) for thing in scene.things) if thing is not None]
-    if scene.sign is not None:
-        masks.append(sign_mask(scene.sign, scene, scale))
-    for mask, begin in masks:
-        mask = mask.reduce(scale) if scale > 1 else mask
-        picture.paste(255, (*begin, begin[0] + mask.width, begin[1] + mask.height), mask=mask)
+    picture = Image.new("L", (scene.width, scene.height))
+    for _, mask, box in layers(scene, time):
+        picture.paste(255, box, mask=mask)
     return picture
 
 
@@ -439,6 +441,30 @@ def random_clip(lot: random.Random, seconds: tuple[float, float] = (2.0, 20.0), 
             return clip
 
 
+def halts(thing: Thing) -> list[Thing]:
+    """The thing at nine points of its way; itself where it does not move."""
+    if thing.moves is None:
+        return [thing]
+    _, right, down = thing.moves
+    return [replace(thing, x=thing.x + share / 8 * right, y=thing.y + share / 8 * down) for share in range(9)]
+
+
+def random_move(lot: random.Random, thing: Thing, time: float, duration: float, others: list[Thing], stage: dict) -> Thing | None:
+    """The thing at another place, from which it moves at `time`, on a way clear of the others'; None where none was found."""
+    seconds = [seconds for seconds in (0.5, 1.0, 1.0, 1.5, 2.0) if time + seconds <= duration]
+    if not seconds:
+        return None
+    taken = [halt for other in others for halt in halts(other)]
+    for _ in range(40):
+        right, down = (lot.uniform(0.34, 0.6) * step for step in WAYS[lot.choice(tuple(WAYS))])
+        placed = random_place(lot, thing, stage)
+        moving = replace(placed, moves=(time, right, down), move_seconds=lot.choice(seconds))
+        way = halts(moving)
+        if on_canvas(way[-1], stage) and all(clear_of(halt, other, stage) for halt in way for other in taken):
+            return moving
+    return None
+
+
 def try_clip(lot: random.Random, seconds, canvas) -> Scene | None:
     stage = random_stage(lot, canvas)
     for side in ("width", "height"):
@@ -474,20 +500,9 @@ def try_clip(lot: random.Random, seconds, canvas) -> Scene | None:
             kinds.add((thing.shape, colour))
             thing = replace(thing, changes=(time, colour), tints=(*thing.tints, (colour, tint)))
         else:
-            way = lot.choice(tuple(WAYS))
-            right, down = (lot.uniform(0.34, 0.6) * step for step in WAYS[way])
-            thing = replace(thing, moves=(time, right, down), move_seconds=lot.choice((0.5, 1.0, 1.0, 1.5, 2.0)))
-            shifted = replace(thing, x=thing.x + right, y=thing.y + down)
-            if time + thing.move_seconds > duration or not on_canvas(shifted, stage):
+            thing = random_move(lot, thing, time, duration, [other for at, other in enumerate(things) if at != index], stage)
+            if thing is None:
                 return None
-            halts = [replace(thing, x=thing.x + share / 8 * right, y=thing.y + share / 8 * down) for share in range(9)]
-            if not all(clear_of(halt, other, stage) for halt in halts for at, other in enumerate(things) if at != index):
-                return None
-            for at, other in enumerate(things):  # two paths may cross nowhere either
-                if at < index and other.moves is not None:
-                    gone = replace(other, x=other.x + other.moves[1], y=other.y + other.moves[2])
-                    if not all(clear_of(halt, gone, stage) for halt in halts):
-                        return None
         things[index] = thing
     if all(thing.appears > 0 for thing in things) and lot.random() < 0.7:
         return None  # a stage that is empty at first is rare
