@@ -225,7 +225,7 @@ def named(row) -> dict:
 def test_sights_of_things():
     """Tokens of 40 x 40 pixels. The circle (radius 48) covers the middles of four; the ring's middle lies in a token whose own
     middle it does not cover."""
-    shown = sights(STAGE.things, None, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))
+    shown = sights(STAGE.things, (), (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))
     none = dict.fromkeys(NAMES, -100) | {"shape": len(SHAPES)}
     none |= {f"letter {i}": len(SIGN_CHARACTERS) for i in range(LETTERS_A_TOKEN)}
     circle = {"shape": 0, "colour": 0, "size": 1, "place": PLACES.index("center"), "rank": 0,
@@ -243,7 +243,7 @@ def test_sights_of_things():
 
 def test_sights_of_letters():
     """Against the columns in which the sign's ink stands."""
-    shown = sights((), STAGE.sign, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))[..., NAMES.index("letter 0") :]
+    shown = sights((), STAGE.signs, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))[..., NAMES.index("letter 0") :]
     mask, (begin, _) = sign_mask(STAGE.sign, STAGE, 1)
     ink = np.flatnonzero((np.asarray(mask) > 0).any(0)) + begin
     letters = np.split(ink, np.flatnonzero(np.diff(ink) > 1) + 1)
@@ -256,7 +256,7 @@ def test_sights_of_letters():
 
 
 def test_more_letters_than_a_token_is_asked():
-    shown = sights((), Sign("ABCDE", 0.25, 0.3, 0.12, "black"), (320, 240), (2, 2))[:, NAMES.index("letter 0") :]
+    shown = sights((), (Sign("ABCDE", 0.25, 0.3, 0.12, "black"),), (320, 240), (2, 2))[:, NAMES.index("letter 0") :]
     assert shown.tolist() == [[0, 1, 2, 3], *[[len(SIGN_CHARACTERS)] * 4] * 3]
 
 
@@ -266,7 +266,7 @@ def test_sights_stand_in_the_order_of_the_vision_tokens(processor, model, notes)
     circles = 0
     for step in range(2):
         notes["scenes"].clear()
-        batch = batch_of(processor, "look", step)
+        batch = batch_of(processor, "pictures", step)
         tokens = batch["pixel_values"].float().view(-1, 4, 3, 256).transpose(1, 2).flatten(2)  # [N, 3, pixels]
         assert len(batch["sights"]) == len(tokens) == len(model.model.visual(batch["pixel_values"].float(), batch["grid_thw"]))
         scenes = iter(sorted(notes["scenes"], key=lambda scene: scene.width / scene.height))

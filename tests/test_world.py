@@ -32,6 +32,7 @@ from world import (  # noqa: E402
     load_font,
     outline,
     random_clip,
+    random_crowd,
     random_move,
     random_picture,
     sign_mask,
@@ -712,3 +713,16 @@ def test_answers_about_clips_agree_with_a_slow_search():
                 assert clauses_of.get(kind, "nothing") in question.answer
     assert all(checked[task] for task in CLIP_TASKS)
     assert 0.1 < checked["between"] / checked["visible at"] < 0.25, "a quarter, less those without such a pair"
+
+
+def test_crowds_are_clear_and_on_the_canvas():
+    """A crowd is drawn for its many letters and things; none may hide another, or what a vision token is asked would be wrong."""
+    lot = random.Random(5)
+    crowds = [random_crowd(lot) for _ in range(60)]
+    assert max(len(crowd.signs) for crowd in crowds) > 2 and max(len(crowd.things) for crowd in crowds) > 2
+    for crowd in crowds:
+        alone = [replace(crowd, things=(), more_signs=(sign,)) for sign in crowd.signs]
+        alone += [replace(crowd, things=(thing,), more_signs=()) for thing in crowd.things]
+        ink = sum(np.asarray(draw_ink(scene)) > 96 for scene in alone)
+        assert ink.max() == 1
+        assert all((np.asarray(draw_ink(scene)) > 96).any() for scene in alone)

@@ -148,9 +148,8 @@ def shuffle_stamps(inputs, processor) -> None:
             out += [*ids[at : start + 1], *stamp]
             at = stop
         inputs["input_ids"][row] = torch.tensor(out + ids[at:])
-    attended, frames = inputs["attention_mask"], inputs["cross_attention_mask"].shape[-1]
-    seen = ((inputs["input_ids"] == processor.image_token_id) * attended).cumsum(1) * attended
-    inputs["cross_attention_mask"] = (torch.arange(frames) >= seen[:, :, None])[:, None]
+    seen, frames = (inputs["input_ids"] == processor.image_token_id).cumsum(1), inputs["cross_attention_mask"].shape[-1]
+    inputs["cross_attention_mask"] = (torch.arange(frames) >= seen[:, :, None])[:, None]  # padding is on the left and sees none
 
 
 def batches_of(items: list[Item], size: int) -> list[list[Item]]:

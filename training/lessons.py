@@ -22,10 +22,11 @@ from world import (
     draw_background,
     draw_ink,
     draw_scene,
+    load_font,
     random_canvas,
     random_clip,
+    random_crowd,
     random_picture,
-    sign_font,
 )
 
 TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
@@ -130,7 +131,7 @@ def compressed(lot: random.Random, picture: Image.Image) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def sights(things, sign, canvas: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """What each vision token of a picture shows, [H * W, len(SIGHTS)].
 
     A token shows the thing on which its middle lies, or whose middle lies in it. Of that thing it is asked shape, colour, size,
@@ -158,18 +159,21 @@ def sights(things, sign, canvas: tuple[int, int], grid: tuple[int, int]) -> np.n
                 side = (middles[:, 0] - middles[number, 0]) * right + (middles[:, 1] - middles[number, 1]) * down
                 apart = np.where(side > 0, np.hypot(*(middles - middles[number]).T), np.inf)
                 values.append(int(apart.argmin()) if np.isfinite(apart).any() else 4)
+            if len(things) > 4:  # a crowd, in which number and neighbours are not asked
+                values = values[:4]
             out[inside & (nearest == number), : len(values)] = values
-    if sign is not None:
-        font, (left, _, right, _) = sign_font(sign, height)
-        begin = sign.x * width - (left + right) / 2
+    filled = np.zeros((rows, columns), dtype=int)
+    for sign in signs:
+        font = load_font(sign.font, 100)
+        left, top, right, bottom = font.getbbox(sign.text)
+        scale = sign.height * height / (bottom - top)
         row = min(int(sign.y * rows), rows - 1)
-        filled = [0] * columns
         for i, letter in enumerate(sign.text):
-            middle = begin + (font.getlength(sign.text[:i]) + font.getlength(sign.text[: i + 1])) / 2
-            column = min(max(int(middle / width * columns), 0), columns - 1)
-            if filled[column] < LETTERS_A_TOKEN:
-                out[row, column, names.index("letter 0") + filled[column]] = SIGN_CHARACTERS.index(letter)
-                filled[column] += 1
+            middle = (font.getlength(sign.text[:i]) + font.getlength(sign.text[: i + 1]) - left - right) / 2
+            column = min(max(int((sign.x * width + scale * middle) / width * columns), 0), columns - 1)
+            if filled[row, column] < LETTERS_A_TOKEN:
+                out[row, column, names.index("letter 0") + filled[row, column]] = SIGN_CHARACTERS.index(letter)
+                filled[row, column] += 1
     return out.reshape(-1, len(SIGHTS))
 
 
@@ -221,7 +225,7 @@ class Lessons:
         pictures = [compressed(lot, picture) if lot.random() < 0.3 else picture for picture in pictures]
         pixel_values, grids = self.pixels(pictures, limits)
         merged = [(h // 2, w // 2) for _, h, w in grids]
-        shown = [sights(scene.things, scene.sign, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
+        shown = [sights(scene.things, scene.signs, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
         shown, inks = np.concatenate(shown), np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged)])
         named = {"sights": torch.from_numpy(shown), "inks": torch.from_numpy(inks)}
         return {"pixel_values": pixel_values, "grid_thw": grids, **named}, merged
@@ -234,9 +238,12 @@ class Lessons:
         return [random_picture(lot, count, sign_share, canvas) for canvas in canvases for _ in range(ALIKE)]
 
     def look(self, lot) -> dict:
-        """Full pictures without text, mostly small ones: they hold as many things to learn from."""
-        limits = self.frame_limits if lot.random() < 0.6 else self.some_limits(lot)
-        return self.seen(lot, self.scenes(lot, limits, count=lot.choice((3, 4, 4)), sign_share=0.7), limits)[0]
+        """Crowded and full pictures, without text."""
+        limits = self.frame_limits if lot.random() < 0.3 else self.some_limits(lot)
+        scenes = self.scenes(lot, limits, count=lot.choice((3, 4, 4)), sign_share=0.7)
+        if lot.random() < 0.7:
+            scenes = [random_crowd(lot, (scene.width, scene.height)) for scene in scenes]
+        return self.seen(lot, scenes, limits)[0]
 
     def pictures(self, lot) -> dict:
         limits = self.some_limits(lot)

@@ -100,6 +100,11 @@ class Scene:
     fps: int = 0
     direction: tuple[float, float] = (0.0, 1.0)
     grain: int = 0  # seed of the noise
+    more_signs: tuple[Sign, ...] = ()  # of crowds alone: a picture of the world has one sign at most
+
+    @property
+    def signs(self) -> tuple[Sign, ...]:
+        return self.more_signs if self.sign is None else (self.sign, *self.more_signs)
 
     def at(self, time: float) -> list[Thing]:
         """What is to be seen at `time`, from left to right."""
@@ -200,8 +205,7 @@ def layers(scene: Scene, time: float):
     """What lies on the background at `time`, the sign on top: (colour, grey mask, the mask's box on the canvas)."""
     scale = SUPERSAMPLING if scene.antialias else 1
     found = [(thing.rgb, *thing_mask(thing, scene, scale)) for thing in scene.at(time)]
-    if scene.sign is not None:
-        found.append((COLOURS[scene.sign.colour], *sign_mask(scene.sign, scene, scale)))
+    found += [(COLOURS[sign.colour], *sign_mask(sign, scene, scale)) for sign in scene.signs]
     for colour, mask, (left, top) in found:
         mask = mask.reduce(scale) if scale > 1 else mask
         yield colour, mask, (left, top, left + mask.width, top + mask.height)
@@ -344,9 +348,10 @@ def random_colour(lot: random.Random, background, taken=()) -> tuple[str, tuple[
 
 
 def sign_box(sign: Sign, stage: dict) -> tuple[float, float]:
-    """Width and height of the sign, in pixels."""
-    _, (left, top, right, bottom) = sign_font(sign, stage["height"])
-    return right - left, bottom - top
+    """Width and height of the sign, in pixels, about: letters are measured at one size, and drawn at another."""
+    left, top, right, bottom = load_font(sign.font, 100).getbbox(sign.text)
+    scale = sign.height * stage["height"] / (bottom - top)
+    return (right - left) * scale + 1, (bottom - top) * scale + 1
 
 
 def random_sign(lot: random.Random, stage: dict) -> Sign:
@@ -431,6 +436,25 @@ def random_picture(
             things = random_things(lot, stage, count, sign)
             if things is not None:
                 return Scene(things=tuple(things), sign=sign, **stage)
+
+
+def random_crowd(lot: random.Random, canvas: tuple[int, int] | None = None) -> Scene:
+    """As many things and signs as find room, up to six things and four signs: no picture of the world, but one to learn much from."""
+    stage, signs, things = random_stage(lot, canvas), [], []
+    for _ in range(8):
+        sign = random_sign(lot, stage)
+        width, height = sign_box(sign, stage)
+        across, down = ([abs(getattr(sign, axis) - getattr(other, axis)) * stage[side] for other, _ in signs]
+                        for axis, side in (("x", "width"), ("y", "height")))  # fmt: skip
+        clear = [x > (width + wide) / 2 + 3 or y > (height + high) / 2 + 3 for x, y, (_, (wide, high)) in zip(across, down, signs)]
+        if all(clear) and len(signs) < 4:
+            signs.append((sign, (width, height)))
+    for _ in range(24):
+        thing = random_place(lot, random_thing(lot, stage, {(other.shape, other.colour) for other in things}), stage)
+        clear = [clear_of(thing, other, stage) for other in things] + [clear_of_sign(thing, sign, box, stage) for sign, box in signs]
+        if all(clear) and len(things) < 6:
+            things.append(thing)
+    return Scene(things=tuple(things), more_signs=tuple(sign for sign, _ in signs), **stage)
 
 
 def random_clip(lot: random.Random, seconds: tuple[float, float] = (2.0, 20.0), canvas: tuple[int, int] | None = None) -> Scene:
