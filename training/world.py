@@ -439,7 +439,7 @@ def random_picture(
 
 
 def random_crowd(lot: random.Random, canvas: tuple[int, int] | None = None) -> Scene:
-    """As many things and signs as find room, up to six things and four signs: no picture of the world, but one to learn much from."""
+    """As many things and signs as find room, up to six things and four signs: no picture of the world, but one to learn from."""
     stage, signs, things = random_stage(lot, canvas), [], []
     for _ in range(8):
         sign = random_sign(lot, stage)
@@ -451,7 +451,8 @@ def random_crowd(lot: random.Random, canvas: tuple[int, int] | None = None) -> S
             signs.append((sign, (width, height)))
     for _ in range(24):
         thing = random_place(lot, random_thing(lot, stage, {(other.shape, other.colour) for other in things}), stage)
-        clear = [clear_of(thing, other, stage) for other in things] + [clear_of_sign(thing, sign, box, stage) for sign, box in signs]
+        clear = [clear_of(thing, other, stage) for other in things]
+        clear += [clear_of_sign(thing, sign, box, stage) for sign, box in signs]
         if all(clear) and len(things) < 6:
             things.append(thing)
     return Scene(things=tuple(things), more_signs=tuple(sign for sign, _ in signs), **stage)
