@@ -108,7 +108,7 @@ def gather(spans: list[Span], device) -> list[Span]:
     for span in spans:
         if joined:
             first, last = joined[-1][0], joined[-1][-1]
-            size = (span.rows.stop - first.rows.start) * (max(span.tokens.stop, last.tokens.stop) - span.tokens.start)
+            size = (span.rows.stop - first.rows.start) * (span.tokens.stop - span.tokens.start)
             if size <= GATHERED and first.keep is None is span.keep and (span.rows.start, span.tokens.start) == (
                 last.rows.stop, first.tokens.start,
             ) and span.tokens.stop >= last.tokens.stop:  # fmt: skip

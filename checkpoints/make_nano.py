@@ -24,6 +24,14 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start
                   "<|video_pad|>", "<|time_start|>", "<|time_end|>")
 VOCABULARY = 768  # at most: merging ends when every word of the corpus is one token
 SEED = 20
+TEXT_SIZES = {
+    "cross_attention_layers": [2, 6], "num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+}
+VISION_SIZES = {
+    "deepstack_visual_indexes": [0, 2], "depth": 4, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2,
+    "num_position_embeddings": 256, "out_hidden_size": 128,
+}
 
 # The pattern by which Qwen2 cuts text into words; digits stand alone.
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -92,8 +100,8 @@ def corpus():
     yield from ("system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n") * 20
 
 
-def build_tokenizer():
-    """A byte-level BPE with the parts of Qwen2TokenizerFast; special tokens come last, as there."""
+def build_tokenizer(texts):
+    """A byte-level BPE of these texts with the parts of Qwen2TokenizerFast; special tokens come last, as there."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -102,7 +110,7 @@ def build_tokenizer():
     ])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL_TOKENS), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
@@ -126,20 +134,15 @@ def tokenizer_config(tokenizer):
     }
 
 
-def model_config(tokenizer):
-    """The project's config.json with small sizes and this tokenizer's ids."""
+def model_config(tokenizer, text_sizes, vision_sizes):
+    """The project's config.json with these sizes and this tokenizer's ids."""
     config = read_json(PROJECT / "config.json")
     config["text_config"] |= {
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"), "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "vocab_size": tokenizer.get_vocab_size(), "cross_attention_layers": [2, 6], "num_hidden_layers": 8,
-        "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "max_position_embeddings": 32768,
-        "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]},
+        "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 32768,
+        "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]}, **text_sizes,
     }
-    config["vision_config"] |= {
-        "deepstack_visual_indexes": [0, 2], "depth": 4, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2,
-        "num_position_embeddings": 256, "out_hidden_size": 128,
-    }
+    config["vision_config"] |= vision_sizes
     for name in ("image", "video"):
         config[f"{name}_token_id"] = tokenizer.token_to_id(f"<|{name}_pad|>")
     for name in ("start", "end"):
@@ -147,27 +150,57 @@ def model_config(tokenizer):
     return config
 
 
-def image_settings():
-    """The project's, under the other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast."""
-    settings = read_json(PROJECT / "preprocessor_config.json")
-    settings["image_processor_type"] = "MossVLImageProcessor"
-    settings["auto_map"]["AutoImageProcessor"] = "processing_moss_vl.MossVLImageProcessor"
+def processor_settings(name, size=None):
+    """The project's, with the (fewest, most) pixels `size` where they are given."""
+    settings = read_json(PROJECT / name)
+    if size is not None:
+        settings["size"] = dict(zip(("shortest_edge", "longest_edge"), size))
+    if "image_processor_type" in settings:
+        # The other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast.
+        settings["image_processor_type"] = "MossVLImageProcessor"
+        settings["auto_map"]["AutoImageProcessor"] = "processing_moss_vl.MossVLImageProcessor"
     return settings
 
 
-def random_weights(folder):
-    """The state dict in bf16: normal(0, 0.02), norms 1, biases 0. The gates are open, so that what the model sees counts."""
+def write_folder(folder, texts, text_sizes, vision_sizes, picture_pixels=None, frame_pixels=None):
+    """Everything of a checkpoint folder but the weights. `texts` are what the tokenizer is made from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in code_files():
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(PROJECT / name, folder.resolve()))
+
+    tokenizer = build_tokenizer(texts)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+    config = model_config(tokenizer, text_sizes, vision_sizes)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", read_json(PROJECT / "generation_config.json") | {
+        key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id")})
+    write_json(folder / "preprocessor_config.json", processor_settings("preprocessor_config.json", picture_pixels))
+    write_json(folder / "video_preprocessor_config.json", processor_settings("video_preprocessor_config.json", frame_pixels))
+
+
+def weight_shapes(folder):
+    """Name -> shape of the folder's model, by rising names."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["HF_MODULES_CACHE"] = cache  # read when transformers is imported
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in
-                      AutoModelForCausalLM.from_config(config, trust_remote_code=True).state_dict().items()}
+            state = AutoModelForCausalLM.from_config(config, trust_remote_code=True).state_dict()
+    return {name: state[name].shape for name in sorted(state)}
+
+
+def random_weights(shapes):
+    """The state dict: normal(0, 0.02), norms 1, biases 0. The gates are open, so that what the model sees counts."""
     generator = torch.Generator().manual_seed(SEED)
     weights = {}
-    for name, shape in sorted(shapes.items()):
+    for name, shape in shapes.items():
         if name.endswith("_gate"):
             weights[name] = torch.full(shape, 0.5)
         elif name.endswith(".bias"):
@@ -176,7 +209,15 @@ def random_weights(folder):
             weights[name] = torch.ones(shape)
         else:
             weights[name] = 0.02 * torch.randn(shape, generator=generator)
-    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    return weights
+
+
+def write_weights(folder, weights):
+    """Writes them in bf16."""
+    weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    count, vocabulary = sum(tensor.numel() for tensor in weights.values()), weights["lm_head.weight"].shape[0]
+    print(f"{folder}: {len(weights)} tensors, {count:,} parameters, {2 * count / 1e6:.1f} MB, vocabulary {vocabulary}")
 
 
 def write_json(path, content):
@@ -188,29 +229,8 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "moss-vl-nano",
                         help="checkpoint folder to write (default: moss-vl-nano beside this file)")
     folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in code_files():
-        link = folder / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(PROJECT / name, folder.resolve()))
-
-    tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-    config = model_config(tokenizer)
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", read_json(PROJECT / "generation_config.json") | {
-        key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id")})
-    write_json(folder / "preprocessor_config.json", image_settings())
-    write_json(folder / "video_preprocessor_config.json", read_json(PROJECT / "video_preprocessor_config.json"))
-
-    weights = random_weights(folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    count = sum(tensor.numel() for tensor in weights.values())
-    print(f"{folder}: {len(weights)} tensors, {count:,} parameters, {2 * count / 1e6:.1f} MB, vocabulary {tokenizer.get_vocab_size()}")
+    write_folder(folder, corpus(), TEXT_SIZES, VISION_SIZES)
+    write_weights(folder, random_weights(weight_shapes(folder)))
 
 
 if __name__ == "__main__":

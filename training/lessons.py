@@ -117,7 +117,7 @@ def join(scripts: list[Script], pad: int) -> dict:
 def may_see(parts: torch.Tensor) -> torch.Tensor:
     """[B, T] -> bool [B, 1, T, T]: what stands before in the media or in the same question."""
     same = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
-    return (same & torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool).tril())[:, None]
+    return (same & torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool, device=parts.device).tril())[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,61 +1,33 @@
 """Makes the folder of the moss-vl-nano that train_nano.py trains: python training/nano.py --output FOLDER --weights FILE
 
-Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the weights are those that
-training starts from, or a file of trained ones. The code files are relative symbolic links to those of the project.
+It is made as checkpoints/make_nano.py makes its folder, with sizes, pixel limits, tokenizer and first weights of its own; the weights
+are those that training starts from, or a file of trained ones.
 """
 
 import argparse
-import json
-import os
 import random
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "training")]
+sys.path[:0] = [str(PROJECT / "training"), str(PROJECT / "checkpoints")]
 import questions  # noqa: E402
 import world  # noqa: E402
-from install_into import code_files, read_json  # noqa: E402
+from make_nano import SEED, weight_shapes, write_folder, write_weights  # noqa: E402
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                  "<|video_pad|>", "<|time_start|>", "<|time_end|>")
-VOCABULARY = 768  # at most: merging ends when every word of the corpus is one token
-SEED = 20
 PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most, of a picture and of a clip's frame
 FRAME_PIXELS = (128 * 128, 160 * 160)
-
-# The pattern by which Qwen2 cuts text into words; digits stand alone.
-QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-CHAT_TEMPLATE = r"""{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- elif part['type'] == 'image' -%}
-{{- '<|image|>' -}}
-{%- elif part['type'] == 'video' -%}
-{{- '<|video|>' -}}
-{%- else -%}
-{{- raise_exception('a content part has type text, image or video, not ' + part['type']|string) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\n' -}}
-{%- endif -%}
-"""
+TEXT_SIZES = {
+    "cross_attention_layers": [2, 6], "num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 448,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rope_theta": 10000.0,
+}
+VISION_SIZES = {
+    "deepstack_visual_indexes": [2], "depth": 6, "hidden_size": 192, "intermediate_size": 768, "num_heads": 6,
+    "num_position_embeddings": 256, "out_hidden_size": 192,
+}
 
 
 def corpus():
@@ -75,90 +47,14 @@ def corpus():
     yield from (', and the text "', *frame) * 20
 
 
-def build_tokenizer():
-    """A byte-level BPE with the parts of Qwen2TokenizerFast; special tokens come last, as there."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    return tokenizer
-
-
-def tokenizer_config(tokenizer):
-    token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    return {
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(tokenizer.token_to_id(text)): {"content": text, **token} for text in SPECIAL_TOKENS},
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 32768,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-
-
-def model_config(tokenizer):
-    """The project's config.json with small sizes and this tokenizer's ids."""
-    config = read_json(PROJECT / "config.json")
-    config["text_config"] |= {
-        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"), "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "vocab_size": tokenizer.get_vocab_size(), "cross_attention_layers": [2, 6], "num_hidden_layers": 8,
-        "hidden_size": 192, "intermediate_size": 448, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
-        "max_position_embeddings": 32768, "rope_theta": 10000.0,
-        "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]},
-    }
-    config["vision_config"] |= {
-        "deepstack_visual_indexes": [2], "depth": 6, "hidden_size": 192, "intermediate_size": 768, "num_heads": 6,
-        "num_position_embeddings": 256, "out_hidden_size": 192,
-    }
-    for name in ("image", "video"):
-        config[f"{name}_token_id"] = tokenizer.token_to_id(f"<|{name}_pad|>")
-    for name in ("start", "end"):
-        config[f"vision_{name}_token_id"] = tokenizer.token_to_id(f"<|vision_{name}|>")
-    return config
-
-
-def processor_settings(name, size):
-    """The project's, with pixel limits within which this small encoder was trained."""
-    settings = read_json(PROJECT / name)
-    settings["size"] = dict(zip(("shortest_edge", "longest_edge"), size))
-    if "image_processor_type" in settings:
-        # The other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast.
-        settings["image_processor_type"] = "MossVLImageProcessor"
-        settings["auto_map"]["AutoImageProcessor"] = "processing_moss_vl.MossVLImageProcessor"
-    return settings
-
-
-def first_weights(folder):
-    """The weights with which training starts, in bf16: matrices normal with variance 1 / fan-in, but 0 where they write to the
-    residual stream or to the logits; norms 1, biases 0, gates open."""
+def first_weights(shapes):
+    """The weights with which training starts: matrices normal with variance 1 / fan-in, but 0 where they write to the residual stream or
+    to the logits; norms 1, biases 0, gates open."""
     writing = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "lm_head.weight")
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["HF_MODULES_CACHE"] = cache  # read when transformers is imported
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in
-                      AutoModelForCausalLM.from_config(config, trust_remote_code=True).state_dict().items()}
     generator = torch.Generator().manual_seed(SEED)
     weights = {}
-    for name, shape in sorted(shapes.items()):
-        if name.endswith("_gate"):
-            weights[name] = torch.ones(shape)
-        elif "norm" in name and name.endswith(".weight"):
+    for name, shape in shapes.items():
+        if name.endswith("_gate") or "norm" in name and name.endswith(".weight"):
             weights[name] = torch.ones(shape)
         elif len(shape) < 2 or name.endswith(writing):
             weights[name] = torch.zeros(shape)
@@ -166,54 +62,24 @@ def first_weights(folder):
             weights[name] = 0.3 * torch.randn(shape, generator=generator)
         else:
             weights[name] = torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
-    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return weights
 
 
 def make(folder: Path, weights: Path | None = None) -> None:
     """Writes the checkpoint folder; `weights` is a safetensors file to take in place of the first weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in code_files():
-        link = folder / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(PROJECT / name, folder.resolve()))
-
-    tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-    config = model_config(tokenizer)
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", read_json(PROJECT / "generation_config.json") | {
-        key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id")})
-    write_json(folder / "preprocessor_config.json", processor_settings("preprocessor_config.json", PICTURE_PIXELS))
-    write_json(folder / "video_preprocessor_config.json", processor_settings("video_preprocessor_config.json", FRAME_PIXELS))
-
-    tensors = first_weights(folder)
-    if weights is not None:
-        given = load_file(weights)
-        if {name: tensor.shape for name, tensor in given.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ValueError(
-                f"{weights} does not hold the tensors of this model; expected those that training/train_nano.py writes"
-            )
-        tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in given.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    count = sum(tensor.numel() for tensor in tensors.values())
-    vocabulary = tokenizer.get_vocab_size()
-    print(f"{folder}: {len(tensors)} tensors, {count:,} parameters, {2 * count / 1e6:.1f} MB, vocabulary {vocabulary}")
+    write_folder(folder, corpus(), TEXT_SIZES, VISION_SIZES, PICTURE_PIXELS, FRAME_PIXELS)
+    shapes = weight_shapes(folder)
+    if weights is None:
+        return write_weights(folder, first_weights(shapes))
+    given = load_file(weights)
+    if {name: tensor.shape for name, tensor in given.items()} != shapes:
+        raise ValueError(f"{weights} does not hold the tensors of this model; expected those that training/train_nano.py writes")
+    write_weights(folder, given)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Make the folder of moss-vl-nano, with the weights training starts from or with trained ones."
-    )
-    parser.add_argument("--output", type=Path, required=True,
-                        help="checkpoint folder to write ")
+    parser = argparse.ArgumentParser(description="Make the folder of moss-vl-nano, with first weights or with trained ones.")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--weights", type=Path,
                         help="model.safetensors of a run of training/train_nano.py (default: those training starts from)")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -23,7 +24,6 @@ TRAINING = Path(__file__).resolve().parent
 PROJECT = TRAINING.parent
 sys.path[:0] = [str(PROJECT), str(TRAINING)]
 from lessons import SIGHTS, TASKS, Lessons, may_see  # noqa: E402
-from nano import make  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
@@ -55,7 +55,7 @@ class Muon:
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """One update with both rates times `scale`; parameters without a gradient stay as they are."""
-        alike = defaultdict(list)  # shape -> (name, update) of matrices, which are made orthogonal together
+        alike = defaultdict(list)  # shape -> (update, weight) of matrices, which are made orthogonal together
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -125,7 +125,7 @@ class Namer(nn.Module):
         total, right = 0.0, {}
         for (name, classes), scores, target in zip(SIGHTS, logits, targets.unbind(1)):
             group = name.split()[0]
-            weights = torch.ones(classes)
+            weights = torch.ones(classes, device=scores.device)
             if group in ("shape", "letter"):
                 weights[-1] = 0.3 if group == "shape" else 0.05  # most tokens show none
             asked = target >= 0
@@ -280,7 +280,8 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "meeting").unlink(missing_ok=True)
     if not (args.output / "start" / "model.safetensors").exists():
-        make(args.output / "start")
+        # A process of its own: it sets where the loaded code is cached.
+        subprocess.run([sys.executable, str(TRAINING / "nano.py"), "--output", str(args.output / "start")], check=True)
     if args.processes > 1:
         torch.multiprocessing.spawn(train, (args,), args.processes)
     else:
