@@ -172,8 +172,14 @@ def _in_threads(threads: int, function, *columns) -> list:
     rows = list(zip(*columns))
     if threads == 1 or len(rows) < 2:
         return [function(*row) for row in rows]
+    inference = torch.is_inference_mode_enabled()  # threads do not inherit it, and write into tensors made here
+
+    def run(row):
+        with torch.inference_mode(inference):
+            return function(*row)
+
     with ThreadPoolExecutor(min(threads, len(rows))) as pool:
-        futures = [pool.submit(function, *row) for row in rows]
+        futures = [pool.submit(run, row) for row in rows]
         try:
             return [future.result() for future in futures]
         finally:

@@ -155,8 +155,9 @@ class PyAVVideo(Video):
         duration = seconds_of(times, last, rate, float(time_base))
         if listed > len(pts) or (not listed and announced > duration + slack + 1.5 * duration / len(times)):
             problems.insert(0, f"it ends early, after {duration:.1f} s" + (f" of {announced:.1f}" if announced > duration else ""))
-        matrix = self._matrix(first)
-        turned = matrix is not None and matrix[0] == matrix[3] == 0
+        # Read once: a frame whose side data was read lives on, in a cycle with it, until garbage is collected.
+        self._matrix = self._display_matrix(first)
+        turned = self._matrix is not None and self._matrix[0] == self._matrix[3] == 0
         size = (first.width, first.height) if turned else (first.height, first.width)
         super().__init__(name, times, duration, *size, problems)
 
@@ -212,7 +213,7 @@ class PyAVVideo(Video):
             return []
 
     @staticmethod
-    def _matrix(frame) -> list[int] | None:
+    def _display_matrix(frame) -> list[int] | None:
         """(a, b, c, d) of the display matrix, x' = a x + c y and y' = b x + d y, where one axis only goes into each."""
         data = frame.side_data.get("DISPLAYMATRIX")
         if data is None:
@@ -227,9 +228,8 @@ class PyAVVideo(Video):
             array = np.asarray(load_image(frame.to_ndarray(format="rgba"), what=self.name))
         else:
             array = frame.to_ndarray(format="rgb24")
-        matrix = self._matrix(frame)
-        if matrix is not None:
-            a, b, c, d = matrix
+        if self._matrix is not None:
+            a, b, c, d = self._matrix
             if b or c:
                 array, a, d = array.transpose(1, 0, 2), c, b
             array = array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

@@ -1,6 +1,7 @@
 """Videos: which frames are taken, that they are the right ones in every kind of file, their size, and what is refused."""
 
 import base64
+import gc
 import io
 import json
 import logging
@@ -820,6 +821,32 @@ def test_which_decoder(monkeypatch, make):
         open_video(make("h264.mp4"))
     with pytest.raises(ImportError, match="pip install decord"):
         open_video(make("h264.mp4"), backend="decord")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_inference_mode(threads):
+    """Decoding threads write into what was made in the caller's mode."""
+    processor = MossVLVideoProcessor(num_frames=6, frame_extract_num_threads=threads, **SMALL)
+    expected = processor(str(CLIP))
+    with torch.inference_mode():
+        seen = processor(str(CLIP))
+    assert torch.equal(seen["pixel_values_videos"].clone(), expected["pixel_values_videos"])
+
+
+def test_decoded_frames_do_not_wait_for_the_garbage_collector():
+    """Each holds its picture and the threads that converted it."""
+    def living():
+        return sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+
+    gc.collect()
+    before = living()
+    gc.disable()
+    try:
+        processor = MossVLVideoProcessor(num_frames=30, frame_extract_num_threads=1, video_backend="pyav", **SMALL)
+        processor(str(CLIP))
+        assert living() - before <= 1  # the one whose orientation was read
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------- loading and saving
