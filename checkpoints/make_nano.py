@@ -1,36 +1,42 @@
-"""Makes moss-vl-nano, a MOSS-VL of two million parameters, in the folder beside this file: python checkpoints/make_nano.py
+"""Makes moss-vl-nano, a MOSS-VL of nine million parameters, in the folder beside this file, from trained weights:
+python checkpoints/make_nano.py --weights FILE
 
-Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the weights are
-random, from a fixed seed. The code files of the folder are relative symbolic links to those of the project.
+Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the code files of the
+folder are relative symbolic links to those of the project. training/train_nano.py trains the weights; it starts from those that are
+written where no file is given.
 """
 
 import argparse
 import json
 import os
+import random
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "training")]
+import questions  # noqa: E402
+import world  # noqa: E402
 from install_into import code_files, read_json  # noqa: E402
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                   "<|video_pad|>", "<|time_start|>", "<|time_end|>")
 VOCABULARY = 768  # at most: merging ends when every word of the corpus is one token
 SEED = 20
+PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most, of a picture and of a clip's frame
+FRAME_PIXELS = (128 * 128, 160 * 160)
 TEXT_SIZES = {
-    "cross_attention_layers": [2, 6], "num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 256,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "cross_attention_layers": [2, 6], "num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 448,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rope_theta": 10000.0,
 }
 VISION_SIZES = {
-    "deepstack_visual_indexes": [0, 2], "depth": 4, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2,
-    "num_position_embeddings": 256, "out_hidden_size": 128,
+    "deepstack_visual_indexes": [2], "depth": 6, "hidden_size": 192, "intermediate_size": 768, "num_heads": 6,
+    "num_position_embeddings": 256, "out_hidden_size": 192,
 }
 
 # The pattern by which Qwen2 cuts text into words; digits stand alone.
@@ -63,45 +69,24 @@ CHAT_TEMPLATE = r"""{%- for message in messages -%}
 
 
 def corpus():
-    """Text of the drawn world, for the tokenizer.
+    """Text of the drawn world, for the tokenizer: questions and answers.
 
     The strings of signs are left out: their letters stay one token each, so that a sign is read letter by letter.
     """
-    shapes = ("circle", "square", "triangle", "star", "cross", "ring")
-    colours = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
-    places = ("on the left", "on the right", "at the top", "at the bottom", "in the center", "at the top left",
-              "at the top right", "at the bottom left", "at the bottom right")
-    ways = ("left", "right", "up", "down")
-    yield from (f"a {size} {colour} {shape} {place}, a" for size, colour, shape, place
-                in product(("large", "small"), colours, shapes, places))
-    yield from ("Describe the picture.", "Describe the image.", "What do you see in the picture?", "What is in the image?",
-                "Describe the video.", "Describe the clip.", "What happens in the video?", "What happens?", "nothing",
-                "What happens first?", "What happens last?", "Tell me what happens, in order, with times.",
-                "How many objects are there?", "Count the objects.", "How many shapes can you see in the picture?",
-                "What does the text say?", "What does the sign say?", "Read the text.", "What is written in the picture?",
-                "and the text", ", and the text \"", "How long is the video?", "How many seconds does the clip last?",
-                "yes", "no", "Which image shows", "In which picture is", "Image number", "Give the time in seconds.") * 20
-    for shape in shapes:
-        yield from (f"What color is the {shape}?", f"What colour is the {shape}?", f"Which color does the {shape} have?",
-                    f"Where is the {shape}?", f"In which part of the picture is the {shape}?", f"Which image shows a {shape}?",
-                    f"When does the {shape} appear?", f"When does the {shape} disappear?", f"At what time does the {shape} appear?",
-                    f"When does the {shape} change color?", f"When does the {shape} start moving?",
-                    f"Which way does the {shape} move?", f"In which direction does the {shape} move?",
-                    f"What color is the {shape} after it changes?", f"the {shape} disappears", f"the {shape} is visible") * 4
-        yield from (f"What is {side} the {shape}?" for side in ("to the left of", "to the right of", "above", "below"))
-        yield from (f"the {shape} moves {way}" for way in ways)
-    for colour in colours:
-        yield from (f"What shape is the {colour} object?", f"Which shape is {colour}?", f"changes to {colour}") * 4
-        yield from (f"Is there a {colour} {shape}?" for shape in shapes)
-        yield from (f"a small {colour} {shape} appears {place}; at" for shape in shapes for place in places)
-    for tenths in range(0, 300, 3):
-        yield f"at {tenths / 10:.1f} seconds the"
-        yield f"What is visible at {tenths / 10:.1f} seconds?"
-    yield from ("system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n") * 20
+    lot = random.Random(SEED)
+    for _ in range(4000):
+        picture, clip = world.random_picture(lot, sign_share=0), world.random_clip(lot)
+        times = questions.sampled_times(clip, lot.choice((1, 2)))
+        asked = [questions.ask_picture(task, picture, lot) for task in questions.PICTURE_TASKS]
+        asked += [questions.ask_clip(task, clip, times, lot) for task in questions.CLIP_TASKS]
+        asked += [questions.ask_images([picture], lot)]
+        yield from (text for question in asked if question is not None for text in (question.prompt, question.answer))
+    frame = ("system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n")
+    yield from (', and the text "', *frame) * 20
 
 
-def build_tokenizer(texts):
-    """A byte-level BPE of these texts with the parts of Qwen2TokenizerFast; special tokens come last, as there."""
+def build_tokenizer():
+    """A byte-level BPE of the corpus with the parts of Qwen2TokenizerFast; special tokens come last, as there."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -110,7 +95,7 @@ def build_tokenizer(texts):
     ])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL_TOKENS), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
@@ -134,15 +119,15 @@ def tokenizer_config(tokenizer):
     }
 
 
-def model_config(tokenizer, text_sizes, vision_sizes):
-    """The project's config.json with these sizes and this tokenizer's ids."""
+def model_config(tokenizer):
+    """The project's config.json with nano's sizes and this tokenizer's ids."""
     config = read_json(PROJECT / "config.json")
     config["text_config"] |= {
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"), "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 32768,
-        "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]}, **text_sizes,
+        "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]}, **TEXT_SIZES,
     }
-    config["vision_config"] |= vision_sizes
+    config["vision_config"] |= VISION_SIZES
     for name in ("image", "video"):
         config[f"{name}_token_id"] = tokenizer.token_to_id(f"<|{name}_pad|>")
     for name in ("start", "end"):
@@ -150,11 +135,10 @@ def model_config(tokenizer, text_sizes, vision_sizes):
     return config
 
 
-def processor_settings(name, size=None):
-    """The project's, with the (fewest, most) pixels `size` where they are given."""
+def processor_settings(name, pixels):
+    """The project's, with these (fewest, most) pixels."""
     settings = read_json(PROJECT / name)
-    if size is not None:
-        settings["size"] = dict(zip(("shortest_edge", "longest_edge"), size))
+    settings["size"] = dict(zip(("shortest_edge", "longest_edge"), pixels))
     if "image_processor_type" in settings:
         # The other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast.
         settings["image_processor_type"] = "MossVLImageProcessor"
@@ -162,26 +146,26 @@ def processor_settings(name, size=None):
     return settings
 
 
-def write_folder(folder, texts, text_sizes, vision_sizes, picture_pixels=None, frame_pixels=None):
-    """Everything of a checkpoint folder but the weights. `texts` are what the tokenizer is made from."""
+def write_folder(folder):
+    """Everything of the checkpoint folder but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in code_files():
         link = folder / name
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(PROJECT / name, folder.resolve()))
 
-    tokenizer = build_tokenizer(texts)
+    tokenizer = build_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
-    config = model_config(tokenizer, text_sizes, vision_sizes)
+    config = model_config(tokenizer)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", read_json(PROJECT / "generation_config.json") | {
         key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id")})
-    write_json(folder / "preprocessor_config.json", processor_settings("preprocessor_config.json", picture_pixels))
-    write_json(folder / "video_preprocessor_config.json", processor_settings("video_preprocessor_config.json", frame_pixels))
+    write_json(folder / "preprocessor_config.json", processor_settings("preprocessor_config.json", PICTURE_PIXELS))
+    write_json(folder / "video_preprocessor_config.json", processor_settings("video_preprocessor_config.json", FRAME_PIXELS))
 
 
 def weight_shapes(folder):
@@ -196,19 +180,21 @@ def weight_shapes(folder):
     return {name: state[name].shape for name in sorted(state)}
 
 
-def random_weights(shapes):
-    """The state dict: normal(0, 0.02), norms 1, biases 0. The gates are open, so that what the model sees counts."""
+def first_weights(shapes):
+    """The weights with which training starts: matrices normal with variance 1 / fan-in, but 0 where they write to the residual stream or
+    to the logits; norms 1, biases 0, gates open."""
+    writing = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "lm_head.weight")
     generator = torch.Generator().manual_seed(SEED)
     weights = {}
     for name, shape in shapes.items():
-        if name.endswith("_gate"):
-            weights[name] = torch.full(shape, 0.5)
-        elif name.endswith(".bias"):
-            weights[name] = torch.zeros(shape)
-        elif "norm" in name:
+        if name.endswith("_gate") or "norm" in name and name.endswith(".weight"):
             weights[name] = torch.ones(shape)
+        elif len(shape) < 2 or name.endswith(writing):
+            weights[name] = torch.zeros(shape)
+        elif "embed" in name and "patch" not in name:
+            weights[name] = 0.3 * torch.randn(shape, generator=generator)
         else:
-            weights[name] = 0.02 * torch.randn(shape, generator=generator)
+            weights[name] = torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
     return weights
 
 
@@ -225,12 +211,20 @@ def write_json(path, content):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make moss-vl-nano with random weights.")
+    parser = argparse.ArgumentParser(description="Make moss-vl-nano.")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "moss-vl-nano",
                         help="checkpoint folder to write (default: moss-vl-nano beside this file)")
-    folder = parser.parse_args().output
-    write_folder(folder, corpus(), TEXT_SIZES, VISION_SIZES)
-    write_weights(folder, random_weights(weight_shapes(folder)))
+    parser.add_argument("--weights", type=Path,
+                        help="model.safetensors of a run of training/train_nano.py (default: the weights that training starts from)")
+    args = parser.parse_args()
+    weights = load_file(args.weights) if args.weights else None  # read first: it may be the folder's own
+    write_folder(args.output)
+    shapes = weight_shapes(args.output)
+    if weights is None:
+        weights = first_weights(shapes)
+    elif {name: tensor.shape for name, tensor in weights.items()} != shapes:
+        parser.error(f"{args.weights} does not hold the tensors of this model; expected those that training/train_nano.py writes")
+    write_weights(args.output, weights)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from conftest import ROOT
 sys.path[:0] = [str(ROOT / "training")]
 import lessons  # noqa: E402
 import world  # noqa: E402
-from lessons import LETTERS_A_TOKEN, PLACES, SIGHTS, TASKS, Lessons, ink_patches, may_see, sights  # noqa: E402
+from lessons import FACTS, HAPPENINGS, LETTERS_A_TOKEN, PLACES, SIGHTS, TASKS, Lessons, clip_facts, fact_rows, facts, ink_patches, may_see, sights  # noqa: E402
 from world import COLOURS, SHAPES, SIGN_CHARACTERS, Scene, Sign, Thing, draw_scene, sign_mask  # noqa: E402
 
 KINDS = ("look", "pictures", "images", "clips")
@@ -293,3 +293,59 @@ def test_ink_stands_in_the_order_of_the_patches(processor):
     ink = ink_patches(scene, (5, 4))
     assert ink.shape == levels.shape and 0.1 < ink.mean() < 0.5
     assert np.abs(ink - levels).mean() < 0.03
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Facts
+
+
+def told(row) -> dict:
+    return {name: value for (name, _), value in zip(FACTS, row) if value != -100}
+
+
+def test_facts_of_a_picture():
+    """Of two shapes alike neither is asked."""
+    things = (*STAGE.things, Thing("ring", "red", 0.1, 0.5, 0.1))
+    absent = {f"colour {shape}": len(COLOURS) for shape in ("square", "triangle", "cross")}
+    star = {"colour star": 2, "size star": 0, "place star": PLACES.index("top right")}
+    circle = {"colour circle": 0, "size circle": 1, "place circle": PLACES.index("center")}
+    letters = dict(zip((f"letter {i}" for i in range(5)), [*map(SIGN_CHARACTERS.index, "K7Q"), 36, 36]))
+    rows = fact_rows([facts(things, STAGE.sign), facts(())])
+    assert told(rows[0].tolist()) == absent | star | circle | letters | {"count": 4}
+    none = {f"colour {shape}": len(COLOURS) for shape in SHAPES} | {f"letter {i}": 36 for i in range(5)}
+    assert told(rows[1].tolist()) == none | {"count": 0}
+    assert all(value < classes for row in rows.tolist() for value, (_, classes) in zip(row, FACTS))
+
+
+def test_facts_of_a_clip():
+    things = (
+        Thing("star", "blue", 0.2, 0.2, 0.1, appears=2.3, moves=(5.5, 0.5, 0.0)),
+        Thing("ring", "red", 0.5, 0.8, 0.1, changes=(3.0, "white"), disappears=12.2),
+    )
+    scene = Scene(100, 100, ((220, 220, 220),) * 2, things, seconds=14.0, fps=10)
+    rows = [told(row) for row in fact_rows(clip_facts(scene, [float(second) for second in range(14)])).tolist()]
+    events = {shape: [row[f"event {shape}"] for row in rows] for shape in SHAPES}
+    happens = {name: HAPPENINGS.index(name) for name in HAPPENINGS}
+    nothing = len(HAPPENINGS)
+    assert events["star"] == [happens.get({3: "appears", 6: "moves right"}.get(second), nothing) for second in range(14)]
+    assert events["ring"] == [happens.get({3: "changes", 13: "disappears"}.get(second), nothing) for second in range(14)]
+    assert events["cross"] == [nothing] * 14
+    assert [row["count"] for row in rows] == [1] * 3 + [2] * 10 + [1]
+    assert [row["colour ring"] for row in rows] == [0] * 3 + [6] * 10 + [len(COLOURS)]
+    assert [[row[f"stamp {i}"] for i in range(3)] for row in rows[9:11]] == [[0, 9, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_facts_stand_in_the_order_of_the_text_tokens(processor, notes, kind):
+    batch = batch_of(processor, kind, step=1)
+    pads = (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum(1).tolist()
+    expected = []
+    scenes = iter([scene for scene in notes["scenes"]])
+    for row, pictures in enumerate(pads):
+        if kind == "clips":
+            scene = notes["rows"][row].clip[0]
+            rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == pictures)
+            expected += clip_facts(scene, lessons.sampled_times(scene, rate))
+        else:
+            expected += [facts(scene.things, scene.sign) for scene in (next(scenes) for _ in range(pictures))]
+    assert torch.equal(batch["facts"], fact_rows(expected))

@@ -194,13 +194,14 @@ def test_checkpoint_holds_no_second_copy_of_the_code():
 
 
 def test_checkpoint_is_small_and_bf16():
-    assert (NANO / "model.safetensors").stat().st_size < 5_000_000
+    assert (NANO / "model.safetensors").stat().st_size < 25_000_000
     with safe_open(NANO / "model.safetensors", framework="pt") as weights:
         assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}
 
 
 def test_script_makes_the_committed_checkpoint(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "checkpoints/make_nano.py"), "--output", str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "checkpoints/make_nano.py"), "--output", str(tmp_path), "--weights", str(NANO / "model.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in NANO.iterdir() if path.is_file())
     for path in tmp_path.iterdir():
@@ -216,7 +217,7 @@ def test_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
                "<|time_start|>", "<|time_end|>"]
-    assert tokenizer.convert_tokens_to_ids(special) == list(range(560, 569)) and len(tokenizer) == 569
+    assert tokenizer.convert_tokens_to_ids(special) == list(range(639, 648)) and len(tokenizer) == 648
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<|endoftext|>", "<|im_end|>", None)
     text = '<|time_start|>12.5 seconds<|time_end|><|image_pad|>a red star, "K7" \U0001f642'
     encoded = tokenizer(text, return_offsets_mapping=True)

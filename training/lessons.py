@@ -13,7 +13,18 @@ import random
 import numpy as np
 import torch
 from PIL import Image
-from questions import CLIP_TASKS, IMAGES_TASK, PICTURE_TASKS, ask_clip, ask_images, ask_picture, place_of, sampled_times
+from questions import (
+    CLIP_TASKS,
+    IMAGES_TASK,
+    PICTURE_TASKS,
+    ask_clip,
+    ask_images,
+    ask_picture,
+    events_of,
+    place_of,
+    sampled_times,
+    way_of,
+)
 from world import (
     COLOURS,
     SHAPES,
@@ -44,6 +55,17 @@ WIDE_LIMITS = (4096, 1 << 24)  # pixels, those of released checkpoints
 SIGHTS = (
     ("shape", len(SHAPES) + 1), ("colour", len(COLOURS)), ("size", 2), ("place", 9), ("rank", 4),
     *((f"nearest {way}", 5) for way in WAYS), *((f"letter {i}", len(SIGN_CHARACTERS) + 1) for i in range(LETTERS_A_TOKEN)),
+)  # fmt: skip
+
+
+# What the text token of each picture or frame is asked directly, as (name, classes): of every shape, as far as just one thing has it,
+# its colour, size, place, and what happens to it; the letters of the sign, the number of things, the digits of the time stamp.
+HAPPENINGS = ("appears", "disappears", "changes", *(f"moves {way}" for way in WAYS))
+SIGN_LETTERS = 5
+FACTS = (
+    *((f"colour {shape}", len(COLOURS) + 1) for shape in SHAPES), *((f"size {shape}", 2) for shape in SHAPES),
+    *((f"place {shape}", 9) for shape in SHAPES), *((f"letter {i}", len(SIGN_CHARACTERS) + 1) for i in range(SIGN_LETTERS)),
+    ("count", 5), *((f"event {shape}", len(HAPPENINGS) + 1) for shape in SHAPES), *((f"stamp {i}", 10) for i in range(3)),
 )  # fmt: skip
 
 
@@ -177,6 +199,44 @@ def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.
     return out.reshape(-1, len(SIGHTS))
 
 
+def facts(things, sign=None) -> dict[str, int]:
+    """What a picture's or frame's text token is asked."""
+    told = {"count": len(things)}
+    for shape in SHAPES:
+        alike = [thing for thing in things if thing.shape == shape]
+        if not alike:
+            told[f"colour {shape}"] = len(COLOURS)
+        elif len(alike) == 1:
+            told[f"colour {shape}"] = list(COLOURS).index(alike[0].colour)
+            told[f"size {shape}"] = int(alike[0].size == "large")
+            told[f"place {shape}"] = PLACES.index(place_of(alike[0]))
+    text = sign.text if sign is not None else ""
+    for i in range(SIGN_LETTERS):
+        told[f"letter {i}"] = SIGN_CHARACTERS.index(text[i]) if i < len(text) else len(SIGN_CHARACTERS)
+    return told
+
+
+def clip_facts(scene, times: list[float]) -> list[dict[str, int]]:
+    """Of every frame, with what happens in it."""
+    names = [thing.shape for thing in scene.things]
+    single = {shape for shape in SHAPES if names.count(shape) <= 1}
+    told = []
+    for time in times:
+        stamp = f"{time:04.1f}".replace(".", "")
+        told.append({**facts(scene.at(time)), **{f"event {shape}": len(HAPPENINGS) for shape in single}})
+        told[-1].update({f"stamp {i}": int(digit) for i, digit in enumerate(stamp)})
+    for event in events_of(scene, times):
+        if event.thing.shape in single:
+            kind = f"moves {way_of(event.thing)}" if event.kind == "moves" else event.kind
+            told[times.index(event.time)][f"event {event.thing.shape}"] = HAPPENINGS.index(kind)
+    return told
+
+
+def fact_rows(told: list[dict[str, int]]) -> torch.Tensor:
+    """[pictures and frames, len(FACTS)]"""
+    return torch.tensor([[row.get(name, -100) for name, _ in FACTS] for row in told])
+
+
 def ink_patches(scene, grid: tuple[int, int]) -> np.ndarray:
     """How much of each of its 8 x 8 squares is covered by things and letters, for every patch of a picture: [P, 64], 0 to 1, in the
     order of `pixel_values`."""
@@ -220,14 +280,15 @@ class Lessons:
         return seen["pixel_values"].to(torch.bfloat16), seen["image_grid_thw"].tolist()
 
     def seen(self, lot, scenes, limits) -> tuple[dict, list[tuple[int, int]]]:
-        """Pixels, grids and what every token shows; and the merged grids."""
+        """Pixels, grids and what every token and every picture shows; and the merged grids."""
         pictures = [draw_scene(scene) for scene in scenes]
         pictures = [compressed(lot, picture) if lot.random() < 0.3 else picture for picture in pictures]
         pixel_values, grids = self.pixels(pictures, limits)
         merged = [(h // 2, w // 2) for _, h, w in grids]
         shown = [sights(scene.things, scene.signs, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
         shown, inks = np.concatenate(shown), np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged)])
-        named = {"sights": torch.from_numpy(shown), "inks": torch.from_numpy(inks)}
+        told = fact_rows([facts(scene.things, scene.sign) for scene in scenes])
+        named = {"sights": torch.from_numpy(shown), "inks": torch.from_numpy(inks), "facts": told}
         return {"pixel_values": pixel_values, "grid_thw": grids, **named}, merged
 
     def scenes(self, lot, limits, count=None, sign_share: float = 0.5) -> list:
@@ -283,7 +344,7 @@ class Lessons:
         """Clips of about the same length, drawn at the times that the video processor takes."""
         fps, limits = lot.choice((1, 2)), self.frame_limits if lot.random() < 0.85 else WIDE_LIMITS
         seconds = lot.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
-        scripts, patches, grids = [], [], []
+        scripts, patches, grids, told = [], [], [], []
         while sum(map(len, patches)) < 500 * self.size and len(scripts) < self.size // 2:
             if len(scripts) % 4 == 0:
                 canvas = random_canvas(lot)
@@ -298,11 +359,13 @@ class Lessons:
             patches.append(pixel_values.view(len(own), -1, pixel_values.shape[1])[shown].flatten(0, 1))
             _, h, w = own[0]
             grids.append([len(times), h, w])
+            told.append(fact_rows(clip_facts(scene, times)))
             stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
             media = f"<|vision_start|>{stamps}<|vision_end|>"
             scripts.append(Script(self.tokenizer, lot.random() < 0.5, media, [(h // 2, w // 2)] * len(times)))
             scripts[-1].add_all(choose(lot, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, lot, plain)))
         order = sorted(range(len(grids)), key=lambda clip: grids[clip][1:])  # equal grids stand together
         rows = join([scripts[clip] for clip in order], self.tokenizer.pad_token_id)
-        pixel_values = torch.cat([patches[clip] for clip in order])
-        return {"pixel_values": pixel_values, "grid_thw": [grids[clip] for clip in order], "media_nums": [1] * len(scripts), **rows}
+        pixel_values, told = (torch.cat([parts[clip] for clip in order]) for parts in (patches, told))
+        seen = {"pixel_values": pixel_values, "grid_thw": [grids[clip] for clip in order], "facts": told}
+        return {**seen, **rows, "media_nums": [1] * len(scripts)}

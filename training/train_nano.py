@@ -10,10 +10,12 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +25,8 @@ from torch import nn
 TRAINING = Path(__file__).resolve().parent
 PROJECT = TRAINING.parent
 sys.path[:0] = [str(PROJECT), str(TRAINING)]
-from lessons import SIGHTS, TASKS, Lessons, may_see  # noqa: E402
+from lessons import FACTS, SIGHTS, TASKS, Lessons, may_see  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
@@ -34,12 +37,15 @@ FAST = 5.0  # times AdamW's rate for what it learns of the language model: atten
 KINDS = (("pictures", 0.40), ("clips", 0.30), ("look", 0.22), ("images", 0.08))
 SIGHT_WEIGHTS = {"shape": 3.0, "colour": 0.5, "size": 0.5, "place": 0.3, "rank": 0.3, "letter": 2.0, "nearest": 0.1}
 INK_WEIGHT = 4.0
+FACT_WEIGHTS = {"colour": 1.0, "size": 0.3, "place": 0.5, "letter": 1.0, "count": 0.3, "event": 1.0, "stamp": 0.1}
+FACTS_WEIGHT = 0.3
+NOTHING = {"shape": 0.3, "letter": 0.05, "colour": 0.3, "event": 0.1}  # weights of the last class, where most are of it
 
 
 class Muon:
     """Momentum made orthogonal for matrices (K. Jordan and others, Muon, 2024), AdamW for everything else.
 
-    The model computes in bfloat16; the weights that are learned are float32 copies, which `step` writes back.
+    The model may compute in bfloat16; the weights that are learned are float32 copies, which `step` writes back.
     """
 
     def __init__(self, named_parameters, rate: float = 0.02, adam_rate: float = 6e-4, momentum: float = 0.95, decay: float = 0.02):
@@ -48,6 +54,7 @@ class Muon:
         self.weights = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
         self.moments = {name: [torch.zeros_like(weight) for _ in range(1 if self.is_matrix(name) else 2)] for name, weight in self.weights.items()}
         self.steps = dict.fromkeys(self.weights, 0)
+        self.dtype = next(iter(self.parameters.values())).dtype
 
     def is_matrix(self, name: str) -> bool:
         return self.parameters[name].ndim == 2 and ("blocks" in name or "layers" in name)
@@ -71,11 +78,11 @@ class Muon:
                 moments[0].lerp_(gradient, 0.1)
                 moments[1].lerp_(gradient.square(), 0.02)
                 update = moments[0] / (1 - 0.9 ** self.steps[name]) / ((moments[1] / (1 - 0.98 ** self.steps[name])).sqrt() + 1e-8)
-                fast = "lm_head" in name or "language_model" in name  # of which matrices are Muon's
+                fast = name.startswith(("lm_head", "model.language_model", "tutor.facts"))  # of which matrices are Muon's
                 weight.sub_(update, alpha=scale * self.adam_rate * (FAST if fast else 1))
                 parameter.copy_(weight)
         for shape, pairs in alike.items():
-            updates = orthogonal(torch.stack([update for update, _ in pairs]))
+            updates = orthogonal(torch.stack([update for update, _ in pairs]).to(self.dtype)).float()
             for update, (_, weight) in zip(updates, pairs):
                 weight.mul_(1 - scale * self.rate * self.decay).sub_(update, alpha=scale * self.rate * max(1, shape[0] / shape[1]) ** 0.5)
         for name, parameter in self.parameters.items():
@@ -93,49 +100,90 @@ class Muon:
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """[n, rows, columns] -> the nearest (semi-)orthogonal ones, about: five Newton-Schulz iterations in bfloat16, with Muon's coefficients."""
+    """[n, rows, columns] -> the nearest (semi-)orthogonal ones, about: five Newton-Schulz iterations with Muon's coefficients."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
-    x = x.mT if tall else x
+    x = (matrices.mT if tall else matrices).contiguous()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if tall else x).float()
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
-class Namer(nn.Module):
-    """Reads off each vision token what it shows, and off each patch, halfway through the encoder, where in it there is ink. Only for training; it
-    is thrown away."""
+class Quiz(nn.Module):
+    """Linear classifiers for `questions`, (name, classes), read off the same vectors; a name's first word is its group."""
 
-    def __init__(self, width: int, vision_width: int):
+    def __init__(self, width: int, questions, weights: dict[str, float]):
         super().__init__()
+        self.questions, self.weights = questions, weights
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.Linear(width, sum(classes for _, classes in SIGHTS))
-        self.ink_norm = nn.LayerNorm(vision_width)
-        self.ink_head = nn.Linear(vision_width, 64)
+        self.heads = nn.Linear(width, sum(classes for _, classes in questions))
 
-    def ink(self, patches: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """patches [P, vision width], targets [P, 64] -> loss."""
-        return F.binary_cross_entropy_with_logits(self.ink_head(self.ink_norm(patches)).float(), targets)
-
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """tokens [N, D] and targets [N, len(SIGHTS)] -> loss, and the share named rightly."""
-        logits = self.heads(self.norm(tokens)).float().split([classes for _, classes in SIGHTS], dim=1)
-        total, right = 0.0, {}
-        for (name, classes), scores, target in zip(SIGHTS, logits, targets.unbind(1)):
-            group = name.split()[0]
-            weights = torch.ones(classes, device=scores.device)
-            if group in ("shape", "letter"):
-                weights[-1] = 0.3 if group == "shape" else 0.05  # most tokens show none
+    def forward(self, vectors: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """vectors [N, D] and targets [N, len(questions)], -100 where not asked -> loss, and the share answered rightly."""
+        logits = self.heads(self.norm(vectors)).float().split([classes for _, classes in self.questions], dim=1)
+        groups, total, right = [name.split()[0] for name, _ in self.questions], 0.0, defaultdict(list)
+        for group, (_, classes), scores, target in zip(groups, self.questions, logits, targets.unbind(1)):
             asked = target >= 0
             if not asked.any():
                 continue
-            total = total + SIGHT_WEIGHTS[group] * F.cross_entropy(scores, target, weight=weights, ignore_index=-100)
-            counted = asked & (target < classes - 1) if group in ("shape", "letter") else asked
-            if counted.any() and name != "letter 3":
-                right[name] = (scores.argmax(1) == target)[counted].float().mean().item()
+            weights = torch.ones(classes, device=scores.device)
+            weights[-1] = NOTHING.get(group, 1.0)
+            total = total + self.weights[group] * F.cross_entropy(scores, target, weight=weights, ignore_index=-100)
+            counted = asked & (target < classes - 1) if group in NOTHING else asked
+            right[group] += (scores.argmax(1) == target)[counted].tolist()
         return total, right
+
+
+class Tutor(nn.Module):
+    """Asks directly, beside the answers in words, what the model has to know on its way to them. Only for training; it is thrown away.
+
+    Of the vision encoder: off each vision token what it shows, and off each patch, halfway, where in it there is ink. Of the
+    language model: off the text token of each picture or frame, behind the first layer that sees it, what is in it, and two layers
+    on what has happened since the one before.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        text, vision = config.text_config, config.vision_config
+        self.ink_layer, self.fact_layer = vision.deepstack_visual_indexes[0], text.cross_attention_layers[0]
+        self.sights = Quiz(vision.out_hidden_size, SIGHTS, SIGHT_WEIGHTS)
+        self.ink_norm, self.inks = nn.LayerNorm(vision.hidden_size), nn.Linear(vision.hidden_size, 64)
+        first = [name for name, _ in FACTS].index("count")
+        self.facts = nn.ModuleList(Quiz(text.hidden_size, part, FACT_WEIGHTS) for part in (FACTS[:first], FACTS[first:]))
+
+    def ask_encoder(self, model, batch: dict) -> tuple[torch.Tensor, dict]:
+        visual = model.model.visual
+        with noted(visual.blocks[self.ink_layer]) as halfway:
+            tokens = visual(batch["pixel_values"], batch["grid_thw"])
+        naming, right = self.sights(tokens, batch["sights"])
+        inking = F.binary_cross_entropy_with_logits(self.inks(self.ink_norm(halfway[0])).float(), batch["inks"])
+        log = {"naming": [naming.item()], "inking": [inking.item()], **{f"names {name}": values for name, values in right.items()}}
+        return naming + INK_WEIGHT * inking, log
+
+    def ask_language_model(self, model, batch: dict) -> tuple[torch.Tensor, dict]:
+        layers = model.model.language_model.layers
+        with noted(layers[self.fact_layer]) as early, noted(layers[self.fact_layer + 2]) as late:
+            out = model(input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"],
+                        labels=batch["labels"], pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"],
+                        media_nums_per_sample=batch["media_nums"])  # fmt: skip
+        at = batch["input_ids"] == model.config.image_token_id
+        targets = batch["facts"].split([len(quiz.questions) for quiz in self.facts], dim=1)
+        told = [quiz(states[0][0][at], target) for quiz, states, target in zip(self.facts, (early, late), targets)]
+        log = {f"loss {batch['kind']}": [out.loss.item()], **answers_right(out.logits, batch)}
+        log |= {f"knows {name}": values for _, right in told for name, values in right.items()}
+        return out.loss + FACTS_WEIGHT * sum(loss for loss, _ in told), log
+
+
+@contextmanager
+def noted(module):
+    """A list to which the module's outputs are added."""
+    outputs = []
+    hook = module.register_forward_hook(lambda module, args, out: outputs.append(out))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
 
 
 def plan_of(steps: int):
@@ -175,23 +223,11 @@ def answers_right(logits: torch.Tensor, batch: dict) -> dict[str, list[int]]:
     return right
 
 
-def learn(model, namer, batch: dict) -> tuple[torch.Tensor, dict]:
-    """Loss of a batch, and what to log. What the encoder sees it learns to name; answering teaches the language model alone."""
-    visual = model.model.visual
-    visual.requires_grad_(batch["kind"] == "look")
-    if batch["kind"] == "look":
-        halfway = []
-        block = visual.blocks[visual.config.deepstack_visual_indexes[0]]
-        hook = block.register_forward_hook(lambda module, args, out: halfway.append(out))
-        tokens = visual(batch["pixel_values"], batch["grid_thw"])
-        hook.remove()
-        naming, right = namer(tokens, batch["sights"])
-        inking = namer.ink(halfway[0], batch["inks"])
-        log = {"naming": [naming.item()], "inking": [inking.item()], **{f"names {name}": [value] for name, value in right.items()}}
-        return naming + INK_WEIGHT * inking, log
-    out = model(input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"], labels=batch["labels"],
-                pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"])  # fmt: skip
-    return out.loss, {f"loss {batch['kind']}": [out.loss.item()], **answers_right(out.logits, batch)}
+def learn(model, tutor, batch: dict) -> tuple[torch.Tensor, dict]:
+    """Loss of a batch, and what to log. The encoder learns by naming what it sees; answering teaches the language model alone."""
+    looks = batch["kind"] == "look"
+    model.model.visual.requires_grad_(looks)
+    return tutor.ask_encoder(model, batch) if looks else tutor.ask_language_model(model, batch)
 
 
 def average_gradients(parameters) -> None:
@@ -204,29 +240,46 @@ def average_gradients(parameters) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def save(model, processor, optimizer, output: Path, step: int) -> None:
+def save(model, optimizer, output: Path, step: int) -> None:
     """The checkpoint, and what a later run goes on from; a run stopped while it saves loses neither."""
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    shutil.copytree(output / "start", output, ignore=shutil.ignore_patterns("model.safetensors"), dirs_exist_ok=True)
+    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, output / "model.safetensors.new", metadata={"format": "pt"})
     torch.save({"step": step, "optimizer": optimizer.state_dict()}, output / "state.pt.new")
-    os.replace(output / "state.pt.new", output / "state.pt")
+    for name in ("model.safetensors", "state.pt"):
+        os.replace(output / f"{name}.new", output / name)
+
+
+def faster_dtype(device: str) -> str:
+    """bfloat16, but on a CPU that multiplies float32 faster."""
+    if device != "cpu":
+        return "bfloat16"
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        factor = torch.ones(1024, 1024, dtype=dtype)
+        factor @ factor
+        begin = time.monotonic()
+        factor @ factor
+        seconds[dtype] = time.monotonic() - begin
+    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
 def train(rank: int, args) -> None:
     """One of `args.processes` processes of a run."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
+    torch.set_flush_denormal(True)  # old moments fade into them, and they are slow
+    dtype = getattr(torch, args.dtype)
     if args.processes > 1:
         meeting = (args.output / "meeting").resolve().as_uri()
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.processes)
     start, state = args.output / "start", args.output / "state.pt"
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
-    # Eager attention: on a CPU its backward pass is several times as fast in bfloat16 as that of the fused one.
-    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True, dtype=torch.bfloat16,
+    # Eager attention: on a CPU its backward pass is faster, in bfloat16 several times, than that of the fused one.
+    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True, dtype=dtype,
                                                  attn_implementation="eager" if args.device == "cpu" else "sdpa").train()  # fmt: skip
-    namer = Namer(model.config.text_config.hidden_size, model.config.vision_config.hidden_size).to(torch.bfloat16)
-    model, namer = model.to(args.device), namer.to(args.device)
-    optimizer = Muon([*model.named_parameters(), *((f"namer.{name}", parameter) for name, parameter in namer.named_parameters())])
+    model, tutor = model.to(args.device), Tutor(model.config).to(args.device, dtype)
+    optimizer = Muon([*model.named_parameters(), *((f"tutor.{name}", parameter) for name, parameter in tutor.named_parameters())])
     begin = 0
     if state.exists():
         saved = torch.load(state, map_location=args.device)
@@ -238,8 +291,9 @@ def train(rank: int, args) -> None:
         clock = time.monotonic()
         batch = lessons.batch(step, rank)
         batch = {name: value.to(args.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
         drawn = time.monotonic()
-        loss, log = learn(model, namer, batch)
+        loss, log = learn(model, tutor, batch)
         loss.backward()
         if args.processes > 1:
             average_gradients(optimizer.parameters.values())
@@ -260,7 +314,7 @@ def train(rank: int, args) -> None:
                 raise FloatingPointError(f"the loss of step {step + 1} is not finite; go on from the last state with another seed")
             logged.clear(), times.clear()
         if time.monotonic() - saved_at > 60 * args.save_minutes or step + 1 == args.steps:
-            save(model, processor, optimizer, args.output, step + 1)
+            save(model, optimizer, args.output, step + 1)
             saved_at = time.monotonic()
 
 
@@ -273,15 +327,17 @@ def main():
     parser.add_argument("--processes", type=int, default=min(os.cpu_count(), 2) if cpu else 1, help="side by side, each with batches of its own")
     parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process")
     parser.add_argument("--device", default="cpu" if cpu else "cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in; by default the faster one")
     parser.add_argument("--save-minutes", type=float, default=10.0)
     args = parser.parse_args()
     if args.size < 8 or args.size % 8:
         parser.error(f"--size is {args.size}; expected a multiple of 8")
+    args.dtype = args.dtype or faster_dtype(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "meeting").unlink(missing_ok=True)
     if not (args.output / "start" / "model.safetensors").exists():
         # A process of its own: it sets where the loaded code is cached.
-        subprocess.run([sys.executable, str(TRAINING / "nano.py"), "--output", str(args.output / "start")], check=True)
+        subprocess.run([sys.executable, str(PROJECT / "checkpoints" / "make_nano.py"), "--output", str(args.output / "start")], check=True)
     if args.processes > 1:
         torch.multiprocessing.spawn(train, (args,), args.processes)
     else:
