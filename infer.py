@@ -80,6 +80,8 @@ def parse(argv) -> argparse.Namespace:
     seeing.add_argument("--frames", metavar="N", type=at_least(int, 1),
                         help="look at N frames of a video, spread over it; with --fps, at most N")  # fmt: skip
     seeing.add_argument("--fps", metavar="RATE", type=above_0, help="look at RATE frames a second (default: the checkpoint's, mostly 1)")
+    seeing.add_argument("--min-pixels", metavar="N", type=at_least(int, 1),
+                        help="fewest pixels of an image or frame after its resize; smaller ones are enlarged")  # fmt: skip
     seeing.add_argument("--max-pixels", metavar="N", type=at_least(int, 1), help="most pixels of an image or frame after its resize")
 
     saying = parser.add_argument_group("answering")
@@ -150,14 +152,15 @@ above_0.__name__ = share.__name__ = "number"  # what argparse calls them
 def query_from(args, query: dict, processor) -> dict:
     """The query with the options of the command line where it says nothing."""
     own = processor.video_processor
-    frames = {"max_pixels": args.max_pixels, "video_fps": args.fps}
+    limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    frames = {**limits, "video_fps": args.fps}
     if args.frames is not None:
         frames |= {"min_frames": min(args.frames, own.min_frames), "max_frames": args.frames}
         if args.fps is None:
             frames |= {"num_frames": args.frames, "max_frames": max(args.frames, own.max_frames)}
     media_kwargs = query.get("media_kwargs") or {}
     if {"video_fps", "num_frames"} & media_kwargs.keys():  # its own rate or number of frames, in place of ours
-        frames = {"max_pixels": args.max_pixels}
+        frames = limits
     sampling = {"temperature": args.temperature, "do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
     options = {name: getattr(args, name) for name in ("top_p", "top_k", "repetition_penalty") if getattr(args, name) is not None}
     chosen = {"use_template": args.template, "system_prompt": args.system, "thinking_mode": args.thinking}

@@ -26,7 +26,7 @@ from records import read_records  # noqa: E402
 NANO = ROOT / "checkpoints/moss-vl-nano"
 STEADY = ["--schedule", "constant", "--warmup", "0", "--lr", "1e-3"]
 LINEAR = ["--lr", "1", "--max-grad-norm", "1e-9"]  # Adam's first step, of gradients far below its eps, goes along them
-FAST = ["--cpu", "--workers", "0", "--log-steps", "1", "--max-pixels", "9216", *STEADY]
+FAST = ["--cpu", "--workers", "0", "--log-steps", "1", "--min-pixels", "4096", "--max-pixels", "9216", *STEADY]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def load_processor(folder):
 
 
 def logits_of(model, processor, data):
-    dataset = RecordDataset(read_records(data), processor, max_pixels=9216)
+    dataset = RecordDataset(read_records(data), processor, min_pixels=4096, max_pixels=9216)
     batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(len(dataset))])
     with torch.no_grad():
         return model.eval()(**batch).logits
@@ -190,7 +190,7 @@ def test_a_template_that_rewrites_turns_is_refused(processor, data):
 
 def test_a_mixed_batch_is_each_sample_alone(checkpoint, processor, data):
     model, pad = load(checkpoint), processor.tokenizer.pad_token_id
-    dataset = RecordDataset(read_records(data), processor, max_pixels=9216)
+    dataset = RecordDataset(read_records(data), processor, min_pixels=4096, max_pixels=9216)
     samples = [dataset[index] for index in range(len(dataset))]
     batch = Collator(pad)(samples)
     assert set(batch) - {"logits_to_keep", "use_cache"} == {
@@ -210,7 +210,7 @@ def test_a_mixed_batch_is_each_sample_alone(checkpoint, processor, data):
 
 
 def test_only_logits_that_are_learned_are_computed(checkpoint, processor, data):
-    sample = encode(read_records(data)[2], processor, max_pixels=9216)
+    sample = encode(read_records(data)[2], processor, min_pixels=4096, max_pixels=9216)
     with torch.no_grad():
         logits = load(checkpoint)(**Collator(processor.tokenizer.pad_token_id)([sample])).logits
     first = int((sample["labels"] != -100).nonzero()[0])
@@ -219,7 +219,7 @@ def test_only_logits_that_are_learned_are_computed(checkpoint, processor, data):
 
 def test_workers_give_what_the_process_itself_gives(processor, data):
     """Also where they do not inherit it (macOS, Windows): the dataset and its processor are sent to them."""
-    dataset = RecordDataset(read_records(data), processor, max_pixels=9216)
+    dataset = RecordDataset(read_records(data), processor, min_pixels=4096, max_pixels=9216)
     collate = Collator(processor.tokenizer.pad_token_id)
     expected = [collate([dataset[index], dataset[index + 1]]) for index in (0, 2, 4, 6)]
     gc.collect()  # PyAV's frames, decoded here, have threads: a forked worker that collects them waits for those for ever

@@ -16,7 +16,7 @@ from scripts import load_script
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 IMAGE, VIDEO = ROOT / "data/example_image.jpg", ROOT / "data/example_video.mp4"
-SHORT = ("--max-new-tokens", "4", "--max-pixels", "20000")
+SHORT = ("--max-new-tokens", "4", "--min-pixels", "4096", "--max-pixels", "20000")
 
 infer = load_script("infer.py")
 
@@ -81,7 +81,7 @@ def test_the_command_of_the_readme():
 def test_what_is_streamed_is_the_answer(run, loaded):
     processor, model = loaded
     code, out, _ = run(IMAGE, "-p", "What is it?", "--no-template", *SHORT)
-    text = model.offline_image_generate(processor, "What is it?", str(IMAGE), use_template=False, max_new_tokens=4, longest_edge=20000)
+    text = model.offline_image_generate(processor, "What is it?", str(IMAGE), use_template=False, max_new_tokens=4, shortest_edge=4096, longest_edge=20000)
     assert (code, out) == (0, text + "\n")
 
 
@@ -109,8 +109,8 @@ OPTIONS = [
     (("--frames", "4"), "media_kwargs", dict(num_frames=4, video_fps=None)),
     (("--frames", "300"), "media_kwargs", dict(num_frames=300, max_frames=300)),
     (("--frames", "4", "--fps", "2"), "media_kwargs", dict(max_frames=4, video_fps=2.0)),
-    (("--fps", "0.5"), "media_kwargs", dict(video_fps=0.5, max_frames=None)),
-    ((), "media_kwargs", dict(video_fps=None, min_pixels=None)),
+    (("--fps", "0.5"), "media_kwargs", dict(video_fps=0.5, max_frames=None, video_max_pixels=None)),
+    ((), "media_kwargs", dict(video_fps=None, min_pixels=4096)),
     (("--temperature", "0.5", "--top-p", "0.9", "--top-k", "7", "--seed", "1"), "generate_kwargs",
      dict(do_sample=True, temperature=0.5, top_p=0.9, top_k=7)),
     (("--repetition-penalty", "1.5"), "generate_kwargs", dict(do_sample=False, repetition_penalty=1.5)),

@@ -90,7 +90,7 @@ def test_weights_that_do_not_fit_bring_everything_back(downloaded):
     done = run_script(downloaded)
     assert done.returncode == 1
     assert "missing: lm_head.weight" in done.stderr
-    assert "model.separator_token: (7,) in the file, (128,) in the model" in done.stderr
+    assert "model.separator_token: (7,) in the file, (192,) in the model" in done.stderr
     assert "as it was before" in done.stderr and "Traceback" not in done.stderr
     assert snapshot(downloaded) == before and not backups(downloaded)
 
@@ -126,7 +126,7 @@ def test_parts_that_do_not_belong_together_are_said(downloaded):
     done = run_script(downloaded)
     assert done.returncode == 0, done.stderr
     assert "warning: patch_size is 14 in MossVLImageProcessor" in done.stdout
-    assert "warning: image_token_id is 565 in the tokenizer, 3 in config.json" in done.stdout
+    assert "warning: image_token_id is 644 in the tokenizer, 3 in config.json" in done.stdout
     assert "warning: the model has no place for these tensors: model.of_the_past" in done.stdout
 
 

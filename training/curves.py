@@ -40,19 +40,20 @@ def main():
     logged = columns(args.log)
     groups = {
         "what vision tokens show, named rightly": [name for name in logged if name.startswith("names ")],
+        "what the text token of a picture or frame knows": [name for name in logged if name.startswith("knows ")],
         "loss of the answers": [name for name in logged if name.startswith("loss ")],
-        "answers with every token right": [name for name in logged if not name.startswith(("names ", "loss ", "naming", "inking"))],
+        "answers with every token right": [name for name in logged if not name.startswith(("names ", "knows ", "loss ", "naming", "inking"))],
     }
-    figure, axes = pyplot.subplots(1, 3, figsize=(18, 6), constrained_layout=True)
-    for axis, (title, names) in zip(axes, groups.items()):
+    figure, axes = pyplot.subplots(2, 2, figsize=(15, 11), constrained_layout=True)
+    for axis, (title, names) in zip(axes.flat, groups.items()):
         for number, name in enumerate(names):
             steps, values = logged[name]
-            label, style = name.removeprefix("names ").removeprefix("loss "), ("-", "--", ":")[number // 10 % 3]
+            label, style = name.removeprefix("names ").removeprefix("knows ").removeprefix("loss "), ("-", "--", ":")[number // 10 % 3]
             axis.plot(steps, smooth(values), label=label, linestyle=style)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[1].set_yscale("log")
+    axes[1, 0].set_yscale("log")
     figure.savefig(args.picture, dpi=80)
 
 

@@ -30,8 +30,8 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
-LOOK_SHARE = 0.35  # of all steps, in which the encoder alone learns
-DECAY_SHARE = 0.35  # of all steps, at the end, in which the learning rate falls to nothing
+LOOK_SHARE = 0.36  # of all steps, in which the encoder alone learns
+DECAY_SHARE = 0.28  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
 KINDS = (("pictures", 0.40), ("clips", 0.30), ("look", 0.22), ("images", 0.08))
@@ -250,6 +250,12 @@ def save(model, optimizer, output: Path, step: int) -> None:
         os.replace(output / f"{name}.new", output / name)
 
 
+def forget_log(path: Path, step: int) -> None:
+    """Leaves out the lines of steps that will be done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+
+
 def faster_dtype(device: str) -> str:
     """bfloat16, but on a CPU that multiplies float32 faster."""
     if device != "cpu":
@@ -285,6 +291,8 @@ def train(rank: int, args) -> None:
         saved = torch.load(state, map_location=args.device)
         begin = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
+        if rank == 0:
+            forget_log(args.output / "log.jsonl", begin)
     lessons = Lessons(processor, SEED, plan_of(args.steps), args.size)
     logged, times, saved_at = defaultdict(list), defaultdict(list), time.monotonic()
     for step in range(begin, args.steps):
@@ -305,7 +313,7 @@ def train(rank: int, args) -> None:
         times["drawing"].append(drawn - clock)
         times[batch["kind"]].append(time.monotonic() - drawn)
         if (step + 1) % 20 == 0:
-            line = {"step": step + 1, "time": round(time.time(), 1), **{name: round(sum(values) / len(values), 4) for name, values in logged.items()},
+            line = {"step": step + 1, "time": round(time.time(), 1), **{name: round(sum(values) / len(values), 4) for name, values in logged.items() if values},
                     "seconds": {name: round(sum(values) / len(values), 3) for name, values in times.items()}}  # fmt: skip
             with (args.output / "log.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -322,7 +330,7 @@ def main():
     cpu = not torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
-    parser.add_argument("--steps", type=int, default=6000, help="may be changed when a run goes on")
+    parser.add_argument("--steps", type=int, default=2750, help="may be changed when a run goes on")
     parser.add_argument("--size", type=int, default=16, help="pictures in a batch of each process, a multiple of 8")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count(), 2) if cpu else 1, help="side by side, each with batches of its own")
     parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process")
