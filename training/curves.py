@@ -40,9 +40,11 @@ def main():
     logged = columns(args.log)
     groups = {
         "what vision tokens show, named rightly": [name for name in logged if name.startswith("names ")],
-        "what the text token of a picture or frame knows": [name for name in logged if name.startswith("knows ")],
+        "what the text token of a picture or frame knows; attention where the answer is to be seen": [
+            name for name in logged if name.startswith(("knows ", "attends "))
+        ],
         "loss of the answers": [name for name in logged if name.startswith("loss ")],
-        "answers with every token right": [name for name in logged if not name.startswith(("names ", "knows ", "loss ", "naming", "inking"))],
+        "answers with every token right": [name for name in logged if not name.startswith(("names ", "knows ", "attends ", "loss ", "naming", "inking"))],
     }
     figure, axes = pyplot.subplots(2, 2, figsize=(15, 11), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, groups.items()):

@@ -87,17 +87,30 @@ class Script:
             at += 1
         self.begin = at
         self.labels, self.parts, self.tasks = [-100] * len(self.ids), [0] * len(self.ids), [-1] * len(self.ids)
+        self.looks, self.named = [], []  # (text token, where to look for the next one), (text token, number of the thing asked about)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
+    def encode_answer(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, the end of the turn behind them, and the characters that each stands for."""
+        encoded = self.tokenizer(text + "<|im_end|>", add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
     def add(self, question) -> None:
         """An empty prompt without template has to be the first: what it continues is the media."""
         prompt = question.prompt + ("<|im_end|>\n<|im_start|>assistant\n" if self.template else "")
-        asked, answered = self.encode(prompt), self.encode(question.answer + "<|im_end|>")
-        part = self.parts[-1] + 1
+        asked = self.encode(prompt)
+        answered, spans = self.encode_answer(question.answer)
+        part, before = self.parts[-1] + 1, len(self.ids) + len(asked) - 1
         assert asked or part == 1, question
         length = len(asked) + len(answered)
+        for token, (begin, end) in enumerate(spans):
+            look = next((look for look in reversed(question.looks) if look.start < max(end, 1)), None)
+            if look is not None and begin < len(question.answer):
+                self.looks.append((before + token, look))
+            if question.asked is not None and begin < len(question.answer):
+                self.named.append((before + token, question.asked))
         self.ids += asked + answered
         self.labels += [-100] * len(asked) + answered
         self.positions += range(self.begin, self.begin + length)
@@ -153,50 +166,104 @@ def compressed(lot: random.Random, picture: Image.Image) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
+def thing_tokens(things, canvas: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Which thing each vision token of a picture shows, [H, W], -1 for none: that on which its middle lies, or whose middle lies in it."""
+    (width, height), (rows, columns) = canvas, grid
+    out = np.full(grid, -1)
+    if things:
+        ys, xs = ((np.arange(rows) + 0.5) / rows * height)[:, None], ((np.arange(columns) + 0.5) / columns * width)[None]
+        reach = np.array([thing.radius * thing.fill * min(canvas) for thing in things])
+        middles = np.array([(thing.x * width, thing.y * height) for thing in things])
+        away = np.hypot(xs[..., None] - middles[:, 0], ys[..., None] - middles[:, 1])  # [H, W, things]
+        out = np.where((away / reach).min(-1) < 0.95, (away / reach).argmin(-1), -1)
+        for number, thing in enumerate(things):
+            out[min(int(thing.y * rows), rows - 1), min(int(thing.x * columns), columns - 1)] = number
+    return out
+
+
+def letter_tokens(sign, canvas: tuple[int, int], grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Row and column of the vision token in which each letter's middle lies."""
+    (width, height), (rows, columns) = canvas, grid
+    font = load_font(sign.font, 100)
+    left, top, right, bottom = font.getbbox(sign.text)
+    scale = sign.height * height / (bottom - top)
+    row, out = min(int(sign.y * rows), rows - 1), []
+    for i in range(len(sign.text)):
+        middle = (font.getlength(sign.text[:i]) + font.getlength(sign.text[: i + 1]) - left - right) / 2
+        out.append((row, min(max(int((sign.x * width + scale * middle) / width * columns), 0), columns - 1)))
+    return out
+
+
 def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """What each vision token of a picture shows, [H * W, len(SIGHTS)].
 
-    A token shows the thing on which its middle lies, or whose middle lies in it. Of that thing it is asked shape, colour, size,
-    place, its number from the left, and the number of the nearest thing on each side (4 for none); of the letters with their
-    middles in it, which.
+    Of the thing it shows it is asked shape, colour, size, place, its number from the left, and the number of the nearest thing on
+    each side (4 for none); of the letters with their middles in it, which.
     """
     (width, height), (rows, columns) = canvas, grid
     names = [name for name, _ in SIGHTS]
     out = np.full((rows, columns, len(SIGHTS)), -100, dtype=np.int64)
     out[..., 0], out[..., names.index("letter 0") :] = len(SHAPES), len(SIGN_CHARACTERS)
     things = sorted(things, key=lambda thing: thing.x)
-    if things:
-        ys, xs = ((np.arange(rows) + 0.5) / rows * height)[:, None], ((np.arange(columns) + 0.5) / columns * width)[None]
-        reach = np.array([thing.radius * thing.fill * min(canvas) for thing in things])
-        middles = np.array([(thing.x * width, thing.y * height) for thing in things])
-        away = np.hypot(xs[..., None] - middles[:, 0], ys[..., None] - middles[:, 1])  # [H, W, things]
-        nearest, inside = (away / reach).argmin(-1), (away / reach).min(-1) < 0.95
-        for number, thing in enumerate(things):
-            at = min(int(thing.y * rows), rows - 1), min(int(thing.x * columns), columns - 1)
-            nearest[at], inside[at] = number, True
-        for number, thing in enumerate(things):
-            values = [SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), int(thing.size == "large")]
-            values += [PLACES.index(place_of(thing)), number]
-            for right, down in WAYS.values():
-                side = (middles[:, 0] - middles[number, 0]) * right + (middles[:, 1] - middles[number, 1]) * down
-                apart = np.where(side > 0, np.hypot(*(middles - middles[number]).T), np.inf)
-                values.append(int(apart.argmin()) if np.isfinite(apart).any() else 4)
-            if len(things) > 4:  # a crowd, in which number and neighbours are not asked
-                values = values[:4]
-            out[inside & (nearest == number), : len(values)] = values
+    shown, middles = thing_tokens(things, canvas, grid), np.array([(thing.x * width, thing.y * height) for thing in things])
+    for number, thing in enumerate(things):
+        values = [SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), int(thing.size == "large")]
+        values += [PLACES.index(place_of(thing)), number]
+        for right, down in WAYS.values():
+            side = (middles[:, 0] - middles[number, 0]) * right + (middles[:, 1] - middles[number, 1]) * down
+            apart = np.where(side > 0, np.hypot(*(middles - middles[number]).T), np.inf)
+            values.append(int(apart.argmin()) if np.isfinite(apart).any() else 4)
+        if len(things) > 4:  # a crowd, in which number and neighbours are not asked
+            values = values[:4]
+        out[shown == number, : len(values)] = values
     filled = np.zeros((rows, columns), dtype=int)
     for sign in signs:
-        font = load_font(sign.font, 100)
-        left, top, right, bottom = font.getbbox(sign.text)
-        scale = sign.height * height / (bottom - top)
-        row = min(int(sign.y * rows), rows - 1)
-        for i, letter in enumerate(sign.text):
-            middle = (font.getlength(sign.text[:i]) + font.getlength(sign.text[: i + 1]) - left - right) / 2
-            column = min(max(int((sign.x * width + scale * middle) / width * columns), 0), columns - 1)
+        for letter, (row, column) in zip(sign.text, letter_tokens(sign, canvas, grid)):
             if filled[row, column] < LETTERS_A_TOKEN:
                 out[row, column, names.index("letter 0") + filled[row, column]] = SIGN_CHARACTERS.index(letter)
                 filled[row, column] += 1
     return out.reshape(-1, len(SIGHTS))
+
+
+class Gaze:
+    """Where the answers of a batch are to be seen, for `points`.
+
+    A point is (row, text token, vision token), the vision token counted in the row's vision sequence, separators and all.
+    """
+
+    def __init__(self):
+        self.looks, self.asked = [], []
+
+    def add(self, row: int, script: Script, frames) -> None:
+        """`frames`: of every picture or frame of the row, in order, (grid, [(number, thing)], sign, canvas)."""
+        begins = np.cumsum([0, *(h * w + 1 for (h, w), *_ in frames)])
+        found = {}
+
+        def tokens(number, frame, letter):
+            if (number, frame, letter) not in found:
+                grid, things, sign, canvas = frames[frame]
+                if number is None:
+                    cells = [letter_tokens(sign, canvas, grid)[letter]]
+                else:
+                    at = [other for other, _ in things].index(number)
+                    cells = np.argwhere(thing_tokens([thing for _, thing in things], canvas, grid) == at).tolist()
+                found[number, frame, letter] = [int(begins[frame]) + y * grid[1] + x for y, x in cells]
+            return found[number, frame, letter]
+
+        for at, look in script.looks:
+            self.looks.append([(row, at, token) for token in tokens(look.thing, look.frame, look.letter)])
+        for at, number in script.named:
+            self.asked.append([(row, at, token) for token in tokens(number, 0, 0)])
+
+    def points(self) -> dict[str, torch.Tensor]:
+        """"looks" and "asked", [points, 4]: the point, and the number of its text token among those that have some."""
+        groups = {"looks": self.looks, "asked": self.asked}
+        rows = {name: [(*point, i) for i, group in enumerate(filter(None, many)) for point in group] for name, many in groups.items()}
+        return {name: torch.tensor(points, dtype=torch.long).view(-1, 4) for name, points in rows.items()}
+
+
+def picture_frame(scene, grid: tuple[int, int]) -> tuple:
+    return grid, list(enumerate(scene.things)), scene.sign, (scene.width, scene.height)
 
 
 def facts(things, sign=None) -> dict[str, int]:
@@ -308,7 +375,7 @@ class Lessons:
 
     def pictures(self, lot) -> dict:
         limits = self.some_limits(lot)
-        scenes, scripts = self.scenes(lot, limits), []
+        scenes, scripts, gaze = self.scenes(lot, limits), [], Gaze()
         seen, grids = self.seen(lot, scenes, limits)
         for scene, grid in zip(scenes, grids):
             script = Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>", [grid])
@@ -317,8 +384,9 @@ class Lessons:
             if scene.sign is not None:
                 questions.append(ask_picture("text", scene, lot))
             script.add_all(questions)
+            gaze.add(len(scripts), script, [picture_frame(scene, grid)])
             scripts.append(script)
-        return {**seen, **join(scripts, self.tokenizer.pad_token_id), "media_nums": [1] * len(scenes)}
+        return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [1] * len(scenes)}
 
     def images(self, lot) -> dict:
         """Several pictures a row, and which of them shows what."""
@@ -334,17 +402,19 @@ class Lessons:
                 groups.append(group)
                 asked.append(questions.values())
         seen, grids = self.seen(lot, [scene for group in groups for scene in group], limits)
-        scripts, rest = [], iter(grids)
+        scripts, rest, gaze = [], iter(grids), Gaze()
         for group, questions in zip(groups, asked):
-            scripts.append(Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>" * len(group), [next(rest) for _ in group]))
+            own = [next(rest) for _ in group]
+            scripts.append(Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>" * len(group), own))
             scripts[-1].add_all(questions)
-        return {**seen, **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
+            gaze.add(len(scripts) - 1, scripts[-1], [picture_frame(scene, grid) for scene, grid in zip(group, own)])
+        return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
 
     def clips(self, lot) -> dict:
         """Clips of about the same length, drawn at the times that the video processor takes."""
         fps, limits = lot.choice((1, 2)), self.frame_limits if lot.random() < 0.85 else WIDE_LIMITS
         seconds = lot.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
-        scripts, patches, grids, told = [], [], [], []
+        scripts, patches, grids, told, frames = [], [], [], [], []
         while sum(map(len, patches)) < 500 * self.size and len(scripts) < self.size // 2:
             if len(scripts) % 4 == 0:
                 canvas = random_canvas(lot)
@@ -360,6 +430,9 @@ class Lessons:
             _, h, w = own[0]
             grids.append([len(times), h, w])
             told.append(fact_rows(clip_facts(scene, times)))
+            canvas, grid = (scene.width, scene.height), (h // 2, w // 2)
+            things = ([(i, now) for i, thing in enumerate(scene.things) if (now := thing.at(time)) is not None] for time in times)
+            frames.append([(grid, seen, None, canvas) for seen in things])
             stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
             media = f"<|vision_start|>{stamps}<|vision_end|>"
             scripts.append(Script(self.tokenizer, lot.random() < 0.5, media, [(h // 2, w // 2)] * len(times)))
@@ -367,5 +440,8 @@ class Lessons:
         order = sorted(range(len(grids)), key=lambda clip: grids[clip][1:])  # equal grids stand together
         rows = join([scripts[clip] for clip in order], self.tokenizer.pad_token_id)
         pixel_values, told = (torch.cat([parts[clip] for clip in order]) for parts in (patches, told))
+        gaze = Gaze()
+        for row, clip in enumerate(order):
+            gaze.add(row, scripts[clip], frames[clip])
         seen = {"pixel_values": pixel_values, "grid_thw": [grids[clip] for clip in order], "facts": told}
-        return {**seen, **rows, "media_nums": [1] * len(scripts)}
+        return {**seen, **gaze.points(), **rows, "media_nums": [1] * len(scripts)}

@@ -101,10 +101,22 @@ DURATION = (
 
 
 @dataclass(frozen=True)
+class Look:
+    """Where one has to look for the answer from its character `start` on: at a thing of a picture or of a frame, or at a letter."""
+
+    start: int
+    thing: int | None  # of the scene's things; None: at the sign
+    frame: int = 0  # of the clip's sampled frames, or of several pictures
+    letter: int = 0
+
+
+@dataclass(frozen=True)
 class Question:
     task: str
     prompt: str
     answer: str
+    looks: tuple[Look, ...] = ()  # by rising start; empty where nothing is to be seen
+    asked: int | None = None  # the picture's thing that the prompt names
 
 
 def place_of(thing: Thing) -> str:
@@ -126,6 +138,19 @@ def with_place(thing: Thing) -> str:
 def listing(things: list[Thing]) -> str:
     """Things with their places, from left to right."""
     return ", ".join(with_place(thing) for thing in sorted(things, key=lambda thing: thing.x)) or "nothing"
+
+
+def listing_looks(things: list[tuple[int, Thing]], frame: int = 0, start: int = 0) -> list[Look]:
+    """For the `listing` of these (number, thing), which begins at the answer's character `start`."""
+    looks = []
+    for number, thing in sorted(things, key=lambda pair: pair[1].x):
+        looks.append(Look(start, number, frame))
+        start += len(with_place(thing)) + len(", ")
+    return looks
+
+
+def sign_looks(text: str, start: int = 0) -> list[Look]:
+    return [Look(start + i, None, letter=i) for i in range(len(text))]
 
 
 def called(thing: Thing, among) -> str:
@@ -154,26 +179,36 @@ def ask_picture(task: str, scene: Scene, lot: random.Random, plain: bool = False
 
     things = scene.things
     thing = lot.choice(things)
+
+    def about(prompt, thing, answer, asked=None):
+        number = things.index(thing)
+        return Question(task, prompt, answer, (Look(0, number),), number if asked is None else things.index(asked))
+
     if task == "describe picture":
-        sign = f', and the text "{scene.sign.text}"' if scene.sign is not None else ""
         prompt = "" if lot.random() < 0.3 else word(DESCRIBE_PICTURE)
-        return Question(task, prompt, listing(list(things)) + sign)
+        answer, looks = listing(list(things)), listing_looks(list(enumerate(things)))
+        if scene.sign is not None:
+            answer += ', and the text "'
+            looks += sign_looks(scene.sign.text, len(answer))
+            answer += f'{scene.sign.text}"'
+        return Question(task, prompt, answer, tuple(looks))
     if task == "color":
         single = [thing for thing in things if called(thing, things) == thing.shape]
-        return Question(task, word(COLOR, (thing := lot.choice(single)).shape), thing.colour) if single else None
+        return about(word(COLOR, (thing := lot.choice(single)).shape), thing, thing.colour) if single else None
     if task == "shape":
         single = [thing for thing in things if sum(other.colour == thing.colour for other in things) == 1]
-        return Question(task, word(SHAPE, (thing := lot.choice(single)).colour), thing.shape) if single else None
+        return about(word(SHAPE, (thing := lot.choice(single)).colour), thing, thing.shape) if single else None
     if task == "count":
         return Question(task, word(COUNT), str(len(things)))
     if task == "place":
-        return Question(task, word(PLACE, called(thing, things)), place_of(thing))
+        return about(word(PLACE, called(thing, things)), thing, place_of(thing))
     if task == "relation":
         way = lot.choice(tuple(SIDES))
         other = beside(scene, thing, way)
-        return Question(task, word(RELATION, SIDES[way], called(thing, things)), "nothing" if other is None else article(other))
+        prompt = word(RELATION, SIDES[way], called(thing, things))
+        return about(prompt, thing, "nothing") if other is None else about(prompt, other, article(other), asked=thing)
     if task == "exists":
-        there = {(thing.shape, thing.colour) for thing in things}
+        there = {(thing.shape, thing.colour): thing for thing in things}
         if lot.random() < 0.5:
             shape, colour = lot.choice(sorted(there))
         else:  # half of what is not there is there in shape or in colour
@@ -183,9 +218,10 @@ def ask_picture(task: str, scene: Scene, lot: random.Random, plain: bool = False
                 shape = thing.shape if near == "shape" else lot.choice(SHAPES)
                 colour = thing.colour if near == "colour" else lot.choice(tuple(COLOURS))
         prompt = word(EXISTS, f"{colour} {shape}").replace(" a orange", " an orange")
-        return Question(task, prompt, "yes" if (shape, colour) in there else "no")
+        return about(prompt, there[shape, colour], "yes") if (shape, colour) in there else Question(task, prompt, "no")
     if task == "text":
-        return Question(task, word(TEXT), scene.sign.text if scene.sign is not None else "nothing")
+        text = scene.sign.text if scene.sign is not None else "nothing"
+        return Question(task, word(TEXT), text, tuple(sign_looks(text)) if scene.sign is not None else ())
     raise ValueError(f"no task named {task!r}; those of pictures are {', '.join(PICTURE_TASKS)}")
 
 
@@ -202,7 +238,9 @@ def ask_images(scenes: list[Scene], lot: random.Random, plain: bool = False) -> 
         return None
     name = lot.choice(shapes if shapes and (plain or lot.random() < 0.6) else single)
     prompt = (WHICH_IMAGE[0] if plain else lot.choice(WHICH_IMAGE)).format(name).replace(" a orange", " an orange")
-    return Question(IMAGES_TASK, prompt, str(names[name].pop() + 1))
+    image = names[name].pop()
+    thing = next(i for i, thing in enumerate(scenes[image].things) if name in (thing.shape, f"{thing.colour} {thing.shape}"))
+    return Question(IMAGES_TASK, prompt, str(image + 1), (Look(0, thing, image),))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,6 +253,11 @@ class Event:
     kind: str  # appears, disappears, changes, moves
     thing: Thing
     name: str  # what the thing is called
+    number: int  # of the scene's things
+
+    def look(self, times: list[float], start: int = 0) -> Look:
+        """At the first frame that shows it, or where the thing is gone, at the last that still showed the thing."""
+        return Look(start, self.number, max(times.index(self.time) - (self.kind == "disappears"), 0))
 
     @property
     def clause(self) -> str:
@@ -241,7 +284,7 @@ def sampled_times(scene: Scene, fps: float) -> list[float]:
 def events_of(scene: Scene, times: list[float]) -> list[Event]:
     """What happens in a clip, in order; what no sampled frame shows is left out."""
     events = []
-    for thing in scene.things:
+    for number, thing in enumerate(scene.things):
         name, seen = called(thing, scene.things), [time for time in times if thing.at(time) is not None]
         starts = {"appears": thing.appears, "disappears": thing.disappears, "changes": (thing.changes or (math.inf,))[0],
                   "moves": (thing.moves or (math.inf,))[0]}  # fmt: skip
@@ -250,7 +293,7 @@ def events_of(scene: Scene, times: list[float]) -> list[Event]:
             shown = [time for time in among if (time > start if kind == "moves" else time >= start)]
             if start > 0 and seen and shown:
                 now = thing.at(shown[0]) if kind == "appears" else thing
-                events.append((start, Event(shown[0], kind, now, name)))
+                events.append((start, Event(shown[0], kind, now, name, number)))
     return [event for _, event in sorted(events, key=lambda pair: pair[0])]
 
 
@@ -261,17 +304,29 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         return (wordings[0] if plain else lot.choice(wordings)).format(*names)
 
     events = events_of(scene, times)
+
+    def seen_at(time):
+        return [(number, now) for number, thing in enumerate(scene.things) if (now := thing.at(time)) is not None]
+
+    def about(prompt, answer, event):
+        return Question(task, prompt, answer, (event.look(times),))
+
     if task == "describe clip":
-        clauses = [(times[0], listing(scene.at(times[0]))), *((event.time, event.clause) for event in events)]
-        answer = "; ".join(f"at {time:.1f} seconds {clause}" for time, clause in clauses)
-        return Question(task, "" if lot.random() < 0.3 else word(DESCRIBE_CLIP), answer)
+        answer = f"at {times[0]:.1f} seconds "
+        looks = listing_looks(seen_at(times[0]), start=len(answer))
+        answer += listing(scene.at(times[0]))
+        for event in events:
+            answer += "; "
+            looks.append(event.look(times, len(answer)))
+            answer += f"at {event.time:.1f} seconds {event.clause}"
+        return Question(task, "" if lot.random() < 0.3 else word(DESCRIBE_CLIP), answer, tuple(looks))
     if task == "visible at":
-        time = lot.choice(times)
-        shown = listing(scene.at(time))
-        later = [at for at in times if at > time]
+        frame = lot.choice(range(len(times)))
+        time, shown = times[frame], listing(scene.at(times[frame]))
+        later = times[frame + 1 : frame + 2]
         if later and lot.random() < 0.25 and scene.at(time) == scene.at(later[0]):  # between two frames that show the same
             time = lot.uniform(time, later[0])
-        return Question(task, word(VISIBLE_AT, time), shown)
+        return Question(task, word(VISIBLE_AT, time), shown, tuple(listing_looks(seen_at(times[frame]), frame)))
     if task == "duration":
         return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds")
     if task == "first or last":
@@ -279,7 +334,7 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         prompt, at_end = word(FIRST_OR_LAST, which), events[:2] if which == "first" else events[:-3:-1]
         if len(at_end) == 2 and at_end[0].time == at_end[1].time:
             return None  # the same frame shows both
-        return Question(task, prompt, at_end[0].clause if at_end else "nothing")
+        return about(prompt, at_end[0].clause, at_end[0]) if at_end else Question(task, prompt, "nothing")
     kinds = {"when": ("appears", "disappears", "changes", "moves"), "direction": ("moves",), "color after": ("changes",)}
     if task not in kinds:
         raise ValueError(f"no task named {task!r}; those of clips are {', '.join(CLIP_TASKS)}")
@@ -288,8 +343,8 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         return None
     event = lot.choice(events)
     if task == "direction":
-        return Question(task, word(DIRECTION, event.name), way_of(event.thing))
+        return about(word(DIRECTION, event.name), way_of(event.thing), event)
     if task == "color after":
-        return Question(task, word(COLOR_AFTER, event.name), event.thing.changes[1])
+        return about(word(COLOR_AFTER, event.name), event.thing.changes[1], event)
     wordings = {"appears": APPEAR, "disappears": DISAPPEAR, "changes": CHANGE, "moves": MOVE}[event.kind]
-    return Question(task, word(wordings, event.name), f"{event.time:.1f} seconds")
+    return about(word(wordings, event.name), f"{event.time:.1f} seconds", event)

@@ -30,7 +30,7 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
-LOOK_SHARE = 0.36  # of all steps, in which the encoder alone learns
+LOOK_SHARE = 0.37  # of all steps, in which the encoder alone learns
 DECAY_SHARE = 0.28  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
@@ -39,6 +39,7 @@ SIGHT_WEIGHTS = {"shape": 3.0, "colour": 0.5, "size": 0.5, "place": 0.3, "rank":
 INK_WEIGHT = 4.0
 FACT_WEIGHTS = {"colour": 1.0, "size": 0.3, "place": 0.5, "letter": 1.0, "count": 0.3, "event": 1.0, "stamp": 0.1}
 FACTS_WEIGHT = 0.3
+LOOKS_WEIGHT = 0.2  # of attention that is not where the answer is to be seen
 NOTHING = {"shape": 0.3, "letter": 0.05, "colour": 0.3, "event": 0.1}  # weights of the last class, where most are of it
 
 
@@ -140,7 +141,8 @@ class Tutor(nn.Module):
 
     Of the vision encoder: off each vision token what it shows, and off each patch, halfway, where in it there is ink. Of the
     language model: off the text token of each picture or frame, behind the first layer that sees it, what is in it, and two layers
-    on what has happened since the one before.
+    on what has happened since the one before; and its cross-attention has to look where the answer is to be seen, in the first
+    layer at the thing that is asked about.
     """
 
     def __init__(self, config):
@@ -166,13 +168,28 @@ class Tutor(nn.Module):
         with noted(layers[self.fact_layer]) as early, noted(layers[self.fact_layer + 2]) as late:
             out = model(input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"],
                         labels=batch["labels"], pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"],
-                        media_nums_per_sample=batch["media_nums"])  # fmt: skip
+                        media_nums_per_sample=batch["media_nums"], output_attentions=True)  # fmt: skip
         at = batch["input_ids"] == model.config.image_token_id
         targets = batch["facts"].split([len(quiz.questions) for quiz in self.facts], dim=1)
         told = [quiz(states[0][0][at], target) for quiz, states, target in zip(self.facts, (early, late), targets)]
         log = {f"loss {batch['kind']}": [out.loss.item()], **answers_right(out.logits, batch)}
         log |= {f"knows {name}": values for _, right in told for name, values in right.items()}
-        return out.loss + FACTS_WEIGHT * sum(loss for loss, _ in told), log
+        loss = out.loss + FACTS_WEIGHT * sum(loss for loss, _ in told)
+        for weights, name in ((out.cross_attentions[0], "asked"), (out.cross_attentions[-1], "looks")):
+            if len(batch[name]):
+                seen = attention_on(weights, batch[name])
+                loss = loss - LOOKS_WEIGHT * (seen + 1e-4).log().mean()
+                log[f"attends {name}"] = [seen.mean().item()]
+        return loss, log
+
+
+def attention_on(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """weights [B, H, T, V], points [points, 4] as lessons.Gaze has them -> [H / 2, text tokens]: how much of its attention each of these
+    gives to its points, in the first half of the heads; the others look where they like."""
+    row, text, vision, group = points.unbind(1)
+    heads = weights.shape[1] // 2
+    on = weights[row, :heads, text, vision].float()  # [points, H / 2]
+    return on.new_zeros(int(group.max()) + 1, heads).index_add_(0, group, on).T
 
 
 @contextmanager
@@ -330,7 +347,7 @@ def main():
     cpu = not torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
-    parser.add_argument("--steps", type=int, default=2750, help="may be changed when a run goes on")
+    parser.add_argument("--steps", type=int, default=2800, help="may be changed when a run goes on")
     parser.add_argument("--size", type=int, default=16, help="pictures in a batch of each process, a multiple of 8")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count(), 2) if cpu else 1, help="side by side, each with batches of its own")
     parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process")
