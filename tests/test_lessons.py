@@ -349,3 +349,70 @@ def test_facts_stand_in_the_order_of_the_text_tokens(processor, notes, kind):
         else:
             expected += [facts(scene.things, scene.sign) for scene in (next(scenes) for _ in range(pictures))]
     assert torch.equal(batch["facts"], fact_rows(expected))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where to look
+
+
+def test_answers_look_at_tokens_that_show_what_they_say(processor, notes):
+    """Colours, shapes and letters of answers against what the vision tokens show that are to be attended."""
+    checked = {"colour": 0, "shape": 0, "letter": 0}
+    for step in range(3):
+        batch = batch_of(processor, "pictures", step)
+        begins = np.cumsum([0, *(h * w // 4 for _, h, w in batch["grid_thw"])])
+        for row, text, vision, _ in batch["looks"].tolist():
+            assert batch["labels"][row, text + 1] != -100
+            sight = named(batch["sights"][begins[row] + vision])
+            word = processor.tokenizer.decode(batch["input_ids"][row, text + 1]).strip()
+            if word in COLOURS:
+                assert list(COLOURS)[sight["colour"]] == word
+                checked["colour"] += 1
+            elif word in SHAPES:
+                assert SHAPES[sight["shape"]] == word
+                checked["shape"] += 1
+            elif word in SIGN_CHARACTERS and TASKS[batch["tasks"][row, text + 1]] == "text":
+                assert SIGN_CHARACTERS.index(word) in [sight[f"letter {i}"] for i in range(LETTERS_A_TOKEN)]
+                checked["letter"] += 1
+    assert min(checked.values()) > 5
+
+
+def test_each_question_looks_first_at_what_it_names(processor, notes):
+    """Behind a question for a thing's place or colour, the answer and the thing asked about are in the same tokens."""
+    batch = batch_of(processor, "pictures", 0)
+    tokens = {name: {} for name in ("looks", "asked")}
+    for name, found in tokens.items():
+        for row, text, vision, _ in batch[name].tolist():
+            found.setdefault((row, text), set()).add(vision)
+    seen = set()
+    for at, asked in tokens["asked"].items():
+        task = TASKS[batch["tasks"][at[0], at[1] + 1]]
+        if task == "relation":
+            assert asked.isdisjoint(tokens["looks"].get(at, ())) or batch["input_ids"][at[0], at[1] + 1] == processor.tokenizer.encode("nothing")[0]
+        else:
+            assert asked == tokens["looks"][at]
+        seen.add(task)
+    assert {"relation", "place", "color"} <= seen
+
+
+def test_answers_about_clips_look_at_the_frame_of_their_time(processor, notes):
+    """"When" at the frame whose stamp is the answer; for what disappears, at the one before."""
+    found = {0: 0, 1: 0}
+    for step in range(4):
+        notes["pixels"].clear()
+        batch = batch_of(processor, "clips", step)
+        for row, script in enumerate(notes["rows"]):
+            frames, h, w = batch["grid_thw"][row]
+            for part, question in enumerate(script.asked, 1):
+                if question.task != "when":
+                    continue
+                scene = script.clip[0]
+                rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == frames)
+                frame = [f"{time:.1f} seconds" for time in lessons.sampled_times(scene, rate)].index(question.answer)
+                looks = batch["looks"]
+                looks = looks[(looks[:, 0] == row) & (batch["parts"][row][looks[:, 1]] == part)]
+                gone = int("appear" not in question.prompt and any(way in question.prompt for way in ("gone", "vanish", "go away")))
+                gone = int(gone or "disappear" in question.prompt)
+                assert set((looks[:, 2] // (h * w // 4 + 1)).tolist()) == {max(frame - gone, 0)}, question
+                found[gone] += 1
+    assert min(found.values()) > 0
