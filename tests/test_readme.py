@@ -1,5 +1,6 @@
 """What the README says, done: its code runs as it stands, its commands work, and its files are there."""
 
+import json
 import os
 import re
 import shlex
@@ -7,6 +8,9 @@ import subprocess
 import sys
 
 from conftest import ROOT
+
+sys.path[:0] = [str(ROOT / "training")]
+import evaluate  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -42,6 +46,26 @@ def test_commands_run():
         done = run(arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip(), command
+
+
+def test_answers_about_the_samples(tmp_path):
+    """In float32, so that no rounding of one processor or another turns an answer."""
+    rows = re.findall(r"^\| `(data/[^`]+)` \| (.*?) \| (.*?) \|$", README, flags=re.MULTILINE)
+    samples = {f"data/{path.name}" for path in (ROOT / "data").iterdir() if path.suffix in (".jpg", ".mp4")}
+    assert {name for name, _, _ in rows} == samples
+    queries, answers = tmp_path / "queries.jsonl", tmp_path / "answers.jsonl"
+    lines = ({"videos" if name.endswith("mp4") else "images": [str(ROOT / name)], "prompt": question} for name, question, _ in rows)
+    queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run(["infer.py", "--batch", str(queries), "--out", str(answers), "--dtype", "float32"])
+    assert done.returncode == 0, done.stderr
+    given = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
+    assert given == [answer for _, _, answer in rows]
+
+
+def test_the_table_is_the_one_that_was_measured():
+    measured = json.loads((ROOT / "training/nano/table.json").read_text())
+    assert len(measured["tasks"]) == len(evaluate.TASKS) and all(row["n"] >= 300 for row in measured["tasks"].values())
+    assert evaluate.table(measured) in README
 
 
 def test_installation_lines_name_files_that_are_there():
