@@ -40,7 +40,7 @@ def main():
     logged = columns(args.log)
     groups = {
         "what vision tokens show, named rightly": [name for name in logged if name.startswith("names ")],
-        "what the text token of a picture or frame knows; attention where the answer is to be seen": [
+        "what text tokens of pictures and frames know, and attention where it belongs": [
             name for name in logged if name.startswith(("knows ", "attends "))
         ],
         "loss of the answers": [name for name in logged if name.startswith("loss ")],
