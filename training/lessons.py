@@ -7,6 +7,7 @@ itself.
 Axes: B rows, T text tokens, N vision tokens without separators, in the order of the media.
 """
 
+import functools
 import io
 import random
 
@@ -17,6 +18,7 @@ from questions import (
     CLIP_TASKS,
     IMAGES_TASK,
     PICTURE_TASKS,
+    Look,
     ask_clip,
     ask_images,
     ask_picture,
@@ -237,23 +239,30 @@ class Gaze:
     def add(self, row: int, script: Script, frames) -> None:
         """`frames`: of every picture or frame of the row, in order, (grid, [(number, thing)], sign, canvas)."""
         begins = np.cumsum([0, *(h * w + 1 for (h, w), *_ in frames)])
-        found = {}
 
-        def tokens(number, frame, letter):
-            if (number, frame, letter) not in found:
-                grid, things, sign, canvas = frames[frame]
-                if number is None:
-                    cells = [letter_tokens(sign, canvas, grid)[letter]]
-                else:
-                    at = [other for other, _ in things].index(number)
-                    cells = np.argwhere(thing_tokens([thing for _, thing in things], canvas, grid) == at).tolist()
-                found[number, frame, letter] = [int(begins[frame]) + y * grid[1] + x for y, x in cells]
-            return found[number, frame, letter]
+        @functools.cache
+        def shown(frame):
+            grid, things, _, canvas = frames[frame]
+            return thing_tokens([thing for _, thing in things], canvas, grid)
+
+        @functools.cache
+        def letters(frame):
+            grid, _, sign, canvas = frames[frame]
+            return letter_tokens(sign, canvas, grid)
+
+        def tokens(look):
+            (_, columns), things, *_ = frames[look.frame]
+            if look.thing is None:
+                cells = [letters(look.frame)[look.letter]]
+            else:
+                at = [number for number, _ in things].index(look.thing)
+                cells = np.argwhere(shown(look.frame) == at).tolist()
+            return [int(begins[look.frame]) + y * columns + x for y, x in cells]
 
         for at, look in script.looks:
-            self.looks.append([(row, at, token) for token in tokens(look.thing, look.frame, look.letter)])
+            self.looks.append([(row, at, token) for token in tokens(look)])
         for at, number in script.named:
-            self.asked.append([(row, at, token) for token in tokens(number, 0, 0)])
+            self.asked.append([(row, at, token) for token in tokens(Look(0, number))])
 
     def points(self) -> dict[str, torch.Tensor]:
         """"looks" and "asked", [points, 4]: the point, and the number of its text token among those that have some."""
@@ -262,8 +271,9 @@ class Gaze:
         return {name: torch.tensor(points, dtype=torch.long).view(-1, 4) for name, points in rows.items()}
 
 
-def picture_frame(scene, grid: tuple[int, int]) -> tuple:
-    return grid, list(enumerate(scene.things)), scene.sign, (scene.width, scene.height)
+def frame_of(scene, grid: tuple[int, int], time: float = 0.0) -> tuple:
+    """A picture or frame as `Gaze.add` takes it."""
+    return grid, scene.numbered_at(time), scene.sign, (scene.width, scene.height)
 
 
 def facts(things, sign=None) -> dict[str, int]:
@@ -384,7 +394,7 @@ class Lessons:
             if scene.sign is not None:
                 questions.append(ask_picture("text", scene, lot))
             script.add_all(questions)
-            gaze.add(len(scripts), script, [picture_frame(scene, grid)])
+            gaze.add(len(scripts), script, [frame_of(scene, grid)])
             scripts.append(script)
         return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [1] * len(scenes)}
 
@@ -407,7 +417,7 @@ class Lessons:
             own = [next(rest) for _ in group]
             scripts.append(Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>" * len(group), own))
             scripts[-1].add_all(questions)
-            gaze.add(len(scripts) - 1, scripts[-1], [picture_frame(scene, grid) for scene, grid in zip(group, own)])
+            gaze.add(len(scripts) - 1, scripts[-1], [frame_of(scene, grid) for scene, grid in zip(group, own)])
         return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
 
     def clips(self, lot) -> dict:
@@ -430,9 +440,7 @@ class Lessons:
             _, h, w = own[0]
             grids.append([len(times), h, w])
             told.append(fact_rows(clip_facts(scene, times)))
-            canvas, grid = (scene.width, scene.height), (h // 2, w // 2)
-            things = ([(i, now) for i, thing in enumerate(scene.things) if (now := thing.at(time)) is not None] for time in times)
-            frames.append([(grid, seen, None, canvas) for seen in things])
+            frames.append([frame_of(scene, (h // 2, w // 2), time) for time in times])
             stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
             media = f"<|vision_start|>{stamps}<|vision_end|>"
             scripts.append(Script(self.tokenizer, lot.random() < 0.5, media, [(h // 2, w // 2)] * len(times)))

@@ -305,15 +305,12 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
 
     events = events_of(scene, times)
 
-    def seen_at(time):
-        return [(number, now) for number, thing in enumerate(scene.things) if (now := thing.at(time)) is not None]
-
     def about(prompt, answer, event):
         return Question(task, prompt, answer, (event.look(times),))
 
     if task == "describe clip":
         answer = f"at {times[0]:.1f} seconds "
-        looks = listing_looks(seen_at(times[0]), start=len(answer))
+        looks = listing_looks(scene.numbered_at(times[0]), start=len(answer))
         answer += listing(scene.at(times[0]))
         for event in events:
             answer += "; "
@@ -326,7 +323,7 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         later = times[frame + 1 : frame + 2]
         if later and lot.random() < 0.25 and scene.at(time) == scene.at(later[0]):  # between two frames that show the same
             time = lot.uniform(time, later[0])
-        return Question(task, word(VISIBLE_AT, time), shown, tuple(listing_looks(seen_at(times[frame]), frame)))
+        return Question(task, word(VISIBLE_AT, time), shown, tuple(listing_looks(scene.numbered_at(times[frame]), frame)))
     if task == "duration":
         return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds")
     if task == "first or last":

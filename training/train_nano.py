@@ -330,12 +330,13 @@ def train(rank: int, args) -> None:
         times["drawing"].append(drawn - clock)
         times[batch["kind"]].append(time.monotonic() - drawn)
         if (step + 1) % 20 == 0:
-            line = {"step": step + 1, "time": round(time.time(), 1), **{name: round(sum(values) / len(values), 4) for name, values in logged.items() if values},
-                    "seconds": {name: round(sum(values) / len(values), 3) for name, values in times.items()}}  # fmt: skip
+            means = {name: round(sum(values) / len(values), 4) for name, values in logged.items() if values}
+            seconds = {name: round(sum(values) / len(values), 3) for name, values in times.items()}
+            line = {"step": step + 1, "time": round(time.time(), 1), **means, "seconds": seconds}
             with (args.output / "log.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
-            if not all(math.isfinite(value) for name, value in line.items() if name != "seconds"):
+            if not all(math.isfinite(value) for value in means.values()):
                 raise FloatingPointError(f"the loss of step {step + 1} is not finite; go on from the last state with another seed")
             logged.clear(), times.clear()
         if time.monotonic() - saved_at > 60 * args.save_minutes or step + 1 == args.steps:

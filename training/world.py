@@ -108,8 +108,12 @@ class Scene:
 
     def at(self, time: float) -> list[Thing]:
         """What is to be seen at `time`, from left to right."""
-        now = (thing.at(time) for thing in self.things)
-        return sorted((thing for thing in now if thing is not None), key=lambda thing: thing.x)
+        return sorted((thing for _, thing in self.numbered_at(time)), key=lambda thing: thing.x)
+
+    def numbered_at(self, time: float) -> list[tuple[int, Thing]]:
+        """What is to be seen at `time`, each with its number among `things`."""
+        now = ((number, thing.at(time)) for number, thing in enumerate(self.things))
+        return [(number, thing) for number, thing in now if thing is not None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
