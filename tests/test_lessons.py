@@ -13,7 +13,10 @@ from conftest import ROOT
 sys.path[:0] = [str(ROOT / "training")]
 import lessons  # noqa: E402
 import world  # noqa: E402
-from lessons import FACTS, HAPPENINGS, LETTERS_A_TOKEN, PLACES, SIGHTS, TASKS, Lessons, clip_facts, fact_rows, facts, ink_patches, may_see, sights  # noqa: E402
+from lessons import (  # noqa: E402
+    FACTS, FINE, HAPPENINGS, LETTERS_A_TOKEN, PLACES, SIGHTS, SLOTS, TASKS, Lessons, clip_facts, fact_rows, facts, in_slots, ink_patches, may_see,
+    sights,
+)
 from world import COLOURS, SHAPES, SIGN_CHARACTERS, Scene, Sign, Thing, draw_scene, sign_mask  # noqa: E402
 
 KINDS = ("look", "pictures", "images", "clips")
@@ -179,6 +182,8 @@ def test_who_may_see_whom():
 
 def same(one, other) -> bool:
     def equal(a, b):
+        if isinstance(a, dict):
+            return same(a, b)
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
     return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
@@ -228,35 +233,51 @@ def test_sights_of_things():
     shown = sights(STAGE.things, (), (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))
     none = dict.fromkeys(NAMES, -100) | {"shape": len(SHAPES)}
     none |= {f"letter {i}": len(SIGN_CHARACTERS) for i in range(LETTERS_A_TOKEN)}
-    circle = {"shape": 0, "colour": 0, "size": 1, "place": PLACES.index("center"), "rank": 0,
-              "nearest left": 4, "nearest right": 1, "nearest up": 2, "nearest down": 1}  # fmt: skip
-    ring = {"shape": 5, "colour": 1, "size": 0, "place": PLACES.index("bottom"), "rank": 1,
-            "nearest left": 0, "nearest right": 2, "nearest up": 0, "nearest down": 4}  # fmt: skip
-    star = {"shape": 3, "colour": 2, "size": 0, "place": PLACES.index("top right"), "rank": 2,
-            "nearest left": 1, "nearest right": 4, "nearest up": 4, "nearest down": 1}  # fmt: skip
+    kinds = {"circle": (0, 0, 1), "ring": (5, 1, 0), "star": (3, 2, 0)}
+
+    def thing(name, place, x, y, rank, **nearest):
+        sight = dict(zip(("shape", "colour", "size"), kinds[name])) | {"place": PLACES.index(place), "rank": rank, "twin": 0}
+        sight |= {"across": int(x * FINE), "down": int(y * FINE)} | {f"nearest shape {way}": len(SHAPES) for way in world.WAYS}
+        for way, other in nearest.items():
+            sight |= dict(zip((f"nearest {what} {way}" for what in ("shape", "colour", "size")), kinds[other]))
+        return sight
+
+    circle = thing("circle", "center", 120 / 320, 120 / 240, 0, right="ring", up="star", down="ring")
+    ring = thing("ring", "bottom", 201 / 320, 199 / 240, 1, left="circle", right="star", up="circle")
+    star = thing("star", "top right", 290 / 320, 30 / 240, 2, left="ring", down="ring")
     expected = {(2, 2): circle, (2, 3): circle, (3, 2): circle, (3, 3): circle, (4, 5): ring, (0, 7): star}
     for row in range(6):
         for column in range(8):
             assert named(shown[row, column]) == none | expected.get((row, column), {}), (row, column)
-    assert [classes for _, classes in SIGHTS[:9]] == [len(SHAPES) + 1, len(COLOURS), 2, 9, 4, 5, 5, 5, 5]
+    assert all((shown[..., i] < classes).all() for i, (_, classes) in enumerate(SIGHTS))
+    assert [classes for _, classes in SIGHTS[:8]] == [len(SHAPES) + 1, len(COLOURS), 2, 9, FINE, FINE, 6, 3]
+
+
+def test_twins_are_told_apart():
+    """Things of one shape, from left to right."""
+    things = [Thing("star", "blue", x, 0.5, 0.1) for x in (0.9, 0.1, 0.5)]
+    shown = sights(things, (), (300, 100), (1, 3))
+    assert [named(row)["twin"] for row in shown] == [named(row)["rank"] for row in shown] == [0, 1, 2]
 
 
 def test_sights_of_letters():
     """Against the columns in which the sign's ink stands."""
-    shown = sights((), STAGE.signs, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))[..., NAMES.index("letter 0") :]
+    shown = sights((), STAGE.signs, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))
+    spelling, shown = shown[..., NAMES.index("spelling")], shown[..., NAMES.index("letter 0") : NAMES.index("spelling")]
     mask, (begin, _) = sign_mask(STAGE.sign, STAGE, 1)
     ink = np.flatnonzero((np.asarray(mask) > 0).any(0)) + begin
     letters = np.split(ink, np.flatnonzero(np.diff(ink) > 1) + 1)
     assert len(letters) == 3, "the test needs letters that do not touch"
-    expected = np.full((6, 8, LETTERS_A_TOKEN), len(SIGN_CHARACTERS))
-    for letter, columns in zip("K7Q", letters):
-        slots = expected[1, int((columns[0] + columns[-1]) / 2 / 40)]
-        slots[(slots < len(SIGN_CHARACTERS)).sum()] = SIGN_CHARACTERS.index(letter)
-    assert (shown == expected).all()
+    expected, first = np.full((6, 8, LETTERS_A_TOKEN), len(SIGN_CHARACTERS)), np.full((6, 8), -100)
+    for i, (letter, columns) in reversed([*enumerate(zip("K7Q", letters))]):
+        column = int((columns[0] + columns[-1]) / 2 / 40)
+        expected[1, column] = [SIGN_CHARACTERS.index(letter), *expected[1, column, :-1]]
+        first[1, column] = i
+    assert (shown == expected).all() and (spelling == first).all()
 
 
 def test_more_letters_than_a_token_is_asked():
-    shown = sights((), (Sign("ABCDE", 0.25, 0.3, 0.12, "black"),), (320, 240), (2, 2))[:, NAMES.index("letter 0") :]
+    shown = sights((), (Sign("ABCDE", 0.25, 0.3, 0.12, "black"),), (320, 240), (2, 2))[:, NAMES.index("letter 0") : NAMES.index("spelling")]
     assert shown.tolist() == [[0, 1, 2, 3], *[[len(SIGN_CHARACTERS)] * 4] * 3]
 
 
@@ -303,17 +324,28 @@ def told(row) -> dict:
     return {name: value for (name, _), value in zip(FACTS, row) if value != -100}
 
 
+def test_slots():
+    """A shape's first thing from the left has the slot of the shape; the others of its shape share two more, and a third has none."""
+    things = [*enumerate(Thing(shape, "red", x, 0.5, 0.1) for shape, x in
+                         (("star", 0.9), ("ring", 0.5), ("star", 0.1), ("ring", 0.6), ("ring", 0.7), ("ring", 0.8)))]  # fmt: skip
+    slots = in_slots(things)
+    assert {slot: number for slot, (number, _) in slots.items()} == {"star": 2, "ring": 1, "second": 3, "third": 4}
+    assert all(slots[slot] == things[slots[slot][0]] for slot in slots)
+
+
 def test_facts_of_a_picture():
-    """Of two shapes alike neither is asked."""
-    things = (*STAGE.things, Thing("ring", "red", 0.1, 0.5, 0.1))
-    absent = {f"colour {shape}": len(COLOURS) for shape in ("square", "triangle", "cross")}
-    star = {"colour star": 2, "size star": 0, "place star": PLACES.index("top right")}
-    circle = {"colour circle": 0, "size circle": 1, "place circle": PLACES.index("center")}
-    letters = dict(zip((f"letter {i}" for i in range(5)), [*map(SIGN_CHARACTERS.index, "K7Q"), 36, 36]))
-    rows = fact_rows([facts(things, STAGE.sign), facts(())])
-    assert told(rows[0].tolist()) == absent | star | circle | letters | {"count": 4}
-    none = {f"colour {shape}": len(COLOURS) for shape in SHAPES} | {f"letter {i}": 36 for i in range(5)}
-    assert told(rows[1].tolist()) == none | {"count": 0}
+    things = [*enumerate((*STAGE.things, Thing("ring", "red", 0.1, 0.5, 0.1)))]
+
+    def known(slot, colour, size, place, x, y):
+        place = PLACES.index(place)
+        return {f"colour {slot}": colour, f"size {slot}": size, f"place {slot}": place, f"across {slot}": int(x * FINE), f"down {slot}": int(y * FINE)}
+
+    absent = {f"colour {slot}": len(COLOURS) for slot in SLOTS}
+    star, circle = known("star", 2, 0, "top right", 290 / 320, 30 / 240), known("circle", 0, 1, "center", 120 / 320, 120 / 240)
+    rings = known("ring", 0, 0, "left", 0.1, 0.5) | known("second", 1, 0, "bottom", 201 / 320, 199 / 240) | {"kind second": 5}
+    rows = fact_rows([facts(things, 2), facts([])])
+    assert told(rows[0].tolist()) == absent | star | circle | rings | {"count": 4, "picture": 2}
+    assert told(rows[1].tolist()) == absent | {"count": 0}
     assert all(value < classes for row in rows.tolist() for value, (_, classes) in zip(row, FACTS))
 
 
@@ -324,12 +356,13 @@ def test_facts_of_a_clip():
     )
     scene = Scene(100, 100, ((220, 220, 220),) * 2, things, seconds=14.0, fps=10)
     rows = [told(row) for row in fact_rows(clip_facts(scene, [float(second) for second in range(14)])).tolist()]
-    events = {shape: [row[f"event {shape}"] for row in rows] for shape in SHAPES}
+    events = {slot: [row[f"event {slot}"] for row in rows] for slot in SLOTS}
     happens = {name: HAPPENINGS.index(name) for name in HAPPENINGS}
     nothing = len(HAPPENINGS)
-    assert events["star"] == [happens.get({3: "appears", 6: "moves right"}.get(second), nothing) for second in range(14)]
+    assert events["star"] == [happens.get({3: "appears", 6: "moves right", 7: "moves right"}.get(second), nothing) for second in range(14)]
     assert events["ring"] == [happens.get({3: "changes", 13: "disappears"}.get(second), nothing) for second in range(14)]
-    assert events["cross"] == [nothing] * 14
+    assert events["cross"] == events["second"] == [nothing] * 14
+    assert [row["events"] for row in rows] == [0] * 3 + [2] * 3 + [3] * 7 + [4]
     assert [row["count"] for row in rows] == [1] * 3 + [2] * 10 + [1]
     assert [row["colour ring"] for row in rows] == [0] * 3 + [6] * 10 + [len(COLOURS)]
     assert [[row[f"stamp {i}"] for i in range(3)] for row in rows[9:11]] == [[0, 9, 0], [1, 0, 0]]
@@ -347,12 +380,32 @@ def test_facts_stand_in_the_order_of_the_text_tokens(processor, notes, kind):
             rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == pictures)
             expected += clip_facts(scene, lessons.sampled_times(scene, rate))
         else:
-            expected += [facts(scene.things, scene.sign) for scene in (next(scenes) for _ in range(pictures))]
+            group = [next(scenes) for _ in range(pictures)]
+            expected += [facts(scene.numbered_at(0.0), number if kind == "images" else None) for number, scene in enumerate(group)]
     assert torch.equal(batch["facts"], fact_rows(expected))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where to look
+
+
+def gazes(batch, name) -> dict:
+    """(row, text token) -> the tokens to look at; every head that is told so is told the same."""
+    heads = {}
+    for row, head, text, token, _ in batch["gaze"][name].tolist():
+        heads.setdefault((row, text), {}).setdefault(head, set()).add(token)
+    assert all(set(told) == set(lessons.Gaze.HALF) and len({*map(frozenset, told.values())}) == 1 for told in heads.values())
+    return {at: told[0] for at, told in heads.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_tokens_of_a_group_are_those_of_one_head_of_one_text_token(processor, kind):
+    batch = batch_of(processor, kind, 0)
+    for points in batch["gaze"].values():
+        groups = {}
+        for row, head, text, token, group in points.tolist():
+            groups.setdefault(group, set()).add((row, head, text))
+        assert sorted(groups) == list(range(len(groups))) and all(len(places) == 1 for places in groups.values())
 
 
 def test_answers_look_at_tokens_that_show_what_they_say(processor, notes):
@@ -361,57 +414,106 @@ def test_answers_look_at_tokens_that_show_what_they_say(processor, notes):
     for step in range(3):
         batch = batch_of(processor, "pictures", step)
         begins = np.cumsum([0, *(h * w // 4 for _, h, w in batch["grid_thw"])])
-        for row, text, vision, _ in batch["looks"].tolist():
+        for (row, text), tokens in gazes(batch, "looks").items():
             assert batch["labels"][row, text + 1] != -100
-            sight = named(batch["sights"][begins[row] + vision])
             word = processor.tokenizer.decode(batch["input_ids"][row, text + 1]).strip()
-            if word in COLOURS:
-                assert list(COLOURS)[sight["colour"]] == word
-                checked["colour"] += 1
-            elif word in SHAPES:
-                assert SHAPES[sight["shape"]] == word
-                checked["shape"] += 1
-            elif word in SIGN_CHARACTERS and TASKS[batch["tasks"][row, text + 1]] == "text":
-                assert SIGN_CHARACTERS.index(word) in [sight[f"letter {i}"] for i in range(LETTERS_A_TOKEN)]
-                checked["letter"] += 1
+            for sight in (named(batch["sights"][begins[row] + token]) for token in tokens):
+                if word in COLOURS:
+                    assert list(COLOURS)[sight["colour"]] == word
+                    checked["colour"] += 1
+                elif word in SHAPES:
+                    assert SHAPES[sight["shape"]] == word
+                    checked["shape"] += 1
+                elif word in SIGN_CHARACTERS and TASKS[batch["tasks"][row, text + 1]] == "text":
+                    assert SIGN_CHARACTERS.index(word) in [sight[f"letter {i}"] for i in range(LETTERS_A_TOKEN)]
+                    checked["letter"] += 1
     assert min(checked.values()) > 5
 
 
 def test_each_question_looks_first_at_what_it_names(processor, notes):
-    """Behind a question for a thing's place or colour, the answer and the thing asked about are in the same tokens."""
-    batch = batch_of(processor, "pictures", 0)
-    tokens = {name: {} for name in ("looks", "asked")}
-    for name, found in tokens.items():
-        for row, text, vision, _ in batch[name].tolist():
-            found.setdefault((row, text), set()).add(vision)
+    """Behind a question for a thing's place or colour, the answer and the thing asked about are in the same tokens; what is not there
+    is looked for at the separator."""
     seen = set()
-    for at, asked in tokens["asked"].items():
-        task = TASKS[batch["tasks"][at[0], at[1] + 1]]
-        if task == "relation":
-            assert asked.isdisjoint(tokens["looks"].get(at, ())) or batch["input_ids"][at[0], at[1] + 1] == processor.tokenizer.encode("nothing")[0]
+    for step in range(2):
+        batch = batch_of(processor, "pictures", step)
+        looks = gazes(batch, "looks")
+        nothing = processor.tokenizer.encode("nothing")[0]
+        for (row, text), asked in gazes(batch, "asked").items():
+            task, word = TASKS[batch["tasks"][row, text + 1]], batch["input_ids"][row, text + 1]
+            if task == "relation":
+                assert asked.isdisjoint(looks.get((row, text), ())) or word == nothing
+            elif (row, text) in looks:
+                assert asked == looks[row, text]
+            else:
+                assert task == "exists" and word == processor.tokenizer.encode("no")[0]
+                assert asked == {batch["grid_thw"][row][1] * batch["grid_thw"][row][2] // 4}
+                task = "not there"
+            seen.add(task)
+    assert {"relation", "place", "color", "exists", "not there"} <= seen
+
+
+def test_pictures_look_at_what_each_slot_holds(processor, notes):
+    """A head for each slot: at tokens that show a thing of its shape, colour and place, or where it is empty at the separator."""
+    batch, full = batch_of(processor, "pictures", 0), 0
+    begins = np.cumsum([0, *(h * w // 4 for _, h, w in batch["grid_thw"])])
+    for row, head, text, token, _ in batch["gaze"]["slots"].tolist():
+        assert batch["input_ids"][row, text] == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        known, slot = told(batch["facts"][row].tolist()), SLOTS[head]
+        if known[f"colour {slot}"] == len(COLOURS):
+            assert token == begins[row + 1] - begins[row]
         else:
-            assert asked == tokens["looks"][at]
-        seen.add(task)
-    assert {"relation", "place", "color"} <= seen
+            sight = named(batch["sights"][begins[row] + token])
+            assert [sight[name] for name in ("colour", "place")] == [known[f"{name} {slot}"] for name in ("colour", "place")]
+            assert sight["shape"] == (head if head < len(SHAPES) else known[f"kind {slot}"])
+            full += 1
+    assert full > 8
 
 
-def test_answers_about_clips_look_at_the_frame_of_their_time(processor, notes):
-    """"When" at the frame whose stamp is the answer; for what disappears, at the one before."""
-    found = {0: 0, 1: 0}
-    for step in range(4):
+def test_answers_about_clips_look_at_the_frame_that_shows_them(processor, notes):
+    """"When" and "visible at" at the frame whose stamp is the answer, or in the question; several pictures at the one that is the answer."""
+    found = {"when": 0, "visible at": 0, "which image": 0}
+    pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for kind, step in (("clips", 0), ("clips", 1), ("images", 0)):
         notes["pixels"].clear()
-        batch = batch_of(processor, "clips", step)
+        batch = batch_of(processor, kind, step)
+        frames = gazes(batch, "frames")
         for row, script in enumerate(notes["rows"]):
-            frames, h, w = batch["grid_thw"][row]
+            pads = (batch["input_ids"][row] == pad).nonzero()[:, 0].tolist()
             for part, question in enumerate(script.asked, 1):
-                if question.task != "when":
+                if kind == "images":
+                    frame = int(question.answer) - 1
+                elif question.task in found:
+                    scene = script.clip[0]
+                    rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == len(pads))
+                    stamps = [f"{time:.1f} seconds" for time in lessons.sampled_times(scene, rate)]
+                    frame = next((frame for frame, stamp in enumerate(stamps) if stamp in (question.answer, question.prompt[-len(stamp) - 1 : -1])), None)
+                    if frame is None:
+                        continue  # asked about a time between two frames
+                else:
                     continue
-                scene = script.clip[0]
-                rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == frames)
-                frame = [f"{time:.1f} seconds" for time in lessons.sampled_times(scene, rate)].index(question.answer)
-                looks = batch["looks"]
-                looks = looks[(looks[:, 0] == row) & (batch["parts"][row][looks[:, 1]] == part)]
-                gone = int(any(way in question.prompt for way in ("disappear", "gone", "vanish", "go away")))
-                assert set((looks[:, 2] // (h * w // 4 + 1)).tolist()) == {max(frame - gone, 0)}, question
-                found[gone] += 1
+                answer = ((batch["parts"][row] == part) & (batch["labels"][row] != -100)).nonzero()[:, 0].tolist()
+                looked = {frozenset(frames[row, at - 1]) for at in answer[:-1]}  # the last is the end of the turn
+                assert looked == {frozenset([pads[frame]])}, question
+                found[question.task] += 1
     assert min(found.values()) > 0
+
+
+def test_frames_look_at_their_stamps_and_at_the_frame_before(processor):
+    batch = batch_of(processor, "clips", 0)
+    digits = {}
+    for row, head, text, token, _ in batch["gaze"]["stamps"].tolist():
+        digits.setdefault((row, text), {})[head] = processor.tokenizer.decode(batch["input_ids"][row, token])
+    before = gazes(batch, "before")
+    answers = [at for at in digits if batch["labels"][at[0], at[1] + 1] != -100]
+    assert answers and {TASKS[batch["tasks"][row, text + 1]] for row, text in answers} == {"visible at"}
+    for row, text in answers:
+        prompt = processor.tokenizer.decode(batch["input_ids"][row][(batch["parts"][row] == batch["parts"][row, text])]).split(" seconds")[0]
+        assert f"{digits[row, text][2]}{digits[row, text][1]}.{digits[row, text][0]}".strip() == prompt.split(" at ")[-1]
+    pads = (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).nonzero().tolist()
+    last = {}
+    for (row, text), facts_of in zip(pads, batch["facts"].tolist()):
+        stamp = [told(facts_of)[f"stamp {i}"] for i in range(3)]
+        tens = str(stamp[0]) if stamp[0] else "<|time_start|>"
+        assert digits[row, text] == {0: str(stamp[2]), 1: str(stamp[1]), 2: tens}
+        assert before[row, text] == {last.get(row, text)}
+        last[row] = text

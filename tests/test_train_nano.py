@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 from conftest import ROOT
 
@@ -64,6 +65,45 @@ def test_answers_do_not_teach_the_encoder(tmp_path, monkeypatch):
     learned, start = run(tmp_path / "run", steps=2), load_file(NANO / "model.safetensors")
     changed = {name for name in start if not torch.equal(start[name], learned[name])}
     assert changed and not any(name.startswith("model.visual") for name in changed)
+
+
+@torch.no_grad()
+def test_each_moment_is_encoded_once(monkeypatch):
+    """The vectors are those of every frame encoded, from fewer patches; with noise, each frame's differ a little."""
+    processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
+    visual = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).model.visual
+    batch = train_nano.Lessons(processor, 0, lambda step: "clips", 8).batch(0)
+    pixel_values, grid = batch["pixel_values"].float(), batch["grid_thw"]
+    assert any(len(set(moments)) < len(moments) for moments in batch["moments"])
+    every, sizes = visual(pixel_values, grid), []
+    visual.patch_embed.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    with train_nano.each_moment_once(visual, batch):
+        noisy = visual(pixel_values, grid)
+    monkeypatch.setattr(train_nano, "NOISE", 0.0)
+    with train_nano.each_moment_once(visual, batch):
+        once = visual(pixel_values, grid)
+    assert sizes == [sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid))] * 2
+    assert torch.allclose(once, every, atol=1e-4)
+    assert not torch.equal(noisy, once) and (noisy - once).abs().max() < 0.2 * every.std()
+    assert torch.equal(visual(pixel_values, grid), every), "outside of it nothing has changed"
+
+
+def test_a_word_counts_more_where_it_is_the_whole_answer():
+    """Against the definition: each answer's mean loss times the root of its length, over the sum of the roots."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(1, 8, 5, generator=generator), torch.tensor([[-100, 3, 2, -100, 1, 0, 4, 2]])
+    weights = torch.tensor([[0, *[2**-0.5] * 2, 0, *[0.5] * 4]])
+    losses = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
+    expected = (2**0.5 * losses[:2].mean() + 2 * losses[3:].mean()) / (2**0.5 + 2)
+    assert train_nano.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_attention_on_its_points():
+    """One group may look at any of two tokens, the other at one."""
+    weights = torch.zeros(1, 2, 3, 4)
+    weights[0, 1, 2] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    points = torch.tensor([[0, 1, 2, 1, 0], [0, 1, 2, 3, 0], [0, 1, 2, 0, 1]])
+    assert train_nano.attention_on(weights, points).tolist() == pytest.approx([0.6, 0.1])
 
 
 def test_plan_and_rate():

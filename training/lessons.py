@@ -9,7 +9,10 @@ Axes: B rows, T text tokens, N vision tokens without separators, in the order of
 
 import functools
 import io
+import itertools
 import random
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from questions import (
     events_of,
     place_of,
     sampled_times,
+    way_gone,
     way_of,
 )
 from world import (
@@ -32,6 +36,7 @@ from world import (
     SHAPES,
     SIGN_CHARACTERS,
     WAYS,
+    Thing,
     draw_background,
     draw_ink,
     draw_scene,
@@ -40,35 +45,52 @@ from world import (
     random_clip,
     random_crowd,
     random_picture,
+    text_box,
 )
 
 TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
 CHANCES = {  # how often a picture or clip is asked the question; above 1: several times
-    "describe picture": 0.7, "color": 0.4, "shape": 0.4, "count": 0.5, "place": 0.6, "relation": 1.8, "exists": 0.7, "text": 0.5,
-    "describe clip": 0.7, "first or last": 0.5, "when": 1.7, "visible at": 1.7, "direction": 0.7, "color after": 0.7,
+    "describe picture": 0.7, "color": 0.4, "shape": 0.4, "count": 0.5, "place": 0.6, "relation": 1.8, "exists": 1.6, "text": 0.5,
+    "describe clip": 0.7, "first or last": 0.8, "when": 1.7, "visible at": 1.7, "direction": 0.8, "color after": 0.6,
     "duration": 0.15,
 }  # fmt: skip
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 LETTERS_A_TOKEN = 4
+SIGN_LETTERS = 5
+THINGS = 6  # of a picture or a crowd, at most
+TWINS = ("second", "third")  # of one shape, from the left
+FINE = 24  # parts into which a side of the canvas is divided where a thing's centre is asked
 ALIKE = 8  # pictures of one size in a batch: kernels are prepared for every shape, and equal grids are encoded as one
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, those of released checkpoints
 
-# What each vision token is asked directly, as (name, classes). Class -100 is not asked.
+# What each vision token is asked directly, as (name, classes): of the thing that it shows (its rank from the left, and among those of
+# its shape), of the nearest one on each side, and its letters, the first of them with its number in the sign. Class -100 is not asked.
 SIGHTS = (
-    ("shape", len(SHAPES) + 1), ("colour", len(COLOURS)), ("size", 2), ("place", 9), ("rank", 4),
-    *((f"nearest {way}", 5) for way in WAYS), *((f"letter {i}", len(SIGN_CHARACTERS) + 1) for i in range(LETTERS_A_TOKEN)),
+    ("shape", len(SHAPES) + 1), ("colour", len(COLOURS)), ("size", 2), ("place", 9), ("across", FINE), ("down", FINE), ("rank", THINGS),
+    ("twin", len(TWINS) + 1),
+    *((f"nearest shape {way}", len(SHAPES) + 1) for way in WAYS), *((f"nearest colour {way}", len(COLOURS)) for way in WAYS),
+    *((f"nearest size {way}", 2) for way in WAYS), *((f"letter {i}", len(SIGN_CHARACTERS) + 1) for i in range(LETTERS_A_TOKEN)),
+    ("spelling", SIGN_LETTERS),
 )  # fmt: skip
 
 
-# What the text token of each picture or frame is asked directly, as (name, classes): of every shape, as far as just one thing has it,
-# its colour, size, place, and what happens to it; the letters of the sign, the number of things, the digits of the time stamp.
+# What the text token of each picture or frame is asked directly, as (name, classes), in the order in which it can be known. What is in
+# it: the colour, size and place of the thing in each slot, and the number of things; the slots are those of `in_slots`. What changes:
+# what happens to the thing of each slot, the digits of the time stamp, the number of the picture among several. And how many events
+# there have been so far.
+SLOTS = (*SHAPES, *TWINS)
 HAPPENINGS = ("appears", "disappears", "changes", *(f"moves {way}" for way in WAYS))
-SIGN_LETTERS = 5
-FACTS = (
-    *((f"colour {shape}", len(COLOURS) + 1) for shape in SHAPES), *((f"size {shape}", 2) for shape in SHAPES),
-    *((f"place {shape}", 9) for shape in SHAPES), *((f"letter {i}", len(SIGN_CHARACTERS) + 1) for i in range(SIGN_LETTERS)),
-    ("count", 5), *((f"event {shape}", len(HAPPENINGS) + 1) for shape in SHAPES), *((f"stamp {i}", 10) for i in range(3)),
+PICTURES = 4  # in a row, at most
+CONTENTS = (
+    *((f"colour {slot}", len(COLOURS) + 1) for slot in SLOTS), *((f"kind {slot}", len(SHAPES)) for slot in TWINS),
+    *((f"size {slot}", 2) for slot in SLOTS), *((f"place {slot}", 9) for slot in SLOTS),
+    *((f"across {slot}", FINE) for slot in SLOTS), *((f"down {slot}", FINE) for slot in SLOTS), ("count", 5),
 )  # fmt: skip
+CHANGES = (
+    *((f"event {slot}", len(HAPPENINGS) + 1) for slot in SLOTS), *((f"stamp {i}", 10) for i in range(3)), ("picture", PICTURES),
+)  # fmt: skip
+COURSE = (("events", 4),)
+FACTS = (*CONTENTS, *CHANGES, *COURSE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,7 +102,7 @@ class Script:
 
     def __init__(self, tokenizer, template: bool, media: str, grids: list[tuple[int, int]]):
         self.tokenizer, self.template = tokenizer, template
-        image_pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        image_pad, self.point = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "."])
         self.ids = self.encode(("<|im_start|>user\n" if template else "") + media)
         self.positions, at, frames = [], 0, iter(grids)
         for token in self.ids:
@@ -89,7 +111,11 @@ class Script:
             at += 1
         self.begin = at
         self.labels, self.parts, self.tasks = [-100] * len(self.ids), [0] * len(self.ids), [-1] * len(self.ids)
-        self.looks, self.named = [], []  # (text token, where to look for the next one), (text token, number of the thing asked about)
+        self.weights = [0.0] * len(self.ids)
+        self.looks, self.named = [], []  # (text token, where to look for the next one), (text token, at what is asked about)
+        self.pads = [at for at, token in enumerate(self.ids) if token == image_pad]
+        points = [at for at, token in enumerate(self.ids) if token == self.point]  # one in each stamp
+        self.stamps = [(pad, self.digits(point)) for pad, point in zip(self.pads, points)]  # (text token, where its time stands)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -108,16 +134,26 @@ class Script:
         assert asked or part == 1, question
         length = len(asked) + len(answered)
         for token, (begin, end) in enumerate(spans):
+            if begin >= len(question.answer):
+                continue
             look = next((look for look in reversed(question.looks) if look.start < max(end, 1)), None)
-            if look is not None and begin < len(question.answer):
+            if look is not None:
                 self.looks.append((before + token, look))
-            if question.asked is not None and begin < len(question.answer):
+            if question.asked is not None:
                 self.named.append((before + token, question.asked))
+            if question.task == "visible at":
+                self.stamps.append((before + token, self.digits(len(self.ids) + asked.index(self.point))))
         self.ids += asked + answered
         self.labels += [-100] * len(asked) + answered
         self.positions += range(self.begin, self.begin + length)
         self.parts += [part] * length
         self.tasks += [-1] * len(asked) + [TASKS.index(question.task)] * len(answered)
+        self.weights += [0.0] * len(asked) + [len(answered) ** -0.5] * len(answered)  # a word counts more where it is the whole answer
+
+    @staticmethod
+    def digits(point: int) -> list[int]:
+        """Where tenths, ones and tens stand; for tens that are not written, what stands there."""
+        return [point + 1, point - 1, point - 2]
 
     def add_all(self, questions) -> None:
         for question in sorted(questions, key=lambda question: question.prompt != ""):
@@ -147,7 +183,7 @@ def join(scripts: list[Script], pad: int) -> dict:
 
     return {
         "input_ids": rows("ids", pad), "labels": rows("labels", -100), "position_ids": rows("positions", 0),
-        "parts": rows("parts", -1), "tasks": rows("tasks", -1),
+        "parts": rows("parts", -1), "tasks": rows("tasks", -1), "weights": rows("weights", 0.0),
     }  # fmt: skip
 
 
@@ -187,7 +223,7 @@ def letter_tokens(sign, canvas: tuple[int, int], grid: tuple[int, int]) -> list[
     """Row and column of the vision token in which each letter's middle lies."""
     (width, height), (rows, columns) = canvas, grid
     font = load_font(sign.font, 100)
-    left, top, right, bottom = font.getbbox(sign.text)
+    left, top, right, bottom = text_box(sign.font, sign.text)
     scale = sign.height * height / (bottom - top)
     row, out = min(int(sign.y * rows), rows - 1), []
     for i in range(len(sign.text)):
@@ -196,31 +232,43 @@ def letter_tokens(sign, canvas: tuple[int, int], grid: tuple[int, int]) -> list[
     return out
 
 
+def what_it_is(thing) -> dict[str, int]:
+    return {"shape": SHAPES.index(thing.shape), "colour": list(COLOURS).index(thing.colour), "size": int(thing.size == "large")}
+
+
+def fine(thing) -> dict[str, int]:
+    """Where its centre lies, in parts of the canvas."""
+    return {name: min(int(FINE * at), FINE - 1) for name, at in (("across", thing.x), ("down", thing.y))}
+
+
 def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """What each vision token of a picture shows, [H * W, len(SIGHTS)].
 
-    Of the thing it shows it is asked shape, colour, size, place, its number from the left, and the number of the nearest thing on
-    each side (4 for none); of the letters with their middles in it, which.
+    Of the thing it shows it is asked shape, colour, size, place, centre, its number from the left, and the same shape, colour and size
+    of the nearest thing on each side; of the letters with their middles in it, which, and where in its sign the first one stands.
     """
     (width, height), (rows, columns) = canvas, grid
     names = [name for name, _ in SIGHTS]
     out = np.full((rows, columns, len(SIGHTS)), -100, dtype=np.int64)
-    out[..., 0], out[..., names.index("letter 0") :] = len(SHAPES), len(SIGN_CHARACTERS)
-    things = sorted(things, key=lambda thing: thing.x)
+    out[..., 0], out[..., names.index("letter 0") : names.index("spelling")] = len(SHAPES), len(SIGN_CHARACTERS)
+    things, ranks = sorted(things, key=lambda thing: thing.x), Counter()
     shown, middles = thing_tokens(things, canvas, grid), np.array([(thing.x * width, thing.y * height) for thing in things])
     for number, thing in enumerate(things):
-        values = [SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), int(thing.size == "large")]
-        values += [PLACES.index(place_of(thing)), number]
-        for right, down in WAYS.values():
+        values = {**what_it_is(thing), "place": PLACES.index(place_of(thing)), **fine(thing), "rank": number}
+        values["twin"] = min(ranks[thing.shape], len(TWINS))
+        ranks[thing.shape] += 1
+        for way, (right, down) in WAYS.items():
             side = (middles[:, 0] - middles[number, 0]) * right + (middles[:, 1] - middles[number, 1]) * down
             apart = np.where(side > 0, np.hypot(*(middles - middles[number]).T), np.inf)
-            values.append(int(apart.argmin()) if np.isfinite(apart).any() else 4)
-        if len(things) > 4:  # a crowd, in which number and neighbours are not asked
-            values = values[:4]
-        out[shown == number, : len(values)] = values
+            nearest = what_it_is(things[apart.argmin()]) if np.isfinite(apart).any() else {"shape": len(SHAPES)}
+            values |= {f"nearest {name} {way}": value for name, value in nearest.items()}
+        for name, value in values.items():
+            out[shown == number, names.index(name)] = value
     filled = np.zeros((rows, columns), dtype=int)
     for sign in signs:
-        for letter, (row, column) in zip(sign.text, letter_tokens(sign, canvas, grid)):
+        for i, (letter, (row, column)) in enumerate(zip(sign.text, letter_tokens(sign, canvas, grid))):
+            if not filled[row, column]:
+                out[row, column, names.index("spelling")] = i
             if filled[row, column] < LETTERS_A_TOKEN:
                 out[row, column, names.index("letter 0") + filled[row, column]] = SIGN_CHARACTERS.index(letter)
                 filled[row, column] += 1
@@ -228,17 +276,27 @@ def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.
 
 
 class Gaze:
-    """Where the answers of a batch are to be seen, for `points`.
+    """Where the tokens of a batch are to look, for `points`; the heads of an attention layer that are told so, and at what.
 
-    A point is (row, text token, vision token), the vision token counted in the row's vision sequence, separators and all.
+    "stamps": each frame's text token at the digits of its stamp, and answers about a time at those of the question, a head each; "slots": each picture's at the thing of a slot, a head for
+    each slot, or where there is none at the separator; "before": each frame's at that of the frame before; "asked": answers at
+    the thing asked about, or where there is none at the separator; "looks": answers at where they are to be seen in a picture;
+    "frames": answers at the text token of the picture or frame that shows them.
     """
 
-    def __init__(self):
-        self.looks, self.asked = [], []
+    NAMES = ("stamps", "slots", "before", "asked", "looks", "frames")
+    HALF = range(4)  # heads that are told; the others look where they like
 
-    def add(self, row: int, script: Script, frames) -> None:
+    def __init__(self):
+        self.told = {name: [] for name in self.NAMES}  # of (row, head, text token, tokens to look at, any of them)
+
+    def tell(self, name: str, row: int, heads, text: int, tokens) -> None:
+        self.told[name] += [(row, head, text, tokens) for head in heads if tokens]
+
+    def add(self, row: int, script: Script, frames, clip: bool = False) -> None:
         """`frames`: of every picture or frame of the row, in order, (grid, [(number, thing)], sign, canvas)."""
-        begins = np.cumsum([0, *(h * w + 1 for (h, w), *_ in frames)])
+        begins = [0, *itertools.accumulate(h * w + 1 for (h, w), *_ in frames)]
+        separators = [begin - 1 for begin in begins[1:]]
 
         @functools.cache
         def shown(frame):
@@ -250,25 +308,43 @@ class Gaze:
             grid, _, sign, canvas = frames[frame]
             return letter_tokens(sign, canvas, grid)
 
-        def tokens(look):
-            (_, columns), things, *_ = frames[look.frame]
-            if look.thing is None:
-                cells = [letters(look.frame)[look.letter]]
+        @functools.cache
+        def tokens_of(frame, thing, letter):
+            if letter is None and thing is None:
+                return [separators[frame]]
+            if letter is not None:
+                cells = [letters(frame)[letter]]
             else:
-                at = [number for number, _ in things].index(look.thing)
-                cells = np.argwhere(shown(look.frame) == at).tolist()
-            return [int(begins[look.frame]) + y * columns + x for y, x in cells]
+                at = [number for number, _ in frames[frame][1]].index(thing)
+                cells = np.argwhere(shown(frame) == at).tolist()
+            columns = frames[frame][0][1]
+            return [begins[frame] + y * columns + x for y, x in cells]
 
-        for at, look in script.looks:
-            self.looks.append([(row, at, token) for token in tokens(look)])
-        for at, number in script.named:
-            self.asked.append([(row, at, token) for token in tokens(Look(0, number))])
+        def tokens(look):
+            return tokens_of(look.frame, look.thing, look.letter)
+
+        for frame, (pad, (_, things, *_)) in enumerate(zip(script.pads, frames)):
+            slots = in_slots(things)
+            for head, slot in enumerate(SLOTS):
+                look = Look(frame=frame, thing=slots[slot][0]) if slot in slots else Look(frame=frame)
+                self.tell("slots", row, [head], pad, tokens(look))
+            if clip:
+                self.tell("before", row, self.HALF, pad, [script.pads[max(frame - 1, 0)]])
+        for text, digits in script.stamps:
+            for head, at in enumerate(digits):
+                self.tell("stamps", row, [head], text, [at])
+        for text, look in script.looks:
+            if len(frames) > 1:
+                self.tell("frames", row, self.HALF, text, [script.pads[look.frame]])
+            if not clip:
+                self.tell("looks", row, self.HALF, text, tokens(look))
+        for text, look in script.named:
+            self.tell("asked", row, self.HALF, text, tokens(look))
 
     def points(self) -> dict[str, torch.Tensor]:
-        """"looks" and "asked", [points, 4]: the point, and the number of its text token among those that have some."""
-        groups = {"looks": self.looks, "asked": self.asked}
-        rows = {name: [(*point, i) for i, group in enumerate(filter(None, many)) for point in group] for name, many in groups.items()}
-        return {name: torch.tensor(points, dtype=torch.long).view(-1, 4) for name, points in rows.items()}
+        """Name -> [points, 5]: row, head, text token, token to look at, and the number of the group of which any will do."""
+        points = {name: [(*place, token, i) for i, (*place, tokens) in enumerate(told) for token in tokens] for name, told in self.told.items()}
+        return {"gaze": {name: torch.tensor(rows) for name, rows in points.items() if rows}}
 
 
 def frame_of(scene, grid: tuple[int, int], time: float = 0.0) -> tuple:
@@ -276,36 +352,46 @@ def frame_of(scene, grid: tuple[int, int], time: float = 0.0) -> tuple:
     return grid, scene.numbered_at(time), scene.sign, (scene.width, scene.height)
 
 
-def facts(things, sign=None) -> dict[str, int]:
-    """What a picture's or frame's text token is asked."""
-    told = {"count": len(things)}
-    for shape in SHAPES:
-        alike = [thing for thing in things if thing.shape == shape]
-        if not alike:
-            told[f"colour {shape}"] = len(COLOURS)
-        elif len(alike) == 1:
-            told[f"colour {shape}"] = list(COLOURS).index(alike[0].colour)
-            told[f"size {shape}"] = int(alike[0].size == "large")
-            told[f"place {shape}"] = PLACES.index(place_of(alike[0]))
-    text = sign.text if sign is not None else ""
-    for i in range(SIGN_LETTERS):
-        told[f"letter {i}"] = SIGN_CHARACTERS.index(text[i]) if i < len(text) else len(SIGN_CHARACTERS)
+def in_slots(things: list[tuple[int, Thing]]) -> dict[str, tuple[int, Thing]]:
+    """(number, thing) by slots: a shape's slot is that of the first of its things from the left, and those behind it share two more."""
+    slots, spare = {}, list(TWINS)
+    for number, thing in sorted(things, key=lambda pair: pair[1].x):
+        slot = thing.shape if thing.shape not in slots else spare.pop(0) if spare else None
+        if slot is not None:
+            slots[slot] = number, thing
+    return slots
+
+
+def facts(things: list[tuple[int, Thing]], number: int | None = None) -> dict[str, int]:
+    """What the text token of a picture or frame with these (number, thing) is asked; `number` is the picture's among several."""
+    told = {f"colour {slot}": len(COLOURS) for slot in SLOTS} | {"count": len(things)}
+    told |= {} if number is None else {"picture": number}
+    for slot, (_, thing) in in_slots(things).items():
+        known = {**what_it_is(thing), "place": PLACES.index(place_of(thing)), **fine(thing)}
+        known |= {"kind": known.pop("shape")} if slot in TWINS else {}
+        told |= {f"{name} {slot}": value for name, value in known.items() if name != "shape"}
     return told
 
 
 def clip_facts(scene, times: list[float]) -> list[dict[str, int]]:
-    """Of every frame, with what happens in it."""
-    names = [thing.shape for thing in scene.things]
-    single = {shape for shape in SHAPES if names.count(shape) <= 1}
-    told = []
+    """Of every frame, with what happens in it; a thing that moves does so in every frame that shows it farther on."""
+    events, told = events_of(scene, times), []
     for time in times:
         stamp = f"{time:04.1f}".replace(".", "")
-        told.append({**facts(scene.at(time)), **{f"event {shape}": len(HAPPENINGS) for shape in single}})
-        told[-1].update({f"stamp {i}": int(digit) for i, digit in enumerate(stamp)})
-    for event in events_of(scene, times):
-        if event.thing.shape in single:
-            kind = f"moves {way_of(event.thing)}" if event.kind == "moves" else event.kind
-            told[times.index(event.time)][f"event {event.thing.shape}"] = HAPPENINGS.index(kind)
+        told.append({**facts(scene.numbered_at(time)), **{f"event {slot}": len(HAPPENINGS) for slot in SLOTS}})
+        told[-1] |= {f"stamp {i}": int(digit) for i, digit in enumerate(stamp)}
+        told[-1]["events"] = sum(event.time <= time for event in events)
+    for event in events:
+        frames = [times.index(event.time)]
+        if event.kind == "moves":
+            later = range(frames[0] + 1, len(times))
+            frames += [frame for frame in later if way_gone(event.thing, times[frame - 1], times[frame]) > 0]
+        kind = f"moves {way_of(event.thing)}" if event.kind == "moves" else event.kind
+        for frame in frames:  # what is gone stood in its slot in the frame before
+            slots = in_slots(scene.numbered_at(times[max(frame - (kind == "disappears"), 0)]))
+            slot = next((slot for slot, (number, _) in slots.items() if number == event.number), None)
+            if slot is not None:
+                told[frame][f"event {slot}"] = HAPPENINGS.index(kind)
     return told
 
 
@@ -325,6 +411,18 @@ def ink_patches(scene, grid: tuple[int, int]) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A row about a clip."""
+
+    script: Script
+    pixel_values: torch.Tensor
+    grid: list[int]
+    moments: list[int]  # of each frame; frames of one moment look the same
+    facts: torch.Tensor
+    frames: list[tuple]  # as `frame_of` gives them
 
 
 class Lessons:
@@ -364,8 +462,7 @@ class Lessons:
         merged = [(h // 2, w // 2) for _, h, w in grids]
         shown = [sights(scene.things, scene.signs, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
         shown, inks = np.concatenate(shown), np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged)])
-        told = fact_rows([facts(scene.things, scene.sign) for scene in scenes])
-        named = {"sights": torch.from_numpy(shown), "inks": torch.from_numpy(inks), "facts": told}
+        named = {"sights": torch.from_numpy(shown), "inks": torch.from_numpy(inks)}
         return {"pixel_values": pixel_values, "grid_thw": grids, **named}, merged
 
     def scenes(self, lot, limits, count=None, sign_share: float = 0.5) -> list:
@@ -396,12 +493,13 @@ class Lessons:
             script.add_all(questions)
             gaze.add(len(scripts), script, [frame_of(scene, grid)])
             scripts.append(script)
+        seen["facts"] = fact_rows([facts(scene.numbered_at(0.0)) for scene in scenes])
         return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [1] * len(scenes)}
 
     def images(self, lot) -> dict:
         """Several pictures a row, and which of them shows what."""
         limits = lot.choices((self.picture_limits, self.frame_limits), (0.6, 0.4))[0]
-        room, groups, asked = (self.size if limits is self.picture_limits else self.size * 3 // 2), [], []
+        room, groups, asked = (self.size * 3 // 2 if limits is self.picture_limits else self.size * 2), [], []
         canvas = random_canvas(lot)
         while sum(map(len, groups)) < room:
             canvas = random_canvas(lot) if sum(map(len, groups)) > room // 2 else canvas
@@ -418,38 +516,41 @@ class Lessons:
             scripts.append(Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>" * len(group), own))
             scripts[-1].add_all(questions)
             gaze.add(len(scripts) - 1, scripts[-1], [frame_of(scene, grid) for scene, grid in zip(group, own)])
+        seen["facts"] = fact_rows([facts(scene.numbered_at(0.0), number) for group in groups for number, scene in enumerate(group)])
         return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
 
     def clips(self, lot) -> dict:
         """Clips of about the same length, drawn at the times that the video processor takes."""
         fps, limits = lot.choice((1, 2)), self.frame_limits if lot.random() < 0.85 else WIDE_LIMITS
         seconds = lot.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
-        scripts, patches, grids, told, frames = [], [], [], [], []
-        while sum(map(len, patches)) < 500 * self.size and len(scripts) < self.size // 2:
-            if len(scripts) % 4 == 0:
+        clips = []
+        while sum(len(clip.script.pads) for clip in clips) < 8 * self.size and len(clips) < self.size * 3 // 4:
+            if len(clips) % 4 == 0:
                 canvas = random_canvas(lot)
-            scene = random_clip(lot, seconds, canvas)
-            times = sampled_times(scene, fps)
-            background, drawn = draw_background(scene), {}  # moments that look the same are drawn once
-            for time in times:
-                if tuple(scene.at(time)) not in drawn:
-                    drawn[tuple(scene.at(time))] = len(drawn), compressed(lot, draw_scene(scene, time, background))
-            pixel_values, own = self.pixels([picture for _, picture in drawn.values()], limits)
-            shown = [drawn[tuple(scene.at(time))][0] for time in times]
-            patches.append(pixel_values.view(len(own), -1, pixel_values.shape[1])[shown].flatten(0, 1))
-            _, h, w = own[0]
-            grids.append([len(times), h, w])
-            told.append(fact_rows(clip_facts(scene, times)))
-            frames.append([frame_of(scene, (h // 2, w // 2), time) for time in times])
-            stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
-            media = f"<|vision_start|>{stamps}<|vision_end|>"
-            scripts.append(Script(self.tokenizer, lot.random() < 0.5, media, [(h // 2, w // 2)] * len(times)))
-            scripts[-1].add_all(choose(lot, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, lot, plain)))
-        order = sorted(range(len(grids)), key=lambda clip: grids[clip][1:])  # equal grids stand together
-        rows = join([scripts[clip] for clip in order], self.tokenizer.pad_token_id)
-        pixel_values, told = (torch.cat([parts[clip] for clip in order]) for parts in (patches, told))
+            clips.append(self.clip(lot, random_clip(lot, seconds, canvas), fps, limits))
+        clips.sort(key=lambda clip: clip.grid[1:])  # equal grids stand together
         gaze = Gaze()
-        for row, clip in enumerate(order):
-            gaze.add(row, scripts[clip], frames[clip])
-        seen = {"pixel_values": pixel_values, "grid_thw": [grids[clip] for clip in order], "facts": told}
-        return {**seen, **gaze.points(), **rows, "media_nums": [1] * len(scripts)}
+        for row, clip in enumerate(clips):
+            gaze.add(row, clip.script, clip.frames, clip=True)
+        pixel_values, told = (torch.cat([getattr(clip, name) for clip in clips]) for name in ("pixel_values", "facts"))
+        seen = {"pixel_values": pixel_values, "grid_thw": [clip.grid for clip in clips], "facts": told}
+        seen |= {"moments": [clip.moments for clip in clips], "grain": lot.getrandbits(32)}
+        rows = join([clip.script for clip in clips], self.tokenizer.pad_token_id)
+        return {**seen, **gaze.points(), **rows, "media_nums": [1] * len(clips)}
+
+    def clip(self, lot, scene, fps: int, limits) -> Clip:
+        times = sampled_times(scene, fps)
+        background, drawn = draw_background(scene), {}  # moments that look the same are drawn once
+        for time in times:
+            if tuple(scene.at(time)) not in drawn:
+                drawn[tuple(scene.at(time))] = len(drawn), compressed(lot, draw_scene(scene, time, background))
+        pixel_values, own = self.pixels([picture for _, picture in drawn.values()], limits)
+        moments = [drawn[tuple(scene.at(time))][0] for time in times]
+        pixel_values = pixel_values.view(len(own), -1, pixel_values.shape[1])[moments].flatten(0, 1)
+        _, h, w = own[0]
+        stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
+        media, merged = f"<|vision_start|>{stamps}<|vision_end|>", (h // 2, w // 2)
+        script = Script(self.tokenizer, lot.random() < 0.5, media, [merged] * len(times))
+        script.add_all(choose(lot, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, lot, plain)))
+        frames = [frame_of(scene, merged, time) for time in times]
+        return Clip(script, pixel_values, [len(times), h, w], moments, fact_rows(clip_facts(scene, times)), frames)

@@ -6,7 +6,7 @@ each list is the plain one.
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from world import COLOURS, SHAPES, WAYS, Scene, Thing
@@ -102,12 +102,12 @@ DURATION = (
 
 @dataclass(frozen=True)
 class Look:
-    """Where one has to look for the answer from its character `start` on: at a thing of a picture or of a frame, or at a letter."""
+    """Where one has to look for the answer from its character `start` on: at a picture or frame, and in it at a thing or a letter."""
 
-    start: int
-    thing: int | None  # of the scene's things; None: at the sign
+    start: int = 0
     frame: int = 0  # of the clip's sampled frames, or of several pictures
-    letter: int = 0
+    thing: int | None = None  # its number among the scene's things
+    letter: int | None = None  # its number in the sign
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Question:
     prompt: str
     answer: str
     looks: tuple[Look, ...] = ()  # by rising start; empty where nothing is to be seen
-    asked: int | None = None  # the picture's thing that the prompt names
+    asked: Look | None = None  # at what the prompt names; at no thing where it is not there
 
 
 def place_of(thing: Thing) -> str:
@@ -144,13 +144,13 @@ def listing_looks(things: list[tuple[int, Thing]], frame: int = 0, start: int = 
     """For the `listing` of these (number, thing), which begins at the answer's character `start`."""
     looks = []
     for number, thing in sorted(things, key=lambda pair: pair[1].x):
-        looks.append(Look(start, number, frame))
+        looks.append(Look(start, frame, number))
         start += len(with_place(thing)) + len(", ")
     return looks
 
 
 def sign_looks(text: str, start: int = 0) -> list[Look]:
-    return [Look(start + i, None, letter=i) for i in range(len(text))]
+    return [Look(start + i, letter=i) for i in range(len(text))]
 
 
 def called(thing: Thing, among) -> str:
@@ -181,8 +181,8 @@ def ask_picture(task: str, scene: Scene, lot: random.Random, plain: bool = False
     thing = lot.choice(things)
 
     def about(prompt, thing, answer, asked=None):
-        number = things.index(thing)
-        return Question(task, prompt, answer, (Look(0, number),), number if asked is None else things.index(asked))
+        look = Look(thing=things.index(thing))
+        return Question(task, prompt, answer, (look,), look if asked is None else Look(thing=things.index(asked)))
 
     if task == "describe picture":
         prompt = "" if lot.random() < 0.3 else word(DESCRIBE_PICTURE)
@@ -218,7 +218,8 @@ def ask_picture(task: str, scene: Scene, lot: random.Random, plain: bool = False
                 shape = thing.shape if near == "shape" else lot.choice(SHAPES)
                 colour = thing.colour if near == "colour" else lot.choice(tuple(COLOURS))
         prompt = word(EXISTS, f"{colour} {shape}").replace(" a orange", " an orange")
-        return about(prompt, there[shape, colour], "yes") if (shape, colour) in there else Question(task, prompt, "no")
+        here = (shape, colour) in there
+        return about(prompt, there[shape, colour], "yes") if here else Question(task, prompt, "no", asked=Look())
     if task == "text":
         text = scene.sign.text if scene.sign is not None else "nothing"
         return Question(task, word(TEXT), text, tuple(sign_looks(text)) if scene.sign is not None else ())
@@ -240,7 +241,8 @@ def ask_images(scenes: list[Scene], lot: random.Random, plain: bool = False) -> 
     prompt = (WHICH_IMAGE[0] if plain else lot.choice(WHICH_IMAGE)).format(name).replace(" a orange", " an orange")
     image = names[name].pop()
     thing = next(i for i, thing in enumerate(scenes[image].things) if name in (thing.shape, f"{thing.colour} {thing.shape}"))
-    return Question(IMAGES_TASK, prompt, str(image + 1), (Look(0, thing, image),))
+    look = Look(frame=image, thing=thing)
+    return Question(IMAGES_TASK, prompt, str(image + 1), (look,), look)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,8 +258,8 @@ class Event:
     number: int  # of the scene's things
 
     def look(self, times: list[float], start: int = 0) -> Look:
-        """At the first frame that shows it, or where the thing is gone, at the last that still showed the thing."""
-        return Look(start, self.number, max(times.index(self.time) - (self.kind == "disappears"), 0))
+        """At the first frame that shows it."""
+        return Look(start, times.index(self.time))
 
     @property
     def clause(self) -> str:
@@ -271,6 +273,12 @@ class Event:
 def way_of(thing: Thing) -> str:
     _, right, down = thing.moves
     return next(way for way, step in WAYS.items() if step[0] * right + step[1] * down > 0)
+
+
+def way_gone(thing: Thing, before: float, time: float) -> float:
+    """How far, in canvases, a thing moves between two times."""
+    first, last = (replace(thing, appears=0.0, disappears=math.inf).at(at) for at in (before, time))
+    return math.hypot(last.x - first.x, last.y - first.y)
 
 
 def sampled_times(scene: Scene, fps: float) -> list[float]:
@@ -305,8 +313,8 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
 
     events = events_of(scene, times)
 
-    def about(prompt, answer, event):
-        return Question(task, prompt, answer, (event.look(times),))
+    def about(prompt, answer, event, look=None):
+        return Question(task, prompt, answer, (look or event.look(times),))
 
     if task == "describe clip":
         answer = f"at {times[0]:.1f} seconds "
@@ -323,9 +331,10 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         later = times[frame + 1 : frame + 2]
         if later and lot.random() < 0.25 and scene.at(time) == scene.at(later[0]):  # between two frames that show the same
             time = lot.uniform(time, later[0])
+            frame += f"{time:.1f}" == f"{later[0]:.1f}"
         return Question(task, word(VISIBLE_AT, time), shown, tuple(listing_looks(scene.numbered_at(times[frame]), frame)))
     if task == "duration":
-        return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds")
+        return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds", (Look(frame=len(times) - 1),))
     if task == "first or last":
         which = lot.choice(("first", "last"))
         prompt, at_end = word(FIRST_OR_LAST, which), events[:2] if which == "first" else events[:-3:-1]
@@ -340,7 +349,8 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         return None
     event = lot.choice(events)
     if task == "direction":
-        return about(word(DIRECTION, event.name), way_of(event.thing), event)
+        most = max(range(1, len(times)), key=lambda frame: way_gone(event.thing, times[frame - 1], times[frame]))
+        return about(word(DIRECTION, event.name), way_of(event.thing), event, Look(frame=most))
     if task == "color after":
         return about(word(COLOR_AFTER, event.name), event.thing.changes[1], event)
     wordings = {"appears": APPEAR, "disappears": DISAPPEAR, "changes": CHANGE, "moves": MOVE}[event.kind]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -25,22 +25,28 @@ from torch import nn
 TRAINING = Path(__file__).resolve().parent
 PROJECT = TRAINING.parent
 sys.path[:0] = [str(PROJECT), str(TRAINING)]
-from lessons import FACTS, SIGHTS, TASKS, Lessons, may_see  # noqa: E402
+from lessons import CHANGES, CONTENTS, COURSE, SIGHTS, TASKS, Lessons, may_see  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
-LOOK_SHARE = 0.37  # of all steps, in which the encoder alone learns
+LOOK_SHARE = 0.25  # of all steps, in which the encoder alone learns
 DECAY_SHARE = 0.28  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
-KINDS = (("pictures", 0.40), ("clips", 0.30), ("look", 0.22), ("images", 0.08))
-SIGHT_WEIGHTS = {"shape": 3.0, "colour": 0.5, "size": 0.5, "place": 0.3, "rank": 0.3, "letter": 2.0, "nearest": 0.1}
+KINDS = (("pictures", 0.34), ("clips", 0.31), ("look", 0.25), ("images", 0.10))
+SIGHT_WEIGHTS = {
+    "shape": 3.0, "colour": 0.5, "size": 0.5, "place": 0.3, "across": 0.15, "down": 0.15, "rank": 0.3, "twin": 0.3, "nearest": 0.15, "letter": 2.0,
+    "spelling": 0.3,
+}  # fmt: skip
 INK_WEIGHT = 4.0
-FACT_WEIGHTS = {"colour": 1.0, "size": 0.3, "place": 0.5, "letter": 1.0, "count": 0.3, "event": 1.0, "stamp": 0.1}
-FACTS_WEIGHT = 0.3
-LOOKS_WEIGHT = 0.2  # of attention that is not where the answer is to be seen
-NOTHING = {"shape": 0.3, "letter": 0.05, "colour": 0.3, "event": 0.1}  # weights of the last class, where most are of it
+FACT_WEIGHTS = {
+    "colour": 1.0, "kind": 0.5, "size": 0.3, "place": 0.5, "across": 0.05, "down": 0.05, "count": 0.3, "event": 1.0, "stamp": 0.2, "picture": 1.0, "events": 0.5,
+}  # fmt: skip
+FACTS_WEIGHT = 0.2
+GAZE_WEIGHTS = {"stamps": 0.1, "slots": 0.1, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}  # of attention elsewhere
+NOTHING = {"shape": 0.3, "letter": 0.05, "event": 0.1}  # weights of the last class, where most are of it
+NOISE = 0.02  # of the encoder's vectors, in their standard deviations: frames of a file that show the same are not quite equal
 
 
 class Muon:
@@ -140,19 +146,21 @@ class Tutor(nn.Module):
     """Asks directly, beside the answers in words, what the model has to know on its way to them. Only for training; it is thrown away.
 
     Of the vision encoder: off each vision token what it shows, and off each patch, halfway, where in it there is ink. Of the
-    language model: off the text token of each picture or frame, behind the first layer that sees it, what is in it, and two layers
-    on what has happened since the one before; and its cross-attention has to look where the answer is to be seen, in the first
-    layer at the thing that is asked about.
+    language model: off the text token of each picture or frame, behind the first layer that sees it, what is in it, and in the
+    layers after that what has changed since the one before; and heads of its attention have to look where lessons.Gaze says.
     """
 
     def __init__(self, config):
         super().__init__()
         text, vision = config.text_config, config.vision_config
-        self.ink_layer, self.fact_layer = vision.deepstack_visual_indexes[0], text.cross_attention_layers[0]
+        first, second = text.cross_attention_layers[:2]
+        self.ink_layer, self.fact_layers = vision.deepstack_visual_indexes[0], (first, first + 2, first + 3)
+        self.gaze_layers = {
+            "stamps": first - 1, "slots": first, "before": first + 1, "asked": first, "looks": second, "frames": second + 1,
+        }  # fmt: skip
         self.sights = Quiz(vision.out_hidden_size, SIGHTS, SIGHT_WEIGHTS)
         self.ink_norm, self.inks = nn.LayerNorm(vision.hidden_size), nn.Linear(vision.hidden_size, 64)
-        first = [name for name, _ in FACTS].index("count")
-        self.facts = nn.ModuleList(Quiz(text.hidden_size, part, FACT_WEIGHTS) for part in (FACTS[:first], FACTS[first:]))
+        self.facts = nn.ModuleList(Quiz(text.hidden_size, part, FACT_WEIGHTS) for part in (CONTENTS, CHANGES, COURSE))
 
     def ask_encoder(self, model, batch: dict) -> tuple[torch.Tensor, dict]:
         visual = model.model.visual
@@ -165,31 +173,63 @@ class Tutor(nn.Module):
 
     def ask_language_model(self, model, batch: dict) -> tuple[torch.Tensor, dict]:
         layers = model.model.language_model.layers
-        with noted(layers[self.fact_layer]) as early, noted(layers[self.fact_layer + 2]) as late:
+        with ExitStack() as stack:
+            told = [stack.enter_context(noted(layers[layer])) for layer in self.fact_layers]
+            attended = {name: stack.enter_context(noted(layers[layer])) for name, layer in self.gaze_layers.items()}
+            stack.enter_context(each_moment_once(model.model.visual, batch))
             out = model(input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"],
-                        labels=batch["labels"], pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"],
-                        media_nums_per_sample=batch["media_nums"], output_attentions=True)  # fmt: skip
+                        pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"],
+                        output_attentions=True)  # fmt: skip
+        loss = answer_loss(out.logits, batch)
+        log = {f"loss {batch['kind']}": [loss.item()], **answers_right(out.logits, batch)}
         at = batch["input_ids"] == model.config.image_token_id
         targets = batch["facts"].split([len(quiz.questions) for quiz in self.facts], dim=1)
-        told = [quiz(states[0][0][at], target) for quiz, states, target in zip(self.facts, (early, late), targets)]
-        log = {f"loss {batch['kind']}": [out.loss.item()], **answers_right(out.logits, batch)}
-        log |= {f"knows {name}": values for _, right in told for name, values in right.items()}
-        loss = out.loss + FACTS_WEIGHT * sum(loss for loss, _ in told)
-        for weights, name in ((out.cross_attentions[0], "asked"), (out.cross_attentions[-1], "looks")):
-            if len(batch[name]):
-                seen = attention_on(weights, batch[name])
-                loss = loss - LOOKS_WEIGHT * (seen + 1e-4).log().mean()
-                log[f"attends {name}"] = [seen.mean().item()]
+        for quiz, [(states, _)], target in zip(self.facts, told, targets):
+            quizzed, right = quiz(states[at], target)
+            loss = loss + FACTS_WEIGHT * quizzed
+            log |= {f"knows {name}": values for name, values in right.items()}
+        for name, points in batch["gaze"].items():
+            [(_, weights)] = attended[name]
+            seen = attention_on(weights, points)
+            loss = loss - GAZE_WEIGHTS[name] * (seen + 1e-4).log().mean()
+            log[f"attends {name}"] = [seen.mean().item()]
         return loss, log
 
 
 def attention_on(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """weights [B, H, T, V], points [points, 4] as lessons.Gaze has them -> [H / 2, text tokens]: how much of its attention each of these
-    gives to its points, in the first half of the heads; the others look where they like."""
-    row, text, vision, group = points.unbind(1)
-    heads = weights.shape[1] // 2
-    on = weights[row, :heads, text, vision].float()  # [points, H / 2]
-    return on.new_zeros(int(group.max()) + 1, heads).index_add_(0, group, on).T
+    """weights [B, H, T, S], points [points, 5] as lessons.Gaze has them -> [groups]: how much of a head's attention each group gets."""
+    row, head, text, token, group = points.unbind(1)
+    return weights.new_zeros(int(group[-1]) + 1, dtype=torch.float32).index_add_(0, group, weights[row, head, text, token].float())
+
+
+@contextmanager
+def each_moment_once(visual, batch: dict):
+    """Within it, the encoder is given of every clip one frame for each moment that looks different, and all its frames get the vectors
+    of theirs, with a little noise."""
+    if "moments" not in batch:
+        yield
+        return
+    sizes = [h * w for _, h, w in batch["grid_thw"]]
+    firsts = [[moments.index(moment) for moment in range(max(moments) + 1)] for moments in batch["moments"]]
+
+    def fewer(module, args):
+        frames = args[0].split([t * h * w for t, h, w in batch["grid_thw"]])
+        kept = [part.unflatten(0, (-1, size))[first].flatten(0, 1) for part, size, first in zip(frames, sizes, firsts)]
+        grid = [[len(first), h, w] for first, (_, h, w) in zip(firsts, batch["grid_thw"])]
+        return torch.cat(kept), grid, *args[2:]
+
+    def all_again(module, args, out):
+        parts = out.split([len(first) * size // 4 for first, size in zip(firsts, sizes)])
+        parts = [part.unflatten(0, (-1, size // 4))[moments].flatten(0, 1) for part, size, moments in zip(parts, sizes, batch["moments"])]
+        whole, grain = torch.cat(parts), torch.Generator().manual_seed(batch["grain"])
+        return whole + NOISE * whole.std(0) * torch.randn(whole.shape, generator=grain).to(whole)
+
+    hooks = [visual.register_forward_pre_hook(fewer), visual.register_forward_hook(all_again)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -225,6 +265,14 @@ def rate_of(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY_SHARE * steps))
 
 
+def answer_loss(logits: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Cross-entropy of the next token over `labels`, by `weights`."""
+    labels, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
+    learned = labels != -100
+    losses = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")
+    return (losses * weights[learned]).sum() / weights[learned].sum()
+
+
 def answers_right(logits: torch.Tensor, batch: dict) -> dict[str, list[int]]:
     """Task -> for every answer, whether each of its tokens was the likeliest one behind the right ones before it."""
     asked = batch["labels"][:, 1:] != -100
@@ -245,6 +293,13 @@ def learn(model, tutor, batch: dict) -> tuple[torch.Tensor, dict]:
     looks = batch["kind"] == "look"
     model.model.visual.requires_grad_(looks)
     return tutor.ask_encoder(model, batch) if looks else tutor.ask_language_model(model, batch)
+
+
+def placed(batch: dict, device) -> dict:
+    return {
+        name: placed(value, device) if isinstance(value, dict) else value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def average_gradients(parameters) -> None:
@@ -312,10 +367,13 @@ def train(rank: int, args) -> None:
             forget_log(args.output / "log.jsonl", begin)
     lessons = Lessons(processor, SEED, plan_of(args.steps), args.size)
     logged, times, saved_at = defaultdict(list), defaultdict(list), time.monotonic()
+    parent = torch.multiprocessing.parent_process()
     for step in range(begin, args.steps):
+        if parent is not None and not parent.is_alive():
+            sys.exit(f"rank {rank} stops at step {step}: the process that started it is gone")
         clock = time.monotonic()
         batch = lessons.batch(step, rank)
-        batch = {name: value.to(args.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        batch = placed(batch, args.device)
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
         drawn = time.monotonic()
         loss, log = learn(model, tutor, batch)
@@ -348,7 +406,7 @@ def main():
     cpu = not torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
-    parser.add_argument("--steps", type=int, default=2800, help="may be changed when a run goes on")
+    parser.add_argument("--steps", type=int, default=8000, help="may be changed when a run goes on")
     parser.add_argument("--size", type=int, default=16, help="pictures in a batch of each process, a multiple of 8")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count(), 2) if cpu else 1, help="side by side, each with batches of its own")
     parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process")

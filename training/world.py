@@ -175,9 +175,15 @@ def load_font(path: str | None, size: float):
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
 
 
+@functools.lru_cache(maxsize=512)
+def text_box(path: str | None, text: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a text in the font at size 100."""
+    return load_font(path, 100).getbbox(text)
+
+
 def sign_font(sign: Sign, canvas_height: float):
     """The font at the size that makes the letters `sign.height` high, and the box (left, top, right, bottom) of the text in it."""
-    left, top, right, bottom = load_font(sign.font, 100).getbbox(sign.text)
+    left, top, right, bottom = text_box(sign.font, sign.text)
     font = load_font(sign.font, round(100 * sign.height * canvas_height / (bottom - top), 1))
     return font, font.getbbox(sign.text)
 
@@ -353,7 +359,7 @@ def random_colour(lot: random.Random, background, taken=()) -> tuple[str, tuple[
 
 def sign_box(sign: Sign, stage: dict) -> tuple[float, float]:
     """Width and height of the sign, in pixels, about: letters are measured at one size, and drawn at another."""
-    left, top, right, bottom = load_font(sign.font, 100).getbbox(sign.text)
+    left, top, right, bottom = text_box(sign.font, sign.text)
     scale = sign.height * stage["height"] / (bottom - top)
     return (right - left) * scale + 1, (bottom - top) * scale + 1
 
