@@ -126,7 +126,7 @@ class MossVLTextConfig(PretrainedConfig):
     model_type = "moss_vl_text"
     base_config_key = "text_config"
     ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class MossVLConfig(PretrainedConfig):
 
     model_type = "moss_vl"
     sub_configs = {"text_config": MossVLTextConfig, "vision_config": MossVLVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,

@@ -16,7 +16,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithCrossAttentions,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -37,6 +41,9 @@ from .xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
 
 
 logger = logging.get_logger(__name__)
+
+# What outputs and `generate` of this transformers call the cache: `cache` from 5.24 on, `past_key_values` before.
+CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
 DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
 MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
@@ -245,7 +252,7 @@ class MossVLPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MossVLVisionBlock", "MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values", "layer_past"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -415,13 +422,13 @@ class MossVLTextAttention(nn.Module):
 class MossVLSelfAttention(MossVLTextAttention):
     is_causal = True
 
-    def forward(self, hidden_states, table, mask, implementation, past_key_values=None, cache_position=None):
+    def forward(self, hidden_states, table, mask, implementation, cache=None, cache_position=None):
         """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None."""
         query = self.queries(hidden_states, table)
         key, value = self.keys_values(hidden_states, table)
-        if past_key_values is not None:
+        if cache is not None:
             # Where the tokens stand: the static cache of transformers 4 asks for it.
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+            key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
         out, weights = attend(
             self, query, key, value, mask, implementation, causal=mask is None, dropout=self.attention_dropout
         )
@@ -432,8 +439,7 @@ class MossVLCrossAttention(MossVLTextAttention):
     is_causal = False
 
     def forward(
-        self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None,
-        output_attentions=False,
+        self, hidden_states, vision_states, table, vision_table, call, implementation, cache=None, output_attentions=False,
     ):  # fmt: skip
         """hidden_states [B, T, D] read the packed vision sequence, each span of rows its own tokens.
 
@@ -447,8 +453,8 @@ class MossVLCrossAttention(MossVLTextAttention):
         key = value = None
         if vision_states is not None:
             key, value = self.keys_values(vision_states[None], vision_table)  # [1, K, v, d]
-        if past_key_values is not None:
-            key, value = past_key_values.layers[self.layer_idx].store(key, value, call)
+        if cache is not None:
+            key, value = cache.layers[self.layer_idx].store(key, value, call)
         query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
         outs, weights, row = [], [], 0
         for span in call.spans:
@@ -490,9 +496,10 @@ class MossVLSelfAttentionLayer(GradientCheckpointingLayer):
         self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, table, mask, implementation, past_key_values=None, cache_position=None):
+    def forward(self, hidden_states, table, mask, implementation, layer_past=None, cache_position=None):
+        """layer_past: the cache, by the one name under which every transformers keeps it from a layer that is checkpointed."""
         attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), table, mask, implementation, past_key_values, cache_position
+            self.input_layernorm(hidden_states), table, mask, implementation, layer_past, cache_position
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
@@ -511,11 +518,11 @@ class MossVLCrossAttentionLayer(GradientCheckpointingLayer):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, hidden_states, vision_states, table, vision_table, call, implementation, past_key_values=None,
+        self, hidden_states, vision_states, table, vision_table, call, implementation, layer_past=None,
         output_attentions=False,
     ):  # fmt: skip
         attended, weights = self.cross_attn(
-            self.input_layernorm(hidden_states), vision_states, table, vision_table, call, implementation, past_key_values,
+            self.input_layernorm(hidden_states), vision_states, table, vision_table, call, implementation, layer_past,
             output_attentions,
         )  # fmt: skip
         sees = 1.0 if call.sees is None else call.sees.to(hidden_states)
@@ -525,12 +532,12 @@ class MossVLCrossAttentionLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class MossVLModelOutput(ModelOutput):
+class MossVLModelOutput(BaseModelOutputWithPastAndCrossAttentions):
     """Output of the models without a head.
 
     Attributes:
         last_hidden_state: [B, T, D].
-        past_key_values: the cache, where one is used.
+        cache, before transformers 5.24 past_key_values: the cache, where one is used.
         hidden_states: input of every layer and the final norm's output, [B, T, D] each.
         attentions: weights of the self-attention layers, in order, [B, H, T, S] each.
         cross_attentions: weights of the cross-attention layers, in order, [B, H, T, V of the longest sample] each; empty where no
@@ -538,25 +545,14 @@ class MossVLModelOutput(ModelOutput):
         rope_deltas: [B]; the token at cache index i has position i + rope_delta.
     """
 
-    last_hidden_state: Optional[torch.FloatTensor] = None
-    past_key_values: Optional[Cache] = None
-    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
-    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
     rope_deltas: Optional[torch.LongTensor] = None
 
 
 @dataclass
-class MossVLCausalLMOutput(ModelOutput):
+class MossVLCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """`MossVLModelOutput` with `logits` [B, rows asked for, vocab] in place of the last hidden state, and `loss` where labels are
     given."""
 
-    loss: Optional[torch.FloatTensor] = None
-    logits: Optional[torch.FloatTensor] = None
-    past_key_values: Optional[Cache] = None
-    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
-    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
-    cross_attentions: Optional[tuple[torch.FloatTensor, ...]] = None
     rope_deltas: Optional[torch.LongTensor] = None
 
 
@@ -587,13 +583,14 @@ class MossVLTextModel(MossVLPreTrainedModel):
         input_ids: Optional[torch.LongTensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.LongTensor] = None,
-        past_key_values: Optional[Cache] = None,
+        cache: Optional[Cache] = None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         vision_states: Optional[torch.FloatTensor] = None,
         vision_position_ids: Optional[torch.LongTensor] = None,
         vision_call: Optional[VisionCall] = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        past_key_values: Optional[Cache] = None,
     ) -> MossVLModelOutput:
         """The decoder layers and the final norm.
 
@@ -606,8 +603,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        config, hidden_states = self.config, inputs_embeds
-        past_length = cached_length(past_key_values)
+        config, hidden_states, cache = self.config, inputs_embeds, cache_of(cache, past_key_values)
+        past_length = cached_length(cache)
         cache_position = torch.arange(past_length, past_length + hidden_states.shape[1], device=hidden_states.device)
         if position_ids is None:
             position_ids = cache_position[None]
@@ -620,9 +617,9 @@ class MossVLTextModel(MossVLPreTrainedModel):
         if vision_states is not None:
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d / 2]
         implementation = usable_implementation(config._attn_implementation, hidden_states, output_attentions)
-        if "flash" in implementation and static_length(past_key_values) is not None:
+        if "flash" in implementation and static_length(cache) is not None:
             implementation = "sdpa"  # the empty slots of a static cache need a mask
-        mask = causal_mask(attention_mask, hidden_states, past_key_values, implementation)
+        mask = causal_mask(attention_mask, hidden_states, cache, implementation)
 
         all_states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
@@ -630,25 +627,34 @@ class MossVLTextModel(MossVLPreTrainedModel):
                 all_states.append(hidden_states)
             if isinstance(layer, MossVLSelfAttentionLayer):
                 hidden_states, weights = layer(
-                    hidden_states, table, mask, implementation,
-                    past_key_values=past_key_values, cache_position=cache_position,
-                )  # fmt: skip
+                    hidden_states, table, mask, implementation, layer_past=cache, cache_position=cache_position
+                )
                 if output_attentions:
                     attentions.append(weights)
             elif vision_call is not None and (vision_call.spans or vision_call.writes):
                 hidden_states, weights = layer(
                     hidden_states, vision_states, table, vision_table, vision_call, implementation,
-                    past_key_values=past_key_values, output_attentions=output_attentions,
+                    layer_past=cache, output_attentions=output_attentions,
                 )  # fmt: skip
                 cross_attentions.append(weights)
         hidden_states = self.norm(hidden_states)
         return MossVLModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
+
+
+def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Optional[Cache]:
+    """The cache that a caller gave by its name, or by the one it had before transformers 5.24."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            f"The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of this transformers "
+            f"calls it `{CACHE}`."
+        )
+    return past_key_values if cache is None else cache
 
 
 def cached_length(cache: Optional[Cache]) -> int:
@@ -735,7 +741,7 @@ class MossVLModel(MossVLPreTrainedModel):
         input_ids: Optional[torch.LongTensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.LongTensor] = None,
-        past_key_values: Optional[Cache] = None,
+        cache: Optional[Cache] = None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         use_cache: Optional[bool] = None,
         pixel_values: Optional[torch.FloatTensor] = None,
@@ -747,12 +753,14 @@ class MossVLModel(MossVLPreTrainedModel):
         prompt_length: Optional[int] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
+        past_key_values: Optional[Cache] = None,
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
-        incremental = use_cache is True or past_key_values is not None
+        cache = cache_of(cache, past_key_values)
+        incremental = use_cache is True or cache is not None
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
-        cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        cache = DynamicCache() if use_cache and cache is None else cache
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
         request = read_request(
@@ -805,7 +813,7 @@ class MossVLModel(MossVLPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             vision_states=vision_states,
             vision_position_ids=vision_position_ids,
@@ -890,8 +898,8 @@ def vision_state(cache: Optional[Cache], config: MossVLTextConfig) -> Optional[V
     layer = cache.layers[config.cross_attention_layers[0]]
     if not isinstance(layer, VisionCacheLayer) or layer.state is None:
         raise ValueError(
-            f"`past_key_values` holds {cached_length(cache)} tokens, but not their vision sequence; expected a cache that this model "
-            f"filled. Pass an empty cache, or the `past_key_values` of an earlier output."
+            f"The cache holds {cached_length(cache)} tokens, but not their vision sequence; expected a cache that this model "
+            f"filled. Pass an empty cache, or that of an earlier output."
         )
     return layer.state
 
@@ -944,7 +952,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         input_ids: Optional[torch.LongTensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.LongTensor] = None,
-        past_key_values: Optional[Cache] = None,
+        cache: Optional[Cache] = None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         labels: Optional[torch.LongTensor] = None,
         use_cache: Optional[bool] = None,
@@ -960,6 +968,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         output_hidden_states: Optional[bool] = None,
         return_dict: Optional[bool] = None,
         num_items_in_batch: Optional[Union[int, torch.Tensor]] = None,
+        past_key_values: Optional[Cache] = None,
     ) -> Union[MossVLCausalLMOutput, tuple]:
         """One pass over text and the frames that come with it.
 
@@ -971,7 +980,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                 `input_ids` as well, for their places.
             attention_mask: [B, S], cache included, 0 at padding on either side; or a ready 4D mask for self-attention.
             position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions.
-            past_key_values: any transformers cache, empty or filled by this model.
+            cache: any transformers cache, empty or filled by this model.
             labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside.
             logits_to_keep: logits of the last n rows only (0: all), or of the rows at these indices.
             pixel_values: [P, channels * time * patch * patch], the media of all samples in the order of the text.
@@ -982,6 +991,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             rows_per_sample: text rows that share each sample's media, as beams do.
             prompt_length: tokens of the whole prompt; `image_pad` ids behind it are text that the model wrote.
             num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
+            past_key_values: the older name of `cache`.
 
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
@@ -990,7 +1000,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache_of(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
@@ -1016,7 +1026,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         result = MossVLCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -1037,7 +1047,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             hint = f"; did you mean `{near}`?" if near else ""
             raise ValueError(f"`{name}` is neither an input of this model nor a setting of `generate`{hint}")
         super()._validate_model_kwargs(model_kwargs)
-        ids, cache = model_kwargs.get("input_ids"), model_kwargs.get("past_key_values")
+        ids, cache = model_kwargs.get("input_ids"), model_kwargs.get(CACHE)
         if ids is not None and ids.shape[1] and cached_length(cache) == 0:
             prompt = {name: model_kwargs[name] for name in ("attention_mask", *MEDIA_KWARGS) if name in model_kwargs}
             read_request(self.config, None, 0, ids, **prompt)
@@ -1046,7 +1056,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         """Repeats text rows for beams and answers; the media stay as they are, shared by the rows of their sample."""
         prompt = {name: model_kwargs.pop(name, None) for name in ("position_ids", *MEDIA_KWARGS)}
         prompt = {name: value for name, value in prompt.items() if value is not None}
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         past_length, length = cached_length(cache), input_ids.shape[1] if input_ids is not None else 0
         if length and past_length == 0:
             model_kwargs["prompt_length"] = length
@@ -1074,7 +1084,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     def prepare_inputs_for_generation(
         self,
         input_ids,
-        past_key_values=None,
+        cache=None,
         attention_mask=None,
         inputs_embeds=None,
         cache_position=None,
@@ -1083,6 +1093,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         use_cache=True,
         prompt_kwargs=None,
         position_ids=None,
+        past_key_values=None,
         **kwargs,
     ):
         """The inputs of the next call: the tokens that the cache does not hold yet, with the media they need.
@@ -1090,7 +1101,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         transformers 4 tells how many tokens are new by `cache_position`, transformers 5 by `next_sequence_length`. The positions
         that transformers makes (`position_ids`) are not XRoPE's; a caller's own are in `prompt_kwargs`.
         """
-        past_length = cached_length(past_key_values)
+        cache = cache_of(cache, past_key_values)
+        past_length = cached_length(cache)
         if inputs_embeds is not None and past_length == 0:
             kwargs["inputs_embeds"] = inputs_embeds
             kwargs["input_ids"] = input_ids if input_ids.shape[1] == inputs_embeds.shape[1] else None
@@ -1105,7 +1117,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         if past_length and prompt_kwargs is None:
             kwargs.setdefault("prompt_length", past_length)  # what the model writes after a later turn
         elif past_length:
-            prompt = self._without_known_media(past_key_values, kwargs["input_ids"], prompt, kwargs.get("prompt_length"))
+            prompt = self._without_known_media(cache, kwargs["input_ids"], prompt, kwargs.get("prompt_length"))
         if "position_ids" in prompt and prompt["position_ids"].shape[-1] > length:
             prompt["position_ids"] = prompt["position_ids"][..., past_length : past_length + length]
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -1113,7 +1125,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         return {
             **kwargs,
             **prompt,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "attention_mask": attention_mask,
             "use_cache": use_cache,
         }

@@ -1,10 +1,12 @@
 """`generate` in full: what it returns equals a plain loop of whole forwards, whatever the mode, cache and batch."""
 
 import copy
+import logging
 
 import pytest
 import torch
 import transformers
+from moss_vl.modeling_moss_vl import CACHE
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
@@ -240,15 +242,28 @@ def test_a_second_turn_without_its_frames_is_an_error(model):
         run(model, {"input_ids": ids}, past_key_values=out.past_key_values)
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic", "given"])
+@pytest.mark.parametrize("kind", ["static", "dynamic", *sorted({CACHE, "past_key_values"})])
 def test_caches(model, kind):
     samples = assorted_samples()[1:4]
     expected = [plain_greedy(model, sample) for sample in samples]
-    cache = {"past_key_values": DynamicCache()} if kind == "given" else {"cache_implementation": kind}
+    cache = {"cache_implementation": kind} if kind in ("static", "dynamic") else {kind: DynamicCache()}
     assert continuation(model, batch(samples, "left"), **cache) == expected
     if kind == "static":  # and once more: 4.57 keeps the cache it made
         assert continuation(model, batch(samples, "left"), **cache) == expected
         assert continuation(model, samples[0].inputs(), **cache) == [expected[0]]
+
+
+@pytest.mark.skipif(CACHE == "cache", reason="`generate` of this transformers takes both names")
+def test_a_cache_by_a_name_that_generate_does_not_know_is_an_error(model):
+    with pytest.raises(ValueError, match="`generate` of this transformers calls it `past_key_values`"):
+        run(model, assorted_samples()[2].inputs(), cache=DynamicCache())
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values")
+def test_no_deprecated_name_of_the_cache_is_used(model, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers.utils.generic"), "warning_once", pytest.fail)
+    run(model, assorted_samples()[2].inputs(), return_dict_in_generate=True)
+    run(model, assorted_samples()[2].inputs(), num_beams=2, **{CACHE: DynamicCache()})
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])

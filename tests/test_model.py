@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 from safetensors.torch import load_file
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model, row_of
 from transformers import DynamicCache
@@ -458,6 +458,21 @@ def test_text_alone_skips_the_vision_side(model):
 
 
 # Caches and outputs.
+
+
+@torch.no_grad()
+def test_the_cache_goes_by_its_older_and_its_newer_name(model):
+    out = model(**assorted_samples()[2].inputs(), use_cache=True)
+    assert out.past_key_values is getattr(out, CACHE) is out[CACHE]
+    step = torch.tensor([[5]])
+    for part, result in ((model, "logits"), (model.model, "last_hidden_state"), (model.model.language_model, "last_hidden_state")):
+        caches = {name: copy.deepcopy(out.past_key_values) for name in ("cache", "past_key_values")}
+        newer, older = (part(step, **{name: cache}) for name, cache in caches.items())
+        assert torch.equal(newer[result], older[result])
+        assert newer.past_key_values is caches["cache"] and older.past_key_values is caches["past_key_values"]
+        assert all(cache.get_seq_length() == out.past_key_values.get_seq_length() + 1 for cache in caches.values())
+        with pytest.raises(ValueError, match="given twice, as `cache` and as `past_key_values`"):
+            part(step, **caches)
 
 
 @torch.no_grad()

@@ -53,8 +53,10 @@ def test_a_batch_of_text_alone_still_touches_every_parameter():
     assert torch.allclose(loss, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant, use_cache):
+    """A cache is kept from the layers, which would write to it once more when they are run again."""
     model = make_model().train()
     inputs = labelled(assorted_samples())
     loss, plain = gradients(model, inputs)
@@ -62,7 +64,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     calls = []
     layers = (model.model.visual.blocks[1].mlp, model.model.language_model.layers[1].mlp, model.model.language_model.layers[2].mlp)
     hooks = [layer.register_forward_pre_hook(lambda module, args: calls.append(id(module))) for layer in layers]
-    again, checkpointed = gradients(model, inputs)
+    again, checkpointed = gradients(model, inputs | {"use_cache": use_cache})
     for hook in hooks:
         hook.remove()
     assert sorted(calls) == sorted([id(layer) for layer in layers] * 2), "each is run again in the backward pass"
@@ -118,3 +120,5 @@ def test_trainer_lowers_the_loss(tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0], losses
+    logits, rope_deltas = trainer.predict(trainer.train_dataset).predictions  # and not the cache
+    assert (logits.shape, rope_deltas.shape) == ((3, 11, 200), (3,))
