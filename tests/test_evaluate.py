@@ -3,9 +3,11 @@
 import gc
 import json
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,23 +22,26 @@ import evaluate  # noqa: E402
 import world  # noqa: E402
 from evaluate import (  # noqa: E402
     CLIP_TASKS,
+    FRAMES,
     TASKS,
-    Batches,
+    Examinee,
     Item,
     Question,
     ask,
     average,
-    batches_of,
-    blank,
     clip_items,
     edits,
     events_in,
     larger,
+    look,
+    lots_of,
     marks,
     picture_items,
-    shuffle_stamps,
+    prompt_ids,
+    shuffled,
     table,
 )
+from world import draw_scene, write_clip  # noqa: E402
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 BRIEF = (2.0, 3.0)  # seconds of a clip
@@ -63,22 +68,34 @@ def forks():
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def model():
+    return AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def clips():
     """Three questions of two tasks, about clips of both rates."""
-    gc.collect()  # as in `forks`
-    return clip_items(("when", "visible at"), 3, 5, str(tmp_path_factory.mktemp("clips")), BRIEF, 1)
+    return clip_items(("when", "visible at"), 3, 5, BRIEF)
 
 
 @pytest.fixture(scope="module")
 def mixed(clips):
-    """Items of one image, of several, and clips; each with a prompt of its own length that no other has."""
-    found = [*picture_items("color", 2, 1), *picture_items("which image", 3, 1)], [item for task in clips.values() for item in task]
+    """Items of one image, of several, and clips; each with a prompt of its own length that no other has. Clips are asked twice."""
+    found = [*picture_items("color", 2, 1), *picture_items("which image", 3, 1), *(item for task in clips.values() for item in task)]
+    return [replace(item, question=replace(item.question, prompt=number * "so " + f"question {number}?"))
+            for number, item in enumerate(found)]  # fmt: skip
 
-    def numbered(items):
-        return [replace(item, question=replace(item.question, prompt=number * "so " + f"question {number}?"))
-                for number, item in enumerate(items)]  # fmt: skip
 
-    return [numbered(items) for items in found]
+def through_the_processor(processor, item, folder) -> dict:
+    """What the processor gives for the whole of an item by itself, as a user would ask it."""
+    medium = "<|video|>" if item.fps else "<|image|>" * len(item.scenes)
+    text = medium + item.question.prompt
+    if item.template:
+        text = processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    if not item.fps:
+        return processor(text=text, images=[draw_scene(scene) for scene in item.scenes], return_tensors="pt")
+    write_clip(item.scenes[0], folder / "clip.mp4")
+    return processor(text=text, videos=str(folder / "clip.mp4"), video_fps=item.fps, return_tensors="pt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +206,7 @@ def test_questions_about_pictures(task):
     items = picture_items(task, 12, seed=1)
     assert [item.question.task for item in items] == [task] * 12
     assert [item.template for item in items] == [True, False] * 6
-    assert all(item.path is None for item in items)
+    assert all(item.fps == 0 and item.times == () and item.column == "" for item in items)
     scenes = [scene for item in items for scene in item.scenes]
     assert len(set(scenes)) == len(scenes), "one question a picture"
     assert all(2 <= len(item.scenes) <= 4 if task == "which image" else len(item.scenes) == 1 for item in items)
@@ -210,155 +227,167 @@ def test_questions_about_larger_pictures_are_the_same():
                 assert replace(twice, width=scene.width, height=scene.height) == scene
 
 
-def test_questions_about_clips(clips, processor):
+def test_questions_about_clips(clips, processor, tmp_path):
     assert list(clips) == ["when", "visible at"]
     for task, items in clips.items():
         assert [item.question.task for item in items] == [task] * 3
         assert [item.template for item in items] == [True, False, True]
-        assert len({item.path for item in items}) == len({item.scenes for item in items}) == 3, "one question of a task a clip"
+        assert len({item.scenes for item in items}) == 3, "one question of a task a clip"
         for item in items:
             assert 2 <= item.scenes[0].seconds <= 3 and item.fps in (1, 2)
-            clip, = processor.video_processor.extract(item.path, video_fps=item.fps)
+            write_clip(item.scenes[0], tmp_path / "clip.mp4")
+            clip, = processor.video_processor.extract(str(tmp_path / "clip.mp4"), video_fps=item.fps)
             assert clip.timestamps == pytest.approx(item.times, abs=1e-3)
 
 
-def test_questions_about_clips_depend_on_the_seed_and_their_task_alone(clips, tmp_path, forks):
-    def drawn(tasks, n, seed, name):
-        (tmp_path / name).mkdir()
-        found = clip_items(tasks, n, seed, str(tmp_path / name), BRIEF, 1)
-        written = {str(path) for path in (tmp_path / name).iterdir()}
-        assert written == {item.path for items in found.values() for item in items}, "each file is asked about"
-        return without_path(found)
+def test_questions_about_clips_depend_on_the_seed_and_their_task_alone(clips):
+    assert clip_items(("when", "visible at"), 3, 5, BRIEF) == clips
+    assert clip_items(("visible at",), 2, 5, BRIEF) == {"visible at": clips["visible at"][:2]}
+    assert clip_items(("when",), 3, 6, BRIEF)["when"] != clips["when"]
 
-    def without_path(found):
-        return {task: [replace(item, path=None) for item in items] for task, items in found.items()}
 
-    expected = without_path(clips)
-    assert drawn(("when", "visible at"), 3, 5, "again") == expected
-    assert drawn(("visible at",), 2, 5, "fewer") == {"visible at": expected["visible at"][:2]}
-    assert drawn(("when",), 3, 6, "other")["when"] != expected["when"]
+def test_controls_ask_the_same_questions(monkeypatch):
+    monkeypatch.setattr(evaluate, "SECONDS", BRIEF)
+    monkeypatch.setattr(evaluate, "LONG", (3.0, 4.0))
+    asked = evaluate.examination(("shape", "when", "duration"), 3, 2, 1)
+    assert {task: list(columns) for task, columns in asked.items()} == {
+        "shape": ["", "blanked", "twice as large"], "when": ["", "blanked", "stamps shuffled", "twice as long"],
+        "duration": ["", "blanked", "twice as long"]}  # fmt: skip
+    for task, columns in asked.items():
+        assert [len(items) for items in columns.values()] == [3] + [2] * (len(columns) - 1)
+        for column, items in columns.items():
+            assert {(item.question.task, item.column) for item in items} == {(task, column)}
+            plain = [replace(item, column="") for item in items]
+            if column in ("blanked", "stamps shuffled"):
+                assert plain == columns[""][:2]
+            if column == "twice as large":
+                assert plain == picture_items(task, 2, 1, larger)
+            if column == "twice as long":
+                assert plain == clip_items((task,), 2, 1, (3.0, 4.0))[task]
+    assert evaluate.examination(("shape",), 3, 0, 1) == {"shape": {"": picture_items("shape", 3, 1)}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batches
+# Asking
 
 
-def test_batches_of_pictures_are_slices():
+def test_what_is_asked_about_one_sight_is_in_one_lot():
     items = picture_items("count", 7, 1)
-    assert batches_of(items, 3) == [items[:3], items[3:6], items[6:]]
+    blanked = [replace(item, column="blanked") for item in items[:2]]
+    assert lots_of([*items, *blanked], 3) == [
+        [[items[0], blanked[0]], [items[1], blanked[1]], [items[2]]], [[item] for item in items[3:6]], [[items[6]]]]  # fmt: skip
 
 
-def test_batches_of_clips_share_a_rate_and_are_the_smaller_the_longer_they_are():
+def test_lots_of_clips_are_the_smaller_the_longer_they_are():
     lot = random.Random(0)
-    items = [Item(Question("when", f"{number}", ""), (), True, f"{number}.mp4", lot.choice((1, 2)), (0.0,) * lot.randint(2, 60))
+    scene, = picture_items("count", 1, 1)[0].scenes
+    items = [Item(Question("when", f"{number}", ""), (replace(scene, grain=number % 50),), True, 1 + number % 2, (0.0,) * (2 + number % 50))
              for number in range(80)]  # fmt: skip
-    frames, size = 48, 4
-    batches = batches_of(items, size)
-    assert Counter(item for batch in batches for item in batch) == Counter(items)
+    lot.shuffle(items)
+    size = 4
+    lots = lots_of(items, size)
+    assert Counter(item for found in lots for about in found for item in about) == Counter(items)
+    sights = [about for found in lots for about in found]
+    assert len(sights) == 50 and all(len({(item.scenes, item.fps) for item in about}) == 1 for about in sights)
+    lengths = [len(about[0].times) for about in sights]
+    assert lengths == sorted(lengths) and max(map(len, lots)) == size
 
-    def fits(batch):
-        longest = max(len(item.times) for item in batch)
-        return len({item.fps for item in batch}) == 1 and len(batch) <= size and len(batch) * longest <= frames
+    def fits(found):
+        return len(found) <= size and len(found) * max(len(about[0].times) for about in found) <= FRAMES * size
 
-    assert all(len(batch) == 1 or fits(batch) for batch in batches)
-    rates = [batch[0].fps for batch in batches]
-    assert rates == sorted(rates) and max(map(len, batches)) == size
-    for one, other in zip(batches, batches[1:]):
+    assert all(len(found) == 1 or fits(found) for found in lots) and any(len(found) < size for found in lots[:-1])
+    for one, other in zip(lots, lots[1:]):
         assert not fits([*one, other[0]]), "the next clip had room"
 
 
-def rows_alone(batch, inputs):
-    """Each row's ids, mask, grids and pixels, without padding and without what belongs to others."""
-    medium, patch, sizes = 0, 0, inputs["grid_thw"].prod(1)
-    for row, (item, count) in enumerate(zip(batch, inputs["media_nums_per_sample"], strict=True)):
-        attended = inputs["attention_mask"][row]
-        padding = int((attended == 0).sum())
-        assert attended.tolist() == [0] * padding + [1] * (len(attended) - padding), "padded on the left"
-        mask, grids = inputs["cross_attention_mask"][row, 0], inputs["grid_thw"][medium : medium + count]
-        frames = int(grids[:, 0].sum())
-        assert mask[:padding].all() and mask[:, frames:].all(), "padding sees nothing, and nobody sees another row's frames"
-        patches = int(sizes[medium : medium + count].sum())
-        pixels = inputs["pixel_values"][patch : patch + patches]
-        yield item, padding, inputs["input_ids"][row, padding:], mask[padding:, :frames], grids, pixels
-        medium, patch = medium + count, patch + patches
-    assert (medium, patch) == (len(inputs["grid_thw"]), len(inputs["pixel_values"]))
-
-
-def test_an_item_in_a_batch_is_the_item_by_itself(processor, mixed):
-    paddings = []
-    for items in mixed:
-        for batch in batches_of(items, 4):
-            for item, padding, *row in rows_alone(batch, Batches(processor, [batch])[0]):
-                paddings.append(padding)
-                (_, none, *alone), = rows_alone([item], Batches(processor, [[item]])[0])
-                assert none == 0 and all(map(torch.equal, row, alone)), item.question
-                text = processor.tokenizer.decode(row[0])
-                assert text.endswith(f"{item.question.prompt}" + "<|im_end|>\n<|im_start|>assistant\n" * item.template)
-                assert item.path is None or text.count("<|image_pad|>") == len(item.times)
-                assert item.path is not None or text.count("<|image_pad|>") == len(item.scenes)
-    assert sum(map(bool, paddings)) > 2, "the test needs rows of different lengths"
+def test_a_prompt_is_what_the_processor_makes_of_it(processor, mixed, tmp_path):
+    for item in mixed:
+        expected, inputs = through_the_processor(processor, item, tmp_path), look(processor, item)
+        assert prompt_ids(processor, item, inputs["input_ids"][0].tolist()) == expected["input_ids"][0].tolist()
+        assert torch.equal(inputs["grid_thw"], expected["grid_thw"])
+        assert inputs["pixel_values"].shape == expected["pixel_values"].shape
+        # The encoder may write a clip in another way the next time.
+        assert (inputs["pixel_values"] - expected["pixel_values"]).abs().mean() <= (0.002 if item.fps else 0)
 
 
 class Echo:
-    """A model that says again what it is told, and keeps what it gets."""
+    """A model that says again what it is told, and keeps what it gets; it encodes all media of a prompt as one number."""
 
     device = torch.device("cpu")
 
     def __init__(self):
-        self.calls = []
+        self.model, self.calls = SimpleNamespace(visual=lambda pixels, grids: pixels.abs().sum()[None, None]), []
 
     def generate(self, input_ids, **inputs):
-        self.calls.append({"input_ids": input_ids, **inputs})
+        self.calls.append({"input_ids": input_ids, "tokens": self.model.visual(None, inputs["grid_thw"], None), **inputs})
         return torch.cat([input_ids, input_ids], dim=1)
 
 
-@pytest.mark.parametrize("size, workers", [(1, 1), (4, 2)])
-def test_every_item_gets_its_own_answer(processor, mixed, size, workers, forks):
-    for items in mixed:
-        model = Echo()
-        answers = ask(model, processor, items, size, workers)
-        assert Counter(item for item, _ in answers) == Counter(items)
-        for item, given in answers:
-            assert item.question.prompt in given and given.count("question") == 1
-            stamps = "".join(f"{time:.1f} seconds" for time in item.times)
-            assert given.removeprefix("user\n").startswith(stamps + item.question.prompt)
-        assert len(model.calls) == len(batches_of(items, size))
-        assert all(call["do_sample"] is False and call["max_new_tokens"] == evaluate.MAX_NEW_TOKENS for call in model.calls)
+@pytest.mark.parametrize("size, workers", [(1, 1), (4, 2), (4, 0)])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_every_item_gets_its_own_answer(processor, mixed, size, workers, on_cpu, monkeypatch, forks):
+    """Whether workers answer or only look."""
+    class Elsewhere(evaluate.Lots):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.answered = on_cpu
+
+    monkeypatch.setattr(evaluate, "Lots", Elsewhere)
+    answers = list(ask(Echo(), processor, mixed, size, workers))
+    assert Counter(item for item, _ in answers) == Counter(mixed)
+    for item, given in answers:
+        assert item.question.prompt in given and given.count("question") == 1
+        stamps = "".join(f"{time:.1f} seconds" for time in item.times)
+        assert given.removeprefix("user\n").startswith(stamps + item.question.prompt)
 
 
-def test_answers_in_batches_are_those_of_each_alone(processor, mixed, monkeypatch, forks):
-    """Of the checkpoint: rows with images and clips of different number and length, padded on the left."""
+def test_every_row_of_a_batch_has_its_own_media(processor, mixed):
+    model, size, asked = Echo(), 3, {item.question.prompt: item for item in mixed}
+    encoder = model.model.visual
+    list(ask(model, processor, mixed, size, 0))
+    assert model.model.visual is encoder, "the encoder is back"
+    rows = 0
+    for call in model.calls:
+        assert call["do_sample"] is False and call["max_new_tokens"] == evaluate.MAX_NEW_TOKENS and len(call["input_ids"]) <= size
+        grids = call["grid_thw"].split(call["media_nums_per_sample"])
+        for ids, attended, own, token in zip(call["input_ids"], call["attention_mask"], grids, call["tokens"], strict=True):
+            item = asked[re.search(r"(so )*question \d+\?", processor.tokenizer.decode(ids))[0]]
+            padding = int((attended == 0).sum())
+            assert attended.tolist() == [0] * padding + [1] * (len(ids) - padding), "padded on the left"
+            inputs = look(processor, item)
+            assert ids[padding:].tolist() == prompt_ids(processor, item, inputs["input_ids"][0].tolist())
+            assert torch.equal(own, inputs["grid_thw"])
+            assert token.item() == pytest.approx(inputs["pixel_values"].abs().sum().item(), rel=1e-3 if item.fps else 1e-6)
+            rows += 1
+    assert rows == len(mixed)
+
+
+def test_answers_are_those_to_each_item_alone(processor, model, mixed, tmp_path, monkeypatch, forks):
+    """Of the checkpoint, through nothing but the processor and `generate`: rows with images and clips of different number and length."""
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 6)
-    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).eval()
-    for items in mixed:
-        together, alone = (dict(ask(model, processor, items, size, 1)) for size in (4, 1))
-        assert together == alone
-        assert len(set(alone.values())) > 1, "the test needs different answers"
+    together, alone = dict(ask(model, processor, mixed, 4, 2)), {}
+    for item in mixed:
+        inputs = through_the_processor(processor, item, tmp_path)
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        alone[item] = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert together == alone
+    assert len(set(alone.values())) > 1, "the test needs different answers"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Controls
 
 
-def test_blanked_pixels_are_grey_and_all_else_stays(processor, mixed, forks):
-    for items in mixed:
-        seen, blanked = Echo(), Echo()
-        ask(seen, processor, items, 4, 1)
-        ask(blanked, processor, items, 4, 1, blank)
-        for before, after in zip(seen.calls, blanked.calls, strict=True):
-            assert before["pixel_values"].any() and not after["pixel_values"].any()
-            assert before.keys() == after.keys() and before["pixel_values"].shape == after["pixel_values"].shape
-            for name in before.keys() - {"pixel_values"}:
-                same = torch.equal if isinstance(before[name], torch.Tensor) else lambda a, b: a == b
-                assert same(before[name], after[name]), name
+def test_what_is_blanked_is_encoded_as_grey(processor, model, mixed):
+    examinee = Examinee(model, processor)
+    for item in mixed:
+        inputs = look(processor, item)
+        plain, blanked = examinee.rows(0, [item, replace(item, column="blanked")], inputs)
+        assert blanked.ids == plain.ids and torch.equal(blanked.grids, plain.grids)
+        grey = model.model.visual(torch.zeros_like(inputs["pixel_values"]), inputs["grid_thw"])
+        assert torch.allclose(blanked.tokens, grey, atol=1e-4) and not torch.allclose(plain.tokens, grey, atol=1e-2)
     grey = processor.image_processor([Image.new("RGB", (224, 224), (128,) * 3)], return_tensors="pt")["pixel_values"]
     assert grey.abs().max() < 0.01, "0 stands for grey"
-
-
-def slow_frame_mask(ids, attended, pad, frames) -> torch.Tensor:
-    """bool [B, 1, T, F], True = hidden: a token sees the frames whose placeholders stand at or before it; padding sees none."""
-    return torch.tensor([[[[not (on and frame < row[: at + 1].count(pad)) for frame in range(frames)] for at, on in enumerate(ons)]]
-                         for row, ons in zip(ids.tolist(), attended.tolist())])  # fmt: skip
 
 
 def cut(ids, begin, end) -> tuple[list[tuple], list]:
@@ -374,28 +403,28 @@ def cut(ids, begin, end) -> tuple[list[tuple], list]:
 
 def test_shuffled_stamps_change_places_and_all_else_stays(processor):
     """Stamps of one and of two digits before the point: where they change places, the frames between them move."""
-    videos = [[Image.new("RGB", (32, 32), (level,) * 3) for level in range(0, 10 * count, 10)] for count in (13, 3, 1)]
-    text = ["<|video|>What is visible at 3.0 seconds?", "<|video|>", "<|video|>12.0 seconds"]
-    inputs = processor(text=text, videos=videos, video_metadata=[{"fps": 1.0}] * 3, padding=True, padding_side="left",
-                       return_tensors="pt")  # fmt: skip
-    before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    pad, (_, _, _, frames) = processor.image_token_id, before["cross_attention_mask"].shape
-    expected = slow_frame_mask(before["input_ids"], before["attention_mask"], pad, frames)
-    assert frames == 13 and torch.equal(before["cross_attention_mask"], expected)
-
-    shuffle_stamps(inputs, processor)
     marks = processor.time_start_token_id, processor.time_end_token_id
-    for row, count in enumerate((13, 3, 1)):
-        stamps, rest = cut(before["input_ids"][row].tolist(), *marks)
-        shuffled, same = cut(inputs["input_ids"][row].tolist(), *marks)
-        assert len(stamps) == count and sorted(shuffled) == sorted(stamps) and same == rest
+    for count in (13, 3, 1):
+        video = [Image.new("RGB", (32, 32), (level,) * 3) for level in range(0, 10 * count, 10)]
+        text = "<|video|>What is visible at 3.0 seconds?"
+        ids = processor(text=text, videos=[video], video_metadata=[{"fps": 1.0}])["input_ids"][0]
+        before, (stamps, rest) = list(ids), cut(ids, *marks)
+        found = shuffled(ids, *marks, seed=1)
+        assert ids == before and found == shuffled(ids, *marks, seed=1)
+        moved, same = cut(found, *marks)
+        assert len(stamps) == count and sorted(moved) == sorted(stamps) and same == rest
         assert len(set(map(len, stamps))) == (2 if count > 10 else 1), "the test needs stamps of two lengths"
-        assert (shuffled != stamps) == (count > 1)
-    assert inputs["input_ids"].shape == before["input_ids"].shape
-    expected = slow_frame_mask(inputs["input_ids"], inputs["attention_mask"], pad, frames)
-    assert torch.equal(inputs["cross_attention_mask"], expected) and not torch.equal(expected, before["cross_attention_mask"])
-    for name in before.keys() - {"input_ids", "cross_attention_mask"}:
-        assert torch.equal(inputs[name], before[name]), name
+        assert (moved != stamps) == (count > 1)
+
+
+def test_stamps_are_shuffled_for_their_control_alone(processor, clips):
+    item, inputs = clips["when"][0], look(processor, clips["when"][0])
+    examinee, columns = Examinee(Echo(), processor), ("", "blanked", "stamps shuffled", "twice as long")
+    ids = {row.item.column: row.ids for row in examinee.rows(0, [replace(item, column=column) for column in columns], inputs)}
+    assert list(ids) == list(columns) and ids[""] == ids["blanked"] == ids["twice as long"] == prompt_ids(
+        processor, item, inputs["input_ids"][0].tolist())  # fmt: skip
+    marks = processor.time_start_token_id, processor.time_end_token_id
+    assert ids["stamps shuffled"] == shuffled(ids[""], *marks, seed=item.question.prompt) != ids[""]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,50 +483,32 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
     monkeypatch.setattr(evaluate, "SECONDS", BRIEF)
     monkeypatch.setattr(evaluate, "LONG", (3.0, 4.0))
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 8)
-    asks = []
-
-    def noting(model, processor, items, size, workers, alter=None):
-        asks.append((items[0].question.task, alter, items[0].scenes[0].width, items[0].scenes[0].seconds))
-        return ask(model, processor, items, size, workers, alter)
-
-    monkeypatch.setattr(evaluate, "ask", noting)
     (tmp_path / "answers.jsonl").write_text("of a run before\n")
     options = ("--checkpoint", NANO, "--n", 2, "--control-n", 1, "--seed", 3, "--workers", 1, "--device", "cpu")
     files = ("--json", tmp_path / "table.json", "--answers", tmp_path / "answers.jsonl")
     evaluate.main([str(argument) for argument in (*options, *files, "--tasks", *PICTURES, *CLIPS)])
 
     result = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
-    asked = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     tasks = result.pop("tasks")
-    assert result.pop("parameters") > 1e6
-    assert result == {"checkpoint": str(NANO), "dtype": "bfloat16", "seed": 3, "control n": 1}
+    assert result.pop("parameters") > 1e6 and result.pop("dtype") in ("bfloat16", "float32")
+    assert result == {"checkpoint": str(NANO), "seed": 3, "control n": 1}
     assert list(tasks) == [*PICTURES, *CLIPS]
     measures = {"describe picture": {"every object"}, "text": {"characters"}, "which image": set(), "when": {"within a frame"},
                 "describe clip": {"every event", "every event, within a frame", "first frame"}, "direction": set()}  # fmt: skip
+    asked = evaluate.examination((*PICTURES, *CLIPS), 2, 1, 3)
+    items = [item for columns in asked.values() for found in columns.values() for item in found]
+    expected = [(item.question.task, item.column, item.question.prompt, item.template, item.question.answer) for item in items]
+    assert [tuple(line[name] for name in ("task", "column", "prompt", "template", "right")) for line in lines] == expected
     for task, row in tasks.items():
-        columns = ["blanked"] + ["stamps shuffled"] * (task in ("describe clip", "when"))
-        columns.append("twice as large" if task in PICTURES else "twice as long")
+        columns = [column for column in asked[task] if column]
         assert list(row) == ["n", "exact", "commonest answer", "measures", *columns]
         assert row["n"] == 2 and row["commonest answer"] in (0.5, 1.0) and row["exact"] == row["measures"]["exact"]
         for scores in (row["measures"], *(row[column] for column in columns)):
             assert scores.keys() == {"exact", *measures[task]} and all(0 <= score <= 1 for score in scores.values())
-        alters = {"blanked": blank, "stamps shuffled": shuffle_stamps}
-        calls = [call[1:] for call in asks if call[0] == task]
-        assert [alter for alter, *_ in calls] == [None, *map(alters.get, columns)]
-        (_, width, seconds), (_, last_width, last_seconds) = calls[0], calls[-1]
-        assert (seconds == 0 and last_width == 2 * width) if task in PICTURES else (2 <= seconds <= 3 <= last_seconds <= 4)
-        own = [line for line in asked if line["task"] == task]
-        assert [line["column"] for line in own] == ["", "", *columns]
         for column in ("", *columns):
-            exact = [line["given"] == line["right"] for line in own if line["column"] == column]
+            exact = [line["given"] == line["right"] for line in lines if (line["task"], line["column"]) == (task, column)]
             assert (row[column] if column else row)["exact"] == sum(exact) / len(exact)
-        first = {(line["prompt"], line["right"]) for line in own if line["column"] in ("", "blanked", "stamps shuffled")}
-        assert len(first) <= 2, "controls ask the same questions"
-        expected = picture_items(task, 2, 3) if task in PICTURES else None
-        if expected is not None:
-            items = [(item.question.prompt, item.question.answer, item.template) for item in (*expected, expected[0], expected[0])]
-            assert [(line["prompt"], line["right"], line["template"]) for line in own] == items
-    assert len(asked) == sum(len(row) - 4 + 2 for row in tasks.values())
     shown = capsys.readouterr()
     assert shown.out == table({"tasks": tasks}) + "\n"
     assert [line.split("s  ", 1)[1].split(":")[0] for line in shown.err.splitlines() if " s  " in line] == [*PICTURES, *CLIPS]

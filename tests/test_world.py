@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
+import av
 import numpy as np
 import pytest
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
@@ -29,6 +30,7 @@ from world import (  # noqa: E402
     draw_ink,
     draw_scene,
     fonts,
+    frame_times,
     load_font,
     outline,
     random_clip,
@@ -360,6 +362,19 @@ def test_written_clip_decodes_to_what_the_scene_says(eventful, tmp_path):
             if not any(filled(replace(eventful, things=(other,)), time)[0][at] for other in shown):
                 assert np.abs(frame[at] - pixels(draw_background(eventful))[at]).max() < 40, (thing, time)
     assert len(states) > 5
+
+
+def test_every_frame_of_a_written_clip_is_the_scene_at_its_time(eventful, tmp_path):
+    """Frames that look alike are drawn once; none is late, and none is left out."""
+    write_clip(eventful, tmp_path / "clip.mp4")
+    moments = {tuple(eventful.at(time)): pixels(draw_scene(eventful, time)) for time in frame_times(eventful)}
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        frames = [(frame.time, frame.to_ndarray(format="rgb24").astype(int)) for frame in container.decode(video=0)]
+    assert [time for time, _ in frames] == pytest.approx(frame_times(eventful), abs=1e-3)
+    for (_, frame), time in zip(frames, frame_times(eventful)):
+        nearest = min(moments, key=lambda moment: np.abs(moments[moment] - frame).mean())
+        assert nearest == tuple(eventful.at(time)), time
+    assert 5 < len(moments) < len(frames)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

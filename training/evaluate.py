@@ -4,11 +4,13 @@ Fresh pictures and clips (written to h264 files and read back), from seeds that 
 if it is the right one to the letter. Controls: the same questions with the pixels blanked, and clips with their time stamps
 shuffled, show what is known without looking; pictures twice as large and clips up to twice as long as any in training show what
 carries over.
+
+Most of the time goes into drawing, reading and encoding what is to be seen. So that is done once for all that is asked about it,
+controls included, and by several processes side by side.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,19 +44,22 @@ TEXTS = ("text", "no text")  # pictures with a sign and without
 TASKS = (*(task for task in PICTURE_TASKS if task != "text"), *TEXTS, IMAGES_TASK, *CLIP_TASKS)
 TIMED = ("describe clip", "when", "visible at")  # what cannot be answered without time stamps
 SECONDS, LONG = (2.0, 20.0), (20.0, 40.0)  # of a clip: as in training, and longer
+BLANKED, SHUFFLED, LARGER, LONGER = CONTROLS = ("blanked", "stamps shuffled", "twice as large", "twice as long")
+FRAMES = 12  # for each question of a batch, at most, that are read before it is asked
 MAX_NEW_TOKENS = 160
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question with the scenes it is about; a clip also has its file, and the rate and times of its sampled frames."""
+    """A question with the scenes it is about; a clip also has the rate and times of its sampled frames. `column` is the control that it
+    is asked for, if any."""
 
     question: Question
     scenes: tuple[Scene, ...]
     template: bool
-    path: str | None = None
     fps: int = 0
     times: tuple[float, ...] = ()
+    column: str = ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,105 +86,209 @@ def picture_items(task: str, n: int, seed, scale=lambda scene: scene) -> list[It
     return items
 
 
-def clip_items(tasks, n: int, seed, folder: str, seconds, workers: int) -> dict[str, list[Item]]:
-    """`n` questions of each task; a clip is asked one of each at most. Their files are written to `folder`."""
-    lot, items, files = random.Random(f"clips {seed} {seconds}"), {task: [] for task in tasks}, []
+def clip_items(tasks, n: int, seed, seconds) -> dict[str, list[Item]]:
+    """`n` questions of each task; a clip is asked one of each at most."""
+    lot, items = random.Random(f"clips {seed} {seconds}"), {task: [] for task in tasks}
     lots = {task: random.Random(f"{task} {seed} {seconds}") for task in tasks}  # a task's questions do not hang on the others
     while any(len(found) < n for found in items.values()):
         scene, fps = random_clip(lot, seconds), lot.choice((1, 2))
-        times, path = tuple(sampled_times(scene, fps)), os.path.join(folder, f"{len(files)}.mp4")
-        wanted = False
+        times = tuple(sampled_times(scene, fps))
         for task, found in items.items():
             question = ask_clip(task, scene, list(times), lots[task], lots[task].random() < 0.5)
             if question is not None and len(found) < n:
-                found.append(Item(question, (scene,), len(found) % 2 == 0, path, fps, times))
-                wanted = True
-        if wanted:
-            files.append((scene, path))
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        pool.starmap(write_clip, files, chunksize=8)
+                found.append(Item(question, (scene,), len(found) % 2 == 0, fps, times))
     return items
+
+
+def examination(tasks, n: int, controls: int, seed) -> dict[str, dict[str, list[Item]]]:
+    """Task -> column of the table ("" is the plain one) -> `n` questions, or `controls` for each control."""
+    clip_tasks = [task for task in tasks if task in CLIP_TASKS]
+    clips, long_clips = clip_items(clip_tasks, n, seed, SECONDS), clip_items(clip_tasks, controls, seed, LONG)
+    asked = {}
+    for task in tasks:
+        plain = clips[task] if task in clips else picture_items(task, n, seed)
+        asked[task] = {"": plain}
+        if controls:
+            columns = {BLANKED: plain[:controls]}
+            if task in TIMED:
+                columns[SHUFFLED] = plain[:controls]
+            if task in clips:
+                columns[LONGER] = long_clips[task]
+            else:
+                columns[LARGER] = picture_items(task, controls, seed, larger)
+            asked[task] |= {column: [replace(item, column=column) for item in items] for column, items in columns.items()}
+    return asked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Asking
 
 
-class Batches(torch.utils.data.Dataset):
-    """What the processor makes of batches of items; drawn and decoded in the loader's workers."""
+def lots_of(items: list[Item], size: int) -> list[list[list[Item]]]:
+    """Lots of what is read and encoded before it is asked about: at most `size` sights (what the same items are about) of at most
+    FRAMES * `size` frames in all. Pictures come first, then clips by length; a lot -> its sights -> the items about each."""
+    sights: dict[tuple, list[Item]] = {}
+    for item in items:
+        sights.setdefault((item.scenes, item.fps), []).append(item)
+    lots: list[list[list[Item]]] = []
+    for about in sorted(sights.values(), key=lambda about: len(about[0].times)):
+        frames = max(len(about[0].times), 1)
+        if not lots or len(lots[-1]) == size or (len(lots[-1]) + 1) * frames > FRAMES * size:
+            lots.append([])
+        lots[-1].append(about)
+    return lots
 
-    def __init__(self, processor, batches: list[list[Item]]):
-        self.processor, self.batches = processor, batches
+
+def placeholders(item: Item) -> str:
+    return "<|video|>" if item.fps else "<|image|>" * len(item.scenes)
+
+
+def look(processor, item: Item):
+    """What the processor makes of the item's pictures, or of its clip, which is written to a file: `pixel_values`, `grid_thw`, and as
+    `input_ids` what stands for them in a text."""
+    text = placeholders(item)
+    if not item.fps:
+        return processor(text=text, images=[draw_scene(scene) for scene in item.scenes], return_tensors="pt")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "clip.mp4")
+        write_clip(*item.scenes, path)
+        return processor(text=text, videos=path, video_fps=float(item.fps), num_extract_threads=1, return_tensors="pt")
+
+
+def prompt_ids(processor, item: Item, media_ids: list[int]) -> list[int]:
+    """The tokens of the whole prompt, with `media_ids` for what is to be seen."""
+    text = placeholders(item) + item.question.prompt
+    if item.template:
+        turn = [{"role": "user", "content": text}]
+        text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, behind = (processor.tokenizer(part)["input_ids"] for part in text.split(placeholders(item)))
+    return before + media_ids + behind
+
+
+def shuffled(ids: list[int], begin: int, end: int, seed) -> list[int]:
+    """The stamps, which stand between the tokens `begin` and `end`, change places; frames move along where they differ in length."""
+    starts, ends = ([at for at, token in enumerate(ids) if token == mark] for mark in (begin, end))
+    stamps = [ids[start + 1 : stop] for start, stop in zip(starts, ends)]
+    random.Random(seed).shuffle(stamps)
+    out, at = [], 0
+    for start, stop, stamp in zip(starts, ends, stamps):
+        out += [*ids[at : start + 1], *stamp]
+        at = stop
+    return out + ids[at:]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A prompt ready to be answered: its item, and whose place among the items of a lot it has."""
+
+    place: tuple[int, int]  # sight, number among the items about it
+    item: Item
+    ids: list[int]
+    grids: torch.Tensor  # [media, 3]
+    tokens: torch.Tensor  # [V, D], of the vision encoder
+
+
+class Encoded(torch.nn.Module):
+    """Stands where the vision encoder was: gives the tokens [V, D] that it made."""
+
+    def __init__(self, tokens: torch.Tensor):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, *args):
+        return self.tokens
+
+
+@contextmanager
+def seeing(model, tokens: torch.Tensor):
+    """The model takes `tokens` for what its vision encoder makes of any media."""
+    encoder = model.model.visual
+    model.model.visual = Encoded(tokens)
+    try:
+        yield
+    finally:
+        model.model.visual = encoder
+
+
+class Examinee:
+    """A model with its processor."""
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+        self.grey: dict[tuple[int, int], torch.Tensor] = {}  # patch rows and columns -> tokens of a grey frame
+
+    @torch.inference_mode()
+    def answers(self, lot: list[list[Item]], seen, size: int) -> list[tuple[int, int, str]]:
+        """The greedy answers of a lot, as (sight, number among the items about it, answer). `seen`: what `look` gives for each sight.
+
+        The rows of a batch, at most `size`, have right answers of about one length: all wait for the longest.
+        """
+        rows = [row for sight, (about, inputs) in enumerate(zip(lot, seen)) for row in self.rows(sight, about, inputs)]
+        rows.sort(key=lambda row: (len(row.item.question.answer), len(row.ids)))
+        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+        return [(*row.place, answer) for batch in batches for row, answer in zip(batch, self.generate(batch))]
+
+    def rows(self, sight: int, about: list[Item], inputs) -> Iterator[Row]:
+        """What is asked about one sight, which is encoded once. `inputs`: what `look` gives."""
+        pixels, grids, media_ids = inputs["pixel_values"].to(self.model.device), inputs["grid_thw"], inputs["input_ids"][0].tolist()
+        tokens = self.model.model.visual(pixels, grids)
+        for number, item in enumerate(about):
+            ids = prompt_ids(self.processor, item, media_ids)
+            if item.column == SHUFFLED:
+                marks = self.processor.time_start_token_id, self.processor.time_end_token_id
+                ids = shuffled(ids, *marks, seed=item.question.prompt)
+            yield Row((sight, number), item, ids, grids, self.blank(pixels, grids) if item.column == BLANKED else tokens)
+
+    def blank(self, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """Tokens [V, D] as of `pixels` [P, values], but every pixel grey. The encoder sees each frame by itself: one of a size does."""
+        parts = []
+        for frames, rows, columns in grids.tolist():
+            if (rows, columns) not in self.grey:
+                grey = pixels.new_zeros(rows * columns, pixels.shape[1])
+                self.grey[rows, columns] = self.model.model.visual(grey, [[1, rows, columns]])
+            parts.append(self.grey[rows, columns].repeat(frames, 1))
+        return torch.cat(parts)
+
+    def generate(self, rows: list[Row]) -> list[str]:
+        """The greedy answers of one batch."""
+        length, pad = max(len(row.ids) for row in rows), self.processor.tokenizer.pad_token_id
+        padding = [length - len(row.ids) for row in rows]  # on the left
+        ids = torch.tensor([[pad] * space + row.ids for space, row in zip(padding, rows)])
+        attended = torch.tensor([[0] * space + [1] * len(row.ids) for space, row in zip(padding, rows)])
+        with seeing(self.model, torch.cat([row.tokens for row in rows])):
+            out = self.model.generate(
+                input_ids=ids.to(self.model.device), attention_mask=attended.to(self.model.device),
+                grid_thw=torch.cat([row.grids for row in rows]), media_nums_per_sample=[len(row.grids) for row in rows],
+                max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
+            )  # fmt: skip
+        return self.processor.batch_decode(out[:, length:], skip_special_tokens=True)
+
+
+class Lots(torch.utils.data.Dataset):
+    """What the loader's workers find out about each lot: where the model is on a CPU the answers, else what is seen."""
+
+    def __init__(self, examinee: Examinee, lots: list[list[list[Item]]], size: int):
+        self.examinee, self.lots, self.size = examinee, lots, size
+        self.answered = examinee.model.device.type == "cpu"
 
     def __len__(self):
-        return len(self.batches)
+        return len(self.lots)
 
     def __getitem__(self, index: int):
-        torch.set_num_threads(1)
-        items, texts, images, videos = self.batches[index], [], [], []
-        for item in items:
-            media = "<|video|>" if item.path else "<|image|>" * len(item.scenes)
-            text = media + item.question.prompt
-            if item.template:
-                turn = [{"role": "user", "content": text}]
-                text = self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            texts.append(text)
-            if item.path:
-                videos.append(item.path)
-            else:
-                images += [draw_scene(scene) for scene in item.scenes]
-        rate = {"video_fps": float(items[0].fps)} if videos else {}
-        media = {"images": images or None, "videos": videos or None}
-        return self.processor(text=texts, **media, **rate, padding=True, padding_side="left", return_tensors="pt")
+        lot = self.lots[index]
+        seen = (look(self.examinee.processor, about[0]) for about in lot)
+        return self.examinee.answers(lot, seen, self.size) if self.answered else list(seen)
 
 
-def blank(inputs, processor) -> None:
-    """Every pixel grey."""
-    inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
-
-
-def shuffle_stamps(inputs, processor) -> None:
-    """The stamps of each clip change places; where they differ in length, frames stand elsewhere, and so the frame mask follows."""
-    begin, end = processor.time_start_token_id, processor.time_end_token_id
-    for row, ids in enumerate(inputs["input_ids"].tolist()):
-        starts, ends = ([at for at, token in enumerate(ids) if token == mark] for mark in (begin, end))
-        stamps = [ids[start + 1 : stop] for start, stop in zip(starts, ends)]
-        random.Random(row).shuffle(stamps)
-        out, at = [], 0
-        for start, stop, stamp in zip(starts, ends, stamps):
-            out += [*ids[at : start + 1], *stamp]
-            at = stop
-        inputs["input_ids"][row] = torch.tensor(out + ids[at:])
-    seen, frames = (inputs["input_ids"] == processor.image_token_id).cumsum(1), inputs["cross_attention_mask"].shape[-1]
-    inputs["cross_attention_mask"] = (torch.arange(frames) >= seen[:, :, None])[:, None]  # padding is on the left and sees none
-
-
-def batches_of(items: list[Item], size: int) -> list[list[Item]]:
-    """Batches of at most `size` items; clips of one sampling rate, the longer the fewer."""
-    if not items[0].path:
-        return [items[at : at + size] for at in range(0, len(items), size)]
-    batches: list[list[Item]] = []
-    for item in sorted(items, key=lambda item: (item.fps, len(item.times))):
-        batch = batches[-1] if batches else []
-        if not batch or batch[0].fps != item.fps or (len(batch) + 1) * len(item.times) > 12 * size or len(batch) == size:
-            batches.append([])
-        batches[-1].append(item)
-    return batches
-
-
-def ask(model, processor, items: list[Item], size: int, workers: int, alter=None) -> list[tuple[Item, str]]:
-    """The greedy answers. `alter(inputs, processor)` changes what the model gets to see."""
-    batches = batches_of(items, size)
-    loader = torch.utils.data.DataLoader(Batches(processor, batches), batch_size=None, num_workers=workers)
-    answers = []
-    for batch, inputs in zip(batches, loader):
-        if alter is not None:
-            alter(inputs, processor)
-        length = inputs["input_ids"].shape[1]
-        with torch.inference_mode():  # not around the loader, whose workers would inherit it, but not the threads that decode there
-            tokens = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        answers += zip(batch, processor.batch_decode(tokens[:, length:], skip_special_tokens=True))
-    return answers
+def ask(model, processor, items: list[Item], size: int, workers: int) -> Iterator[tuple[Item, str]]:
+    """The greedy answers, in batches of `size`, lot by lot. Each worker is a process with one thread: for so small a model several of
+    them are faster than several threads."""
+    examinee, lots = Examinee(model, processor), lots_of(items, size)
+    dataset, context = Lots(examinee, lots, size), "fork" if workers else None  # the model's code is not to be pickled
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
+    for lot, found in zip(lots, loader):
+        for sight, number, answer in found if dataset.answered else examinee.answers(lot, found, size):
+            yield lot[sight][number], answer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,15 +352,33 @@ def average(answers: list[tuple[Item, str]]) -> dict[str, float]:
 
 def table(result: dict) -> str:
     """The result as Markdown."""
-    columns = ("blanked", "stamps shuffled", "twice as large", "twice as long")
-    head = ("task", "n", "exact", "commonest answer", *columns, "other measures")
+    head = ("task", "n", "exact", "commonest answer", *CONTROLS, "other measures")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for task, row in result["tasks"].items():
         cells = [task, str(row["n"]), f"{row['exact']:.1%}", f"{row['commonest answer']:.1%}"]
-        cells += [f"{row[column]['exact']:.1%}" if column in row else "" for column in columns]
+        cells += [f"{row[column]['exact']:.1%}" if column in row else "" for column in CONTROLS]
         cells.append(", ".join(f"{name} {value:.1%}" for name, value in row["measures"].items() if name != "exact"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def row_of(columns: dict[str, list[tuple[Item, str]]]) -> dict:
+    """A task's row of the result, of its answers in each column."""
+    answers = columns[""]
+    common = Counter(item.question.answer for item, _ in answers).most_common(1)[0][1] / len(answers)
+    measures = average(answers)
+    row = {"n": len(answers), "exact": measures["exact"], "commonest answer": common, "measures": measures}
+    return row | {column: average(columns[column]) for column in columns if column}
+
+
+def answer_lines(columns: dict[str, list[tuple[Item, str]]]) -> str:
+    """JSONL of every question of a task with its answer."""
+    return "".join(
+        json.dumps({"task": item.question.task, "column": column, "prompt": item.question.prompt, "template": item.template,
+                    "right": item.question.answer, "given": given}, ensure_ascii=False) + "\n"
+        for column, answers in columns.items()
+        for item, given in answers
+    )  # fmt: skip
 
 
 def main(arguments=None):
@@ -266,9 +395,9 @@ def main(arguments=None):
     parser.add_argument("--control-n", type=int, default=200, help="questions a task for each control; 0 leaves the controls out")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that draw and decode")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw, read and, on a CPU, answer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="to compute in; by default the faster one")
     args = parser.parse_args(arguments)
     for name, least in (("n", 1), ("control_n", 0), ("batch", 1), ("workers", 1)):
         if getattr(args, name) < least:
@@ -281,9 +410,11 @@ def main(arguments=None):
     if args.json and args.answers and args.json.resolve() == args.answers.resolve():
         parser.error(f"--json and --answers are both {args.json}; expected two files")
 
+    from train_nano import faster_dtype
     from transformers import AutoModelForCausalLM, AutoProcessor
 
     began = time.monotonic()
+    args.dtype = args.dtype or faster_dtype(args.device)
     processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype))
     model = model.to(args.device).eval()
@@ -294,40 +425,20 @@ def main(arguments=None):
     }  # fmt: skip
     if args.answers:
         args.answers.write_text("", encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        clip_tasks = [task for task in args.tasks if task in CLIP_TASKS]
-        clips, long_clips = {}, {}
-        if clip_tasks:
-            os.makedirs(os.path.join(folder, "long"))
-            clips = clip_items(clip_tasks, args.n, args.seed, folder, SECONDS, args.workers)
-            if controls:
-                long_clips = clip_items(clip_tasks, controls, args.seed, os.path.join(folder, "long"), LONG, args.workers)
-
-        def answers_to(task, column, items, alter=None):
-            answers = ask(model, processor, items, args.batch, args.workers, alter)
+    asked = examination(args.tasks, args.n, controls, args.seed)
+    left = {task: sum(map(len, columns.values())) for task, columns in asked.items()}
+    given, waiting, everything = {}, list(asked), [item for task in asked.values() for items in task.values() for item in items]
+    for item, answer in ask(model, processor, everything, args.batch, args.workers):
+        given[item] = answer
+        left[item.question.task] -= 1
+        while waiting and not left[waiting[0]]:
+            task = waiting.pop(0)
+            columns = {column: [(item, given[item]) for item in items] for column, items in asked[task].items()}
+            result["tasks"][task] = row_of(columns)
             if args.answers:
                 with args.answers.open("a", encoding="utf-8") as file:
-                    for item, given in answers:
-                        asked = {"task": task, "column": column, "prompt": item.question.prompt, "template": item.template}
-                        file.write(json.dumps({**asked, "right": item.question.answer, "given": given}, ensure_ascii=False) + "\n")
-            return average(answers)
-
-        for task in args.tasks:
-            items = clips[task] if task in clips else picture_items(task, args.n, args.seed)
-            common = Counter(item.question.answer for item in items).most_common(1)[0][1] / len(items)
-            measures = answers_to(task, "", items)
-            row = {"n": len(items), "exact": measures["exact"], "commonest answer": common, "measures": measures}
-            if controls:
-                fewer = items[:controls]
-                row["blanked"] = answers_to(task, "blanked", fewer, blank)
-                if task in TIMED:
-                    row["stamps shuffled"] = answers_to(task, "stamps shuffled", fewer, shuffle_stamps)
-                if task in clips:
-                    row["twice as long"] = answers_to(task, "twice as long", long_clips[task])
-                else:
-                    row["twice as large"] = answers_to(task, "twice as large", picture_items(task, controls, args.seed, larger))
-            result["tasks"][task] = row
-            print(f"{time.monotonic() - began:6.0f} s  {task}: {row['exact']:.1%}", file=sys.stderr, flush=True)
+                    file.write(answer_lines(columns))
+            print(f"{time.monotonic() - began:6.0f} s  {task}: {result['tasks'][task]['exact']:.1%}", file=sys.stderr, flush=True)
             if args.json:
                 args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
