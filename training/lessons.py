@@ -285,7 +285,7 @@ class Gaze:
     """
 
     NAMES = ("stamps", "slots", "before", "asked", "looks", "frames")
-    HALF = range(4)  # heads that are told; the others look where they like
+    HALF = range(len(SLOTS) // 2)  # heads, of one for each slot, that are told where the others look where they like
 
     def __init__(self):
         self.told = {name: [] for name in self.NAMES}  # of (row, head, text token, tokens to look at, any of them)
@@ -329,14 +329,15 @@ class Gaze:
                 look = Look(frame=frame, thing=slots[slot][0]) if slot in slots else Look(frame=frame)
                 self.tell("slots", row, [head], pad, tokens(look))
             if clip:
-                self.tell("before", row, self.HALF, pad, [script.pads[max(frame - 1, 0)]])
+                self.tell("before", row, range(len(SLOTS)), pad, [script.pads[max(frame - 1, 0)]])
         for text, digits in script.stamps:
             for head, at in enumerate(digits):
                 self.tell("stamps", row, [head], text, [at])
         for text, look in script.looks:
-            if len(frames) > 1:
+            whole = look.thing is None and look.letter is None
+            if whole or len(frames) > 1:
                 self.tell("frames", row, self.HALF, text, [script.pads[look.frame]])
-            if not clip:
+            if not whole and not clip:
                 self.tell("looks", row, self.HALF, text, tokens(look))
         for text, look in script.named:
             self.tell("asked", row, self.HALF, text, tokens(look))
@@ -440,14 +441,14 @@ class Lessons:
         self.seed, self.plan, self.size = seed, plan, size
 
     def batch(self, step: int, rank: int = 0) -> dict:
-        """That of one of the processes that train side by side."""
-        lot, kind = random.Random(f"{self.seed} {step} {rank}"), self.plan(step)
+        """That of one of the processes that train side by side; all have the same sizes, so that none waits for the others."""
+        lot, sizes, kind = random.Random(f"{self.seed} {step} {rank}"), random.Random(f"{self.seed} {step}"), self.plan(step)
         make = {"look": self.look, "pictures": self.pictures, "images": self.images, "clips": self.clips}[kind]
-        return {"kind": kind, **make(lot)}
+        return {"kind": kind, **make(lot, sizes)}
 
-    def some_limits(self, lot):
+    def some_limits(self, sizes):
         """Mostly the checkpoint's own; at times a frame's, or hardly any: whoever asks may set others."""
-        return lot.choices((self.picture_limits, self.frame_limits, WIDE_LIMITS), (0.66, 0.2, 0.14))[0]
+        return sizes.choices((self.picture_limits, self.frame_limits, WIDE_LIMITS), (0.66, 0.2, 0.14))[0]
 
     def pixels(self, pictures, limits) -> tuple[torch.Tensor, list[list[int]]]:
         """pixel_values [P, 768] in bfloat16 and the grids (t, h, w) of pictures at these limits."""
@@ -472,16 +473,16 @@ class Lessons:
         canvases.sort(key=lambda canvas: canvas[0] / canvas[1])  # equal grids stand together
         return [random_picture(lot, count, sign_share, canvas) for canvas in canvases for _ in range(ALIKE)]
 
-    def look(self, lot) -> dict:
+    def look(self, lot, sizes) -> dict:
         """Crowded and full pictures, without text."""
-        limits = self.frame_limits if lot.random() < 0.3 else self.some_limits(lot)
+        limits = self.frame_limits if sizes.random() < 0.3 else self.some_limits(sizes)
         scenes = self.scenes(lot, limits, count=lot.choice((3, 4, 4)), sign_share=0.7)
         if lot.random() < 0.7:
             scenes = [random_crowd(lot, (scene.width, scene.height)) for scene in scenes]
         return self.seen(lot, scenes, limits)[0]
 
-    def pictures(self, lot) -> dict:
-        limits = self.some_limits(lot)
+    def pictures(self, lot, sizes) -> dict:
+        limits = self.some_limits(sizes)
         scenes, scripts, gaze = self.scenes(lot, limits), [], Gaze()
         seen, grids = self.seen(lot, scenes, limits)
         for scene, grid in zip(scenes, grids):
@@ -496,9 +497,9 @@ class Lessons:
         seen["facts"] = fact_rows([facts(scene.numbered_at(0.0)) for scene in scenes])
         return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [1] * len(scenes)}
 
-    def images(self, lot) -> dict:
+    def images(self, lot, sizes) -> dict:
         """Several pictures a row, and which of them shows what."""
-        limits = lot.choices((self.picture_limits, self.frame_limits), (0.6, 0.4))[0]
+        limits = sizes.choices((self.picture_limits, self.frame_limits), (0.6, 0.4))[0]
         room, groups, asked = (self.size * 3 // 2 if limits is self.picture_limits else self.size * 2), [], []
         canvas = random_canvas(lot)
         while sum(map(len, groups)) < room:
@@ -519,10 +520,10 @@ class Lessons:
         seen["facts"] = fact_rows([facts(scene.numbered_at(0.0), number) for group in groups for number, scene in enumerate(group)])
         return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
 
-    def clips(self, lot) -> dict:
+    def clips(self, lot, sizes) -> dict:
         """Clips of about the same length, drawn at the times that the video processor takes."""
-        fps, limits = lot.choice((1, 2)), self.frame_limits if lot.random() < 0.85 else WIDE_LIMITS
-        seconds = lot.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
+        fps, limits = sizes.choice((1, 2)), self.frame_limits if sizes.random() < 0.85 else WIDE_LIMITS
+        seconds = sizes.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
         clips = []
         while sum(len(clip.script.pads) for clip in clips) < 8 * self.size and len(clips) < self.size * 3 // 4:
             if len(clips) % 4 == 0:

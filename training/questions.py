@@ -199,7 +199,7 @@ def ask_picture(task: str, scene: Scene, lot: random.Random, plain: bool = False
         single = [thing for thing in things if sum(other.colour == thing.colour for other in things) == 1]
         return about(word(SHAPE, (thing := lot.choice(single)).colour), thing, thing.shape) if single else None
     if task == "count":
-        return Question(task, word(COUNT), str(len(things)))
+        return Question(task, word(COUNT), str(len(things)), (Look(),))
     if task == "place":
         return about(word(PLACE, called(thing, things)), thing, place_of(thing))
     if task == "relation":

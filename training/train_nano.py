@@ -25,13 +25,13 @@ from torch import nn
 TRAINING = Path(__file__).resolve().parent
 PROJECT = TRAINING.parent
 sys.path[:0] = [str(PROJECT), str(TRAINING)]
-from lessons import CHANGES, CONTENTS, COURSE, SIGHTS, TASKS, Lessons, may_see  # noqa: E402
+from lessons import CHANGES, CONTENTS, COURSE, SIGHTS, SLOTS, TASKS, Lessons, may_see  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
-LOOK_SHARE = 0.128  # of all steps, in which the encoder alone learns
-DECAY_SHARE = 0.28  # of all steps, at the end, in which the learning rate falls to nothing
+LOOK_SHARE = 0.1337  # of all steps, in which the encoder alone learns
+DECAY_SHARE = 0.6  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
 KINDS = (("pictures", 0.34), ("clips", 0.31), ("look", 0.25), ("images", 0.10))
@@ -41,11 +41,11 @@ SIGHT_WEIGHTS = {
 }  # fmt: skip
 INK_WEIGHT = 4.0
 FACT_WEIGHTS = {
-    "colour": 1.0, "kind": 0.5, "size": 0.3, "place": 0.5, "across": 0.05, "down": 0.05, "count": 0.3, "event": 1.0, "stamp": 0.2, "picture": 1.0, "events": 0.5,
+    "colour": 1.0, "kind": 0.5, "size": 0.3, "place": 0.5, "across": 0.05, "down": 0.05, "count": 0.3, "event": 2.0, "stamp": 0.2, "picture": 1.0, "events": 0.5,
 }  # fmt: skip
 FACTS_WEIGHT = 0.2
-GAZE_WEIGHTS = {"stamps": 0.1, "slots": 0.1, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}  # of attention elsewhere
-NOTHING = {"shape": 0.3, "letter": 0.05, "event": 0.1}  # weights of the last class, where most are of it
+GAZE_WEIGHTS = {"stamps": 0.1, "slots": 0.2, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}  # of attention elsewhere
+NOTHING = {"shape": 0.3, "letter": 0.05, "event": 0.03}  # weights of the last class, where most are of it
 NOISE = 0.02  # of the encoder's vectors, in their standard deviations: frames of a file that show the same are not quite equal
 
 
@@ -154,6 +154,7 @@ class Tutor(nn.Module):
         super().__init__()
         text, vision = config.text_config, config.vision_config
         first, second = text.cross_attention_layers[:2]
+        assert text.num_attention_heads == len(SLOTS), "each slot has a head of its own"
         self.ink_layer, self.fact_layers = vision.deepstack_visual_indexes[0], (first, first + 2, first + 3)
         self.gaze_layers = {
             "stamps": first - 1, "slots": first, "before": first + 1, "asked": first, "looks": second, "frames": second + 1,
@@ -406,7 +407,7 @@ def main():
     cpu = not torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
-    parser.add_argument("--steps", type=int, default=6580, help="may be changed when a run goes on")
+    parser.add_argument("--steps", type=int, default=6300, help="may be changed when a run goes on")
     parser.add_argument("--size", type=int, default=16, help="pictures in a batch of each process, a multiple of 8")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count(), 2) if cpu else 1, help="side by side, each with batches of its own")
     parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process")
