@@ -1,4 +1,4 @@
-"""Makes moss-vl-nano, a MOSS-VL of nine million parameters, in the folder beside this file, from trained weights:
+"""Makes moss-vl-nano, a MOSS-VL of eleven million parameters, in the folder beside this file, from trained weights:
 python checkpoints/make_nano.py --weights FILE
 
 Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the code files of the

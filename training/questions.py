@@ -142,6 +142,8 @@ def listing(things: list[Thing]) -> str:
 
 def listing_looks(things: list[tuple[int, Thing]], frame: int = 0, start: int = 0) -> list[Look]:
     """For the `listing` of these (number, thing), which begins at the answer's character `start`."""
+    if not things:
+        return [Look(start, frame)]
     looks = []
     for number, thing in sorted(things, key=lambda pair: pair[1].x):
         looks.append(Look(start, frame, number))
