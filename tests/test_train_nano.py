@@ -115,7 +115,7 @@ def test_plan_and_rate():
         assert kinds[look:].count(kind) / (1000 - look) == pytest.approx(share, abs=0.01)
     rates = [train_nano.rate_of(step, 1000) for step in range(1000)]
     assert max(rates) == 1 and rates[0] < 0.1 and 0 < rates[-1] < 0.01
-    assert rates[500] == 1 and rates[-100] == pytest.approx(100 / (1000 * train_nano.DECAY_SHARE))
+    assert rates[300] == 1 and rates[-100] == pytest.approx(100 / (1000 * train_nano.DECAY_SHARE))
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 96), (2, 96, 48), (4, 64, 64)])
