@@ -34,14 +34,14 @@ LOOK_SHARE = 0.1337  # of all steps, in which the encoder alone learns
 DECAY_SHARE = 0.6  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
-KINDS = (("pictures", 0.34), ("clips", 0.31), ("look", 0.25), ("images", 0.10))
+KINDS = (("pictures", 0.32), ("clips", 0.29), ("look", 0.31), ("images", 0.08))
 SIGHT_WEIGHTS = {
-    "shape": 3.0, "colour": 0.5, "size": 0.5, "place": 0.3, "across": 0.15, "down": 0.15, "rank": 0.3, "twin": 0.3, "nearest": 0.15, "letter": 2.0,
+    "shape": 3.0, "colour": 0.5, "size": 0.5, "place": 1.0, "across": 0.5, "down": 0.5, "rank": 0.3, "twin": 0.3, "nearest": 0.2, "letter": 2.0,
     "spelling": 0.3,
 }  # fmt: skip
 INK_WEIGHT = 4.0
 FACT_WEIGHTS = {
-    "colour": 1.0, "kind": 0.5, "size": 0.3, "place": 0.5, "across": 0.05, "down": 0.05, "count": 0.3, "event": 2.0, "stamp": 0.2, "picture": 1.0, "events": 0.5,
+    "colour": 1.0, "kind": 0.5, "size": 0.3, "place": 1.0, "across": 0.1, "down": 0.1, "count": 0.3, "event": 2.0, "stamp": 0.2, "picture": 1.0, "events": 0.5,
 }  # fmt: skip
 FACTS_WEIGHT = 0.2
 GAZE_WEIGHTS = {"stamps": 0.1, "slots": 0.2, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}  # of attention elsewhere
