@@ -131,7 +131,8 @@ def test_options_reach_the_query(run, asked, options, where, expected):
 
 
 def test_a_seed_makes_sampling_repeatable(run):
-    said = [run("-p", "Say", "--max-new-tokens", 12, "--temperature", 1.5, "--seed", seed)[1] for seed in (1, 1, 2)]
+    """So hot that the trained checkpoint, which is sure of what it says, says something else by another seed."""
+    said = [run("-p", "Say", "--max-new-tokens", 12, "--temperature", 8, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
 
 
