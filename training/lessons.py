@@ -278,10 +278,10 @@ def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.
 class Gaze:
     """Where the tokens of a batch are to look, for `points`; the heads of an attention layer that are told so, and at what.
 
-    "stamps": each frame's text token at the digits of its stamp, and answers about a time at those of the question, a head each; "slots": each picture's at the thing of a slot, a head for
-    each slot, or where there is none at the separator; "before": each frame's at that of the frame before; "asked": answers at
-    the thing asked about, or where there is none at the separator; "looks": answers at where they are to be seen in a picture;
-    "frames": answers at the text token of the picture or frame that shows them.
+    "stamps": each frame's text token at the digits of its stamp, and answers about a time at those of the question, a head each;
+    "slots": each picture's at the thing of a slot, a head for each slot, or where there is none at the separator; "before": each
+    frame's at that of the frame before; "asked": answers at the thing asked about, or where there is none at the separator; "looks":
+    answers at where they are to be seen in a picture; "frames": answers at the text token of the picture or frame that shows them.
     """
 
     NAMES = ("stamps", "slots", "before", "asked", "looks", "frames")
@@ -343,9 +343,12 @@ class Gaze:
             self.tell("asked", row, self.HALF, text, tokens(look))
 
     def points(self) -> dict[str, torch.Tensor]:
-        """Name -> [points, 5]: row, head, text token, token to look at, and the number of the group of which any will do."""
-        points = {name: [(*place, token, i) for i, (*place, tokens) in enumerate(told) for token in tokens] for name, told in self.told.items()}
-        return {"gaze": {name: torch.tensor(rows) for name, rows in points.items() if rows}}
+        """"gaze": name -> [points, 5]: row, head, text token, token to look at, and the number of the group of which any will do."""
+        points = {}
+        for name, told in self.told.items():
+            if told:
+                points[name] = torch.tensor([(*place, token, i) for i, (*place, tokens) in enumerate(told) for token in tokens])
+        return {"gaze": points}
 
 
 def frame_of(scene, grid: tuple[int, int], time: float = 0.0) -> tuple:
