@@ -23,7 +23,7 @@ from world import Scene, draw_scene, random_picture  # noqa: E402
 SHAPE = "heart"
 TASKS = ("color", "shape", "place", "exists", "describe picture")  # what is asked about hearts
 OPTIONS = (
-    "--lora-rank", "16", "--train", "vision", "merger", "cross", "language", "head", "--epochs", "7", "--lr", "4e-4",
+    "--lora-rank", "16", "--train", "vision", "merger", "cross", "language", "head", "--epochs", "7", "--lr", "7e-4",
     "--batch-size", "8", "--merge", "--cpu", "--save-dtype", "bfloat16", "--log-steps", "25",
 )  # fmt: skip
 
