@@ -211,7 +211,7 @@ def each_moment_once(visual, batch: dict):
     if "moments" not in batch:
         yield
         return
-    sizes = [h * w for _, h, w in batch["grid_thw"]]
+    sizes = [h * w for _, h, w in batch["grid_thw"]]  # patches of a frame
     firsts = [[moments.index(moment) for moment in range(max(moments) + 1)] for moments in batch["moments"]]
 
     def fewer(module, args):
@@ -221,8 +221,9 @@ def each_moment_once(visual, batch: dict):
         return torch.cat(kept), grid, *args[2:]
 
     def all_again(module, args, out):
-        parts = out.split([len(first) * size // 4 for first, size in zip(firsts, sizes)])
-        parts = [part.unflatten(0, (-1, size // 4))[moments].flatten(0, 1) for part, size, moments in zip(parts, sizes, batch["moments"])]
+        tokens = [size // visual.spatial_merge_size**2 for size in sizes]
+        parts = out.split([len(first) * number for first, number in zip(firsts, tokens)])
+        parts = [part.unflatten(0, (-1, number))[moments].flatten(0, 1) for part, number, moments in zip(parts, tokens, batch["moments"])]
         whole, grain = torch.cat(parts), torch.Generator().manual_seed(batch["grain"])
         return whole + NOISE * whole.std(0) * torch.randn(whole.shape, generator=grain).to(whole)
 
@@ -298,6 +299,7 @@ def learn(model, tutor, batch: dict) -> tuple[torch.Tensor, dict]:
 
 
 def placed(batch: dict, device) -> dict:
+    """The batch with its tensors on the device, those of dicts in it too."""
     return {
         name: placed(value, device) if isinstance(value, dict) else value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
