@@ -29,7 +29,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start
 VOCABULARY = 768  # at most: merging ends when every word of the corpus is one token
 SEED = 20
 PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most, of a picture and of a clip's frame
-FRAME_PIXELS = (160 * 160, 192 * 192)
+FRAME_PIXELS = (192 * 192, 224 * 224)
 TEXT_SIZES = {
     "cross_attention_layers": [2, 6], "num_hidden_layers": 10, "hidden_size": 192, "intermediate_size": 448,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rope_theta": 10000.0,

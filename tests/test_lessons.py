@@ -1,5 +1,7 @@
 """Training batches: a question in a packed row is what it is by itself, labels are answers, and tokens are asked what they show."""
 
+import random
+import re
 import sys
 
 import numpy as np
@@ -17,7 +19,7 @@ from lessons import (  # noqa: E402
     FACTS, FINE, HAPPENINGS, LETTERS_A_TOKEN, PLACES, SIGHTS, SLOTS, TASKS, Lessons, clip_facts, fact_rows, facts, in_slots, ink_patches, may_see,
     sights,
 )
-from world import COLOURS, SHAPES, SIGN_CHARACTERS, Scene, Sign, Thing, draw_scene, sign_mask  # noqa: E402
+from world import COLOURS, SHAPES, SIGN_CHARACTERS, Scene, Sign, Thing, draw_scene, random_clip, sign_mask  # noqa: E402
 
 KINDS = ("look", "pictures", "images", "clips")
 NAMES = [name for name, _ in SIGHTS]
@@ -73,6 +75,8 @@ def notes(monkeypatch):
     monkeypatch.setattr(lessons, "join", note_rows)
     monkeypatch.setattr(lessons.Script, "add", note_question)
     monkeypatch.setattr(Lessons, "pixels", note_pixels)
+    monkeypatch.setattr(lessons, "LATER", 0.0)
+    monkeypatch.setattr(lessons, "LEAPING", 0.0)
     return notes
 
 
@@ -336,13 +340,13 @@ def test_slots():
 def test_facts_of_a_picture():
     things = [*enumerate((*STAGE.things, Thing("ring", "red", 0.1, 0.5, 0.1)))]
 
-    def known(slot, colour, size, place, x, y):
-        place = PLACES.index(place)
-        return {f"colour {slot}": colour, f"size {slot}": size, f"place {slot}": place, f"across {slot}": int(x * FINE), f"down {slot}": int(y * FINE)}
+    def known(slot, colour, size, place, x, y, rank):
+        fine = {f"across {slot}": int(x * FINE), f"down {slot}": int(y * FINE)}
+        return {f"colour {slot}": colour, f"size {slot}": size, f"place {slot}": PLACES.index(place), **fine, f"rank {slot}": rank}
 
     absent = {f"colour {slot}": len(COLOURS) for slot in SLOTS}
-    star, circle = known("star", 2, 0, "top right", 290 / 320, 30 / 240), known("circle", 0, 1, "center", 120 / 320, 120 / 240)
-    rings = known("ring", 0, 0, "left", 0.1, 0.5) | known("second", 1, 0, "bottom", 201 / 320, 199 / 240) | {"kind second": 5}
+    star, circle = known("star", 2, 0, "top right", 290 / 320, 30 / 240, 3), known("circle", 0, 1, "center", 120 / 320, 120 / 240, 1)
+    rings = known("ring", 0, 0, "left", 0.1, 0.5, 0) | known("second", 1, 0, "bottom", 201 / 320, 199 / 240, 2) | {"kind second": 5}
     rows = fact_rows([facts(things, 2), facts([])])
     assert told(rows[0].tolist()) == absent | star | circle | rings | {"count": 4, "picture": 2}
     assert told(rows[1].tolist()) == absent | {"count": 0}
@@ -366,6 +370,69 @@ def test_facts_of_a_clip():
     assert [row["count"] for row in rows] == [1] * 3 + [2] * 10 + [1]
     assert [row["colour ring"] for row in rows] == [0] * 3 + [6] * 10 + [len(COLOURS)]
     assert [[row[f"stamp {i}"] for i in range(3)] for row in rows[9:11]] == [[0, 9, 0], [1, 0, 0]]
+
+
+def test_facts_of_the_frame_in_which_an_event_begins():
+    star = Thing("star", "blue", 0.5, 0.5, 0.1, appears=1.0)
+    ring = Thing("ring", "red", 0.2, 0.2, 0.2, changes=(3.0, "white"), tints=())
+    cross = Thing("cross", "black", 0.8, 0.8, 0.1, moves=(5.0, 0.0, -0.4))
+    scene = Scene(160, 160, ((128, 128, 128),) * 2, (star, ring, cross), seconds=8.0, fps=8)
+    rows = clip_facts(scene, [float(second) for second in range(8)])
+    told = {second: {name: value for name, value in row.items() if name.split()[0] in ("begins", "subject")} for second, row in enumerate(rows)}
+    colours, what = list(COLOURS), lambda name: HAPPENINGS.index(name)
+    subjects = {
+        1: ("appears", "star", "blue", 0, {"subject place": PLACES.index("center")}),
+        3: ("changes", "ring", "red", 1, {"subject paint": colours.index("white")}),
+        6: ("moves up", "cross", "black", 0, {}),
+    }
+    for second, row in told.items():
+        if second not in subjects:
+            assert row == {"begins": len(HAPPENINGS)}
+            continue
+        kind, shape, colour, size, more = subjects[second]
+        whom = {"subject shape": SHAPES.index(shape), "subject colour": colours.index(colour), "subject size": size}
+        assert row == {"begins": what(kind), **whom, **more}
+
+
+def test_a_clip_that_begins_later_shows_the_same(processor, notes, monkeypatch):
+    """The pixels and what happens stay; the stamps and the answers about times are those of the longer clip."""
+    pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    lots = [random.Random(0), random.Random(0)]
+    scene = random_clip(random.Random(3), (4, 8))
+    notes["scenes"].append(scene)
+    limits = (192 * 192, 224 * 224)
+    plain, later = None, None
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(lessons, "LATER", share)
+        clip = Lessons(processor, seed=0, plan=None, size=8).clip(lots.pop(), scene, 1, limits)
+        plain, later = (clip, None) if plain is None else (plain, clip)
+    assert torch.equal(plain.pixel_values, later.pixel_values) and plain.moments == later.moments
+    stamps = [digits_of(clip.facts, "stamp") for clip in (plain, later)]
+    seconds = [(100 * row[:, 0] + 10 * row[:, 1] + row[:, 2]) / 10 for row in stamps]
+    shift = seconds[1] - seconds[0]
+    assert 0 < shift.min() and shift.max() - shift.min() < 0.11 and shift.max() <= lessons.LATEST + 0.1
+    others = [index for index, (name, _) in enumerate(FACTS) if not name.startswith("stamp")]
+    assert torch.equal(plain.facts[:, others], later.facts[:, others])
+    text = processor.tokenizer.decode(later.script.ids)
+    written = [float(stamp) for stamp in re.findall(r"<.time_start.>(.*?) seconds<.time_end.>", text)]
+    assert written == pytest.approx(seconds[1].tolist(), abs=1e-4) and later.script.ids.count(pad) == len(written)
+    whens = [question.answer for question in later.script.asked if question.task == "when"]
+    assert all(float(answer.removesuffix(" seconds")) in written for answer in whens)
+
+
+def digits_of(facts, group):
+    return facts[:, [index for index, (name, _) in enumerate(FACTS) if name.startswith(group)]].float()
+
+
+def test_leaps_put_frames_and_questions_farther_on(processor):
+    plain = lessons.Script(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
+    torn = lessons.Script(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
+    torn.leap([5, 7])
+    first, second = plain.pads
+    added = [now - before for now, before in zip(torn.positions, plain.positions)]
+    assert added == [5] * (first + 1) + [7] * (len(added) - first - 1) and second > first
+    assert torn.begin == plain.begin + 7
+    assert all(sorted(leaps) == leaps and leaps[-1] <= lessons.FURTHEST for leaps in (lessons.random_leaps(random.Random(i), 9) for i in range(50)))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

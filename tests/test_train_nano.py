@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / "training")]
+import lessons  # noqa: E402
 import train_nano  # noqa: E402
 import world  # noqa: E402
 
@@ -86,6 +87,25 @@ def test_each_moment_is_encoded_once(monkeypatch):
     assert torch.allclose(once, every, atol=1e-4)
     assert not torch.equal(noisy, once) and (noisy - once).abs().max() < 0.2 * every.std()
     assert torch.equal(visual(pixel_values, grid), every), "outside of it nothing has changed"
+
+
+@torch.no_grad()
+def test_torn_clips_are_read_at_their_positions(monkeypatch):
+    """A clip that leaps as a whole gives the same answers, positions being relative; one torn in its midst gives others."""
+    processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32)
+    logits = {}
+    for name, leaps in {"not": (0, 0), "whole": (90, 90), "torn": (0, 90)}.items():
+        leaping = lambda lot, frames: [leaps[0]] + [leaps[1]] * (frames - 1)  # noqa: B023, E731
+        monkeypatch.setattr(lessons, "random_leaps", leaping)
+        batch = train_nano.Lessons(processor, 0, lambda step: "clips", 8).batch(0)
+        with train_nano.torn(model.model.language_model, batch):
+            logits[name] = model(
+                input_ids=batch["input_ids"], attention_mask=train_nano.may_see(batch["parts"]), position_ids=batch["position_ids"],
+                pixel_values=batch["pixel_values"].float(), grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"],
+            ).logits[batch["labels"] != -100]  # fmt: skip
+    assert torch.allclose(logits["whole"], logits["not"], atol=2e-3)
+    assert (logits["torn"] - logits["not"]).abs().max() > 0.05
 
 
 def test_a_word_counts_more_where_it_is_the_whole_answer():

@@ -60,6 +60,8 @@ SIGN_LETTERS = 5
 THINGS = 6  # of a picture or a crowd, at most
 TWINS = ("second", "third")  # of one shape, from the left
 FINE = 24  # parts into which a side of the canvas is divided where a thing's centre is asked
+LATER, LATEST = 0.5, 20.0  # share of clips that begin later than at 0 seconds, as parts of longer ones, and how late at most
+LEAPING, FURTHEST = 0.4, 600  # share of clips whose frames lie farther apart than their text puts them, and by how many positions at most
 ALIKE = 8  # pictures of one size in a batch: kernels are prepared for every shape, and equal grids are encoded as one
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, those of released checkpoints
 
@@ -75,21 +77,26 @@ SIGHTS = (
 
 
 # What the text token of each picture or frame is asked directly, as (name, classes), in the order in which it can be known. What is in
-# it: the colour, size and place of the thing in each slot, and the number of things; the slots are those of `in_slots`. What changes:
-# what happens to the thing of each slot, the digits of the time stamp, the number of the picture among several. And how many events
-# there have been so far.
+# it: the colour, size and place of the thing in each slot, its number from the left, and the number of things; the slots are those of
+# `in_slots`. What changes: what happens to the thing of each slot, the digits of the time stamp, the number of the picture among
+# several. And how many events there have been so far, which one begins here, what thing it befalls (the size and place that it has
+# now) and the colour that it had or gets.
 SLOTS = (*SHAPES, *TWINS)
 HAPPENINGS = ("appears", "disappears", "changes", *(f"moves {way}" for way in WAYS))
 PICTURES = 4  # in a row, at most
 CONTENTS = (
     *((f"colour {slot}", len(COLOURS) + 1) for slot in SLOTS), *((f"kind {slot}", len(SHAPES)) for slot in TWINS),
     *((f"size {slot}", 2) for slot in SLOTS), *((f"place {slot}", 9) for slot in SLOTS),
-    *((f"across {slot}", FINE) for slot in SLOTS), *((f"down {slot}", FINE) for slot in SLOTS), ("count", 5),
+    *((f"across {slot}", FINE) for slot in SLOTS), *((f"down {slot}", FINE) for slot in SLOTS), *((f"rank {slot}", THINGS) for slot in SLOTS),
+    ("count", 5),
 )  # fmt: skip
 CHANGES = (
     *((f"event {slot}", len(HAPPENINGS) + 1) for slot in SLOTS), *((f"stamp {i}", 10) for i in range(3)), ("picture", PICTURES),
 )  # fmt: skip
-COURSE = (("events", 4),)
+COURSE = (
+    ("events", 4), ("begins", len(HAPPENINGS) + 1), ("subject shape", len(SHAPES)), ("subject colour", len(COLOURS)), ("subject size", 2),
+    ("subject place", 9), ("subject paint", len(COLOURS)),
+)  # fmt: skip
 FACTS = (*CONTENTS, *CHANGES, *COURSE)
 
 
@@ -109,13 +116,21 @@ class Script:
             at += max(next(frames)) if token == image_pad else 0
             self.positions.append(at)
             at += 1
-        self.begin = at
+        self.begin = at  # of the questions
         self.labels, self.parts, self.tasks = [-100] * len(self.ids), [0] * len(self.ids), [-1] * len(self.ids)
         self.weights = [0.0] * len(self.ids)
         self.looks, self.named = [], []  # (text token, where to look for the next one), (text token, at what is asked about)
         self.pads = [at for at, token in enumerate(self.ids) if token == image_pad]
         points = [at for at, token in enumerate(self.ids) if token == self.point]  # one in each stamp
         self.stamps = [(pad, self.digits(point)) for pad, point in zip(self.pads, points)]  # (text token, where its time stands)
+
+    def leap(self, leaps: list[int]) -> None:
+        """Puts each frame, from behind the one before, and the questions that much farther on."""
+        before, self.begin = 0, self.begin + leaps[-1]
+        for pad, leap in zip(self.pads, leaps):
+            self.positions[before : pad + 1] = [position + leap for position in self.positions[before : pad + 1]]
+            before = pad + 1
+        self.positions[before:] = [position + leaps[-1] for position in self.positions[before:]]
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -370,10 +385,25 @@ def facts(things: list[tuple[int, Thing]], number: int | None = None) -> dict[st
     """What the text token of a picture or frame with these (number, thing) is asked; `number` is the picture's among several."""
     told = {f"colour {slot}": len(COLOURS) for slot in SLOTS} | {"count": len(things)}
     told |= {} if number is None else {"picture": number}
-    for slot, (_, thing) in in_slots(things).items():
-        known = {**what_it_is(thing), "place": PLACES.index(place_of(thing)), **fine(thing)}
+    ranks = {number: rank for rank, (number, _) in enumerate(sorted(things, key=lambda pair: pair[1].x))}
+    for slot, (number, thing) in in_slots(things).items():
+        known = {**what_it_is(thing), "place": PLACES.index(place_of(thing)), **fine(thing), "rank": ranks[number]}
         known |= {"kind": known.pop("shape")} if slot in TWINS else {}
         told |= {f"{name} {slot}": value for name, value in known.items() if name != "shape"}
+    return told
+
+
+def happening(event) -> str:
+    return f"moves {way_of(event.thing)}" if event.kind == "moves" else event.kind
+
+
+def beginning(event) -> dict[str, int]:
+    """Of the frame in which an event begins."""
+    told = {"begins": HAPPENINGS.index(happening(event)), **{f"subject {name}": value for name, value in what_it_is(event.thing).items()}}
+    if event.kind == "appears":
+        told["subject place"] = PLACES.index(place_of(event.thing))
+    if event.kind == "changes":
+        told["subject paint"] = list(COLOURS).index(event.thing.changes[1])
     return told
 
 
@@ -384,13 +414,14 @@ def clip_facts(scene, times: list[float]) -> list[dict[str, int]]:
         stamp = f"{time:04.1f}".replace(".", "")
         told.append({**facts(scene.numbered_at(time)), **{f"event {slot}": len(HAPPENINGS) for slot in SLOTS}})
         told[-1] |= {f"stamp {i}": int(digit) for i, digit in enumerate(stamp)}
-        told[-1]["events"] = sum(event.time <= time for event in events)
-    for event in events:
+        told[-1] |= {"events": sum(event.time <= time for event in events), "begins": len(HAPPENINGS)}
+    for event in reversed(events):  # of several that begin in one frame, the first is told
         frames = [times.index(event.time)]
+        told[frames[0]] |= beginning(event)
         if event.kind == "moves":
             later = range(frames[0] + 1, len(times))
             frames += [frame for frame in later if way_gone(event.thing, times[frame - 1], times[frame]) > 0]
-        kind = f"moves {way_of(event.thing)}" if event.kind == "moves" else event.kind
+        kind = happening(event)
         for frame in frames:  # what is gone stood in its slot in the frame before
             slots = in_slots(scene.numbered_at(times[max(frame - (kind == "disappears"), 0)]))
             slot = next((slot for slot, (number, _) in slots.items() if number == event.number), None)
@@ -425,8 +456,20 @@ class Clip:
     pixel_values: torch.Tensor
     grid: list[int]
     moments: list[int]  # of each frame; frames of one moment look the same
+    leaps: list[int]  # of each frame, how much farther on it stands than its text puts it
     facts: torch.Tensor
     frames: list[tuple]  # as `frame_of` gives them
+
+
+def random_leaps(lot: random.Random, frames: int) -> list[int]:
+    """How much farther on each frame of a clip stands than its text puts it. Mostly not at all; at times the clip is torn at up to three
+    frames, so that far positions are known from short clips (Ruoss et al., Randomized Positional Encodings, 2023)."""
+    leaps = [0] * frames
+    if lot.random() < LEAPING:
+        for _ in range(lot.randint(1, 3)):
+            frame, leap = lot.randrange(frames), lot.randint(1, FURTHEST // 3)
+            leaps = [*leaps[:frame], *(farther + leap for farther in leaps[frame:])]
+    return leaps
 
 
 class Lessons:
@@ -526,7 +569,7 @@ class Lessons:
     def clips(self, lot, sizes) -> dict:
         """Clips of about the same length, drawn at the times that the video processor takes."""
         fps, limits = sizes.choice((1, 2)), self.frame_limits if sizes.random() < 0.85 else WIDE_LIMITS
-        seconds = sizes.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (3, 3, 2, 2))[0]
+        seconds = sizes.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (2, 2, 2, 3))[0]
         clips = []
         while sum(len(clip.script.pads) for clip in clips) < 8 * self.size and len(clips) < self.size * 3 // 4:
             if len(clips) % 4 == 0:
@@ -539,6 +582,8 @@ class Lessons:
         pixel_values, told = (torch.cat([getattr(clip, name) for clip in clips]) for name in ("pixel_values", "facts"))
         seen = {"pixel_values": pixel_values, "grid_thw": [clip.grid for clip in clips], "facts": told}
         seen |= {"moments": [clip.moments for clip in clips], "grain": lot.getrandbits(32)}
+        tokens = [clip.grid[1] * clip.grid[2] // 4 + 1 for clip in clips for _ in clip.moments]  # of each frame, its separator too
+        seen["leaps"] = torch.tensor([leap for clip in clips for leap in clip.leaps]).repeat_interleave(torch.tensor(tokens))
         rows = join([clip.script for clip in clips], self.tokenizer.pad_token_id)
         return {**seen, **gaze.points(), **rows, "media_nums": [1] * len(clips)}
 
@@ -552,9 +597,13 @@ class Lessons:
         moments = [drawn[tuple(scene.at(time))][0] for time in times]
         pixel_values = pixel_values.view(len(own), -1, pixel_values.shape[1])[moments].flatten(0, 1)
         _, h, w = own[0]
+        if lot.random() < LATER:
+            seconds = round(lot.uniform(0, LATEST), 1)
+            scene, times = scene.later(seconds), [time + seconds for time in times]
         stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
         media, merged = f"<|vision_start|>{stamps}<|vision_end|>", (h // 2, w // 2)
-        script = Script(self.tokenizer, lot.random() < 0.5, media, [merged] * len(times))
+        script, leaps = Script(self.tokenizer, lot.random() < 0.5, media, [merged] * len(times)), random_leaps(lot, len(times))
+        script.leap(leaps)
         script.add_all(choose(lot, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, lot, plain)))
         frames = [frame_of(scene, merged, time) for time in times]
-        return Clip(script, pixel_values, [len(times), h, w], moments, fact_rows(clip_facts(scene, times)), frames)
+        return Clip(script, pixel_values, [len(times), h, w], moments, leaps, fact_rows(clip_facts(scene, times)), frames)

@@ -36,17 +36,17 @@ WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
 KINDS = (("pictures", 0.32), ("clips", 0.29), ("look", 0.31), ("images", 0.08))
 SIGHT_WEIGHTS = {
-    "shape": 3.0, "colour": 0.5, "size": 0.5, "place": 1.0, "across": 0.5, "down": 0.5, "rank": 0.3, "twin": 0.3, "nearest": 0.2,
+    "shape": 3.0, "colour": 0.5, "size": 0.5, "place": 1.0, "across": 1.0, "down": 1.0, "rank": 0.3, "twin": 0.3, "nearest": 0.2,
     "letter": 2.0, "spelling": 0.3,
 }  # fmt: skip
 INK_WEIGHT = 4.0
 FACT_WEIGHTS = {
-    "colour": 1.0, "kind": 0.5, "size": 0.3, "place": 1.0, "across": 0.1, "down": 0.1, "count": 0.3, "event": 2.0, "stamp": 0.2,
-    "picture": 1.0, "events": 0.5,
+    "colour": 1.0, "kind": 0.5, "size": 0.3, "place": 1.0, "across": 0.3, "down": 0.3, "rank": 0.2, "count": 0.3, "event": 2.0, "stamp": 0.2,
+    "picture": 1.0, "events": 0.5, "begins": 1.0, "subject": 0.5,
 }  # fmt: skip
 FACTS_WEIGHT = 0.2
 GAZE_WEIGHTS = {"stamps": 0.1, "slots": 0.2, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}  # of attention elsewhere
-NOTHING = {"shape": 0.3, "letter": 0.05, "event": 0.03}  # weights of the last class, where most are of it
+NOTHING = {"shape": 0.3, "letter": 0.05, "event": 0.03, "begins": 0.1}  # weights of the last class, where most are of it
 NOISE = 0.02  # of the encoder's vectors, in their standard deviations: frames of a file that show the same are not quite equal
 
 
@@ -179,6 +179,7 @@ class Tutor(nn.Module):
             told = [stack.enter_context(noted(layers[layer])) for layer in self.fact_layers]
             attended = {name: stack.enter_context(noted(layers[layer])) for name, layer in self.gaze_layers.items()}
             stack.enter_context(each_moment_once(model.model.visual, batch))
+            stack.enter_context(torn(model.model.language_model, batch))
             out = model(input_ids=batch["input_ids"], attention_mask=may_see(batch["parts"]), position_ids=batch["position_ids"],
                         pixel_values=batch["pixel_values"], grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"],
                         output_attentions=True)  # fmt: skip
@@ -233,6 +234,23 @@ def each_moment_once(visual, batch: dict):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def torn(language_model, batch: dict):
+    """Within it, the vision tokens of clips stand farther on by `leaps`, as the text around them does in `position_ids`."""
+    if "leaps" not in batch:
+        yield
+        return
+
+    def farther(module, args, kwargs):
+        return args, kwargs | {"vision_position_ids": kwargs["vision_position_ids"] + batch["leaps"].to(kwargs["vision_position_ids"].device)}
+
+    hook = language_model.register_forward_pre_hook(farther, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -72,6 +72,14 @@ class Thing:
             now = replace(now, x=self.x + done * right, y=self.y + done * down)
         return now
 
+    def later(self, seconds: float) -> "Thing":
+        """The same with everything that happens to it that much later; what is there from the start on stays so."""
+        return replace(
+            self, appears=self.appears and self.appears + seconds, disappears=self.disappears + seconds,
+            changes=self.changes and (self.changes[0] + seconds, *self.changes[1:]),
+            moves=self.moves and (self.moves[0] + seconds, *self.moves[1:]),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Sign:
@@ -114,6 +122,10 @@ class Scene:
         """What is to be seen at `time`, each with its number among `things`."""
         now = ((number, thing.at(time)) for number, thing in enumerate(self.things))
         return [(number, thing) for number, thing in now if thing is not None]
+
+    def later(self, seconds: float) -> "Scene":
+        """The same clip as a part of a longer one, in which it begins at `seconds`; what it shows from its start on stays so."""
+        return replace(self, seconds=self.seconds + seconds, things=tuple(thing.later(seconds) for thing in self.things))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
