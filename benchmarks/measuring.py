@@ -1,0 +1,149 @@
+"""What the benchmarks share: the package as a module, clocks, rounds that alternate, what this machine can do, tables and JSON."""
+
+import json
+import platform
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_package() -> None:
+    """Makes the project importable as `moss_vl`, without a copy of it in a cache of remote code."""
+    package = types.ModuleType("moss_vl")
+    package.__path__ = [str(ROOT)]
+    sys.modules["moss_vl"] = package
+
+
+class Clock:
+    """Seconds between two points, by events of the device on CUDA."""
+
+    def __init__(self, device: str):
+        self.cuda = device.startswith("cuda")
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin, end) -> float:
+        if not self.cuda:
+            return end - begin
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    def time(self, call: Callable) -> float:
+        begin = self.now()
+        call()
+        return self.between(begin, self.now())
+
+
+def alternate(calls: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Every contestant once a round, in an order that turns, after one round that does not count. A call returns its seconds by what
+    they were spent on; -> name -> what -> seconds of each round."""
+    names, seconds = list(calls), {name: {} for name in calls}
+    for number in range(-1, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            for what, value in calls[name]().items():
+                if number >= 0:
+                    seconds[name].setdefault(what, []).append(value)
+    return seconds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
+    """Median (least to most)."""
+    low, middle, high = (f"{scale * value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def read_bandwidth(device: str, dtype: torch.dtype, rounds: int = 7) -> float:
+    """Bytes a second that the fastest of a few ways of reading a large tensor once reaches."""
+    clock = Clock(device)
+    size = 1 << (30 if device.startswith("cuda") else 28)  # bytes, far beyond any cache
+    matrix = torch.ones(size // 4096 // dtype.itemsize, 4096, dtype=dtype, device=device)
+    vector, words = torch.ones(4096, dtype=dtype, device=device), matrix.view(torch.int64 if device == "cpu" else torch.float32)
+    ways = (lambda: matrix @ vector, lambda: words.sum(), lambda: matrix.sum(), lambda: words.amax())
+    for way in ways:
+        way()
+    return size / min(clock.time(way) for _ in range(rounds) for way in ways)
+
+
+def product_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Floating-point operations a second of the fastest of a few matrix products."""
+    clock, best = Clock(device), 0.0
+    sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
+    for size in sizes:
+        for rows in (size, 4 * size):
+            a, b = torch.randn(rows, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype).t()
+            a @ b
+            best = max(best, 2 * rows * size * size / min(clock.time(lambda: a @ b) for _ in range(rounds)))
+    return best
+
+
+def allocation_peak(call: Callable, device: str = "cpu") -> int:
+    """Most bytes that tensors made during `call` hold at once, from torch's own record of every allocation."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def resident_peak() -> int:
+    """Most bytes of this process that were resident at once since `reset_resident_peak`, by Linux's VmHWM."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def reset_resident_peak() -> int:
+    """Sets the mark back to what is resident now, and returns that."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_peak()
+
+
+def machine(device: str, threads: int) -> dict:
+    """What the figures were measured on."""
+    import transformers
+
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
+    return {"device": name, "threads": threads, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def processor_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+
+
+def table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    """Markdown."""
+    cells = [head, tuple("---" for _ in head), *(tuple(map(str, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def write_json(path: Path | None, content) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

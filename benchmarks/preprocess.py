@@ -1,0 +1,243 @@
+"""From files to patches: python benchmarks/preprocess.py --json preprocess.json
+
+A clip of 61 s in 640x360 and one of 100 s in 1080p at 1 frame a second, a JPEG of 4000x3000, and 32 pictures. Beside the package's
+processors stands the straightforward pipeline, which gives the same tensors: PyAV decodes from the start, Pillow resizes, numpy scales,
+normalises and cuts patches, everything of a clip at once. In turns and in one run: the whole way, decoding alone, and what follows on
+frames that are decoded already. Peak memory is the growth of what is resident in a process of its own.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import (
+    Clock,
+    alternate,
+    load_package,
+    machine,
+    reset_resident_peak,
+    resident_peak,
+    spread,
+    summary,
+    table,
+    write_json,
+)
+from PIL import Image
+
+load_package()
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor  # noqa: E402
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor  # noqa: E402
+from moss_vl.video_reading import open_video  # noqa: E402
+
+CLIPS = {"61 s of 640x360": (61, 640, 360), "100 s of 1080p": (100, 1920, 1080)}
+PICTURE, PICTURES = "a 4000x3000 JPEG", "32 pictures"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Media
+
+
+def texture(width: int, height: int, seed: int) -> np.ndarray:
+    """uint8 [height, width, 3], smooth shapes with fine grain."""
+    lot = np.random.default_rng(seed)
+    coarse = Image.fromarray(lot.integers(0, 256, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    return (smooth + lot.integers(-6, 7, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def write_clip(path: Path, seconds: int, width: int, height: int, fps: int = 30) -> None:
+    """h264 as x264 makes it by default: a keyframe every 250 frames at most. A scene drifts by, another every 7 s."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "23"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(seconds * fps):
+            if number % (7 * fps) == 0:
+                scene = texture(width + 256, height, number)
+            at = number % (7 * fps) % 256
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(scene[:, at : at + width]), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+
+
+def make_media(folder: Path) -> dict[str, list[Path]]:
+    """Name -> files; those that are there already are kept."""
+    media = {}
+    for name, sizes in CLIPS.items():
+        media[name] = [folder / f"{sizes[0]}s-{sizes[1]}x{sizes[2]}.mp4"]
+        if not media[name][0].exists():
+            write_clip(media[name][0], *sizes)
+    media[PICTURE] = [folder / "4000x3000.jpg"]
+    media[PICTURES] = [folder / f"picture-{number}.jpg" for number in range(32)]
+    for number, path in enumerate(media[PICTURE] + media[PICTURES]):
+        if not path.exists():
+            width, height = (4000, 3000) if number == 0 else (640 + 32 * (number % 5), 480 + 16 * (number % 7))
+            Image.fromarray(texture(width, height, number)).save(path, quality=90)
+    return media
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The straightforward pipeline
+
+
+def plain_decode(path: Path, numbers: list[int], keep: bool = True) -> list[np.ndarray]:
+    """RGB frames by number. FFmpeg decodes on as many threads as it likes, everything up to the last that is wanted."""
+    import av
+
+    frames, wanted = [], set(numbers)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                image = frame.to_ndarray(format="rgb24")
+                frames += [image] if keep else []
+            if number == numbers[-1]:
+                break
+    return frames
+
+
+def plain_patches(frames: list[np.ndarray], height: int, width: int) -> torch.Tensor:
+    """RGB frames -> float32 [P, 768]."""
+    resized = [np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
+    pixels = (np.stack(resized).astype(np.float32) / 255 - 0.5) / 0.5
+    blocks = pixels.transpose(0, 3, 1, 2).reshape(len(frames), 3, height // 32, 2, 16, width // 32, 2, 16)
+    # [n, c, Y, my, py, X, mx, px] -> [n, Y, X, my, mx, c, py, px]
+    return torch.from_numpy(np.ascontiguousarray(blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7)).reshape(-1, 768))
+
+
+def plain_pictures(paths: list[Path], sizes: list[tuple[int, int]]) -> torch.Tensor:
+    return torch.cat([plain_patches([np.asarray(Image.open(path).convert("RGB"))], *size) for path, size in zip(paths, sizes)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class Task:
+    """One medium: what it is turned into by either pipeline, and in parts."""
+
+    def __init__(self, name: str, paths: list[Path], threads: int):
+        self.name, self.paths, self.threads, self.is_clip = name, paths, threads, name in CLIPS
+        if self.is_clip:
+            self.processor = MossVLVideoProcessor(video_fps=1.0, num_extract_threads=threads)
+            plan = self.processor.plan([str(paths[0])])[0]
+            self.numbers, self.sizes = plan.indices.tolist(), [(plan.height, plan.width)]
+        else:
+            self.processor = MossVLImageProcessor()
+            grids = [grid for _, grid in self.processor.extract([str(path) for path in paths])]
+            self.sizes = [(16 * h, 16 * w) for _, h, w in grids]
+
+    def ours(self) -> torch.Tensor:
+        if self.is_clip:
+            return self.processor(str(self.paths[0]), return_tensors="pt")["pixel_values_videos"]
+        return self.processor([str(path) for path in self.paths], return_tensors="pt")["pixel_values"]
+
+    def plain(self) -> torch.Tensor:
+        if self.is_clip:
+            return plain_patches(plain_decode(self.paths[0], self.numbers), *self.sizes[0])
+        return plain_pictures(self.paths, self.sizes)
+
+    def decode(self) -> list[np.ndarray]:
+        if self.is_clip:
+            return plain_decode(self.paths[0], self.numbers)
+        return [np.asarray(Image.open(path).convert("RGB")) for path in self.paths]
+
+    def our_decode(self) -> None:
+        """The package's own decoding, on its threads, without what follows."""
+        if not self.is_clip:
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
+        video = open_video(str(self.paths[0]))
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(lambda numbers: sum(1 for _ in video.frames(numbers, [])), video.chunks(self.numbers, self.threads)))
+
+    def ours_of_frames(self, frames) -> torch.Tensor:
+        if self.is_clip:
+            times = {"timestamps": [float(i) for i in range(len(frames))]}
+            knobs = {"video_metadata": times, "num_frames": len(frames)}
+            return self.processor(list(frames), **knobs)["pixel_values_videos"]
+        return self.processor(list(frames))["pixel_values"]
+
+    def plain_of_frames(self, frames) -> torch.Tensor:
+        if self.is_clip:
+            return plain_patches(frames, *self.sizes[0])
+        return torch.cat([plain_patches([frame], *size) for frame, size in zip(frames, self.sizes)])
+
+
+def measure(task: Task, rounds: int) -> dict:
+    clock, frames = Clock("cpu"), task.decode()
+    one, other = task.ours(), task.plain()
+    levels = (one - other).abs().max().item() / (2 / 255)
+    if one.shape != other.shape or levels > 1.01:
+        raise SystemExit(f"{task.name}: the straightforward pipeline gives other tensors, {list(other.shape)}, up to {levels:.1f} levels apart")
+    del one, other
+    calls = {
+        "ours": lambda: {"total": clock.time(task.ours)},
+        "plain": lambda: {"total": clock.time(task.plain)},
+        "decoding": lambda: {"plain": clock.time(task.decode), "ours": clock.time(task.our_decode)},
+        "rest": lambda: {"ours": clock.time(lambda: task.ours_of_frames(frames)), "plain": clock.time(lambda: task.plain_of_frames(frames))},
+    }
+    return {"levels apart": levels, "seconds": alternate(calls, rounds)}
+
+
+def peak_of(which: str, name: str, paths: list[Path], threads: int, torch_threads: int, queue) -> None:
+    torch.set_num_threads(torch_threads)
+    task = Task(name, paths, threads)
+    before = reset_resident_peak()
+    getattr(task, which)()
+    queue.put(resident_peak() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--media", type=Path, help="folder in which the media are made, or lie from an earlier run; default: a temporary one")
+    parser.add_argument("--only", nargs="+", choices=(*CLIPS, PICTURE, PICTURES), default=[*CLIPS, PICTURE, PICTURES])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--extract-threads", type=int, default=4, help="num_extract_threads")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = {"machine": machine("cpu", args.threads), "rows": []}
+    print(result["machine"], flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.media or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        media, context = make_media(folder), multiprocessing.get_context("spawn")
+        for name in args.only:
+            row = {"name": name, **measure(Task(name, media[name], args.extract_threads), args.rounds), "memory": {}}
+            for which in ("ours", "plain"):
+                queue = context.Queue()
+                process = context.Process(target=peak_of, args=(which, name, media[name], args.extract_threads, args.threads, queue))
+                process.start()
+                row["memory"][which] = queue.get()
+                process.join()
+            result["rows"].append(row)
+            print(f"{name} measured", flush=True)
+            write_json(args.json, result)
+    rows = []
+    for row in result["rows"]:
+        seconds, memory = row["seconds"], row["memory"]
+        middle = {key: {what: summary(values)["median"] for what, values in parts.items()} for key, parts in seconds.items()}
+        fastest = min(value for value in middle["decoding"].values() if value > 1e-4)
+        rows.append((
+            row["name"], spread(seconds["ours"]["total"]), spread(seconds["plain"]["total"]), f"{middle['plain']['total'] / middle['ours']['total']:.2f}",
+            *(spread(seconds["decoding"][which]) for which in ("ours", "plain")), f"{middle['ours']['total'] / fastest:.2f}",
+            *(spread(seconds["rest"][which], digits=3) for which in ("ours", "plain")), f"{middle['rest']['plain'] / middle['rest']['ours']:.2f}",
+            *(f"{memory[which] / 1e6:.0f}" for which in ("ours", "plain")), f"{memory['ours'] / memory['plain']:.2f}", f"{row['levels apart']:.1f}",
+        ))  # fmt: skip
+    print(table(
+        ("", "ours, s", "plain, s", "plain / ours", "our decoding, s", "plain decoding, s", "ours / fastest decoding", "our rest, s", "plain rest, s",
+         "plain / ours", "our peak, MB", "plain peak, MB", "ours / plain", "levels apart"), rows))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
