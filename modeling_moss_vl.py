@@ -754,6 +754,7 @@ class MossVLModel(MossVLPreTrainedModel):
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
         past_key_values: Optional[Cache] = None,
+        image_features: Optional[torch.FloatTensor] = None,
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
         cache = cache_of(cache, past_key_values)
@@ -776,6 +777,7 @@ class MossVLModel(MossVLPreTrainedModel):
             rows_per_sample,
             prompt_length,
             whole_prompt=not incremental,
+            image_features=image_features,
         )
         state, call = plan_call(request)
         text_positions, vision_position_ids, rope_deltas = self._place(request)
@@ -794,12 +796,17 @@ class MossVLModel(MossVLPreTrainedModel):
             inputs_embeds = self.language_model.embed_tokens(input_ids)
         vision_states, waiting = None, request.state.waiting
         if request.grid and any(request.new):
-            states = self._with_separators(self.visual(pixel_values, request.grid, vision_chunked_length), request.grid)
+            if image_features is None:
+                image_features = self.visual(pixel_values, request.grid, vision_chunked_length)
+            else:
+                image_features = image_features.to(inputs_embeds)
+            states = self._with_separators(image_features, request.grid)
+            del image_features
             vision_states, waiting = self._take_placed(request, states)
             del states
         elif request.state.is_waiting():
             vision_states, waiting = self._take_placed(request, None)
-        elif request.grid and self.training and cache is None:
+        elif pixel_values is not None and self.training and cache is None:
             # Blank media only. They are read all the same, times 0: every parameter gets a gradient on every rank.
             vision_states = self._with_separators(self.visual(pixel_values, request.grid), request.grid)
             vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
@@ -969,6 +976,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         return_dict: Optional[bool] = None,
         num_items_in_batch: Optional[Union[int, torch.Tensor]] = None,
         past_key_values: Optional[Cache] = None,
+        image_features: Optional[torch.FloatTensor] = None,
     ) -> Union[MossVLCausalLMOutput, tuple]:
         """One pass over text and the frames that come with it.
 
@@ -992,6 +1000,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             prompt_length: tokens of the whole prompt; `image_pad` ids behind it are text that the model wrote.
             num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
             past_key_values: the older name of `cache`.
+            image_features: [P / m^2, D], what `get_image_features` gives for the media, in place of `pixel_values`.
 
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
@@ -1012,6 +1021,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             prompt_length=prompt_length,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            image_features=image_features,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -1140,7 +1150,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         pads = state.of_samples(pads, 0)
         grid = read_grid(prompt.get("pixel_values"), prompt["grid_thw"], self.config.vision_config)
         nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
-        kept, kept_nums, media, patch = [], [], iter(grid), 0  # kept: (medium, its rows of pixel_values)
+        kept, kept_nums, media, patch = [], [], iter(grid), 0  # kept: (medium, its patches)
         for sample, (asked, count) in enumerate(zip(pads, nums)):
             own = [next(media) for _ in range(count)]
             known, frames = len(state.grids[sample]), sum(t for t, _, _ in own)
@@ -1164,8 +1174,11 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             prompt = {"position_ids": prompt.get("position_ids"), "cross_attention_mask": mask}
             return {name: value for name, value in prompt.items() if value is not None}
         if len(kept) < len(grid):
-            pixels = torch.cat([prompt["pixel_values"][patches] for _, patches in kept])
-            prompt = {**prompt, "pixel_values": pixels, "grid_thw": [medium for medium, _ in kept]}
+            prompt = {**prompt, "grid_thw": [medium for medium, _ in kept]}
+            for name, patches_a_row in (("pixel_values", 1), ("image_features", self.config.vision_config.spatial_merge_size**2)):
+                if name in prompt:
+                    rows = [slice(patches.start // patches_a_row, patches.stop // patches_a_row) for _, patches in kept]
+                    prompt[name] = torch.cat([prompt[name][part] for part in rows])
         return {**prompt, "media_nums_per_sample": kept_nums}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
@@ -1187,7 +1200,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         return model_kwargs
 
 
-MEDIA_KWARGS = ("pixel_values", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
+MEDIA_KWARGS = ("pixel_values", "image_features", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
 
 # `save_pretrained` copies the code beside the weights.
 MossVLForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

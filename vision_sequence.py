@@ -224,6 +224,7 @@ def read_request(
     rows_per_sample: int = 1,
     prompt_length: Optional[int] = None,
     whole_prompt: bool = True,
+    image_features: Optional[torch.Tensor] = None,
 ) -> VisionRequest:
     """Reads and checks what a call says about frames, before anything heavy is done.
 
@@ -269,6 +270,8 @@ def read_request(
         if text.ndim != 2:
             raise ValueError("`grid_thw` came with `inputs_embeds` alone; expected `input_ids` beside it, to place the frames.")
         grid = read_grid(pixel_values, grid_thw, config.vision_config)
+        if image_features is not None:
+            check_features(image_features, grid, pixel_values, config.vision_config)
         media_nums = count_media(grid, media_nums_per_sample, pads)
         unseen = state.of_samples([hidden is not None and whole_prompt and hidden[row].all() for row in range(rows)], True)
         media, merge, patch = iter(grid), config.vision_config.spatial_merge_size, 0
@@ -280,8 +283,9 @@ def read_request(
             )  # the processor's blank medium stands for none
             new[sample] = [] if blank else [(h // merge, w // merge) for t, h, w in own for _ in range(t)]
             patch += patches
-    elif pixel_values is not None:
-        raise ValueError("`pixel_values` came without `grid_thw`; expected both, as the processor returns them.")
+    elif pixel_values is not None or image_features is not None:
+        name = "pixel_values" if pixel_values is not None else "image_features"
+        raise ValueError(f"`{name}` came without `grid_thw`; expected both, `grid_thw` as the processor returns it.")
 
     for sample, wanted in enumerate(pads):
         there = len(state.grids[sample]) - state.placed[sample] + len(new[sample])
@@ -313,6 +317,18 @@ def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config) -> list[li
             f"`grid_thw` counts, {width} values a patch of this model. Take both from one processor call."
         )
     return grid
+
+
+def check_features(image_features: torch.Tensor, grid: list[list[int]], pixel_values: Optional[torch.Tensor], config) -> None:
+    """ValueError unless encoded media fit their grid and stand in place of the pixels."""
+    tokens = sum(t * h * w for t, h, w in grid) // config.spatial_merge_size**2
+    if pixel_values is not None:
+        raise ValueError("`image_features` came beside `pixel_values`; expected one of them: the media encoded, or their pixels.")
+    if tuple(image_features.shape) != (tokens, config.out_hidden_size):
+        raise ValueError(
+            f"`image_features` has shape {list(image_features.shape)}; expected [{tokens}, {config.out_hidden_size}], what "
+            f"`get_image_features` gives for media of this `grid_thw`."
+        )
 
 
 def read_frame_mask(mask: torch.Tensor, rows: int, past_length: int, length: int) -> np.ndarray:

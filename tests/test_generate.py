@@ -55,6 +55,44 @@ def test_minimal_inputs(model):
     assert continuation(model, {"input_ids": text.ids[None]}) == [plain_greedy(model, text)]
 
 
+def encoded(model, inputs):
+    """The inputs with the media encoded in place of their pixels."""
+    features = model.get_image_features(inputs["pixel_values"], inputs["grid_thw"]).last_hidden_state
+    return {name: value for name, value in inputs.items() if name != "pixel_values"} | {"image_features": features}
+
+
+@torch.no_grad()
+def test_encoded_media_in_place_of_pixels(model):
+    """The encoder is not asked again; a batch with a text of its own, and with beams."""
+    samples = assorted_samples()
+    inputs = batch(samples, "left")
+    expected = [plain_greedy(model, sample) for sample in samples]
+    beams = continuation(model, inputs, num_beams=2)
+    logits = model(**samples[3].inputs()).logits
+    features = encoded(model, inputs)
+    alone = encoded(model, samples[3].inputs())
+    hook = model.model.visual.register_forward_pre_hook(lambda *args: pytest.fail("encoded again"))
+    try:
+        assert continuation(model, features) == expected
+        assert continuation(model, features, num_beams=2) == beams
+        assert torch.allclose(model(**alone | {"image_features": alone["image_features"].double()}).logits, logits, atol=1e-5)
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def test_encoded_media_of_a_second_turn(model):
+    """Of the whole conversation: those that the cache holds already are left out."""
+    first, second = Sample("tFFt", (1, 4, 4), (1, 2, 6), seed=21), Sample("tFtFFt", (1, 4, 6), (2, 4, 4), seed=22)
+    out = run(model, encoded(model, first.inputs()), return_dict_in_generate=True)
+    assert out.sequences[0, 4:].tolist() == plain_greedy(model, first)
+    whole = Sample("t", seed=0)
+    whole.ids = torch.cat([out.sequences[0], second.ids])
+    whole.pixel_values, whole.grid_thw = (torch.cat([getattr(s, name) for s in (first, second)]) for name in ("pixel_values", "grid_thw"))
+    inputs = encoded(model, whole.inputs() | {"cross_attention_mask": None})
+    assert continuation(model, inputs, past_key_values=out[CACHE]) == [plain_greedy(model, whole)]
+
+
 def test_embeddings_in_place_of_ids(model):
     text, sample = assorted_samples()[0], assorted_samples()[2]
     embed = model.get_input_embeddings()
@@ -320,7 +358,11 @@ def test_outputs_of_generate(model):
         ({"pixel_values": torch.zeros(16, 768)}, r"expected \[16, 48\]"),
         ({"grid_thw": torch.tensor([[1, 2, 8], [1, 4, 4]])}, r"expected \[32, 48\]"),
         ({"grid_thw": torch.tensor([[1, 1, 16]])}, r"the row \[1, 1, 16\]; expected .* multiples of the merge size 2"),
-        ({"grid_thw": None}, "without `grid_thw`"),
+        ({"grid_thw": None}, "`pixel_values` came without `grid_thw`"),
+        ({"image_features": torch.zeros(4, 64)}, "`image_features` came beside `pixel_values`; expected one of them"),
+        ({"image_features": torch.zeros(4, 64), "pixel_values": None, "grid_thw": None}, "`image_features` came without `grid_thw`"),
+        ({"image_features": torch.zeros(16, 64), "pixel_values": None}, r"`image_features` has shape \[16, 64\]; expected \[4, 64\]"),
+        ({"image_features": torch.zeros(4, 32), "pixel_values": None}, r"expected \[4, 64\]"),
         ({"media_nums_per_sample": [2]}, r"`media_nums_per_sample` is \[2\]; expected 1 numbers"),
         ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, r"`attention_mask` has shape \[1, 4\]; expected \[1, 3\]"),
         ({"cross_attention_mask": torch.ones(1, 1, 2, 1, dtype=torch.bool)}, r"`cross_attention_mask` has shape \[1, 1, 2, 1\]"),

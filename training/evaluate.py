@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -188,28 +187,6 @@ class Row:
     tokens: torch.Tensor  # [V, D], of the vision encoder
 
 
-class Encoded(torch.nn.Module):
-    """Stands where the vision encoder was: gives the tokens [V, D] that it made."""
-
-    def __init__(self, tokens: torch.Tensor):
-        super().__init__()
-        self.tokens = tokens
-
-    def forward(self, *args):
-        return self.tokens
-
-
-@contextmanager
-def seeing(model, tokens: torch.Tensor):
-    """The model takes `tokens` for what its vision encoder makes of any media."""
-    encoder = model.model.visual
-    model.model.visual = Encoded(tokens)
-    try:
-        yield
-    finally:
-        model.model.visual = encoder
-
-
 class Examinee:
     """A model with its processor."""
 
@@ -255,12 +232,11 @@ class Examinee:
         padding = [length - len(row.ids) for row in rows]  # on the left
         ids = torch.tensor([[pad] * space + row.ids for space, row in zip(padding, rows)])
         attended = torch.tensor([[0] * space + [1] * len(row.ids) for space, row in zip(padding, rows)])
-        with seeing(self.model, torch.cat([row.tokens for row in rows])):
-            out = self.model.generate(
-                input_ids=ids.to(self.model.device), attention_mask=attended.to(self.model.device),
-                grid_thw=torch.cat([row.grids for row in rows]), media_nums_per_sample=[len(row.grids) for row in rows],
-                max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-            )  # fmt: skip
+        out = self.model.generate(
+            input_ids=ids.to(self.model.device), attention_mask=attended.to(self.model.device),
+            image_features=torch.cat([row.tokens for row in rows]), grid_thw=torch.cat([row.grids for row in rows]),
+            media_nums_per_sample=[len(row.grids) for row in rows], max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
+        )  # fmt: skip
         return self.processor.batch_decode(out[:, length:], skip_special_tokens=True)
 
 
