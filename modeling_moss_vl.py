@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -46,6 +46,7 @@ logger = logging.get_logger(__name__)
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
 DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
+TEXT_ROOM = 256  # tokens, at least, that a text cache makes room for at once
 MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
 
 
@@ -816,7 +817,7 @@ class MossVLModel(MossVLPreTrainedModel):
                 length=len(vision_states),
             )
         if cache is not None:
-            vision_cache_layer = install_vision_layers(cache, self.config.text_config)
+            vision_cache_layer = install_layers(cache, self.config.text_config)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -888,13 +889,55 @@ class MossVLModel(MossVLPreTrainedModel):
         return (torch.cat(placed) if len(placed) > 1 else placed[0] if placed else None), waiting
 
 
-def install_vision_layers(cache: Cache, config: MossVLTextConfig) -> VisionCacheLayer:
-    """Makes the cross-attention layers of a cache hold vision keys and values; returns the one that holds the state."""
+class TextCacheLayer(DynamicLayer):
+    """Keys and values [B, K, S, d] of the text, with room behind them: a new token is written into it, and no token moves those before
+    it until the room is full."""
+
+    def __init__(self):
+        super().__init__()
+        self._rooms: list[Optional[torch.Tensor]] = [None, None]  # of keys and values, which are views of their beginnings
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        before = (self.keys, self.values) if self.get_seq_length() else (None, None)
+        parts = [append(*part) for part in zip(before, self._rooms, (key_states, value_states))]
+        (self.keys, _), (self.values, _) = parts
+        self._rooms = [room for _, room in parts]
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        super().reset()
+        self._rooms = [None, None]
+
+
+def append(past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Puts `new` [B, K, T, d] behind `past` [B, K, S, d]: -> both [B, K, S + T, d], and the room they lie in. `room` is used where `past`
+    lies in it (what was done to a cache in between may have put it elsewhere) and it is long enough. With gradients nothing is
+    written over: without a room."""
+    if torch.is_grad_enabled() and (new.requires_grad or (past is not None and past.requires_grad)):
+        return (new if past is None else torch.cat([past, new], dim=-2)), None
+    length = 0 if past is None else past.shape[-2]
+    total = length + new.shape[-2]
+    in_room = room is not None and past is not None and past.data_ptr() == room.data_ptr() and past.shape[:-2] == room.shape[:-2]
+    if not in_room or room.shape[-2] < total:
+        room = new.new_empty(*new.shape[:-2], total + max(TEXT_ROOM, total // 8), new.shape[-1])
+        if length:
+            room[..., :length, :] = past
+    room[..., length:total, :] = new
+    return room[..., :total, :], room
+
+
+def install_layers(cache: Cache, config: MossVLTextConfig) -> VisionCacheLayer:
+    """Makes the cross-attention layers of an empty cache hold vision keys and values, and its plain layers grow in place; returns the
+    one that holds the vision state."""
     if cached_length(cache) == 0:
         while len(cache.layers) < config.num_hidden_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-        for index in config.cross_attention_layers:
-            cache.layers[index] = VisionCacheLayer()
+        for index, layer in enumerate(cache.layers):
+            if index in config.cross_attention_layers:
+                cache.layers[index] = VisionCacheLayer()
+            elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
+                cache.layers[index] = TextCacheLayer()
     return cache.layers[config.cross_attention_layers[0]]
 
 

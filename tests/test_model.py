@@ -6,12 +6,16 @@ import threading
 
 import pytest
 import torch
+import transformers
 from conftest import GOLDEN, ROOT
+from moss_vl import modeling_moss_vl
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
+from moss_vl.vision_sequence import VisionCacheLayer
 from safetensors.torch import load_file
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model, row_of
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 
 TINY = GOLDEN / "model" / "tiny"
@@ -587,3 +591,69 @@ def test_bfloat16_follows_float32():
     assert half.dtype == torch.bfloat16
     relative = (half.float() - full).norm() / full.norm()
     assert relative < 0.05, relative  # 8 bits of mantissa through 9 layers
+
+
+def random_states(length, seed, rows=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 2, length, 4, generator=generator), torch.randn(rows, 2, length, 4, generator=generator)
+
+
+CACHE_WORK = {
+    "nothing": lambda layer: None,
+    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+    "repeat": lambda layer: layer.batch_repeat_interleave(2),
+    "select": lambda layer: layer.batch_select_indices(torch.tensor([-1])),
+    "crop": lambda layer: layer.crop(-3 if transformers.__version__ >= "5" else layer.get_seq_length() - 3),
+}
+
+
+@pytest.mark.parametrize("work", CACHE_WORK)
+def test_a_text_cache_holds_what_a_growing_one_does(work, monkeypatch):
+    monkeypatch.setattr(modeling_moss_vl, "TEXT_ROOM", 4)
+    ours, plain = modeling_moss_vl.TextCacheLayer(), DynamicLayer()
+    assert ours.get_seq_length() == 0
+    for step, length in enumerate([5, 1, 1, 3, 1, 40, 1, 1]):
+        if step in (3, 6):
+            CACHE_WORK[work](ours), CACHE_WORK[work](plain)
+        states = random_states(length, step, rows=2 if step < 3 else plain.keys.shape[0])
+        got, expected = ours.update(*states), plain.update(*states)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected)), step
+        assert ours.get_seq_length() == plain.get_seq_length()
+
+
+def test_a_text_cache_moves_nothing_while_it_has_room(monkeypatch):
+    layer = modeling_moss_vl.TextCacheLayer()
+    layer.update(*random_states(10, 0))
+    before, places = layer.keys, set()
+    for step in range(modeling_moss_vl.TEXT_ROOM):
+        layer.update(*random_states(1, step))
+        places.add((layer.keys.data_ptr(), layer.values.data_ptr()))
+    assert len(places) == 1 and places.pop()[0] == before.data_ptr()
+    layer.update(*random_states(1, 0))
+    assert layer.keys.data_ptr() != before.data_ptr(), "the room is full"
+    other = copy.deepcopy(layer)
+    other.update(*random_states(1, 1))
+    kept = layer.update(*random_states(1, 2))
+    assert torch.equal(kept[0][..., -1:, :], random_states(1, 2)[0]) and torch.equal(other.keys[..., -1:, :], random_states(1, 1)[0])
+
+
+def test_a_text_cache_keeps_gradients():
+    layer, states = modeling_moss_vl.TextCacheLayer(), [part.requires_grad_() for part in random_states(3, 0)]
+    layer.update(*states)
+    keys, values = layer.update(*random_states(1, 1))
+    (keys.sum() + values.sum()).backward()
+    assert all(torch.equal(part.grad, torch.ones_like(part)) for part in states)
+
+
+@torch.no_grad()
+def test_a_cache_is_filled_by_layers_that_grow_in_place(model):
+    sample = assorted_samples()[3].inputs()
+    cache = model(**sample, use_cache=True)[CACHE]
+    kinds = [type(layer) for layer in cache.layers]
+    crossing = model.config.text_config.cross_attention_layers
+    assert all((kind is VisionCacheLayer) == (index in crossing) for index, kind in enumerate(kinds))
+    assert kinds.count(modeling_moss_vl.TextCacheLayer) == len(kinds) - len(crossing)
+    offloading = DynamicCache()
+    offloading.offloading = True
+    assert modeling_moss_vl.install_layers(offloading, model.config.text_config) is offloading.layers[crossing[0]]
+    assert not any(type(layer) is modeling_moss_vl.TextCacheLayer for layer in offloading.layers)
