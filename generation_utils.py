@@ -575,6 +575,7 @@ def _encode(processor, turn: _Turn):
         images_kwargs=turn.images_kwargs,
         videos_kwargs=turn.videos_kwargs,
         return_tensors="pt",
+        do_normalize=False,  # the model does it on its device, chunk by chunk: a quarter of the bytes until there
     )
 
 
@@ -631,7 +632,7 @@ def _left_padded(inputs: list, pad_token_id: int) -> dict:
         "attention_mask": joined(padded("attention_mask", 0)),
         "pixel_values": joined([one["pixel_values"] for one in inputs]),
         "grid_thw": joined([one["grid_thw"] for one in inputs]),
-        "media_nums_per_sample": [count for one in inputs for count in one["media_nums_per_sample"]],
+        **{name: [row for one in inputs for row in one[name]] for name in ("media_nums_per_sample", "image_mean", "image_std")},
     }
 
 

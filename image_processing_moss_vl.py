@@ -1,7 +1,6 @@
-"""Images to patches: where a picture may come from, its size, the resize, the order of the patches.
+"""Images to patches: where a picture may come from, its size, the resize.
 
-The first half is shared with the two video files. Axes: n frames, h rows, w columns, p patch size, m merge size,
-t temporal patch size, P patches.
+The first half is shared with the two video files. Axes: h rows, w columns, p patch size, t temporal patch size, P patches.
 """
 
 import base64
@@ -23,6 +22,8 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
+
+from .patches import normalise, patchify
 
 
 logger = logging.get_logger(__name__)
@@ -422,36 +423,30 @@ def resize_uint8(frame, height: int, width: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(frame[None], size=(height, width), mode="bicubic", antialias=True)[0]
 
 
-def patchify(frames: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int = 1) -> torch.Tensor:
-    """[n, 3, h, w] -> [P, 3 * t * p * p], frame by frame, merge block by merge block (model.md, section 3).
-
-    h and w are multiples of p * m. The last frame is repeated where n is no multiple of t.
-    """
-    n, c, height, width = frames.shape
-    t, p, m = temporal_patch_size, patch_size, merge_size
-    if n % t:
-        frames = torch.cat([frames, frames[-1:].expand(t - n % t, -1, -1, -1)])
-    blocks = frames.reshape(-1, t, c, height // (p * m), m, p, width // (p * m), m, p)
-    # [T, t, c, Y, my, py, X, mx, px] -> [T, Y, X, my, mx, c, t, py, px]
-    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * t * p * p)
+def wants_levels(do_normalize) -> bool:
+    """Whether a call asks for levels as they are, which the model normalises on its own device."""
+    if do_normalize not in (None, True, False):
+        raise ValueError(f"do_normalize must be True or False, got {do_normalize!r}")
+    return do_normalize is False
 
 
-def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 [P, 3 * k] levels -> float32 (x / 255 - mean) / std, written to `out` where it is given.
+def join_patches(parts: list, raw: bool) -> dict:
+    """Media one behind the other, each as (levels uint8 [P, values], mean, std): `pixel_values`, in float32, or where `raw` as levels
+    with the `image_mean` and `image_std` of each medium. Empties `parts` on the way, so that each is let go once it is written."""
+    statistics = {"image_mean": [[*mean] for _, mean, _ in parts], "image_std": [[*std] for _, _, std in parts]} if raw else {}
+    if raw and len(parts) == 1:
+        return {"pixel_values": parts.pop()[0], **statistics}
+    sizes = [len(patches) for patches, *_ in parts]
+    pixel_values = torch.empty(sum(sizes), parts[0][0].shape[1], dtype=torch.uint8 if raw else torch.float32)
+    for out in pixel_values.split(sizes):
+        patches, mean, std = parts.pop(0)
+        out.copy_(patches) if raw else normalise(patches, mean, std, out=out)
+    return {"pixel_values": pixel_values, **statistics}
 
-    Computed as (x - 255 mean) / (255 std), which has no rounding but that of the division at mean = std = 0.5.
-    """
-    out = torch.empty(patches.shape, dtype=torch.float32) if out is None else out
-    out.copy_(patches)
-    channels = out.view(len(out), 3, -1)
-    channels.sub_(torch.tensor(image_mean, dtype=torch.float64).mul(255).float()[:, None])
-    channels.div_(torch.tensor(image_std, dtype=torch.float64).mul(255).float()[:, None])
-    return out
 
-
-def to_format(tensor: torch.Tensor, return_tensors):
-    """The tensor itself for "pt" or None, the numpy array that shares its memory for "np"."""
-    return tensor.numpy() if check_return_tensors(return_tensors) == "np" else tensor
+def to_format(x, return_tensors):
+    """A tensor itself for "pt" or None, the numpy array that shares its memory for "np"; what is no tensor as it is."""
+    return x.numpy() if check_return_tensors(return_tensors) == "np" and isinstance(x, torch.Tensor) else x
 
 
 def check_return_tensors(return_tensors):
@@ -601,20 +596,21 @@ class MossVLImageProcessor(BaseImageProcessor):
             out.append((patches, [1, height // use.patch_size, width // use.patch_size]))
         return out
 
-    def preprocess(self, images, return_tensors=None, **knobs) -> BatchFeature:
+    def preprocess(self, images, return_tensors=None, do_normalize=None, **knobs) -> BatchFeature:
         """The images of one sample: `pixel_values` float32 [P, 3 * t * p * p] and `image_grid_thw` [images, 3].
 
         `images`: one image, or a list; what an image may be is said at `see_image`. Keyword arguments: those of the class,
-        and `allow_http`. `return_tensors`: "pt" (also None) or "np".
+        and `allow_http`. `return_tensors`: "pt" (also None) or "np". With `do_normalize=False` `pixel_values` are levels (uint8),
+        beside their `image_mean` and `image_std`, lists of three numbers for each image.
         """
         check_return_tensors(return_tensors)
+        raw = wants_levels(do_normalize)
         use = self.resolve(knobs)
-        levels, grids = zip(*self.extract(images, **knobs))
-        pixel_values = torch.empty(sum(map(len, levels)), levels[0].shape[1])
-        for part, patches in zip(pixel_values.split([len(patches) for patches in levels]), levels):
-            normalise(patches, use.image_mean, use.image_std, out=part)
-        data = {"pixel_values": pixel_values, "image_grid_thw": torch.tensor(grids)}
-        return BatchFeature({name: to_format(tensor, return_tensors) for name, tensor in data.items()})
+        seen = self.extract(images, **knobs)
+        grids = torch.tensor([grid for _, grid in seen])
+        parts = [(seen.pop(0)[0], use.image_mean, use.image_std) for _ in range(len(seen))]
+        data = {**join_patches(parts, raw), "image_grid_thw": grids}
+        return BatchFeature({name: to_format(x, return_tensors) for name, x in data.items()})
 
 
 class MossVLImageProcessorFast(MossVLImageProcessor):

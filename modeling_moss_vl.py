@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 from .generation_utils import MossVLGenerationMixin, nearest_name
+from .patches import normalise
 from .vision_sequence import (
     Span,
     VisionCacheLayer,
@@ -157,10 +158,22 @@ def chunk_runs(runs: list[FrameRun], frames: int) -> list[list[FrameRun]]:
     return chunks
 
 
+def patch_statistics(of_media, grid: list[list[int]], sizes: list[int]) -> list:
+    """Three numbers for each medium -> for each chunk of `sizes` patches: three numbers where all media have the same, else
+    [patches, 3]. None for each where there are none."""
+    if of_media is None or all(list(row) == list(of_media[0]) for row in of_media):
+        return [None if of_media is None else of_media[0]] * len(sizes)
+    counts = torch.tensor([t * h * w for t, h, w in grid])
+    return list(torch.tensor(of_media, dtype=torch.float64).repeat_interleave(counts, dim=0).split(sizes))
+
+
 class MossVLVisionPatchProjection(nn.Conv3d):
     """A convolution whose kernel is one patch, as the linear map it is."""
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values, image_mean=None, image_std=None):
+        """[P, values], levels (uint8) with their means and standard deviations, [3] or [P, 3] -> [P, hidden]"""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalise(pixel_values.to(self.weight.device), image_mean, image_std)
         return F.linear(pixel_values.to(self.weight), self.weight.flatten(1), self.bias)
 
 
@@ -170,9 +183,9 @@ class MossVLVisionPatchEmbed(nn.Module):
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = MossVLVisionPatchProjection(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, image_mean=None, image_std=None) -> torch.Tensor:
         """[P, channels * time * row * column] -> [P, hidden]"""
-        return self.proj(pixel_values)
+        return self.proj(pixel_values, image_mean, image_std)
 
 
 class MossVLVisionMLP(nn.Module):
@@ -299,13 +312,16 @@ class MossVLVisionModel(MossVLPreTrainedModel):
     def get_input_embeddings(self):
         return self.patch_embed
 
-    def forward(self, pixel_values: torch.Tensor, grid_thw, vision_chunked_length: Optional[int] = None) -> torch.Tensor:
+    def forward(
+        self, pixel_values: torch.Tensor, grid_thw, vision_chunked_length: Optional[int] = None, image_mean=None, image_std=None,
+    ) -> torch.Tensor:  # fmt: skip
         """Encodes frames, `vision_chunked_length` at a time; attention never leaves a frame.
 
         Args:
             pixel_values: [P, channels * time * patch * patch], patches merge block by merge block.
             grid_thw: [media, 3], (frames, patch rows, patch columns): a tensor or nested list.
             vision_chunked_length: frames a chunk; default 64, in training all at once.
+            image_mean, image_std: where `pixel_values` are levels (uint8), three numbers for each medium.
 
         Returns:
             [P / m^2, out_hidden_size], row-major over merge blocks, frame after frame.
@@ -313,18 +329,19 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         Raises:
             ValueError: if pixels and grid do not fit each other, or the model.
         """
-        grid = read_grid(pixel_values, grid_thw, self.config)
+        grid = read_grid(pixel_values, grid_thw, self.config, image_mean, image_std)
         if vision_chunked_length is None:
             vision_chunked_length = max(1, sum(t for t, _, _ in grid)) if self.training else DEFAULT_VISION_CHUNK
         elif not isinstance(vision_chunked_length, int) or vision_chunked_length < 1:
             raise ValueError(f"`vision_chunked_length` is {vision_chunked_length!r}; expected a positive number of frames.")
         chunks = chunk_runs(frame_runs(grid), vision_chunked_length)
-        pixels = pixel_values.split([sum(run.patches for run in chunk) for chunk in chunks])
-        features = [self._encode(part, chunk) for part, chunk in zip(pixels, chunks)]
+        sizes = [sum(run.patches for run in chunk) for chunk in chunks]
+        statistics = [patch_statistics(given, grid, sizes) for given in (image_mean, image_std)]
+        features = [self._encode(part, chunk, *own) for part, chunk, *own in zip(pixel_values.split(sizes), chunks, *statistics)]
         return torch.cat(features) if len(features) > 1 else features[0]
 
-    def _encode(self, pixel_values: torch.Tensor, runs: list[FrameRun]) -> torch.Tensor:
-        hidden_states = self.patch_embed(pixel_values)
+    def _encode(self, pixel_values: torch.Tensor, runs: list[FrameRun], image_mean, image_std) -> torch.Tensor:
+        hidden_states = self.patch_embed(pixel_values, image_mean, image_std)
         places, rotations = zip(*(self._positions(run, hidden_states) for run in runs))
         parts = hidden_states.split([run.patches for run in runs])
         parts = [part.unflatten(0, (run.frames, -1)) + place for run, part, place in zip(runs, parts, places)]
@@ -715,9 +732,11 @@ class MossVLModel(MossVLPreTrainedModel):
     def get_decoder(self):
         return self.language_model
 
-    def get_image_features(self, pixel_values, grid_thw, vision_chunked_length=None) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values, grid_thw, vision_chunked_length=None, image_mean=None, image_std=None,
+    ) -> BaseModelOutputWithPooling:  # fmt: skip
         """Vision tokens [P / m^2, D] of all frames, before separators; see `MossVLVisionModel.forward`."""
-        features = self.visual(pixel_values, grid_thw, vision_chunked_length)
+        features = self.visual(pixel_values, grid_thw, vision_chunked_length, image_mean, image_std)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 
     def get_rope_index(
@@ -756,6 +775,8 @@ class MossVLModel(MossVLPreTrainedModel):
         output_hidden_states: Optional[bool] = None,
         past_key_values: Optional[Cache] = None,
         image_features: Optional[torch.FloatTensor] = None,
+        image_mean: Optional[list[list[float]]] = None,
+        image_std: Optional[list[list[float]]] = None,
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
         cache = cache_of(cache, past_key_values)
@@ -779,6 +800,8 @@ class MossVLModel(MossVLPreTrainedModel):
             prompt_length,
             whole_prompt=not incremental,
             image_features=image_features,
+            image_mean=image_mean,
+            image_std=image_std,
         )
         state, call = plan_call(request)
         text_positions, vision_position_ids, rope_deltas = self._place(request)
@@ -798,7 +821,7 @@ class MossVLModel(MossVLPreTrainedModel):
         vision_states, waiting = None, request.state.waiting
         if request.grid and any(request.new):
             if image_features is None:
-                image_features = self.visual(pixel_values, request.grid, vision_chunked_length)
+                image_features = self.visual(pixel_values, request.grid, vision_chunked_length, image_mean, image_std)
             else:
                 image_features = image_features.to(inputs_embeds)
             states = self._with_separators(image_features, request.grid)
@@ -809,7 +832,7 @@ class MossVLModel(MossVLPreTrainedModel):
             vision_states, waiting = self._take_placed(request, None)
         elif pixel_values is not None and self.training and cache is None:
             # Blank media only. They are read all the same, times 0: every parameter gets a gradient on every rank.
-            vision_states = self._with_separators(self.visual(pixel_values, request.grid), request.grid)
+            vision_states = self._with_separators(self.visual(pixel_values, request.grid, None, image_mean, image_std), request.grid)
             vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
             call = VisionCall(
                 spans=[Span(slice(0, request.is_token.numel()), slice(0, len(vision_states)))],
@@ -989,9 +1012,11 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     def get_decoder(self):
         return self.model.language_model
 
-    def get_image_features(self, pixel_values, grid_thw, vision_chunked_length=None) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values, grid_thw, vision_chunked_length=None, image_mean=None, image_std=None,
+    ) -> BaseModelOutputWithPooling:  # fmt: skip
         """See `MossVLModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, grid_thw, vision_chunked_length)
+        return self.model.get_image_features(pixel_values, grid_thw, vision_chunked_length, image_mean, image_std)
 
     def get_rope_index(self, input_ids, grid_thw=None, attention_mask=None, media_nums_per_sample=None):
         """See `MossVLModel.get_rope_index`."""
@@ -1020,6 +1045,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         num_items_in_batch: Optional[Union[int, torch.Tensor]] = None,
         past_key_values: Optional[Cache] = None,
         image_features: Optional[torch.FloatTensor] = None,
+        image_mean: Optional[list[list[float]]] = None,
+        image_std: Optional[list[list[float]]] = None,
     ) -> Union[MossVLCausalLMOutput, tuple]:
         """One pass over text and the frames that come with it.
 
@@ -1034,7 +1061,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             cache: any transformers cache, empty or filled by this model.
             labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside.
             logits_to_keep: logits of the last n rows only (0: all), or of the rows at these indices.
-            pixel_values: [P, channels * time * patch * patch], the media of all samples in the order of the text.
+            pixel_values: [P, channels * time * patch * patch], the media of all samples in the order of the text; float, or levels
+                (uint8) with `image_mean` and `image_std`.
             grid_thw: [media, 3], (frames, patch rows, patch columns).
             media_nums_per_sample: media of each sample; told from the text where it is missing.
             cross_attention_mask: bool [B, 1, T, F], True = hidden; default: what the text says. Any mask is obeyed.
@@ -1044,6 +1072,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
             past_key_values: the older name of `cache`.
             image_features: [P / m^2, D], what `get_image_features` gives for the media, in place of `pixel_values`.
+            image_mean, image_std: three numbers for each medium, by which levels are normalised on the encoder's device.
 
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
@@ -1065,6 +1094,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             image_features=image_features,
+            image_mean=image_mean,
+            image_std=image_std,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -1191,12 +1222,14 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         in_prompt = ids if prompt_length is None else ids[:, : max(prompt_length - past_length, 0)]
         pads = (in_prompt == self.config.image_token_id).sum(1).tolist()
         pads = state.of_samples(pads, 0)
-        grid = read_grid(prompt.get("pixel_values"), prompt["grid_thw"], self.config.vision_config)
+        names = ("pixel_values", "grid_thw", "image_mean", "image_std")
+        pixel_values, grid_thw, *statistics = (prompt.get(name) for name in names)
+        grid = read_grid(pixel_values, grid_thw, self.config.vision_config, *statistics)
         nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
-        kept, kept_nums, media, patch = [], [], iter(grid), 0  # kept: (medium, its patches)
+        kept, kept_nums, media, patch = [], [], enumerate(grid), 0  # kept: (number of the medium, its patches)
         for sample, (asked, count) in enumerate(zip(pads, nums)):
             own = [next(media) for _ in range(count)]
-            known, frames = len(state.grids[sample]), sum(t for t, _, _ in own)
+            known, frames = len(state.grids[sample]), sum(t for _, (t, _, _) in own)
             wanted = max(0, asked - (known - state.placed[sample]))
             if wanted and frames not in (wanted, known + wanted):
                 raise ValueError(
@@ -1204,10 +1237,10 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                     f"expected {wanted}, or {known + wanted} with those of the earlier turns."
                 )
             kept_nums.append(0)
-            for t, h, w in own:
+            for number, (t, h, w) in own:
                 frames -= t  # frames behind this medium
                 if frames < wanted:
-                    kept.append(([t, h, w], slice(patch, patch + t * h * w)))
+                    kept.append((number, slice(patch, patch + t * h * w)))
                     kept_nums[-1] += 1
                 patch += t * h * w
         if not kept:
@@ -1217,7 +1250,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             prompt = {"position_ids": prompt.get("position_ids"), "cross_attention_mask": mask}
             return {name: value for name, value in prompt.items() if value is not None}
         if len(kept) < len(grid):
-            prompt = {**prompt, "grid_thw": [medium for medium, _ in kept]}
+            of_media = {name: prompt[name] for name in ("image_mean", "image_std") if name in prompt} | {"grid_thw": grid}
+            prompt = prompt | {name: [rows[number] for number, _ in kept] for name, rows in of_media.items()}
             for name, patches_a_row in (("pixel_values", 1), ("image_features", self.config.vision_config.spatial_merge_size**2)):
                 if name in prompt:
                     rows = [slice(patches.start // patches_a_row, patches.stop // patches_a_row) for _, patches in kept]
@@ -1243,7 +1277,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         return model_kwargs
 
 
-MEDIA_KWARGS = ("pixel_values", "image_features", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
+MEDIA_KWARGS = ("pixel_values", "image_mean", "image_std", "image_features", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
 
 # `save_pretrained` copies the code beside the weights.
 MossVLForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

@@ -25,10 +25,11 @@ from .image_processing_moss_vl import (
     MossVLImageProcessor,
     MossVLImageProcessorFast,
     check_return_tensors,
+    join_patches,
     nearest_name,
-    normalise,
     reject_unknown,
     to_format,
+    wants_levels,
 )
 from .video_processing_moss_vl import MossVLVideoProcessor
 from .video_reading import is_frames
@@ -44,7 +45,7 @@ TEXT_KNOBS = (
     "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "add_special_tokens", "return_token_type_ids",
     "return_offsets_mapping",
 )  # fmt: skip
-CALL_KNOBS = ("return_tensors", "return_metadata")
+CALL_KNOBS = ("return_tensors", "return_metadata", "do_normalize")
 TEMPLATE_ARGUMENTS = (
     "chat_template", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
     "return_assistant_tokens_mask", "processor_kwargs",
@@ -160,17 +161,18 @@ class MossVLProcessor(ProcessorMixin):
             ignore_index: the label of every other token.
             **kwargs: padding, padding_side, truncation, max_length, pad_to_multiple_of, add_special_tokens,
                 return_token_type_ids, return_offsets_mapping (of the text with placeholders replaced), return_tensors ("pt",
-                "np" or None: lists), return_metadata (of the videos), and every keyword of the two processors; or these inside
+                "np" or None: lists), return_metadata (of the videos), do_normalize (see below), and every keyword of the two processors; or these inside
                 `text_kwargs`, `images_kwargs`, `videos_kwargs`, `common_kwargs`. They act for this call alone.
 
         Returns `input_ids` and `attention_mask` [B, T]; `pixel_values` float32 [P, 3 * t * p * p] and `grid_thw` [media, 3], all
         media in the order of the text; `media_nums_per_sample`, a list of ints; `cross_attention_mask` bool [B, 1, T, F], True =
-        hidden; `labels` [B, T] where `labels_spans` was given.
+        hidden; `labels` [B, T] where `labels_spans` was given. With `do_normalize=False` `pixel_values` are levels (uint8, a quarter
+        of the bytes) beside `image_mean` and `image_std`, by which the model normalises them on its device.
 
         Raises ValueError or FileNotFoundError, before anything is decoded where the arguments show it.
         """
         text_knobs, image_knobs, video_knobs, call = self._sort_knobs(kwargs)
-        return_tensors = check_return_tensors(call.get("return_tensors"))
+        return_tensors, raw = check_return_tensors(call.get("return_tensors")), wants_levels(call.get("do_normalize"))
         samples = self._read_samples(text, labels_spans)
         self._deal_media(samples, images, videos, video_knobs.pop("video_metadata", None))
         self._check_text_knobs(text_knobs, with_spans=labels_spans is not None)
@@ -181,11 +183,11 @@ class MossVLProcessor(ProcessorMixin):
             self._extract(sample, image_knobs, video_knobs)
 
         data = self._tokenise(samples, text_knobs, ignore_index, rectangular=return_tensors is not None)
-        data["pixel_values"], data["grid_thw"] = self._pixels(samples, image)
+        data |= self._pixels(samples, image, raw)
         if return_tensors is not None:
-            ids = {name: data[name] for name in data if isinstance(data[name], list)}
+            ids = {name: rows for name, rows in data.items() if isinstance(rows, list) and name not in ("image_mean", "image_std")}
             data.update({name: torch.tensor(rows, dtype=torch.long) for name, rows in ids.items()})
-        data = {name: to_format(x, return_tensors) if isinstance(x, torch.Tensor) else x for name, x in data.items()}
+        data = {name: to_format(x, return_tensors) for name, x in data.items()}
         data["media_nums_per_sample"] = [max(1, len(sample.media)) for sample in samples]
         if call.get("return_metadata"):
             data["video_metadata"] = [m.metadata for sample in samples for m in sample.media if m.metadata is not None]
@@ -193,10 +195,11 @@ class MossVLProcessor(ProcessorMixin):
 
     def _sort_knobs(self, kwargs: dict) -> tuple[dict, dict, dict, dict]:
         """Keyword arguments by who takes them: text, images, videos, the call. None stands for the default."""
+        fixed = FIXED.keys() - set(CALL_KNOBS)
         takers = {
             "text_kwargs": TEXT_KNOBS,
-            "images_kwargs": (*self.image_processor.knobs, *FIXED),
-            "videos_kwargs": (*self.video_processor.knobs, *FIXED, "video_metadata"),
+            "images_kwargs": (*self.image_processor.knobs, *fixed),
+            "videos_kwargs": (*self.video_processor.knobs, *fixed, "video_metadata"),
             "call": CALL_KNOBS,
         }
         flat = {name: value for name, value in kwargs.items() if name not in NESTED_KWARGS}
@@ -380,27 +383,27 @@ class MossVLProcessor(ProcessorMixin):
 
     # ----------------------------------------------------------------------------------------------------------- the pixels
 
-    def _pixels(self, samples: list[Sample], image) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pixels(self, samples: list[Sample], image, raw: bool) -> dict:
         """`pixel_values` and `grid_thw` of all media; a sample without any gets a blank one of zeros, which no row sees.
 
-        `image`: the knobs of the call, for the patch sizes of the blank.
+        `image`: the knobs of the call, for the patch sizes of the blank; `raw`: as for `join_patches`. Empties the media on the way.
         """
         side = max(1, round(BLANK_PIXELS / (image.patch_size * image.merge_size))) * image.merge_size
         widths = {medium.patches.shape[1] for sample in samples for medium in sample.media}
         if len(widths) > 1:
             raise ValueError(f"images and videos have patches of {sorted(widths)} values; give both the same patch sizes")
         width = widths.pop() if widths else 3 * image.temporal_patch_size * image.patch_size**2
-
-        grids = torch.tensor([grid for s in samples for grid in ([m.grid for m in s.media] or [[1, side, side]])])
-        pixel_values = torch.empty(int(grids.prod(1).sum()), width)
-        parts = iter(pixel_values.split(grids.prod(1).tolist()))
+        blank = torch.zeros(side * side, width, dtype=torch.uint8), (0.0,) * 3, (1.0,) * 3
+        parts, grids = [], []
         for sample in samples:
-            if not sample.media:
-                next(parts).zero_()
             for medium in sample.media:
-                normalise(medium.patches, medium.image_mean, medium.image_std, out=next(parts))
+                parts.append((medium.patches, medium.image_mean, medium.image_std))
+                grids.append(medium.grid)
                 medium.patches = None
-        return pixel_values, grids
+            if not sample.media:
+                parts.append(blank)
+                grids.append([1, side, side])
+        return {**join_patches(parts, raw), "grid_thw": torch.tensor(grids)}
 
     # ------------------------------------------------------------------------------------------------------------ timestamps
 

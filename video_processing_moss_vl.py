@@ -25,9 +25,8 @@ from .image_processing_moss_vl import (
     check_return_tensors,
     drop_fixed,
     grow,
+    join_patches,
     nearest_name,
-    normalise,
-    patchify,
     pixel_limits,
     positive_int,
     reject_unknown,
@@ -35,8 +34,10 @@ from .image_processing_moss_vl import (
     shrink,
     three_floats,
     to_format,
+    wants_levels,
     with_knobs,
 )
+from .patches import patchify
 from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positive_number
 
 
@@ -535,21 +536,23 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             _report(video, problems, [(len(plan.indices), clip) for plan, clip in zip(plans, done) if plan.video is video])
         return done
 
-    def preprocess(self, videos, video_metadata=None, return_metadata=False, return_tensors=None, **knobs) -> BatchFeature:
+    def preprocess(
+        self, videos, video_metadata=None, return_metadata=False, return_tensors=None, do_normalize=None, **knobs,
+    ) -> BatchFeature:  # fmt: skip
         """The videos of one sample: `pixel_values_videos` float32 [P, 3 * p * p], `video_grid_thw` [clips, 3], and with
         `return_metadata` the list `video_metadata` of `ClipMetadata`.
 
         `videos`, `video_metadata`: as for `plan`. Other keyword arguments: those of the class, and `allow_http`.
-        `return_tensors`: "pt" (also None) or "np".
+        `return_tensors`: "pt" (also None) or "np". With `do_normalize=False` `pixel_values_videos` are levels (uint8), beside their
+        `image_mean` and `image_std`, lists of three numbers for each clip.
         """
         check_return_tensors(return_tensors)
+        raw = wants_levels(do_normalize)
         use = self.resolve(knobs)
         clips = self.extract(videos, video_metadata, **knobs)
-        pixel_values = torch.empty(sum(len(clip.patches) for clip in clips), clips[0].patches.shape[1])
-        for part, clip in zip(pixel_values.split([len(clip.patches) for clip in clips]), clips):
-            normalise(clip.patches, use.image_mean, use.image_std, out=part)
-        data = {"pixel_values_videos": pixel_values, "video_grid_thw": torch.tensor([clip.grid for clip in clips])}
-        out = BatchFeature({name: to_format(tensor, return_tensors) for name, tensor in data.items()})
+        data = join_patches([(clip.patches, use.image_mean, use.image_std) for clip in clips], raw)
+        data = {"pixel_values_videos": data.pop("pixel_values"), "video_grid_thw": torch.tensor([clip.grid for clip in clips]), **data}
+        out = BatchFeature({name: to_format(x, return_tensors) for name, x in data.items()})
         if return_metadata:
             out["video_metadata"] = [clip.metadata for clip in clips]
         return out

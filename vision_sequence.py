@@ -225,6 +225,8 @@ def read_request(
     prompt_length: Optional[int] = None,
     whole_prompt: bool = True,
     image_features: Optional[torch.Tensor] = None,
+    image_mean=None,
+    image_std=None,
 ) -> VisionRequest:
     """Reads and checks what a call says about frames, before anything heavy is done.
 
@@ -269,7 +271,7 @@ def read_request(
     if grid_thw is not None:
         if text.ndim != 2:
             raise ValueError("`grid_thw` came with `inputs_embeds` alone; expected `input_ids` beside it, to place the frames.")
-        grid = read_grid(pixel_values, grid_thw, config.vision_config)
+        grid = read_grid(pixel_values, grid_thw, config.vision_config, image_mean, image_std)
         if image_features is not None:
             check_features(image_features, grid, pixel_values, config.vision_config)
         media_nums = count_media(grid, media_nums_per_sample, pads)
@@ -298,8 +300,9 @@ def read_request(
     return VisionRequest(state, past_length, is_token, is_frame, grid, media_nums, new, pads, hidden)
 
 
-def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config) -> list[list[int]]:
-    """`grid_thw` as a list, once it fits the pixels (where they are given) and the vision config."""
+def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config, image_mean=None, image_std=None) -> list[list[int]]:
+    """`grid_thw` as a list, once it fits the pixels (where they are given) and the vision config; and they the means and standard
+    deviations, which levels (uint8) need, three numbers for each medium."""
     grid = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else [[int(n) for n in row] for row in grid_thw]
     merge = config.spatial_merge_size
     for row in grid:
@@ -316,6 +319,12 @@ def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config) -> list[li
             f"`pixel_values` has shape {got}; expected [{patches}, {width}]: a row for each of the {patches} patches that "
             f"`grid_thw` counts, {width} values a patch of this model. Take both from one processor call."
         )
+    for name, given in (("image_mean", image_mean), ("image_std", image_std)):
+        raw = pixel_values is not None and pixel_values.dtype == torch.uint8
+        shape = None if given is None else [len(given), *{len(row) for row in given}]
+        if shape != ([len(grid), 3] if raw else None):
+            wanted = f"[{len(grid)}, 3]: `pixel_values` are levels (uint8), which have to be normalised" if raw else "none: `pixel_values` are not uint8"
+            raise ValueError(f"`{name}` has shape {shape}; expected {wanted}. Take all from one processor call with do_normalize=False.")
     return grid
 
 

@@ -93,6 +93,45 @@ def test_encoded_media_of_a_second_turn(model):
     assert continuation(model, inputs, past_key_values=out[CACHE]) == [plain_greedy(model, whole)]
 
 
+def levels_of(sample, seed):
+    """The sample with random levels as its pixels: its inputs with levels, three numbers for each medium, and with what they stand for."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = sample.inputs()
+    levels = torch.randint(0, 256, inputs["pixel_values"].shape, generator=generator, dtype=torch.uint8)
+    mean, std = (torch.rand(len(inputs["grid_thw"]), 3, generator=generator, dtype=torch.float64) + shift for shift in (0.1, 0.2))
+    per_patch = [x.repeat_interleave(inputs["grid_thw"].prod(1), dim=0)[..., None] for x in (mean, std)]
+    values = ((levels.view(len(levels), 3, -1).double() / 255 - per_patch[0]) / per_patch[1]).flatten(1).float()
+    raw = inputs | {"pixel_values": levels, "image_mean": mean.tolist(), "image_std": std.tolist()}
+    return raw, inputs | {"pixel_values": values}
+
+
+@torch.no_grad()
+def test_levels_in_place_of_values(model):
+    """Each medium by its own mean and deviation, whatever the chunks; a second turn drops those of the media that are known."""
+    raw, inputs = levels_of(Sample("tFFtFt", (1, 4, 4), (1, 4, 4), (1, 2, 6), seed=5), seed=1)
+    expected = model(**inputs).logits
+    for length in (1, 2, 64):
+        assert torch.allclose(model(**raw, vision_chunked_length=length).logits, expected, atol=1e-4)
+    same = raw | {name: raw[name][:1] * 3 for name in ("image_mean", "image_std")}
+    one_by_one = torch.cat([
+        model.get_image_features(same["pixel_values"][part], grid[None], None, raw["image_mean"][:1], raw["image_std"][:1]).last_hidden_state
+        for grid, part in zip(raw["grid_thw"], (slice(0, 16), slice(16, 32), slice(32, 44)))
+    ])  # fmt: skip
+    whole = model.get_image_features(same["pixel_values"], raw["grid_thw"], None, same["image_mean"], same["image_std"])
+    assert torch.allclose(whole.last_hidden_state, one_by_one, atol=1e-5)
+    assert continuation(model, raw) == continuation(model, inputs)
+
+    out = run(model, {k: v for k, v in raw.items() if k != "cross_attention_mask"}, return_dict_in_generate=True)
+    more_raw, more = levels_of(Sample("tFt", (1, 4, 6), seed=6), seed=2)
+    ids = torch.cat([out.sequences, more["input_ids"]], dim=1)
+    both = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "media_nums_per_sample": [4]}
+    joined = [both | {name: torch.cat([a[name], b[name]]) for name in ("pixel_values", "grid_thw")} for a, b in ((raw, more_raw), (inputs, more))]
+    joined[0] |= {name: raw[name] + more_raw[name] for name in ("image_mean", "image_std")}
+    caches = [copy.deepcopy(out[CACHE]) for _ in joined]
+    turns = [continuation(model, one, past_key_values=cache) for one, cache in zip(joined, caches)]
+    assert turns[0] == turns[1] == continuation(model, joined[1])
+
+
 def test_embeddings_in_place_of_ids(model):
     text, sample = assorted_samples()[0], assorted_samples()[2]
     embed = model.get_input_embeddings()
@@ -363,6 +402,8 @@ def test_outputs_of_generate(model):
         ({"image_features": torch.zeros(4, 64), "pixel_values": None, "grid_thw": None}, "`image_features` came without `grid_thw`"),
         ({"image_features": torch.zeros(16, 64), "pixel_values": None}, r"`image_features` has shape \[16, 64\]; expected \[4, 64\]"),
         ({"image_features": torch.zeros(4, 32), "pixel_values": None}, r"expected \[4, 64\]"),
+        ({"pixel_values": torch.zeros(16, 48, dtype=torch.uint8)}, r"`image_mean` has shape None; expected \[1, 3\]: `pixel_values` are levels"),
+        ({"image_std": [[1.0, 1.0, 1.0]]}, r"`image_std` has shape \[1, 3\]; expected none: `pixel_values` are not uint8"),
         ({"media_nums_per_sample": [2]}, r"`media_nums_per_sample` is \[2\]; expected 1 numbers"),
         ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, r"`attention_mask` has shape \[1, 4\]; expected \[1, 3\]"),
         ({"cross_attention_mask": torch.ones(1, 1, 2, 1, dtype=torch.bool)}, r"`cross_attention_mask` has shape \[1, 1, 2, 1\]"),

@@ -21,11 +21,10 @@ from moss_vl.image_processing_moss_vl import (
     MossVLImageProcessorFast,
     fit_size,
     load_image,
-    normalise,
     open_source,
-    patchify,
     resize_uint8,
 )
+from moss_vl.patches import normalise, patchify
 
 
 IMAGES = GOLDEN / "processing" / "images"

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from conftest import GOLDEN, ROOT
 from golden_cases import CLIP, FOLDER, LARGE, LONG, NAMES, PHOTO, SHORT, SMALL, SQUARE, Case, decoded_frames, load_tokenizer, make_processor
 from moss_vl import image_processing_moss_vl, video_processing_moss_vl
+from moss_vl.patches import normalise
 from moss_vl.processing_moss_vl import MossVLProcessor
 
 
@@ -343,6 +344,29 @@ def test_return_types(processor):
     assert set(processor.model_input_names) == keys
 
 
+@pytest.mark.parametrize("texts", [["<|image|>a<|video|>", "b", "<|image|>"], ["<|video|>"], ["a"]])
+def test_levels_for_the_model_to_normalise(processor, texts):
+    """`pixel_values` as uint8 with what normalises them; the blank medium stays zero. All else as ever, also in nested keywords."""
+    images, videos = [SQUARE, PHOTO][: sum(map("<|image|>".__eq__, texts)) + ("<|image|>a" in texts[0])], [SHORT] * ("<|video|>" in texts[0])
+    knobs = {"padding": True, "return_tensors": "pt", "images_kwargs": {"image_mean": (0.1, 0.2, 0.3)}, "videos_kwargs": {"image_std": [0.5, 0.6, 0.7]}}
+    plain = processor(texts, images=images or None, videos=videos or None, **knobs)
+    raw = processor(texts, images=images or None, videos=videos or None, do_normalize=False, **knobs)
+    nested = processor(texts, images=images or None, videos=videos or None, common_kwargs={"do_normalize": False}, **knobs)
+    assert set(raw) == {*plain, "image_mean", "image_std"} and raw["pixel_values"].dtype == torch.uint8
+    assert torch.equal(nested["pixel_values"], raw["pixel_values"])
+    assert all(torch.equal(plain[name], raw[name]) for name in ("input_ids", "grid_thw", "cross_attention_mask"))
+    sizes = plain["grid_thw"].prod(1).tolist()
+    assert len(raw["image_mean"]) == len(raw["image_std"]) == len(sizes)
+    parts = zip(plain["pixel_values"].split(sizes), raw["pixel_values"].split(sizes), raw["image_mean"], raw["image_std"])
+    assert all(torch.equal(values, normalise(levels, mean, std)) for values, levels, mean, std in parts)
+    moved = raw.to("cpu", torch.bfloat16)
+    assert moved["pixel_values"].dtype == torch.uint8 and moved["image_mean"] == raw["image_mean"]
+    for part, media, name in ((processor.image_processor, images, "pixel_values"), (processor.video_processor, videos, "pixel_values_videos")):
+        if media:
+            own = part(media, do_normalize=False, return_tensors="np")
+            assert own[name].dtype == np.uint8 and own["image_mean"] == [[0.5] * 3] * len(media) and set(own) == {*part(media), "image_mean", "image_std"}
+
+
 def test_to_device_and_dtype(processor):
     out = processor("a<|image|>", SQUARE, return_tensors="pt").to("cpu", torch.bfloat16)
     assert out["pixel_values"].dtype == torch.bfloat16 and out["input_ids"].dtype == torch.long
@@ -412,6 +436,7 @@ def test_nested_text_kwargs(processor):
         ({"video_fps": 0}, "video_fps"),
         ({"video_fps": 1, "num_frames": 2}, "give one"),
         ({"do_resize": False}, "always True"),
+        ({"do_normalize": 3}, "do_normalize must be True or False"),
         ({"video_metadata": {"fps": 1}}, "0 videos are given"),
     ],
 )

@@ -1,0 +1,35 @@
+"""Patches: from frames to rows of levels, and from levels to the values that the vision encoder takes.
+
+Axes: n frames, h rows, w columns, p patch size, m merge size, t temporal patch size, P patches, k = t * p * p.
+"""
+
+import torch
+
+
+def patchify(frames: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int = 1) -> torch.Tensor:
+    """[n, 3, h, w] -> [P, 3 * t * p * p], frame by frame, merge block by merge block (model.md, section 3).
+
+    h and w are multiples of p * m. The last frame is repeated where n is no multiple of t.
+    """
+    n, c, height, width = frames.shape
+    t, p, m = temporal_patch_size, patch_size, merge_size
+    if n % t:
+        frames = torch.cat([frames, frames[-1:].expand(t - n % t, -1, -1, -1)])
+    blocks = frames.reshape(-1, t, c, height // (p * m), m, p, width // (p * m), m, p)
+    # [T, t, c, Y, my, py, X, mx, px] -> [T, Y, X, my, mx, c, t, py, px]
+    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * t * p * p)
+
+
+def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [P, 3 * k] levels -> float32 (x / 255 - mean) / std, written to `out` where it is given.
+
+    Computed as (x - 255 mean) / (255 std), which has no rounding but that of the division at mean = std = 0.5. `image_mean` and
+    `image_std`: three numbers, or for each patch its own, [P, 3].
+    """
+    out = torch.empty(patches.shape, dtype=torch.float32, device=patches.device) if out is None else out
+    out.copy_(patches)
+    channels = out.view(len(out), 3, -1)
+    mean, std = (torch.as_tensor(x, dtype=torch.float64).mul(255).float().to(out.device)[..., None] for x in (image_mean, image_std))
+    channels.sub_(mean)
+    channels.div_(std)
+    return out
