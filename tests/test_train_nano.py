@@ -1,6 +1,7 @@
 """The recipe of moss-vl-nano: a run that was stopped goes on as if it had not been, and its optimizer does what it says."""
 
 import argparse
+import math
 import shutil
 import sys
 
@@ -17,13 +18,21 @@ import train_nano  # noqa: E402
 import world  # noqa: E402
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
+STAGES = train_nano.STAGES
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Those of the recipe."""
+    monkeypatch.setattr(train_nano, "STAGES", STAGES)
+    return STAGES
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One font, as drawn by lot among those installed; little of the encoder alone; no other threads or number formats for later tests."""
     monkeypatch.setattr(world, "fonts", lambda: (None,))
-    monkeypatch.setattr(train_nano, "KINDS", (("pictures", 0.4), ("look", 0.6)))
+    monkeypatch.setattr(train_nano, "STAGES", (train_nano.Stage(0.0, {"pictures": 0.4, "look": 0.6}, (1.0, 0.0)),))
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         yield
@@ -126,16 +135,36 @@ def test_attention_on_its_points():
     assert train_nano.attention_on(weights, points).tolist() == pytest.approx([0.6, 0.1])
 
 
-def test_plan_and_rate():
-    plan = train_nano.plan_of(1000)
-    look = round(1000 * train_nano.LOOK_SHARE)
-    kinds = [plan(step) for step in range(1000)]
-    assert set(kinds[:look]) == {"look"}
-    for kind, share in train_nano.KINDS:
-        assert kinds[look:].count(kind) / (1000 - look) == pytest.approx(share, abs=0.01)
-    rates = [train_nano.rate_of(step, 1000) for step in range(1000)]
+def test_plan_and_rate(stages):
+    steps, plan = 5000, train_nano.plan_of(5000)
+    kinds, rates = [plan(step) for step in range(steps)], [train_nano.rate_of(step, steps) for step in range(steps)]
+    ends = [*(stage.begins for stage in stages[1:]), 1.0]
+    for stage, end in zip(stages, ends):
+        part = slice(math.ceil(stage.begins * steps), math.ceil(end * steps))
+        assert sum(stage.kinds.values()) == pytest.approx(1.0)
+        for kind, share in stage.kinds.items():
+            assert kinds[part].count(kind) / len(kinds[part]) == pytest.approx(share, abs=0.02)
+        middle = rates[(part.start + part.stop) // 2]
+        assert middle == pytest.approx(sum(stage.rates) / 2, abs=0.01)
+    assert set(kinds[: math.ceil(ends[0] * steps)]) == {"look"}
     assert max(rates) == 1 and rates[0] < 0.1 and 0 < rates[-1] < 0.01
-    assert rates[300] == 1 and rates[-100] == pytest.approx(100 / (1000 * train_nano.DECAY_SHARE))
+
+
+def test_a_stage_weighs_what_it_names():
+    """Half the loss of what is asked weighs nothing, then all of it."""
+    torch.manual_seed(0)
+    quiz = train_nano.Quiz(8, (("stamp 0", 3), ("place a", 3)), {"stamp": 1.0, "place": 2.0})
+    vectors, targets = torch.randn(5, 8), torch.tensor([[0, 1], [2, -100], [1, 1], [0, 0], [2, 2]])
+    whole, stamps, places = (quiz(vectors, targets, **weights)[0] for weights in ({}, {"place": 0.0}, {"stamp": 0.0}))
+    assert whole.item() == pytest.approx((stamps + places).item(), rel=1e-6) and min(stamps, places) > 0
+    assert quiz(vectors, targets, place=4.0)[0].item() == pytest.approx((stamps + 2 * places).item(), rel=1e-6)
+
+
+def test_every_weight_of_a_stage_has_something_to_weigh(stages):
+    known = {*train_nano.FACT_WEIGHTS, *train_nano.GAZE_WEIGHTS}
+    assert all(set(stage.weights) <= known for stage in stages)
+    assert {name.split()[0] for name, _ in (*lessons.CONTENTS, *lessons.CHANGES, *lessons.COURSE)} == set(train_nano.FACT_WEIGHTS)
+    assert set(lessons.Gaze.NAMES) == set(train_nano.GAZE_WEIGHTS)
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 96), (2, 96, 48), (4, 64, 64)])

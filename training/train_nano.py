@@ -16,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,11 +31,8 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
 SEED = 2026
-LOOK_SHARE = 0.1337  # of all steps, in which the encoder alone learns
-DECAY_SHARE = 0.6  # of all steps, at the end, in which the learning rate falls to nothing
 WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
-KINDS = (("pictures", 0.32), ("clips", 0.29), ("look", 0.31), ("images", 0.08))
 SIGHT_WEIGHTS = {
     "shape": 3.0, "colour": 0.5, "size": 0.5, "place": 1.0, "across": 1.0, "down": 1.0, "rank": 0.3, "twin": 0.3, "nearest": 0.2,
     "letter": 2.0, "spelling": 0.3,
@@ -48,6 +46,30 @@ FACTS_WEIGHT = 0.2
 GAZE_WEIGHTS = {"stamps": 0.1, "slots": 0.2, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}  # of attention elsewhere
 NOTHING = {"shape": 0.3, "letter": 0.05, "event": 0.03, "begins": 0.1}  # weights of the last class, where most are of it
 NOISE = 0.02  # of the encoder's vectors, in their standard deviations: frames of a file that show the same are not quite equal
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: from which share of all steps on, which kinds of batches by their shares, how the learning rate goes from its
+    beginning to its end, and weights of facts and of attention in place of those above."""
+
+    begins: float
+    kinds: dict[str, float]
+    rates: tuple[float, float]
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+MIX = {"pictures": 0.32, "clips": 0.29, "look": 0.31, "images": 0.08}
+MORE_CLIPS = {"pictures": 0.3, "clips": 0.38, "look": 0.25, "images": 0.07}
+FINDING = {"stamp": 0.5, "across": 0.1, "down": 0.1, "frames": 0.5}
+STAGES = (
+    Stage(0.0, {"look": 1.0}, (1.0, 1.0)),
+    Stage(0.1336, MIX, (1.0, 1.0)),
+    Stage(0.4, MIX, (1.0, 0.9492)),
+    Stage(0.4305, MIX, (0.9492, 0.7948), {"stamp": 2.0}),
+    Stage(0.5231, MIX, (0.7948, 0.6398), FINDING),
+    Stage(0.6161, MORE_CLIPS, (1.0, 0.0), FINDING),
+)
 
 
 class Muon:
@@ -127,17 +149,19 @@ class Quiz(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.heads = nn.Linear(width, sum(classes for _, classes in questions))
 
-    def forward(self, vectors: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """vectors [N, D] and targets [N, len(questions)], -100 where not asked -> loss, and the share answered rightly."""
+    def forward(self, vectors: torch.Tensor, targets: torch.Tensor, **weights: float) -> tuple[torch.Tensor, dict[str, float]]:
+        """vectors [N, D] and targets [N, len(questions)], -100 where not asked -> loss, and the share answered rightly. `weights` of
+        groups take the place of the usual ones."""
         logits = self.heads(self.norm(vectors)).float().split([classes for _, classes in self.questions], dim=1)
         groups, total, right = [name.split()[0] for name, _ in self.questions], 0.0, defaultdict(list)
         for group, (_, classes), scores, target in zip(groups, self.questions, logits, targets.unbind(1)):
             asked = target >= 0
             if not asked.any():
                 continue
-            weights = torch.ones(classes, device=scores.device)
-            weights[-1] = NOTHING.get(group, 1.0)
-            total = total + self.weights[group] * F.cross_entropy(scores, target, weight=weights, ignore_index=-100)
+            of_classes = torch.ones(classes, device=scores.device)
+            of_classes[-1] = NOTHING.get(group, 1.0)
+            weight = weights.get(group, self.weights[group])
+            total = total + weight * F.cross_entropy(scores, target, weight=of_classes, ignore_index=-100)
             counted = asked & (target < classes - 1) if group in NOTHING else asked
             right[group] += (scores.argmax(1) == target)[counted].tolist()
         return total, right
@@ -173,7 +197,8 @@ class Tutor(nn.Module):
         log = {"naming": [naming.item()], "inking": [inking.item()], **{f"names {name}": values for name, values in right.items()}}
         return naming + INK_WEIGHT * inking, log
 
-    def ask_language_model(self, model, batch: dict) -> tuple[torch.Tensor, dict]:
+    def ask_language_model(self, model, batch: dict, **weights: float) -> tuple[torch.Tensor, dict]:
+        """`weights`: of groups of facts and of attention, in place of the usual ones."""
         layers = model.model.language_model.layers
         with ExitStack() as stack:
             told = [stack.enter_context(noted(layers[layer])) for layer in self.fact_layers]
@@ -188,13 +213,13 @@ class Tutor(nn.Module):
         at = batch["input_ids"] == model.config.image_token_id
         targets = batch["facts"].split([len(quiz.questions) for quiz in self.facts], dim=1)
         for quiz, [(states, _)], target in zip(self.facts, told, targets):
-            quizzed, right = quiz(states[at], target)
+            quizzed, right = quiz(states[at], target, **weights)
             loss = loss + FACTS_WEIGHT * quizzed
             log |= {f"knows {name}": values for name, values in right.items()}
         for name, points in batch["gaze"].items():
-            [(_, weights)] = attended[name]
-            seen = attention_on(weights, points)
-            loss = loss - GAZE_WEIGHTS[name] * (seen + 1e-4).log().mean()
+            [(_, attention)] = attended[name]
+            seen = attention_on(attention, points)
+            loss = loss - weights.get(name, GAZE_WEIGHTS[name]) * (seen + 1e-4).log().mean()
             log[f"attends {name}"] = [seen.mean().item()]
         return loss, log
 
@@ -264,26 +289,32 @@ def noted(module):
         hook.remove()
 
 
+def stage_of(done: float) -> int:
+    """Number of the stage in which a run is whose share `done` of all steps is behind it."""
+    return max(number for number, stage in enumerate(STAGES) if stage.begins <= done)
+
+
 def plan_of(steps: int):
     """step -> kind of its batch."""
-    look = round(LOOK_SHARE * steps)
 
     def plan(step: int) -> str:
-        if step < look:
-            return "look"
         at = (step * 0.6180339887) % 1.0  # evenly mixed
-        for kind, share in KINDS:
+        kinds = STAGES[stage_of(step / steps)].kinds
+        for kind, share in kinds.items():
             if at < share:
                 return kind
             at -= share
-        return KINDS[0][0]
+        return next(iter(kinds))
 
     return plan
 
 
 def rate_of(step: int, steps: int) -> float:
-    """Up, level, and down to nothing in a line."""
-    return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY_SHARE * steps))
+    """Up in the first steps, then along the lines of the stages."""
+    number = stage_of(step / steps)
+    begin, (first, last) = STAGES[number].begins, STAGES[number].rates
+    end = STAGES[number + 1].begins if number + 1 < len(STAGES) else 1.0
+    return min((step + 1) / WARM_UP, first + (last - first) * (step / steps - begin) / (end - begin))
 
 
 def answer_loss(logits: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -309,11 +340,13 @@ def answers_right(logits: torch.Tensor, batch: dict) -> dict[str, list[int]]:
     return right
 
 
-def learn(model, tutor, batch: dict) -> tuple[torch.Tensor, dict]:
-    """Loss of a batch, and what to log. The encoder learns by naming what it sees; answering teaches the language model alone."""
+def learn(model, tutor, batch: dict, done: float) -> tuple[torch.Tensor, dict]:
+    """Loss of a batch, and what to log, `done` being the share of the run that is behind it. The encoder learns by naming what it sees;
+    answering teaches the language model alone."""
     looks = batch["kind"] == "look"
     model.model.visual.requires_grad_(looks)
-    return tutor.ask_encoder(model, batch) if looks else tutor.ask_language_model(model, batch)
+    weights = STAGES[stage_of(done)].weights
+    return tutor.ask_encoder(model, batch) if looks else tutor.ask_language_model(model, batch, **weights)
 
 
 def placed(batch: dict, device) -> dict:
@@ -398,7 +431,7 @@ def train(rank: int, args) -> None:
         batch = placed(batch, args.device)
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
         drawn = time.monotonic()
-        loss, log = learn(model, tutor, batch)
+        loss, log = learn(model, tutor, batch, step / args.steps)
         loss.backward()
         if args.processes > 1:
             average_gradients(optimizer.parameters.values())
