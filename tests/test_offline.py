@@ -18,6 +18,7 @@ from moss_vl import generation_utils
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.image_processing_moss_vl import MossVLImageProcessorFast
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+from moss_vl.patches import normalise
 from moss_vl.processing_moss_vl import MossVLProcessor
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
@@ -189,7 +190,8 @@ def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, process
         calls.clear()
         for extra in ({}, dict(image_mean=[0.25, 0.5, 0.5], image_std=[0.25, 0.5, 0.5], longest_edge=16384), {}):
             method(processor, "", medium, max_new_tokens=1, **extra)
-        plain, changed, again = (call["pixel_values"] for call in calls)
+        assert all(call["pixel_values"].dtype == torch.uint8 for call in calls), "the model normalises"
+        plain, changed, again = (normalise(call["pixel_values"], *call["image_mean"], *call["image_std"]) for call in calls)
         assert torch.equal(plain, again) and plain.shape[1] == changed.shape[1] and changed.max() > 2.9 > 1.1 > plain.max()
     assert [part.to_dict() for part in (processor.image_processor, processor.video_processor)] == before
 
