@@ -75,8 +75,6 @@ def notes(monkeypatch):
     monkeypatch.setattr(lessons, "join", note_rows)
     monkeypatch.setattr(lessons.Script, "add", note_question)
     monkeypatch.setattr(Lessons, "pixels", note_pixels)
-    monkeypatch.setattr(lessons, "LATER", 0.0)
-    monkeypatch.setattr(lessons, "LEAPING", 0.0)
     return notes
 
 
@@ -397,15 +395,13 @@ def test_facts_of_the_frame_in_which_an_event_begins():
 def test_a_clip_that_begins_later_shows_the_same(processor, notes, monkeypatch):
     """The pixels and what happens stay; the stamps and the answers about times are those of the longer clip."""
     pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    lots = [random.Random(0), random.Random(0)]
     scene = random_clip(random.Random(3), (4, 8))
     notes["scenes"].append(scene)
     limits = (192 * 192, 224 * 224)
-    plain, later = None, None
-    for share in (0.0, 1.0):
-        monkeypatch.setattr(lessons, "LATER", share)
-        clip = Lessons(processor, seed=0, plan=None, size=8).clip(lots.pop(), scene, 1, limits)
-        plain, later = (clip, None) if plain is None else (plain, clip)
+    make = Lessons(processor, seed=0, plan=None, size=8).clip
+    plain, later = (make(random.Random(0), scene, 1, limits, later) for later in (False, True))
+    monkeypatch.setattr(lessons, "LEAPING", 0.0)
+    assert plain.leaps == [0] * len(plain.moments) == make(random.Random(0), scene, 1, limits, True).leaps
     assert torch.equal(plain.pixel_values, later.pixel_values) and plain.moments == later.moments
     stamps = [digits_of(clip.facts, "stamp") for clip in (plain, later)]
     seconds = [(100 * row[:, 0] + 10 * row[:, 1] + row[:, 2]) / 10 for row in stamps]

@@ -107,7 +107,8 @@ def test_torn_clips_are_read_at_their_positions(monkeypatch):
     for name, leaps in {"not": (0, 0), "whole": (90, 90), "torn": (0, 90)}.items():
         leaping = lambda lot, frames: [leaps[0]] + [leaps[1]] * (frames - 1)  # noqa: B023, E731
         monkeypatch.setattr(lessons, "random_leaps", leaping)
-        batch = train_nano.Lessons(processor, 0, lambda step: "clips", 8).batch(0)
+        monkeypatch.setattr(lessons, "LEAPING", 1.0)
+        batch = train_nano.Lessons(processor, 0, lambda step: "later", 8).batch(0)
         with train_nano.torn(model.model.language_model, batch):
             logits[name] = model(
                 input_ids=batch["input_ids"], attention_mask=train_nano.may_see(batch["parts"]), position_ids=batch["position_ids"],
@@ -158,6 +159,12 @@ def test_a_stage_weighs_what_it_names():
     whole, stamps, places = (quiz(vectors, targets, **weights)[0] for weights in ({}, {"place": 0.0}, {"stamp": 0.0}))
     assert whole.item() == pytest.approx((stamps + places).item(), rel=1e-6) and min(stamps, places) > 0
     assert quiz(vectors, targets, place=4.0)[0].item() == pytest.approx((stamps + 2 * places).item(), rel=1e-6)
+
+
+def test_every_kind_of_a_stage_can_be_drawn(stages):
+    processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
+    for kind in {kind for stage in stages for kind in stage.kinds}:
+        assert train_nano.Lessons(processor, 0, lambda step: kind, 8).batch(0)["kind"] == kind  # noqa: B023
 
 
 def test_every_weight_of_a_stage_has_something_to_weigh(stages):

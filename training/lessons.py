@@ -60,8 +60,8 @@ SIGN_LETTERS = 5
 THINGS = 6  # of a picture or a crowd, at most
 TWINS = ("second", "third")  # of one shape, from the left
 FINE = 24  # parts into which a side of the canvas is divided where a thing's centre is asked
-LATER, LATEST = 0.5, 20.0  # share of clips that begin later than at 0 seconds, as parts of longer ones, and how late at most
-LEAPING, FURTHEST = 0.4, 600  # share of clips whose frames lie farther apart than their text puts them, and by how many positions at most
+LATEST = 20.0  # seconds at which a clip begins, at most, as part of a longer one
+LEAPING, FURTHEST = 0.5, 600  # share of those whose frames lie farther apart than their text puts them, and by how many positions at most
 ALIKE = 8  # pictures of one size in a batch: kernels are prepared for every shape, and equal grids are encoded as one
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, those of released checkpoints
 
@@ -462,19 +462,18 @@ class Clip:
 
 
 def random_leaps(lot: random.Random, frames: int) -> list[int]:
-    """How much farther on each frame of a clip stands than its text puts it. Mostly not at all; at times the clip is torn at up to three
-    frames, so that far positions are known from short clips (Ruoss et al., Randomized Positional Encodings, 2023)."""
+    """How much farther on each frame of a clip stands than its text puts it, the clip being torn at one to three frames: so far positions
+    are known from short clips (Ruoss et al., Randomized Positional Encodings, 2023)."""
     leaps = [0] * frames
-    if lot.random() < LEAPING:
-        for _ in range(lot.randint(1, 3)):
-            frame, leap = lot.randrange(frames), lot.randint(1, FURTHEST // 3)
-            leaps = [*leaps[:frame], *(farther + leap for farther in leaps[frame:])]
+    for _ in range(lot.randint(1, 3)):
+        frame, leap = lot.randrange(frames), lot.randint(1, FURTHEST // 3)
+        leaps = [*leaps[:frame], *(farther + leap for farther in leaps[frame:])]
     return leaps
 
 
 class Lessons:
     """The batches of a run, always the same for the same seed; `plan(step)` says of which kind they are: "look", "pictures",
-    "images" or "clips".
+    "images", "clips" or "later", clips as parts of longer ones.
 
     Args:
         size: how many pictures a batch has, a multiple of 8; other kinds are sized to cost about as much.
@@ -489,7 +488,9 @@ class Lessons:
     def batch(self, step: int, rank: int = 0) -> dict:
         """That of one of the processes that train side by side; all have the same sizes, so that none waits for the others."""
         lot, sizes, kind = random.Random(f"{self.seed} {step} {rank}"), random.Random(f"{self.seed} {step}"), self.plan(step)
-        make = {"look": self.look, "pictures": self.pictures, "images": self.images, "clips": self.clips}[kind]
+        if kind in ("clips", "later"):
+            return {"kind": kind, **self.clips(lot, sizes, later=kind == "later")}
+        make = {"look": self.look, "pictures": self.pictures, "images": self.images}[kind]
         return {"kind": kind, **make(lot, sizes)}
 
     def some_limits(self, sizes):
@@ -566,7 +567,7 @@ class Lessons:
         seen["facts"] = fact_rows([facts(scene.numbered_at(0.0), number) for group in groups for number, scene in enumerate(group)])
         return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
 
-    def clips(self, lot, sizes) -> dict:
+    def clips(self, lot, sizes, later: bool = False) -> dict:
         """Clips of about the same length, drawn at the times that the video processor takes."""
         fps, limits = sizes.choice((1, 2)), self.frame_limits if sizes.random() < 0.85 else WIDE_LIMITS
         seconds = sizes.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (2, 2, 2, 3))[0]
@@ -574,7 +575,7 @@ class Lessons:
         while sum(len(clip.script.pads) for clip in clips) < 8 * self.size and len(clips) < self.size * 3 // 4:
             if len(clips) % 4 == 0:
                 canvas = random_canvas(lot)
-            clips.append(self.clip(lot, random_clip(lot, seconds, canvas), fps, limits))
+            clips.append(self.clip(lot, random_clip(lot, seconds, canvas), fps, limits, later))
         clips.sort(key=lambda clip: clip.grid[1:])  # equal grids stand together
         gaze = Gaze()
         for row, clip in enumerate(clips):
@@ -587,7 +588,8 @@ class Lessons:
         rows = join([clip.script for clip in clips], self.tokenizer.pad_token_id)
         return {**seen, **gaze.points(), **rows, "media_nums": [1] * len(clips)}
 
-    def clip(self, lot, scene, fps: int, limits) -> Clip:
+    def clip(self, lot, scene, fps: int, limits, later: bool) -> Clip:
+        """`later`: as part of a longer clip, at times torn."""
         times = sampled_times(scene, fps)
         background, drawn = draw_background(scene), {}  # moments that look the same are drawn once
         for time in times:
@@ -597,12 +599,14 @@ class Lessons:
         moments = [drawn[tuple(scene.at(time))][0] for time in times]
         pixel_values = pixel_values.view(len(own), -1, pixel_values.shape[1])[moments].flatten(0, 1)
         _, h, w = own[0]
-        if lot.random() < LATER:
+        if later:
             seconds = round(lot.uniform(0, LATEST), 1)
             scene, times = scene.later(seconds), [time + seconds for time in times]
         stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
         media, merged = f"<|vision_start|>{stamps}<|vision_end|>", (h // 2, w // 2)
-        script, leaps = Script(self.tokenizer, lot.random() < 0.5, media, [merged] * len(times)), random_leaps(lot, len(times))
+        script, leaps = Script(self.tokenizer, lot.random() < 0.5, media, [merged] * len(times)), [0] * len(times)
+        if later and lot.random() < LEAPING:
+            leaps = random_leaps(lot, len(times))
         script.leap(leaps)
         script.add_all(choose(lot, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, lot, plain)))
         frames = [frame_of(scene, merged, time) for time in times]
