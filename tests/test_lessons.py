@@ -549,7 +549,7 @@ def test_answers_about_clips_look_at_the_frame_that_shows_them(processor, notes)
                     scene = script.clip[0]
                     rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == len(pads))
                     stamps = [f"{time:.1f} seconds" for time in lessons.sampled_times(scene, rate)]
-                    frame = next((frame for frame, stamp in enumerate(stamps) if stamp in (question.answer, question.prompt[-len(stamp) - 1 : -1])), None)
+                    frame = next((frame for frame, stamp in enumerate(stamps) if stamp == question.answer or question.prompt[:-1].endswith(f" {stamp}")), None)
                     if frame is None:
                         continue  # asked about a time between two frames
                 else:
