@@ -20,12 +20,17 @@ import json
 import math
 import os
 import re
+import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
-from image_processing_moss_vl import nearest_name, open_source, see_image
+if "moss_vl" not in sys.modules:  # the project's files, which import each other, as a package
+    sys.modules["moss_vl"] = types.ModuleType("moss_vl")
+    sys.modules["moss_vl"].__path__ = [str(Path(__file__).resolve().parent.parent)]
+from moss_vl.image_processing_moss_vl import nearest_name, open_source, see_image  # noqa: E402
 
 
 logger = getLogger(__name__)
