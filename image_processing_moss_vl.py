@@ -23,7 +23,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from .patches import normalise, patchify
+from .patches import join_patches, patchify
 
 
 logger = logging.get_logger(__name__)
@@ -428,20 +428,6 @@ def wants_levels(do_normalize) -> bool:
     if do_normalize not in (None, True, False):
         raise ValueError(f"do_normalize must be True or False, got {do_normalize!r}")
     return do_normalize is False
-
-
-def join_patches(parts: list, raw: bool) -> dict:
-    """Media one behind the other, each as (levels uint8 [P, values], mean, std): `pixel_values`, in float32, or where `raw` as levels
-    with the `image_mean` and `image_std` of each medium. Empties `parts` on the way, so that each is let go once it is written."""
-    statistics = {"image_mean": [[*mean] for _, mean, _ in parts], "image_std": [[*std] for _, _, std in parts]} if raw else {}
-    if raw and len(parts) == 1:
-        return {"pixel_values": parts.pop()[0], **statistics}
-    sizes = [len(patches) for patches, *_ in parts]
-    pixel_values = torch.empty(sum(sizes), parts[0][0].shape[1], dtype=torch.uint8 if raw else torch.float32)
-    for out in pixel_values.split(sizes):
-        patches, mean, std = parts.pop(0)
-        out.copy_(patches) if raw else normalise(patches, mean, std, out=out)
-    return {"pixel_values": pixel_values, **statistics}
 
 
 def to_format(x, return_tensors):

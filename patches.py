@@ -33,3 +33,17 @@ def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | 
     channels.sub_(mean)
     channels.div_(std)
     return out
+
+
+def join_patches(parts: list, raw: bool) -> dict:
+    """Media one behind the other, each as (levels uint8 [P, values], mean, std): `pixel_values`, in float32, or where `raw` as levels
+    with the `image_mean` and `image_std` of each medium. Empties `parts` on the way, so that each is let go once it is written."""
+    statistics = {"image_mean": [[*mean] for _, mean, _ in parts], "image_std": [[*std] for _, _, std in parts]} if raw else {}
+    if raw and len(parts) == 1:
+        return {"pixel_values": parts.pop()[0], **statistics}
+    sizes = [len(patches) for patches, *_ in parts]
+    pixel_values = torch.empty(sum(sizes), parts[0][0].shape[1], dtype=torch.uint8 if raw else torch.float32)
+    for out in pixel_values.split(sizes):
+        patches, mean, std = parts.pop(0)
+        out.copy_(patches) if raw else normalise(patches, mean, std, out=out)
+    return {"pixel_values": pixel_values, **statistics}

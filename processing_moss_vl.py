@@ -25,12 +25,12 @@ from .image_processing_moss_vl import (
     MossVLImageProcessor,
     MossVLImageProcessorFast,
     check_return_tensors,
-    join_patches,
     nearest_name,
     reject_unknown,
     to_format,
     wants_levels,
 )
+from .patches import join_patches
 from .video_processing_moss_vl import MossVLVideoProcessor
 from .video_reading import is_frames
 

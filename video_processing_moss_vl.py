@@ -25,7 +25,6 @@ from .image_processing_moss_vl import (
     check_return_tensors,
     drop_fixed,
     grow,
-    join_patches,
     nearest_name,
     pixel_limits,
     positive_int,
@@ -37,7 +36,7 @@ from .image_processing_moss_vl import (
     wants_levels,
     with_knobs,
 )
-from .patches import patchify
+from .patches import join_patches, patchify
 from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positive_number
 
 

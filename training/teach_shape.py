@@ -1,7 +1,7 @@
 """A worked example: teaches moss-vl-nano a seventh shape with LoRA: python training/teach_shape.py --output runs/heart
 
-Hearts are nothing the checkpoint knows. 200 examples are about them, each a picture with one question and its answer; as many about
-pictures without keep what is known from being forgotten. They are written with a data.json as training/finetune.py reads it; that
+Hearts are nothing the checkpoint knows. 200 examples are about them, each a picture with one question and its answer; twice as many
+about pictures without keep what is known from being forgotten. They are written with a data.json as training/finetune.py reads it; that
 command tunes the checkpoint (it is printed, to be copied) and merges the adapter; then the checkpoint and what became of it are asked
 about fresh pictures with hearts. What it knew before is examined by training/evaluate.py.
 """
@@ -23,7 +23,7 @@ from world import Scene, draw_scene, random_picture  # noqa: E402
 SHAPE = "heart"
 TASKS = ("color", "shape", "place", "exists", "describe picture")  # what is asked about hearts
 OPTIONS = (
-    "--lora-rank", "16", "--train", "vision", "merger", "cross", "language", "head", "--epochs", "7", "--lr", "7e-4",
+    "--lora-rank", "16", "--train", "vision", "merger", "cross", "language", "head", "--epochs", "6", "--lr", "7e-4",
     "--batch-size", "8", "--merge", "--cpu", "--save-dtype", "bfloat16", "--log-steps", "25",
 )  # fmt: skip
 
@@ -47,10 +47,10 @@ def question_about(scene: Scene, task: str, lot: random.Random) -> Question | No
 
 
 def examples(count: int, seed) -> list[tuple[Scene, Question]]:
-    """`count` about hearts, and as many about pictures without, of which what is asked about hearts is asked twice as often."""
+    """`count` about hearts, and twice as many about pictures without, of which what is asked about hearts is asked twice as often."""
     lot, out = random.Random(f"{SHAPE} {seed}"), []
-    while len(out) < 2 * count:
-        if len(out) % 2:
+    while len(out) < 3 * count:
+        if len(out) % 3:
             scene = random_picture(lot)
             question = ask_picture(lot.choice((*PICTURE_TASKS, *TASKS)), scene, lot)
         else:
@@ -100,7 +100,7 @@ def main():
     )
     parser.add_argument("--checkpoint", type=Path, default=PROJECT / "checkpoints" / "moss-vl-nano")
     parser.add_argument("--output", type=Path, required=True, help="new folder, for the data and the tuned checkpoint")
-    parser.add_argument("--examples", type=int, default=200, help="about hearts; there are as many others")
+    parser.add_argument("--examples", type=int, default=200, help="about hearts; there are twice as many others")
     parser.add_argument("--n", type=int, default=100, help="questions a task before and after")
     args = parser.parse_args()
     if args.output.exists():
