@@ -8,45 +8,14 @@ sees it (VmHWM), which swings with the allocator.
 """
 
 import argparse
-import json
 import multiprocessing
-import sys
-import types
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def reset_peak() -> int:
-    """Bytes resident now, the mark set back to them."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def allocation_peak(call) -> int:
-    """Most bytes that tensors made during `call` hold at once."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+from measuring import allocation_peak, load_package, reset_resident_peak, resident_peak, write_json
 
 
 def measure(frames: int, options: dict, queue) -> None:
-    package = types.ModuleType("moss_vl")
-    package.__path__ = [str(ROOT)]
-    sys.modules["moss_vl"] = package
+    load_package()
     import torch
     from moss_vl.configuration_moss_vl import MossVLConfig
     from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
@@ -78,9 +47,9 @@ def measure(frames: int, options: dict, queue) -> None:
         one_chunk = allocation_peak(
             lambda: model.model.visual(pixels[: first * side * side], [[first, side, side]], chunk)
         )
-        before = reset_peak()
+        before = reset_resident_peak()
         prefill()
-        resident = peak() - before
+        resident = resident_peak() - before
         outs.clear()
         most = allocation_peak(prefill)
     out = outs[0]
@@ -117,8 +86,7 @@ def main() -> None:
         process.join()
         parts = " + ".join(f"{row[name] / 1e6:.0f}" for name in ("vision_states", "caches", "one_chunk"))
         print(f"{frames:6}  {row['vision_tokens']:13}  {row['resident'] / 1e6:11.0f}  {row['peak'] / 1e6:7.0f} = {row['ratio']:.2f} x ({parts})", flush=True)
-    if options["json"] is not None:
-        options["json"].write_text(json.dumps(rows, indent=1))
+    write_json(options["json"], rows)
 
 
 if __name__ == "__main__":

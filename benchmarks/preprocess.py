@@ -9,6 +9,7 @@ frames that are decoded already. Peak memory is the growth of what is resident i
 import argparse
 import multiprocessing
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -153,8 +154,6 @@ class Task:
         """The package's own decoding, on its threads, without what follows."""
         if not self.is_clip:
             return
-        from concurrent.futures import ThreadPoolExecutor
-
         video = open_video(str(self.paths[0]))
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(lambda numbers: sum(1 for _ in video.frames(numbers, [])), video.chunks(self.numbers, self.threads)))
