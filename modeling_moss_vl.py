@@ -49,6 +49,10 @@ CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "pas
 DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
 TEXT_ROOM = 256  # tokens, at least, that a text cache makes room for at once
 MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
+VISION_ROWS = 4096  # vision tokens whose keys and values are made at once where no gradient is kept
+CPU_PATCHES = 4096  # that the encoder takes at once on a CPU, where what lies in its caches costs least
+HALF = (torch.float16, torch.bfloat16)
+CPU_SCORES = 1 << 22  # attention scores that are there at once on a CPU where they are written out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,6 +80,27 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return out.view(batch, heads, rows, -1).transpose(1, 2), weights
 
 
+def blockwise_attention_forward(module, query, key, value, attention_mask, scaling, causal=False):
+    """`eager_attention_forward` block by block, so that at most `CPU_SCORES` scores are there at once (or a row's); without weights."""
+    (batch, heads, rows, d), length = query.shape, key.shape[2]
+    rows_a_block = min(rows, max(1, CPU_SCORES // (heads * length)))
+    samples = max(1, CPU_SCORES // (heads * length * rows))
+    out = query.new_empty(batch, rows, heads, d)
+    for sample in range(0, batch, samples):
+        own = slice(sample, sample + samples)
+        for first in range(0, rows, rows_a_block):
+            part = slice(first, min(first + rows_a_block, rows))
+            seen, mask = slice(0, part.stop if causal else length), attention_mask
+            if causal:
+                mask = torch.ones(part.stop - first, part.stop, dtype=torch.bool, device=query.device).tril(first)[None, None]
+            elif mask is not None:
+                mask = mask.expand(batch, -1, rows, -1)[own, :, part]
+            out[own, part], _ = eager_attention_forward(
+                module, query[own, :, part], key[own, :, seen], value[own, :, seen], mask, scaling
+            )
+    return out
+
+
 def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0):
     """One attention call. Shapes as in `eager_attention_forward`; `causal` where `mask` is None and T = S, or T = 1.
 
@@ -89,6 +114,11 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
         if causal:
             mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
+    if implementation == "sdpa" and query.device.type == "cpu" and query.dtype in HALF and not (torch.is_grad_enabled() or dropout) and (
+        rows > 1 or key.is_contiguous()
+    ):
+        # torch's own kernel is no faster there in half precision than in single; two products and a softmax are.
+        return blockwise_attention_forward(module, query, key, value, mask, scaling, causal), None
     groups = heads // kv_heads
     tiled = mask is not None and rows > 1 and not causal and mask.numel() * groups <= key.numel()  # the mask is less to copy than the keys
     if implementation == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
@@ -108,7 +138,7 @@ def usable_implementation(name: Optional[str], states: torch.Tensor, need_weight
         return "eager"
     if name is None:
         return "sdpa"
-    if "flash" in name and (states.device.type == "cpu" or states.dtype not in (torch.float16, torch.bfloat16)):
+    if "flash" in name and (states.device.type == "cpu" or states.dtype not in HALF):
         logger.warning_once(
             f"{name} does not run on {states.device.type} in {states.dtype}; sdpa is used. Load the model in bfloat16 on CUDA."
         )
@@ -143,18 +173,19 @@ def frame_runs(grid_thw) -> list[FrameRun]:
     return runs
 
 
-def chunk_runs(runs: list[FrameRun], frames: int) -> list[list[FrameRun]]:
-    """Cuts runs into chunks of at most `frames` frames, in order."""
-    chunks, room = [], 0
+def chunk_runs(runs: list[FrameRun], frames: int, patches: int = 1 << 62) -> list[list[FrameRun]]:
+    """Cuts runs into chunks of at most `frames` frames, and of at most `patches` patches where more than one frame is in them."""
+    chunks, room, patch_room = [], 0, 0
     for run in runs:
-        left = run.frames
+        left, of_frame = run.frames, run.rows * run.columns
         while left:
-            if not room:
+            taken = min(left, room, patch_room // of_frame)
+            if not taken:
                 chunks.append([])
-                room = frames
-            taken = min(left, room)
+                room, patch_room = frames, max(patches, of_frame)
+                continue
             chunks[-1].append(run._replace(frames=taken))
-            left, room = left - taken, room - taken
+            left, room, patch_room = left - taken, room - taken, patch_room - taken * of_frame
     return chunks
 
 
@@ -165,6 +196,27 @@ def patch_statistics(of_media, grid: list[list[int]], sizes: list[int]) -> list:
         return [None if of_media is None else of_media[0]] * len(sizes)
     counts = torch.tensor([t * h * w for t, h, w in grid])
     return list(torch.tensor(of_media, dtype=torch.float64).repeat_interleave(counts, dim=0).split(sizes))
+
+
+def with_separators(features: torch.Tensor, runs: list[FrameRun], merge: int, separator: Optional[torch.Tensor]) -> torch.Tensor:
+    """Features [tokens, D] of frames -> the same with the separator [D] behind each frame, where one is given."""
+    if separator is None:
+        return features
+    pieces = []
+    for run, part in zip(runs, features.split([run.patches // merge**2 for run in runs])):
+        part = part.unflatten(0, (run.frames, -1))  # [frames, tokens, D]
+        pieces.append(torch.cat([part, separator.to(part).expand(run.frames, 1, -1)], dim=1).flatten(0, 1))
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def gather_rows(parts, rows: int) -> torch.Tensor:
+    """Tensors [n, D] with `rows` rows in all -> one; each is let go before the next is asked for. Not for gradients."""
+    out, at = None, 0
+    for part in parts:
+        out = part.new_empty(rows, part.shape[1]) if out is None else out
+        out[at : at + len(part)] = part
+        at += len(part)
+    return out
 
 
 class MossVLVisionPatchProjection(nn.Conv3d):
@@ -219,10 +271,9 @@ class MossVLVisionAttention(nn.Module):
         qkv = self.qkv(hidden_states)  # [P, 3 * hidden]
         outs = []
         for run, part, (cos, sin) in zip(runs, qkv.split([run.patches for run in runs]), rotations):
-            part = part.view(run.frames, -1, 3, self.num_heads, self.head_dim)
-            query, key, value = part.permute(2, 0, 3, 1, 4).unbind(0)  # [frames, heads, rows * columns, d] each
-            query, key = (rotate(x.float(), cos, sin).to(x.dtype) for x in (query, key))
-            out, _ = attend(self, query, key, value, None, implementation)
+            part = part.view(run.frames, -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            query, key = rotate(part[:2].float(), cos, sin).to(part.dtype)  # [frames, heads, rows * columns, d] each
+            out, _ = attend(self, query, key, part[2], None, implementation)
             outs.append(out.reshape(run.patches, -1))
         return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
 
@@ -314,17 +365,19 @@ class MossVLVisionModel(MossVLPreTrainedModel):
 
     def forward(
         self, pixel_values: torch.Tensor, grid_thw, vision_chunked_length: Optional[int] = None, image_mean=None, image_std=None,
+        separator: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:  # fmt: skip
         """Encodes frames, `vision_chunked_length` at a time; attention never leaves a frame.
 
         Args:
             pixel_values: [P, channels * time * patch * patch], patches merge block by merge block.
             grid_thw: [media, 3], (frames, patch rows, patch columns): a tensor or nested list.
-            vision_chunked_length: frames a chunk; default 64, in training all at once.
+            vision_chunked_length: frames a chunk at most; default 64, in training all at once.
             image_mean, image_std: where `pixel_values` are levels (uint8), three numbers for each medium.
+            separator: [out_hidden_size], put behind each frame's tokens where it is given.
 
         Returns:
-            [P / m^2, out_hidden_size], row-major over merge blocks, frame after frame.
+            [P / m^2, out_hidden_size], row-major over merge blocks, frame after frame; with a separator one row more a frame.
 
         Raises:
             ValueError: if pixels and grid do not fit each other, or the model.
@@ -334,15 +387,28 @@ class MossVLVisionModel(MossVLPreTrainedModel):
             vision_chunked_length = max(1, sum(t for t, _, _ in grid)) if self.training else DEFAULT_VISION_CHUNK
         elif not isinstance(vision_chunked_length, int) or vision_chunked_length < 1:
             raise ValueError(f"`vision_chunked_length` is {vision_chunked_length!r}; expected a positive number of frames.")
-        chunks = chunk_runs(frame_runs(grid), vision_chunked_length)
+        limits = [vision_chunked_length, *[CPU_PATCHES] * (self.device.type == "cpu" and not torch.is_grad_enabled())]
+        chunks = chunk_runs(frame_runs(grid), *limits)
         sizes = [sum(run.patches for run in chunk) for chunk in chunks]
         statistics = [patch_statistics(given, grid, sizes) for given in (image_mean, image_std)]
-        features = [self._encode(part, chunk, *own) for part, chunk, *own in zip(pixel_values.split(sizes), chunks, *statistics)]
-        return torch.cat(features) if len(features) > 1 else features[0]
+        places = {}  # of each size of frame
+        parts = (
+            with_separators(self._encode(part, chunk, *own, places), chunk, self.spatial_merge_size, separator)
+            for part, chunk, *own in zip(pixel_values.split(sizes), chunks, *statistics)
+        )
+        if len(chunks) == 1 or torch.is_grad_enabled():
+            parts = list(parts)
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        rows = sum(sizes) // self.spatial_merge_size**2 + (0 if separator is None else sum(t for t, _, _ in grid))
+        return gather_rows(parts, rows)
 
-    def _encode(self, pixel_values: torch.Tensor, runs: list[FrameRun], image_mean, image_std) -> torch.Tensor:
+    def _encode(self, pixel_values: torch.Tensor, runs: list[FrameRun], image_mean, image_std, positions: dict) -> torch.Tensor:
+        """Features of a chunk [P / m^2, out]. `positions`: those worked out so far in this call, by the size of the frame."""
         hidden_states = self.patch_embed(pixel_values, image_mean, image_std)
-        places, rotations = zip(*(self._positions(run, hidden_states) for run in runs))
+        for run in runs:
+            if run[1:] not in positions:
+                positions[run[1:]] = self._positions(run, hidden_states)
+        places, rotations = zip(*(positions[run[1:]] for run in runs))
         parts = hidden_states.split([run.patches for run in runs])
         parts = [part.unflatten(0, (run.frames, -1)) + place for run, part, place in zip(runs, parts, places)]
         hidden_states = torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else parts[0].flatten(0, 1)
@@ -356,7 +422,7 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         return self.merger([hidden_states, *kept])
 
     def _positions(self, run: FrameRun, like: torch.Tensor):
-        """Learned positions [rows * columns, hidden] and rotations [rows * columns, d / 2] of a frame, in merge-block order."""
+        """Learned positions [rows * columns, hidden] and rotations [rows * columns, d] of a frame, in merge-block order."""
         m, device = self.spatial_merge_size, like.device
         # [block rows, 1, m, 1] x [1, block columns, 1, m] -> block row, block column, row in block, column in block
         rows = torch.arange(run.rows, device=device).view(-1, 1, m, 1)
@@ -385,9 +451,7 @@ class MossVLRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # computed in float32 whatever the dtype
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -463,14 +527,14 @@ class MossVLCrossAttention(MossVLTextAttention):
 
         Args:
             vision_states: [v, D], the vision tokens that are new in this call, or None.
-            vision_table: their rotation, two of [v, d / 2].
+            vision_table: their rotation, two of [v, d].
 
         Returns:
             [B, T, D], and where they are asked for (eager alone has them) the weights [B, H, T, longest sample's V], else None.
         """
         key = value = None
         if vision_states is not None:
-            key, value = self.keys_values(vision_states[None], vision_table)  # [1, K, v, d]
+            key, value = self.vision_keys_values(vision_states, vision_table)
         if cache is not None:
             key, value = cache.layers[self.layer_idx].store(key, value, call)
         query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
@@ -496,6 +560,17 @@ class MossVLCrossAttention(MossVLTextAttention):
         out = (torch.cat(outs) if len(outs) > 1 else outs[0]).reshape(*hidden_states.shape[:2], -1)
         weights = self._all_weights(weights, call, hidden_states, self.num_heads) if output_attentions else None
         return self.o_proj(out), weights
+
+    def vision_keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
+        """[v, D] -> two of [1, K, v, d]. Without gradients they are made piece by piece, and each head's lie together in memory: as every
+        token to come reads them."""
+        if torch.is_grad_enabled():
+            return self.keys_values(states[None], table)
+        key, value = (states.new_empty(1, self.num_key_value_heads, len(states), self.head_dim) for _ in range(2))
+        for first in range(0, len(states), VISION_ROWS):
+            part = slice(first, first + VISION_ROWS)
+            key[:, :, part], value[:, :, part] = self.keys_values(states[None, part], tuple(angles[part] for angles in table))
+        return key, value
 
     @staticmethod
     def _all_weights(weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor, heads: int) -> torch.Tensor:
@@ -630,10 +705,10 @@ class MossVLTextModel(MossVLPreTrainedModel):
             position_ids = position_ids.expand(3, *position_ids.shape)
         rope = config.rope_parameters
         angles = (config.head_dim, rope["rope_theta"], rope["mrope_section"], hidden_states.dtype)
-        table = tuple(part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles))  # [B, 1, T, d / 2]
+        table = tuple(part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles))  # [B, 1, T, d]
         vision_table = None
         if vision_states is not None:
-            vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d / 2]
+            vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
         implementation = usable_implementation(config._attn_implementation, hidden_states, output_attentions)
         if "flash" in implementation and static_length(cache) is not None:
             implementation = "sdpa"  # the empty slots of a static cache need a mask
@@ -821,18 +896,17 @@ class MossVLModel(MossVLPreTrainedModel):
         vision_states, waiting = None, request.state.waiting
         if request.grid and any(request.new):
             if image_features is None:
-                image_features = self.visual(pixel_values, request.grid, vision_chunked_length, image_mean, image_std)
+                states = self.visual(pixel_values, request.grid, vision_chunked_length, image_mean, image_std, self.separator_token)
             else:
-                image_features = image_features.to(inputs_embeds)
-            states = self._with_separators(image_features, request.grid)
-            del image_features
+                runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
+                states = with_separators(image_features.to(inputs_embeds), runs, merge, self.separator_token)
             vision_states, waiting = self._take_placed(request, states)
             del states
         elif request.state.is_waiting():
             vision_states, waiting = self._take_placed(request, None)
         elif pixel_values is not None and self.training and cache is None:
             # Blank media only. They are read all the same, times 0: every parameter gets a gradient on every rank.
-            vision_states = self._with_separators(self.visual(pixel_values, request.grid, None, image_mean, image_std), request.grid)
+            vision_states = self.visual(pixel_values, request.grid, None, image_mean, image_std, self.separator_token)
             vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
             call = VisionCall(
                 spans=[Span(slice(0, request.is_token.numel()), slice(0, len(vision_states)))],
@@ -863,6 +937,9 @@ class MossVLModel(MossVLPreTrainedModel):
         start = torch.full((len(state.row_sample),), request.past_length, device=device)
         if state.rope_delta is not None:
             start = start + state.rope_delta.to(device)
+        if request.is_token.shape[1] == 1 and not any(request.pads):
+            behind = start + request.is_token[:, 0]
+            return start[:, None].masked_fill(~request.is_token, 0), start.new_zeros(3, 0), behind - request.past_length - 1
         extents = [max(grid) for sample in state.row_sample for grid in request.frames_placed(sample)]
         text, origins, behind = walk_text(
             request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start
@@ -876,17 +953,6 @@ class MossVLModel(MossVLPreTrainedModel):
                 pieces.append(frame_positions(origin, run.rows, run.columns))
         vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
         return text, vision, rope_deltas
-
-    def _with_separators(self, features: torch.Tensor, grid: list[list[int]]) -> torch.Tensor:
-        """Features [tokens, D] -> vision states, the separator behind each frame."""
-        m = self.config.vision_config.spatial_merge_size
-        runs = frame_runs((t, h // m, w // m) for t, h, w in grid)
-        separator = self.separator_token.to(features)
-        pieces = []
-        for run, part in zip(runs, features.split([run.patches for run in runs])):
-            part = part.unflatten(0, (run.frames, -1))  # [frames, tokens, D]
-            pieces.append(torch.cat([part, separator.expand(run.frames, 1, -1)], dim=1).flatten(0, 1))
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _take_placed(self, request: VisionRequest, states: Optional[torch.Tensor]):
         """New vision states, and those that waited, -> those that this call places [v, D] or None, and those that wait on."""

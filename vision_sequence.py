@@ -29,6 +29,7 @@ class VisionState:
         seen: what the last token of each row saw, a bool array over its sample's frames; generated tokens see the same.
         rope_delta: long [B]; the token at cache index i has position i + rope_delta. None before the first call.
         starts: where each sample begins in the packed keys and values, and last their length.
+        step: the plan of a call with one more generated token in every row, once there was one.
     """
 
     row_sample: list[int]
@@ -38,6 +39,7 @@ class VisionState:
     seen: list[np.ndarray]
     rope_delta: Optional[torch.Tensor]
     starts: list[int]
+    step: Optional["VisionCall"] = None
 
     @classmethod
     def empty(cls, rows: int, rows_per_sample: int = 1) -> "VisionState":
@@ -67,6 +69,7 @@ class VisionState:
             row_sample=[self.row_sample[row] for row in rows],
             seen=[self.seen[row] for row in rows],
             rope_delta=self.rope_delta[torch.tensor(rows, device=self.rope_delta.device)],
+            step=None,
         )
 
 
@@ -434,7 +437,10 @@ def plan_call(request: VisionRequest) -> tuple[VisionState, VisionCall]:
         ValueError: if the caller's mask shows a frame that has no place in the text yet.
     """
     state, new, pads, device = request.state, request.new, request.pads, request.is_token.device
-    if not any(pads) and not any(new) and request.is_token.shape[1] == 1:  # a decode step asks the device nothing
+    is_step = not any(pads) and not any(new) and request.is_token.shape[1] == 1
+    if is_step and request.hidden is None and state.step is not None:
+        return state, state.step
+    if is_step:  # asks the device nothing
         is_token, is_frame = np.ones(request.is_token.shape, dtype=bool), np.zeros(request.is_token.shape, dtype=bool)
     else:
         is_token, is_frame = request.is_token.cpu().numpy(), request.is_frame.cpu().numpy()
@@ -490,5 +496,6 @@ def plan_call(request: VisionRequest) -> tuple[VisionState, VisionCall]:
         for span in spans:
             seeing[span.rows] = 1.0
         sees = torch.from_numpy(seeing).view(*is_token.shape, 1).to(device)
-    state = replace(state, grids=grids, placed=placed, seen=seen, starts=starts)
-    return state, VisionCall(gather(spans, device), sees, starts[-1], tuple(writes), tuple(moves))
+    call = VisionCall(gather(spans, device), sees, starts[-1], tuple(writes), tuple(moves))
+    step = call if is_step and request.hidden is None else None
+    return replace(state, grids=grids, placed=placed, seen=seen, starts=starts, step=step), call

@@ -51,14 +51,14 @@ def frame_positions(origins: torch.Tensor, height: int, width: int) -> torch.Ten
 def rotation(
     positions: torch.Tensor, head_dim: int, theta: float, section: list[int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of interleaved XRoPE. Frequency j of the d/2, theta^(-2j/d), turns with h if j % 3 == 1 and
+    """Interleaved XRoPE as `rotate` takes it. Frequency j of the d/2, theta^(-2j/d), turns with h if j % 3 == 1 and
     j < 3 * section[1], with w if j % 3 == 2 and j < 3 * section[2], else with t. Computed in float32, cast at the end.
 
     Args:
         positions: [3, ...].
 
     Returns:
-        cos and sin, each [..., d / 2].
+        Cosines and signed sines, each [..., d].
     """
     j = torch.arange(head_dim // 2, device=positions.device)
     frequencies = theta ** (-2.0 * j.float() / head_dim)
@@ -66,30 +66,35 @@ def rotation(
     axis[(j % 3 == 1) & (j < 3 * section[1])] = 1
     axis[(j % 3 == 2) & (j < 3 * section[2])] = 2
     angles = positions.float()[axis].movedim(0, -1) * frequencies  # [..., d / 2]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return turns(angles, dtype)
 
 
 def grid_rotation(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the vision encoder's 2D rotary positions, in float32: d/4 frequencies 10000^(-4i/d), first of the
-    row, then of the column.
+    """The vision encoder's 2D rotary positions as `rotate` takes them, in float32: d/4 frequencies 10000^(-4i/d), first of the row,
+    then of the column.
 
     Args:
         rows, columns: [P], the place of each patch in its frame.
 
     Returns:
-        cos and sin, each [P, d / 2].
+        Cosines and signed sines, each [P, d].
     """
     i = torch.arange(head_dim // 4, device=rows.device)
     frequencies = 10000.0 ** (-4.0 * i.float() / head_dim)
     angles = torch.cat([rows.float()[:, None] * frequencies, columns.float()[:, None] * frequencies], dim=-1)
-    return angles.cos(), angles.sin()
+    return turns(angles, torch.float32)
+
+
+def turns(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles [..., d / 2] -> [cos cos] and [-sin sin], each [..., d]."""
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (j, j + d/2): [x_a x_b] -> [x_a cos - x_b sin, x_b cos + x_a sin].
+    """Turns the pairs (j, j + d/2): [x_a x_b] -> [x_a x_b] [cos cos] + [x_b x_a] [-sin sin].
 
     Args:
-        x: [..., d]; cos, sin: broadcast to [..., d / 2].
+        x: [..., d]; cos, sin: broadcast to it, as `turns` makes them.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

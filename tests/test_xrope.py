@@ -88,5 +88,5 @@ def test_grid_rotation_against_a_slow_version():
     cos, sin = grid_rotation(torch.tensor([3]), torch.tensor([5]), 72)
     frequencies = [10000 ** (-2 * i / 36) for i in range(18)]
     angles = [3 * f for f in frequencies] + [5 * f for f in frequencies]
-    assert cos[0].tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-6)
-    assert sin[0].tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-6)
+    assert cos[0].tolist() == pytest.approx(2 * [math.cos(angle) for angle in angles], abs=1e-6)
+    assert sin[0].tolist() == pytest.approx([sign * math.sin(angle) for sign in (-1, 1) for angle in angles], abs=1e-6)
