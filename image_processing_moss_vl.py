@@ -9,11 +9,13 @@ import http.client
 import io
 import math
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +36,8 @@ MAX_ASPECT = 200  # longer side : shorter side
 MAX_SOURCE_PIXELS = 178_956_970  # of one picture before the resize; what Pillow refuses by default
 MAX_IMAGE_BYTES = 64 * 2**20  # of one picture that is downloaded, or inside a data: URL
 DOWNLOAD_SECONDS = 30.0
+IMAGE_THREADS = 4  # at most, that decode and resize the images of a sample
+STRIP = 64  # rows of a decoded picture that Pillow hands over at once
 
 
 # ---------------------------------------------------------------------------------------------------- checking arguments
@@ -246,6 +250,9 @@ class SeenImage:
     read: Callable[[], np.ndarray]  # decodes: uint8 [h, w, 3], upright
 
 
+_GIVEN = threading.Lock()  # a caller's PIL image loads itself when it is read first, and may be in a list twice
+
+
 def see_image(source, *, what="image", allow_http=False) -> SeenImage:
     """Looks at an image without decoding it, and checks its size.
 
@@ -262,7 +269,12 @@ def see_image(source, *, what="image", allow_http=False) -> SeenImage:
         seen = SeenImage(name, array.shape[0], array.shape[1], lambda: _array_rgb(array, name))
     elif isinstance(source, Image.Image):
         name = repr(getattr(source, "filename", "") or f"{what} of mode {source.mode}")
-        seen = SeenImage(name, source.height, source.width, lambda: _pil_rgb(source, name))
+
+        def read():
+            with _GIVEN:
+                return _pil_rgb(source, name)
+
+        seen = SeenImage(name, source.height, source.width, read)
     else:
         file, name = open_source(source, what=what, allow_http=allow_http)
 
@@ -319,11 +331,19 @@ def _pil_rgb(image: Image.Image, name: str) -> np.ndarray:
         if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+        return _pixels(image if image.mode == "RGB" else image.convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:
         raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [h, w, 3] of an RGB image, strip by strip: Pillow copies what it hands over several times."""
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    for first in range(0, image.height, STRIP):
+        out[first : first + STRIP] = image.crop((0, first, image.width, min(first + STRIP, image.height)))
+    return out
 
 
 _ROTATIONS = {
@@ -421,6 +441,26 @@ def resize_uint8(frame, height: int, width: int) -> torch.Tensor:
     if frame.shape[1:] == (height, width):
         return frame
     return torch.nn.functional.interpolate(frame[None], size=(height, width), mode="bicubic", antialias=True)[0]
+
+
+def in_threads(threads: int, function, *columns) -> list:
+    """`list(map(function, *columns))` on so many threads."""
+    rows = list(zip(*columns))
+    if threads == 1 or len(rows) < 2:
+        return [function(*row) for row in rows]
+    inference = torch.is_inference_mode_enabled()  # threads do not inherit it, and write into tensors made here
+
+    def run(row):
+        with torch.inference_mode(inference):
+            return function(*row)
+
+    with ThreadPoolExecutor(min(threads, len(rows))) as pool:
+        futures = [pool.submit(run, row) for row in rows]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def wants_levels(do_normalize) -> bool:
@@ -570,8 +610,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         seen = self.see(images, **knobs)
         area = sum(image.height * image.width for image in seen)
         factor = use.patch_size * use.merge_size
-        out = []
-        for image in seen:
+
+        def read(image):
             pixels = image.read()  # [h, w, 3]
             height, width = pixels.shape[:2]
             share = use.multi_image_max_pixels * (height * width / area)
@@ -579,8 +619,9 @@ class MossVLImageProcessor(BaseImageProcessor):
             height, width = fit_size(height, width, factor, use.min_pixels, share)
             frame = resize_uint8(pixels, height, width)[None]
             patches = patchify(frame, use.patch_size, use.merge_size, use.temporal_patch_size)
-            out.append((patches, [1, height // use.patch_size, width // use.patch_size]))
-        return out
+            return patches, [1, height // use.patch_size, width // use.patch_size]
+
+        return in_threads(min(IMAGE_THREADS, torch.get_num_threads()), read, seen)
 
     def preprocess(self, images, return_tensors=None, do_normalize=None, **knobs) -> BatchFeature:
         """The images of one sample: `pixel_values` float32 [P, 3 * t * p * p] and `image_grid_thw` [images, 3].

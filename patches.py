@@ -6,8 +6,11 @@ Axes: n frames, h rows, w columns, p patch size, m merge size, t temporal patch 
 import torch
 
 
-def patchify(frames: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int = 1) -> torch.Tensor:
-    """[n, 3, h, w] -> [P, 3 * t * p * p], frame by frame, merge block by merge block (model.md, section 3).
+def patchify(
+    frames: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int = 1, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[n, 3, h, w] -> [P, 3 * t * p * p], frame by frame, merge block by merge block (model.md, section 3); written to `out`, which is
+    contiguous, where it is given.
 
     h and w are multiples of p * m. The last frame is repeated where n is no multiple of t.
     """
@@ -17,7 +20,11 @@ def patchify(frames: torch.Tensor, patch_size: int, merge_size: int, temporal_pa
         frames = torch.cat([frames, frames[-1:].expand(t - n % t, -1, -1, -1)])
     blocks = frames.reshape(-1, t, c, height // (p * m), m, p, width // (p * m), m, p)
     # [T, t, c, Y, my, py, X, mx, px] -> [T, Y, X, my, mx, c, t, py, px]
-    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * t * p * p)
+    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    if out is not None:
+        out.view(blocks.shape).copy_(blocks)
+        return out
+    return blocks.reshape(-1, c * t * p * p)
 
 
 def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,7 +7,6 @@ h rows, w columns, P patches. Times are in seconds from the first frame that is 
 import math
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +24,7 @@ from .image_processing_moss_vl import (
     check_return_tensors,
     drop_fixed,
     grow,
+    in_threads,
     nearest_name,
     pixel_limits,
     positive_int,
@@ -167,26 +167,6 @@ def _one_name(name: str, value, older: str, older_value):
     return older_value if value is None else value
 
 
-def _in_threads(threads: int, function, *columns) -> list:
-    """`list(map(function, *columns))` on so many threads."""
-    rows = list(zip(*columns))
-    if threads == 1 or len(rows) < 2:
-        return [function(*row) for row in rows]
-    inference = torch.is_inference_mode_enabled()  # threads do not inherit it, and write into tensors made here
-
-    def run(row):
-        with torch.inference_mode(inference):
-            return function(*row)
-
-    with ThreadPoolExecutor(min(threads, len(rows))) as pool:
-        futures = [pool.submit(run, row) for row in rows]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
-
 # ------------------------------------------------------------------------------------------------------------- the clips
 
 
@@ -252,9 +232,9 @@ class _Assembly:
     def put(self, slots: list[int], shown: int, image: np.ndarray):
         plan = self.plan
         frame = resize_uint8(image, plan.height, plan.width)[None]
-        rows = patchify(frame, plan.knobs.patch_size, plan.knobs.merge_size)
-        for slot in slots:
-            self.patches[slot] = rows
+        first = patchify(frame, plan.knobs.patch_size, plan.knobs.merge_size, out=self.patches[slots[0]])
+        for slot in slots[1:]:
+            self.patches[slot] = first
         self.shown[slots] = shown
 
     def finish(self) -> Clip | None:
@@ -451,7 +431,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         def look(source, metadata, name):
             return open_video(source, metadata, name=name, backend=use.video_backend, allow_http=use.allow_http)
 
-        opened = _in_threads(use.num_extract_threads, look, sources, metadata, names)
+        opened = in_threads(use.num_extract_threads, look, sources, metadata, names)
 
         for video, parts in zip(opened, segments):
             _check_segments(video, parts or ())
@@ -519,7 +499,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         jobs = [(video, chunk) for video in uses for chunk in video.chunks(sorted(uses[video]), max(1, threads // len(uses)))]
         found = {video: list(video.problems) for video in uses}
         again = []
-        for (video, _), problems in zip(jobs, _in_threads(threads, read, *zip(*jobs))):
+        for (video, _), problems in zip(jobs, in_threads(threads, read, *zip(*jobs))):
             if problems is not None:
                 found[video] += problems
             elif video not in again:
@@ -527,7 +507,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         for clip in clips:
             if clip.plan.video in again:
                 clip.shown[:] = -1
-        for video, problems in zip(again, _in_threads(threads, lambda video: read(video, sorted(uses[video]), True), again)):
+        for video, problems in zip(again, in_threads(threads, lambda video: read(video, sorted(uses[video]), True), again)):
             found[video] = video.problems + problems
 
         done = [clip.finish() for clip in clips]
