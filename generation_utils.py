@@ -244,7 +244,7 @@ class MossVLGenerationMixin:
         inputs = []
         for index, turn in enumerate(turns):
             with _naming(index):
-                inputs.append(_encode(processor, turn))
+                inputs.append(_encode(self, processor, turn, alone=len(turns) == 1))
         results, session_states = [], []
         for index, (turn, text) in enumerate(zip(turns, _answer(self, processor, turns, inputs))):
             messages, state = turn.closed(text)
@@ -280,7 +280,7 @@ class MossVLGenerationMixin:
                 stream = _flag(query, "stream_output", False)
                 query.pop("stream_output", None)
                 turn = _resolve(self, processor, query, state, vision_chunked_length)
-                inputs = _encode(processor, turn)
+                inputs = _encode(self, processor, turn)
                 cancel = _CancelFromQueue(new_queries, waiting)
                 turn.generate["stopping_criteria"] = [*turn.generate.get("stopping_criteria", []), cancel]
                 if stream:
@@ -324,7 +324,7 @@ def _answer_one(model, processor, kind: str, call: dict) -> str:
         **{name: call[name] for name in ("use_template", "system_prompt", "system_prompt_type", "thinking_mode")},
     }
     turn = _resolve(model, processor, query, None, call["vision_chunked_length"])
-    return _answer(model, processor, [turn], [_encode(processor, turn)])[0]
+    return _answer(model, processor, [turn], [_encode(model, processor, turn)])[0]
 
 
 # --------------------------------------------------------------------------------------------------- from a query to a turn
@@ -567,7 +567,14 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
 # ---------------------------------------------------------------------------------------------- from turns to their answers
 
 
-def _encode(processor, turn: _Turn):
+def _encode(model, processor, turn: _Turn, alone: bool = True):
+    """The inputs of a turn. Where it is the only one, the frames of its videos are encoded while others are decoded; where many wait for
+    their `generate` call, what waits are levels, which take less room and none on the device."""
+
+    def encoder(levels, grid, mean, std):
+        with torch.no_grad():
+            return model.get_image_features(levels, grid, turn.generate["vision_chunked_length"], [mean], [std]).last_hidden_state
+
     return processor(
         text=turn.text,
         images=turn.images or None,
@@ -576,6 +583,7 @@ def _encode(processor, turn: _Turn):
         videos_kwargs=turn.videos_kwargs,
         return_tensors="pt",
         do_normalize=False,  # the model does it on its device, chunk by chunk: a quarter of the bytes until there
+        encoder=encoder if alone and turn.videos else None,
     )
 
 
@@ -630,9 +638,11 @@ def _left_padded(inputs: list, pad_token_id: int) -> dict:
     return {
         "input_ids": joined(padded("input_ids", pad_token_id)),
         "attention_mask": joined(padded("attention_mask", 0)),
-        "pixel_values": joined([one["pixel_values"] for one in inputs]),
-        "grid_thw": joined([one["grid_thw"] for one in inputs]),
-        **{name: [row for one in inputs for row in one[name]] for name in ("media_nums_per_sample", "image_mean", "image_std")},
+        **{name: joined([one[name] for one in inputs]) for name in ("pixel_values", "image_features", "grid_thw") if name in inputs[0]},
+        **{
+            name: [row for one in inputs for row in one[name]]
+            for name in ("media_nums_per_sample", "image_mean", "image_std") if name in inputs[0]
+        },
     }
 
 

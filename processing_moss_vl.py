@@ -63,12 +63,13 @@ NOT_FOR_TOKENIZER = {"trust_remote_code", "code_revision", "use_fast", "backend"
 class Medium:
     """One image, or one clip of a video, as it goes into the sample."""
 
-    patches: torch.Tensor  # uint8 [P, 3 * t * p * p]
+    patches: torch.Tensor | None  # uint8 [P, 3 * t * p * p]; None where only features are there
     grid: list[int]  # frames, patch rows, patch columns
     text: str  # what takes the place of its placeholder
     image_mean: tuple
     image_std: tuple
     metadata: dict | None = None
+    features: torch.Tensor | None = None  # [P / m^2, D], where an encoder was given
 
 
 @dataclass
@@ -150,7 +151,7 @@ class MossVLProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------------------------------------------------- the call
 
-    def __call__(self, text=None, images=None, videos=None, labels_spans=None, ignore_index=-100, **kwargs) -> BatchFeature:
+    def __call__(self, text=None, images=None, videos=None, labels_spans=None, ignore_index=-100, encoder=None, **kwargs) -> BatchFeature:
         """Tokens, patches and the frame mask of a batch (processing.md, section 2).
 
         Args:
@@ -159,6 +160,9 @@ class MossVLProcessor(ProcessorMixin):
                 What an image may be is said at `see_image`, what a video may be at `MossVLVideoProcessor`.
             labels_spans: per sample the [start, end) character spans of `text` that are learned; for a single text also bare.
             ignore_index: the label of every other token.
+            encoder: a function of (levels uint8 [P, values], grid [[frames, patch rows, patch columns]], mean, std) that returns
+                features [P / m^2, D], as a model's `get_image_features` gives them. It is called with some frames of a video while others
+                are still decoded. The result then has `image_features` in place of `pixel_values`.
             **kwargs: padding, padding_side, truncation, max_length, pad_to_multiple_of, add_special_tokens,
                 return_token_type_ids, return_offsets_mapping (of the text with placeholders replaced), return_tensors ("pt",
                 "np" or None: lists), return_metadata (of the videos), do_normalize (see below), and every keyword of the two processors; or these inside
@@ -173,6 +177,8 @@ class MossVLProcessor(ProcessorMixin):
         """
         text_knobs, image_knobs, video_knobs, call = self._sort_knobs(kwargs)
         return_tensors, raw = check_return_tensors(call.get("return_tensors")), wants_levels(call.get("do_normalize"))
+        if encoder is not None and return_tensors != "pt":
+            raise ValueError(f"an encoder gives tensors, and return_tensors is {return_tensors!r}; pass return_tensors='pt'")
         samples = self._read_samples(text, labels_spans)
         self._deal_media(samples, images, videos, video_knobs.pop("video_metadata", None))
         self._check_text_knobs(text_knobs, with_spans=labels_spans is not None)
@@ -180,10 +186,10 @@ class MossVLProcessor(ProcessorMixin):
         self.video_processor.resolve(video_knobs)
         self._look(samples, image_knobs, video_knobs)
         for sample in samples:
-            self._extract(sample, image_knobs, video_knobs)
+            self._extract(sample, image_knobs, video_knobs, encoder)
 
         data = self._tokenise(samples, text_knobs, ignore_index, rectangular=return_tensors is not None)
-        data |= self._pixels(samples, image, raw)
+        data |= self._pixels(samples, image, raw, encoder)
         if return_tensors is not None:
             ids = {name: rows for name, rows in data.items() if isinstance(rows, list) and name not in ("image_mean", "image_std")}
             data.update({name: torch.tensor(rows, dtype=torch.long) for name, rows in ids.items()})
@@ -250,7 +256,7 @@ class MossVLProcessor(ProcessorMixin):
             if sample.videos:
                 sample.videos = self.video_processor.plan(sample.videos, sample.video_metadata, **video_knobs)
 
-    def _extract(self, sample: Sample, image_knobs: dict, video_knobs: dict) -> None:
+    def _extract(self, sample: Sample, image_knobs: dict, video_knobs: dict, encoder) -> None:
         """Decodes the media of one sample, on their own: what stands beside it in the batch changes nothing."""
         media = {"image": [], "video": []}
         if sample.images:
@@ -259,9 +265,9 @@ class MossVLProcessor(ProcessorMixin):
                 media["image"].append(Medium(patches, grid, self.image_token, use.image_mean, use.image_std))
         if sample.videos:
             use = self.video_processor.resolve(video_knobs)
-            for clip in self.video_processor.extract(sample.videos):
+            for clip in self.video_processor.extract(sample.videos, encoder=encoder):
                 text = self._video_text(clip.timestamps)
-                media["video"].append(Medium(clip.patches, clip.grid, text, use.image_mean, use.image_std, clip.metadata))
+                media["video"].append(Medium(clip.patches, clip.grid, text, use.image_mean, use.image_std, clip.metadata, clip.features))
         sample.images, sample.videos = [], []
         queues = {kind: iter(found) for kind, found in media.items()}
         sample.media = [next(queues[kind]) for _, _, kind in sample.places]
@@ -383,27 +389,33 @@ class MossVLProcessor(ProcessorMixin):
 
     # ----------------------------------------------------------------------------------------------------------- the pixels
 
-    def _pixels(self, samples: list[Sample], image, raw: bool) -> dict:
-        """`pixel_values` and `grid_thw` of all media; a sample without any gets a blank one of zeros, which no row sees.
+    def _pixels(self, samples: list[Sample], image, raw: bool, encoder) -> dict:
+        """`pixel_values`, or with an encoder `image_features`, and `grid_thw` of all media; a sample without any gets a blank one of
+        zeros, which no row sees.
 
         `image`: the knobs of the call, for the patch sizes of the blank; `raw`: as for `join_patches`. Empties the media on the way.
         """
         side = max(1, round(BLANK_PIXELS / (image.patch_size * image.merge_size))) * image.merge_size
-        widths = {medium.patches.shape[1] for sample in samples for medium in sample.media}
+        widths = {medium.patches.shape[1] for sample in samples for medium in sample.media if medium.patches is not None}
         if len(widths) > 1:
             raise ValueError(f"images and videos have patches of {sorted(widths)} values; give both the same patch sizes")
         width = widths.pop() if widths else 3 * image.temporal_patch_size * image.patch_size**2
-        blank = torch.zeros(side * side, width, dtype=torch.uint8), (0.0,) * 3, (1.0,) * 3
-        parts, grids = [], []
+        blank = torch.zeros(side * side, width, dtype=torch.uint8)
+        parts, grids, features = [], [], []
         for sample in samples:
-            for medium in sample.media:
-                parts.append((medium.patches, medium.image_mean, medium.image_std))
+            for medium in sample.media or [Medium(blank, [1, side, side], "", (0.0,) * 3, (1.0,) * 3)]:
                 grids.append(medium.grid)
-                medium.patches = None
-            if not sample.media:
-                parts.append(blank)
-                grids.append([1, side, side])
-        return {**join_patches(parts, raw), "grid_thw": torch.tensor(grids)}
+                if encoder is None:
+                    parts.append((medium.patches, medium.image_mean, medium.image_std))
+                elif medium.features is None:
+                    features.append(encoder(medium.patches, [medium.grid], medium.image_mean, medium.image_std))
+                else:
+                    features.append(medium.features)
+                medium.patches = medium.features = None
+        grids = torch.tensor(grids)
+        if encoder is not None:
+            return {"image_features": torch.cat(features) if len(features) > 1 else features[0], "grid_thw": grids}
+        return {**join_patches(parts, raw), "grid_thw": grids}
 
     # ------------------------------------------------------------------------------------------------------------ timestamps
 

@@ -6,8 +6,11 @@ h rows, w columns, P patches. Times are in seconds from the first frame that is 
 
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -42,6 +45,7 @@ from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positi
 
 logger = logging.get_logger(__name__)
 
+GROUP = 8  # frames in a row that are encoded together, once all of them are there
 
 
 # ---------------------------------------------------------------------------------------------------------- which frames
@@ -195,10 +199,11 @@ class ClipPlan:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    patches: torch.Tensor  # uint8 [P, 3 * p * p]
+    patches: torch.Tensor | None  # uint8 [P, 3 * p * p]; None where they are encoded
     grid: list[int]  # frames, patch rows, patch columns
     timestamps: list[float]  # seconds
     metadata: ClipMetadata
+    features: torch.Tensor | None = None  # [P / m^2, D], where an encoder was given
 
 
 @dataclass(frozen=True)
@@ -220,14 +225,20 @@ class VideoKnobs:
 
 
 class _Assembly:
-    """The patches of a clip while its frames come in, in any order and from several threads."""
+    """The patches of a clip while its frames come in, in any order and from several threads.
 
-    def __init__(self, plan: ClipPlan):
-        self.plan = plan
+    With an `encoder` (see `MossVLVideoProcessor.extract`) groups of frames that are there go on `ready`, as (assembly, frames), for
+    `encode`. Attention never leaves a frame, so their order does not matter.
+    """
+
+    def __init__(self, plan: ClipPlan, encoder: Callable | None = None, ready: SimpleQueue | None = None):
+        self.plan, self.encoder, self.ready = plan, encoder, ready
         p = plan.knobs.patch_size
         self.grid = plan.height // p, plan.width // p
         self.patches = torch.empty(len(plan.indices), math.prod(self.grid), 3 * p * p, dtype=torch.uint8)
         self.shown = np.full(len(plan.indices), -1)
+        self.features, self.encoded = None, np.zeros(len(plan.indices), bool)
+        self._lock = threading.Lock()
 
     def put(self, slots: list[int], shown: int, image: np.ndarray):
         plan = self.plan
@@ -235,7 +246,24 @@ class _Assembly:
         first = patchify(frame, plan.knobs.patch_size, plan.knobs.merge_size, out=self.patches[slots[0]])
         for slot in slots[1:]:
             self.patches[slot] = first
-        self.shown[slots] = shown
+        with self._lock:
+            self.shown[slots] = shown
+            for group in {slot // GROUP for slot in slots} if self.ready is not None else ():
+                frames = slice(group * GROUP, (group + 1) * GROUP)
+                if (self.shown[frames] >= 0).all():
+                    self.ready.put((self, frames))
+
+    def encode(self, frames: slice):
+        levels, knobs = self.patches[frames], self.plan.knobs
+        features = self.encoder(levels.flatten(0, 1), [[len(levels), *self.grid]], knobs.image_mean, knobs.image_std)
+        features = features.unflatten(0, (len(levels), -1))  # [frames, tokens, D]
+        if self.features is None:
+            self.features = features.new_empty(len(self.patches), *features.shape[1:])
+        self.features[frames] = features
+        self.encoded[frames] = True
+
+    def forget(self):
+        self.shown[:], self.encoded[:] = -1, False
 
     def finish(self) -> Clip | None:
         """The clip; None where no frame came."""
@@ -259,8 +287,36 @@ class _Assembly:
             frames_indices=indices.tolist() if plan.times is None else None,
             actual_timestamps=timestamps.tolist() if plan.times is not None or real is not None else None,
         )
-        patches = self.patches if keep.all() else self.patches[torch.from_numpy(keep)]
-        return Clip(patches.flatten(0, 1), [len(indices), *self.grid], timestamps.tolist(), metadata)
+        if self.encoder is not None:
+            for at in np.flatnonzero(keep & ~self.encoded).tolist():
+                self.encode(slice(at, at + 1))
+        rows = self.patches if self.encoder is None else self.features
+        rows = (rows if keep.all() else rows[torch.from_numpy(keep).to(rows.device)]).flatten(0, 1)
+        patches, features = (rows, None) if self.encoder is None else (None, rows)
+        return Clip(patches, [len(indices), *self.grid], timestamps.tolist(), metadata, features)
+
+
+def _encode_meanwhile(work: Callable, ready: SimpleQueue, stop: threading.Event):
+    """`work()`, on another thread; what it puts on `ready` is encoded here as it comes in. `stop` is set where that fails."""
+    inference = torch.is_inference_mode_enabled()  # the thread does not inherit it
+
+    def run():
+        try:
+            with torch.inference_mode(inference):
+                return work()
+        finally:
+            ready.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run)
+        try:
+            while (item := ready.get()) is not None:
+                assembly, frames = item
+                assembly.encode(frames)
+        except BaseException:
+            stop.set()
+            raise
+        return future.result()
 
 
 def _report(video: Video, problems: list[str], clips: list[tuple[int, Clip | None]]):
@@ -467,16 +523,19 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             plans.append(ClipPlan(video, indices, times, *size, use))
         return plans
 
-    def extract(self, videos, video_metadata=None, **knobs) -> list[Clip]:
+    def extract(self, videos, video_metadata=None, encoder=None, **knobs) -> list[Clip]:
         """The clips of one sample, decoded. `videos` may also be what `plan` gave; else as there.
 
-        Frames are resized as they come; what is kept of each is its patches.
+        Frames are resized as they come; what is kept of each is its patches. Where an `encoder` is given, it is called on this thread
+        with frames that are there while others are still decoded, and what it gives is kept: a function of (levels uint8 [P, 3 * p * p],
+        grid [[frames, patch rows, patch columns]], mean, std) that returns features [P / m^2, D].
         """
         ready = isinstance(videos, list) and bool(videos) and all(isinstance(x, ClipPlan) for x in videos)
         if ready and (knobs or video_metadata is not None):
             raise ValueError(f"a plan holds its knobs already, got {sorted(knobs) or ['video_metadata']}")
         plans = videos if ready else self.plan(videos, video_metadata, **knobs)
-        clips = [_Assembly(plan) for plan in plans]
+        ready, stop = SimpleQueue() if encoder is not None else None, threading.Event()
+        clips = [_Assembly(plan, encoder, ready) for plan in plans]
 
         uses = {}  # video -> number -> [(clip, its slots)]
         for clip in clips:
@@ -491,6 +550,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                 for number, shown, image in video.frames(numbers, problems, from_start):
                     for clip, slots in uses[video][number]:
                         clip.put(slots, shown, image)
+                    if stop.is_set():
+                        break
             except UntrueKeyframes:
                 return None
             return problems
@@ -499,14 +560,18 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         jobs = [(video, chunk) for video in uses for chunk in video.chunks(sorted(uses[video]), max(1, threads // len(uses)))]
         found = {video: list(video.problems) for video in uses}
         again = []
-        for (video, _), problems in zip(jobs, in_threads(threads, read, *zip(*jobs))):
+
+        def read_all():
+            return in_threads(threads, read, *zip(*jobs))
+
+        for (video, _), problems in zip(jobs, read_all() if encoder is None else _encode_meanwhile(read_all, ready, stop)):
             if problems is not None:
                 found[video] += problems
             elif video not in again:
                 again.append(video)
         for clip in clips:
             if clip.plan.video in again:
-                clip.shown[:] = -1
+                clip.forget()
         for video, problems in zip(again, in_threads(threads, lambda video: read(video, sorted(uses[video]), True), again)):
             found[video] = video.problems + problems
 

@@ -186,13 +186,21 @@ def test_video_limits_act(model, processor, calls, knobs, grid):
 
 def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, processor, pictures, calls):
     before = [copy.deepcopy(part.to_dict()) for part in (processor.image_processor, processor.video_processor)]
-    for method, medium in ((model.offline_image_generate, pictures[0]), (model.offline_video_generate, VIDEO)):
-        calls.clear()
-        for extra in ({}, dict(image_mean=[0.25, 0.5, 0.5], image_std=[0.25, 0.5, 0.5], longest_edge=16384), {}):
-            method(processor, "", medium, max_new_tokens=1, **extra)
-        assert all(call["pixel_values"].dtype == torch.uint8 for call in calls), "the model normalises"
-        plain, changed, again = (normalise(call["pixel_values"], *call["image_mean"], *call["image_std"]) for call in calls)
-        assert torch.equal(plain, again) and plain.shape[1] == changed.shape[1] and changed.max() > 2.9 > 1.1 > plain.max()
+    means = dict(image_mean=[0.25, 0.5, 0.5], image_std=[0.25, 0.5, 0.5])
+    for extra in ({}, {**means, "longest_edge": 16384}, {}):
+        model.offline_image_generate(processor, "", pictures[0], max_new_tokens=1, **extra)
+    assert all(call["pixel_values"].dtype == torch.uint8 for call in calls), "the model normalises"
+    plain, changed, again = (normalise(call["pixel_values"], *call["image_mean"], *call["image_std"]) for call in calls)
+    assert torch.equal(plain, again) and plain.shape[1] == changed.shape[1] and changed.max() > 2.9 > 1.1 > plain.max()
+    calls.clear()
+    for extra in ({}, means, {}):
+        model.offline_video_generate(processor, "", VIDEO, max_new_tokens=1, **extra)
+    for call, extra in zip(calls, ({}, means, {})):
+        inputs = processor("<|video|>", videos=VIDEO, return_tensors="pt", **extra)
+        with torch.no_grad():
+            expected = model.get_image_features(inputs["pixel_values"], inputs["grid_thw"]).last_hidden_state
+        torch.testing.assert_close(call["image_features"], expected, atol=1e-4, rtol=1e-4)
+    assert (calls[0]["image_features"] - calls[1]["image_features"]).abs().max() > 0.1
     assert [part.to_dict() for part in (processor.image_processor, processor.video_processor)] == before
 
 

@@ -367,6 +367,26 @@ def test_levels_for_the_model_to_normalise(processor, texts):
             assert own[name].dtype == np.uint8 and own["image_mean"] == [[0.5] * 3] * len(media) and set(own) == {*part(media), "image_mean", "image_std"}
 
 
+@pytest.mark.parametrize("texts", [["<|image|>a<|video|>", "b", "<|image|>"], ["<|video|>"], ["a"]])
+def test_media_that_are_encoded_on_the_way(processor, texts):
+    """`image_features` in place of `pixel_values`, media in the order of the text; all else as ever."""
+
+    def encoder(levels, grid, mean, std):
+        assert len(levels) == sum(t * h * w for t, h, w in grid)
+        return normalise(levels, mean, std).view(-1, 4 * levels.shape[1])
+
+    images, videos = [SQUARE, PHOTO][: sum(map("<|image|>".__eq__, texts)) + ("<|image|>a" in texts[0])], [SHORT] * ("<|video|>" in texts[0])
+    knobs = {"padding": True, "return_tensors": "pt", "images_kwargs": {"image_mean": (0.1, 0.2, 0.3)}, "videos_kwargs": {"image_std": [0.5, 0.6, 0.7]}}
+    plain = processor(texts, images=images or None, videos=videos or None, **knobs)
+    encoded = processor(texts, images=images or None, videos=videos or None, encoder=encoder, **knobs)
+    assert set(encoded) == {*plain, "image_features"} - {"pixel_values"}
+    assert torch.equal(encoded["image_features"], plain["pixel_values"].view(len(encoded["image_features"]), -1))
+    assert all(torch.equal(plain[name], encoded[name]) for name in ("input_ids", "grid_thw", "cross_attention_mask"))
+    assert plain["media_nums_per_sample"] == encoded["media_nums_per_sample"]
+    with pytest.raises(ValueError, match="return_tensors is 'np'; pass return_tensors='pt'"):
+        processor(texts, images=images or None, videos=videos or None, encoder=encoder, **{**knobs, "return_tensors": "np"})
+
+
 def test_to_device_and_dtype(processor):
     out = processor("a<|image|>", SQUARE, return_tensors="pt").to("cpu", torch.bfloat16)
     assert out["pixel_values"].dtype == torch.bfloat16 and out["input_ids"].dtype == torch.long
