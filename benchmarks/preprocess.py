@@ -68,17 +68,19 @@ def write_clip(path: Path, seconds: int, width: int, height: int, fps: int = 30)
         container.mux(stream.encode())
 
 
-def make_media(folder: Path) -> dict[str, list[Path]]:
+def make_media(folder: Path, names=(*CLIPS, PICTURE, PICTURES)) -> dict[str, list[Path]]:
     """Name -> files; those that are there already are kept."""
     media = {}
     for name, sizes in CLIPS.items():
+        if name not in names:
+            continue
         media[name] = [folder / f"{sizes[0]}s-{sizes[1]}x{sizes[2]}.mp4"]
         if not media[name][0].exists():
             write_clip(media[name][0], *sizes)
-    media[PICTURE] = [folder / "4000x3000.jpg"]
-    media[PICTURES] = [folder / f"picture-{number}.jpg" for number in range(32)]
-    for number, path in enumerate(media[PICTURE] + media[PICTURES]):
-        if not path.exists():
+    pictures = {PICTURE: [folder / "4000x3000.jpg"], PICTURES: [folder / f"picture-{number}.jpg" for number in range(32)]}
+    media |= {name: paths for name, paths in pictures.items() if name in names}
+    for number, path in enumerate(pictures[PICTURE] + pictures[PICTURES]):
+        if not path.exists() and any(path in paths for paths in media.values()):
             width, height = (4000, 3000) if number == 0 else (640 + 32 * (number % 5), 480 + 16 * (number % 7))
             Image.fromarray(texture(width, height, number)).save(path, quality=90)
     return media
@@ -214,7 +216,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.media or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        media, context = make_media(folder), multiprocessing.get_context("spawn")
+        media, context = make_media(folder, args.only), multiprocessing.get_context("spawn")
         for name in args.only:
             row = {"name": name, **measure(Task(name, media[name], args.extract_threads), args.rounds), "memory": {}}
             for which in ("ours", "plain"):

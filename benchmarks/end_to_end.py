@@ -1,0 +1,160 @@
+"""From a video file to the first token and to the 64th: python benchmarks/end_to_end.py --json end_to_end.json
+
+A clip of 100 s in 1080p and one of 61 s in 640x360, a frame a second, asked by `offline_video_generate` about the shipped checkpoint,
+and about a larger random one with the same tokenizer. In turns and in one run:
+  ours         frames are encoded while others are decoded
+  in sequence  the same package with everything decoded first, then encoded, as `processor(...)` and `generate` do it
+  decode       the frames alone: read, resized, cut into patches
+  encode       the encoder alone, on patches that are there
+"Overlap" is the time from the file to vision features, with decoding and encoding side by side, over the larger of the two alone.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measuring import ROOT, alternate, load_package, machine, spread, summary, table, write_json
+from preprocess import CLIPS, make_media
+
+load_package()
+from moss_vl.configuration_moss_vl import MossVLConfig  # noqa: E402
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration  # noqa: E402
+from moss_vl.processing_moss_vl import MossVLProcessor  # noqa: E402
+
+NANO = ROOT / "checkpoints" / "moss-vl-nano"
+PROMPT = "What happens?"
+
+
+class Ticks:
+    """A streamer that notes when tokens come: the prompt first, then one by one."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def load(name: str, args):
+    if name == "shipped":
+        return MossVLForConditionalGeneration.from_pretrained(NANO, dtype=getattr(torch, args.dtype)).eval().to(args.device)
+    config = MossVLConfig.from_pretrained(NANO).to_dict()
+    config["text_config"].pop("rope_parameters", None)
+    config["text_config"] |= {
+        "hidden_size": args.width, "intermediate_size": 3 * args.width, "num_hidden_layers": args.layers, "head_dim": 64,
+        "num_attention_heads": args.width // 64, "num_key_value_heads": 2, "cross_attention_layers": [i for i in range(args.layers) if i % 4 == 2],
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
+    }  # fmt: skip
+    config["vision_config"] |= {
+        "depth": args.vision_depth, "hidden_size": args.vision_width, "intermediate_size": 4 * args.vision_width,
+        "num_heads": args.vision_width // 64, "out_hidden_size": args.width, "deepstack_visual_indexes": [1, args.vision_depth // 2],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return MossVLForConditionalGeneration(MossVLConfig(**config)).eval().to(args.device, getattr(torch, args.dtype))
+
+
+class Runner:
+    def __init__(self, model, processor, path: Path, args):
+        self.model, self.processor, self.path, self.args = model, processor, str(path), args
+        self.knobs = {"video_fps": args.fps, "longest_edge": args.longest_edge, "num_extract_threads": args.extract_threads}
+        self.generate = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
+        media = {**self.knobs, "max_pixels": args.longest_edge}
+        del media["longest_edge"]
+        self.media = {"videos_kwargs": media}
+        self.inputs = self.read()
+
+    def read(self, **more):
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": f"<|video|>{PROMPT}"}], tokenize=False, add_generation_prompt=True
+        )
+        return self.processor(text=text, videos=[self.path], return_tensors="pt", do_normalize=False, **self.media, **more)
+
+    def ours(self) -> dict[str, float]:
+        ticks, begin = Ticks(), time.perf_counter()
+        self.model.offline_video_generate(self.processor, PROMPT, self.path, streamer=ticks, **self.knobs, **self.generate)
+        return {"first token": ticks.times[1] - begin, "last token": ticks.times[-1] - begin}
+
+    def in_sequence(self) -> dict[str, float]:
+        ticks, begin = Ticks(), time.perf_counter()
+        inputs = self.read().to(self.model.device)
+        self.model.generate(**inputs, streamer=ticks, pad_token_id=self.processor.tokenizer.pad_token_id, **self.generate)
+        return {"first token": ticks.times[1] - begin, "last token": ticks.times[-1] - begin}
+
+    def encode(self, levels, grid, mean, std) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model.get_image_features(levels, grid, None, [mean], [std]).last_hidden_state
+
+    def _timed(self, call) -> dict[str, float]:
+        begin = time.perf_counter()
+        call()
+        if self.args.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - begin}
+
+    def decode_alone(self):
+        return self._timed(self.read)
+
+    def encode_alone(self):
+        inputs = self.inputs
+        return self._timed(lambda: self.encode(inputs["pixel_values"], inputs["grid_thw"], inputs["image_mean"][0], inputs["image_std"][0]))
+
+    def both(self):
+        return self._timed(lambda: self.read(encoder=self.encode))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--media", type=Path, help="folder in which the clips are made, or lie from an earlier run; default: a temporary one")
+    parser.add_argument("--models", nargs="+", choices=("shipped", "random"), default=["shipped", "random"])
+    parser.add_argument("--fps", type=float, default=1.0)
+    parser.add_argument("--longest-edge", type=int, default=448 * 448, help="most pixels of a frame")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vision-depth", type=int, default=6)
+    parser.add_argument("--vision-width", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--extract-threads", type=int, default=4, help="num_extract_threads")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = {"machine": machine(args.device, args.threads), "dtype": args.dtype, "rows": []}
+    print(result["machine"], flush=True)
+    processor, rows = MossVLProcessor.from_pretrained(NANO), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.media or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        media = make_media(folder, list(CLIPS))
+        for name in args.models:
+            model = load(name, args)
+            for clip in reversed(CLIPS):
+                runner = Runner(model, processor, media[clip][0], args)
+                calls = {"ours": runner.ours, "in sequence": runner.in_sequence, "decode": runner.decode_alone,
+                         "encode": runner.encode_alone, "both": runner.both}  # fmt: skip
+                row = {"model": name, "clip": clip, "grid": runner.inputs["grid_thw"].tolist(), "seconds": alternate(calls, args.rounds)}
+                result["rows"].append(row)
+                write_json(args.json, result)
+                seconds = row["seconds"]
+                larger = max(summary(seconds[part]["seconds"])["median"] for part in ("decode", "encode"))
+                rows.append((
+                    f"{name}, {clip}", runner.inputs["grid_thw"][0, 0].item(),
+                    *(spread(seconds[part]["seconds"]) for part in ("decode", "encode", "both")),
+                    f"{summary(seconds['both']['seconds'])['median'] / larger:.2f}",
+                    *(spread(seconds[which][what]) for what in ("first token", "last token") for which in ("ours", "in sequence")),
+                ))  # fmt: skip
+                print(f"{name}, {clip} measured", flush=True)
+    print(table(
+        ("", "frames", "decode, s", "encode, s", "side by side, s", "over the larger", "first token, s", "in sequence, s",
+         f"token {args.tokens}, s", "in sequence, s"), rows))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
