@@ -50,8 +50,11 @@ DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
 TEXT_ROOM = 256  # tokens, at least, that a text cache makes room for at once
 MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
 VISION_ROWS = 4096  # vision tokens whose keys and values are made at once where no gradient is kept
-CPU_PATCHES = 4096  # that the encoder takes at once on a CPU, where what lies in its caches costs least
+# Patches that the encoder takes at once, at most, where no gradient is kept: on a CPU as many as lie in its caches, elsewhere enough to
+# keep any GPU busy while large frames do not fill its memory.
+CPU_PATCHES, GPU_PATCHES = 1 << 12, 1 << 16
 HALF = (torch.float16, torch.bfloat16)
+CPU_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # whether this CPU has products in bfloat16
 CPU_SCORES = 1 << 22  # attention scores that are there at once on a CPU where they are written out
 
 
@@ -114,10 +117,11 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
         if causal:
             mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
-    if implementation == "sdpa" and query.device.type == "cpu" and query.dtype in HALF and not (torch.is_grad_enabled() or dropout) and (
+    inference = not (torch.is_grad_enabled() or dropout)
+    if implementation == "sdpa" and inference and query.device.type == "cpu" and query.dtype == torch.bfloat16 and CPU_BFLOAT16 and (
         rows > 1 or key.is_contiguous()
     ):
-        # torch's own kernel is no faster there in half precision than in single; two products and a softmax are.
+        # torch's own kernel is no faster there in bfloat16 than in float32; two products and a softmax are.
         return blockwise_attention_forward(module, query, key, value, mask, scaling, causal), None
     groups = heads // kv_heads
     tiled = mask is not None and rows > 1 and not causal and mask.numel() * groups <= key.numel()  # the mask is less to copy than the keys
@@ -173,9 +177,10 @@ def frame_runs(grid_thw) -> list[FrameRun]:
     return runs
 
 
-def chunk_runs(runs: list[FrameRun], frames: int, patches: int = 1 << 62) -> list[list[FrameRun]]:
+def chunk_runs(runs: list[FrameRun], frames: int, patches: Optional[int] = None) -> list[list[FrameRun]]:
     """Cuts runs into chunks of at most `frames` frames, and of at most `patches` patches where more than one frame is in them."""
     chunks, room, patch_room = [], 0, 0
+    patches = sum(run.patches for run in runs) if patches is None else patches
     for run in runs:
         left, of_frame = run.frames, run.rows * run.columns
         while left:
@@ -272,7 +277,7 @@ class MossVLVisionAttention(nn.Module):
         outs = []
         for run, part, (cos, sin) in zip(runs, qkv.split([run.patches for run in runs]), rotations):
             part = part.view(run.frames, -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            query, key = rotate(part[:2].float(), cos, sin).to(part.dtype)  # [frames, heads, rows * columns, d] each
+            query, key = (rotate(one.float(), cos, sin).to(part.dtype) for one in part[:2])  # [frames, heads, rows * columns, d] each
             out, _ = attend(self, query, key, part[2], None, implementation)
             outs.append(out.reshape(run.patches, -1))
         return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
@@ -372,7 +377,7 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         Args:
             pixel_values: [P, channels * time * patch * patch], patches merge block by merge block.
             grid_thw: [media, 3], (frames, patch rows, patch columns): a tensor or nested list.
-            vision_chunked_length: frames a chunk at most; default 64, in training all at once.
+            vision_chunked_length: frames a chunk at most; default 64, in training all at once. Large frames make smaller chunks.
             image_mean, image_std: where `pixel_values` are levels (uint8), three numbers for each medium.
             separator: [out_hidden_size], put behind each frame's tokens where it is given.
 
@@ -387,8 +392,8 @@ class MossVLVisionModel(MossVLPreTrainedModel):
             vision_chunked_length = max(1, sum(t for t, _, _ in grid)) if self.training else DEFAULT_VISION_CHUNK
         elif not isinstance(vision_chunked_length, int) or vision_chunked_length < 1:
             raise ValueError(f"`vision_chunked_length` is {vision_chunked_length!r}; expected a positive number of frames.")
-        limits = [vision_chunked_length, *[CPU_PATCHES] * (self.device.type == "cpu" and not torch.is_grad_enabled())]
-        chunks = chunk_runs(frame_runs(grid), *limits)
+        patches = None if torch.is_grad_enabled() else CPU_PATCHES if self.device.type == "cpu" else GPU_PATCHES
+        chunks = chunk_runs(frame_runs(grid), vision_chunked_length, patches)
         sizes = [sum(run.patches for run in chunk) for chunk in chunks]
         statistics = [patch_statistics(given, grid, sizes) for given in (image_mean, image_std)]
         places = {}  # of each size of frame
