@@ -18,7 +18,7 @@ def load_package() -> None:
     """Makes the project importable as `moss_vl`, without a copy of it in a cache of remote code."""
     package = types.ModuleType("moss_vl")
     package.__path__ = [str(ROOT)]
-    sys.modules["moss_vl"] = package
+    sys.modules.setdefault("moss_vl", package)
 
 
 class Clock:

@@ -1,92 +1,115 @@
-"""Peak memory of a prefill on the CPU, beyond weights and `pixel_values`, beside what it cannot do without.
+"""What a prompt needs beyond the weights, by formula and as measured: python benchmarks/memory.py --frames 64 128 256 --json memory.json
 
-    python benchmarks/memory.py --frames 256
-
-The peak is that of the bytes in tensors, from torch's own record of every allocation, so it is the same in every run. "One chunk"
-is the same figure for the vision encoder over one chunk of frames by itself. Beside it, the growth of resident memory as Linux
-sees it (VmHWM), which swings with the allocator.
+`prefill_bytes` is the formula of docs/performance.md. The first table holds it against the most bytes that tensors hold at once, by
+torch's own record of every allocation, for the model of model.py; the second applies it to the 11B model of config.json.
 """
 
 import argparse
-import multiprocessing
 from pathlib import Path
 
-from measuring import allocation_peak, load_package, reset_resident_peak, resident_peak, write_json
+import torch
+from measuring import ROOT, allocation_peak, load_package, machine, table, write_json
+
+load_package()
+from moss_vl.configuration_moss_vl import MossVLConfig  # noqa: E402
+from moss_vl.modeling_moss_vl import (  # noqa: E402
+    CPU_PATCHES,
+    DEFAULT_VISION_CHUNK,
+    GPU_PATCHES,
+    MLP_ROWS,
+    TEXT_ROOM,
+    VISION_ROWS,
+    MossVLForConditionalGeneration,
+)
 
 
-def measure(frames: int, options: dict, queue) -> None:
-    load_package()
-    import torch
-    from moss_vl.configuration_moss_vl import MossVLConfig
-    from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+def prefill_bytes(
+    config: MossVLConfig, frames: int, rows: int, columns: int, text_tokens: int, dtype: torch.dtype, *,
+    chunk: int = DEFAULT_VISION_CHUNK, device: str = "cpu",
+) -> dict[str, int]:  # fmt: skip
+    """Bytes beyond weights and pixels that a prefill of `frames` frames of `rows` x `columns` patches and `text_tokens` tokens of text
+    needs, with sdpa or flash-attention. `chunk`: `vision_chunked_length`.
 
-    side, layers, width, chunk = options["side"] // 16, options["layers"], options["width"], options["chunk"]
-    config = MossVLConfig(
-        text_config={
-            "vocab_size": 1000, "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
-            "num_attention_heads": width // 64, "num_key_value_heads": 2, "head_dim": 64,
-        },
-        vision_config={
-            "depth": 6, "hidden_size": 256, "intermediate_size": 1024, "num_heads": 4, "out_hidden_size": width,
-            "deepstack_visual_indexes": [1, 3],
-        },
-        image_token_id=990, video_token_id=991, vision_start_token_id=992, vision_end_token_id=993,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = MossVLForConditionalGeneration(config).eval().to(getattr(torch, options["dtype"]))
-    pixels = torch.randn(frames * side * side, 768)
-    ids = torch.randint(0, 900, (1, frames * options["tokens"]))
-    ids[:, options["tokens"] - 1 :: options["tokens"]] = 990
-    grid = torch.tensor([[frames, side, side]])
-    first, outs = min(chunk, frames), []
+    Returns:
+        states: of the vision tokens, until the prompt is read. caches: keys and values, which stay. encoder: of the encoder, for a
+        chunk of frames. text: of the decoder, for the rows of the text. peak: the most at once: states and encoder, or states,
+        caches and text.
+    """
+    text, vision, size = config.text_config, config.vision_config, dtype.itemsize
+    tokens = frames * (rows * columns // vision.spatial_merge_size**2 + 1)
+    at_once = CPU_PATCHES if device == "cpu" else GPU_PATCHES
+    patches = min(frames, chunk, max(1, at_once // (rows * columns))) * rows * columns
+    width, features = vision.hidden_size, len(vision.deepstack_visual_indexes) + 1
+    # Beside the features kept: norm, qkv and query, and the key being rotated, in float32; or norm, output and the wide layer.
+    attention = (features + 5) * width * size + (3 if size == 4 else 4) * width * 4
+    mlp = (features + 2) * width * size + min(1, MLP_ROWS / patches) * 2 * vision.intermediate_size * size
+    merger = 3 * features * width * size
+    out = 2 * text.hidden_size * size / vision.spatial_merge_size**2  # without separators, and with them
+    crosses = len(text.cross_attention_layers)
+    of_head = 2 * text.num_key_value_heads * text.head_dim * size  # key and value of a token at one layer
+    room = text_tokens + max(TEXT_ROOM, text_tokens // 8)
+    states = tokens * text.hidden_size * size
+    caches = of_head * (crosses * tokens + (text.num_hidden_layers - crosses) * room)
+    encoder = int(patches * (max(attention, mlp, merger) + out))
+    tables = 2 * tokens * text.head_dim * size + min(VISION_ROWS, tokens) * of_head  # rotations, and a piece of keys and values
+    reading = tables + 3 * text_tokens * (text.intermediate_size + 2 * text.hidden_size) * size
+    return {"states": states, "caches": caches, "encoder": encoder, "text": reading, "peak": states + max(encoder, caches + reading)}
 
-    def prefill():
-        outs[:] = [model(ids, pixel_values=pixels, grid_thw=grid, use_cache=True, logits_to_keep=1, vision_chunked_length=chunk)]
 
-    with torch.no_grad():
-        one_chunk = allocation_peak(
-            lambda: model.model.visual(pixels[: first * side * side], [[first, side, side]], chunk)
-        )
-        before = reset_resident_peak()
-        prefill()
-        resident = resident_peak() - before
-        outs.clear()
-        most = allocation_peak(prefill)
-    out = outs[0]
-    cross = [out.past_key_values.layers[index] for index in config.text_config.cross_attention_layers]
-    tokens = cross[0].keys.shape[-2]
-    caches = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in out.past_key_values.layers)
-    states = tokens * width * out.logits.element_size()
-    queue.put(
-        {
-            "frames": frames, "vision_tokens": tokens, "text_tokens": ids.shape[1], "peak": most, "resident": resident, "vision_states": states,
-            "caches": caches, "one_chunk": one_chunk, "ratio": most / (states + caches + one_chunk),
-        }
-    )  # fmt: skip
+@torch.no_grad()
+def measured_bytes(model, frames: int, rows: int, columns: int, text_tokens: int, chunk: int = DEFAULT_VISION_CHUNK) -> int:
+    """The same peak as torch records it; one `image_pad` a frame, at even distances."""
+    generator, vision = torch.Generator().manual_seed(0), model.config.vision_config
+    ids = torch.ones(1, text_tokens, dtype=torch.long)
+    ids[0, torch.linspace(0, text_tokens - 1, frames).long()] = model.config.image_token_id
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(frames * rows * columns, values, generator=generator).to(model.device, model.dtype)
+    inputs = {"pixel_values": pixels, "grid_thw": [[frames, rows, columns]], "vision_chunked_length": chunk}
+    ids, outs = ids.to(model.device), []
+    return allocation_peak(lambda: outs.append(model(ids, **inputs, use_cache=True, logits_to_keep=1)), str(model.device))
+
+
+def released_table(frame_counts=(64, 256, 1024)) -> str:
+    """GB of the 11B model."""
+    config = MossVLConfig.from_pretrained(ROOT)
+    with torch.device("meta"):
+        model = MossVLForConditionalGeneration(config)
+    weights = 2 * model.num_parameters()
+    rows = []
+    for side in (448, 896):
+        for frames in frame_counts:
+            parts = prefill_bytes(config, frames, side // 16, side // 16, 10 * frames, torch.bfloat16, device="cuda")
+            numbers = (parts["states"], parts["caches"], parts["encoder"], parts["text"], parts["peak"], weights + parts["peak"])
+            rows.append((f"{frames} of {side}x{side}", frames * ((side // 32) ** 2 + 1), *(f"{number / 1e9:.1f}" for number in numbers)))
+    head = ("frames", "vision tokens", "states", "caches", "encoder", "text", "peak beyond weights", f"with {weights / 1e9:.1f} of weights")
+    return table(head, rows)
 
 
 def main() -> None:
+    from model import add_sizes, make_config
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--side", type=int, default=448, help="pixels of a frame's side")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=64, help="vision_chunked_length")
-    parser.add_argument("--tokens", type=int, default=10, help="text tokens a frame")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
-    options = vars(parser.parse_args())
-    rows, context = [], multiprocessing.get_context("spawn")
-    print("frames  vision tokens  resident MB  peak MB = x times (states + caches + one chunk) MB")
-    for frames in options.pop("frames"):
-        queue = context.Queue()
-        process = context.Process(target=measure, args=(frames, options, queue))
-        process.start()
-        rows.append(row := queue.get())
-        process.join()
-        parts = " + ".join(f"{row[name] / 1e6:.0f}" for name in ("vision_states", "caches", "one_chunk"))
-        print(f"{frames:6}  {row['vision_tokens']:13}  {row['resident'] / 1e6:11.0f}  {row['peak'] / 1e6:7.0f} = {row['ratio']:.2f} x ({parts})", flush=True)
-    write_json(options["json"], rows)
+    parser.add_argument("--chunk", type=int, default=DEFAULT_VISION_CHUNK, help="vision_chunked_length")
+    add_sizes(parser)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    args = parser.parse_args()
+    result, lines = {"machine": machine(args.device, torch.get_num_threads()), "rows": []}, []
+    print(result["machine"], flush=True)
+    for dtype in args.dtype:
+        torch.manual_seed(0)
+        config = make_config(args)
+        model = MossVLForConditionalGeneration(config).eval().to(args.device, getattr(torch, dtype))
+        for frames in args.frames:
+            sizes = (frames, args.side // 16, args.side // 16, args.tokens * frames)
+            parts = prefill_bytes(config, *sizes, model.dtype, chunk=args.chunk, device=args.device)
+            peak = measured_bytes(model, *sizes, chunk=args.chunk)
+            result["rows"].append({"dtype": dtype, "frames": frames, "formula": parts, "measured": peak})
+            write_json(args.json, result)
+            lines.append((dtype, frames, *(f"{parts[name] / 1e6:.0f}" for name in parts), f"{peak / 1e6:.0f}", f"{parts['peak'] / peak:.2f}"))
+    print("\nMB beyond weights and pixels\n")
+    print(table(("dtype", "frames", "states", "caches", "encoder", "text", "formula", "measured", "formula / measured"), lines))
+    print(f"\nGB of the 11B model in bfloat16, on a GPU, 10 tokens of text a frame, by the formula\n\n{released_table()}")
 
 
 if __name__ == "__main__":

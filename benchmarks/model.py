@@ -318,9 +318,8 @@ def tables(rows: list[dict], names: list[str]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 128, 256])
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Flags of the model, the frames and where it runs."""
     parser.add_argument("--side", type=int, default=448, help="pixels of a frame's side, a multiple of 32")
     parser.add_argument("--tokens", type=int, default=10, help="text tokens a frame")
     parser.add_argument("--layers", type=int, default=8, help="one in four is a cross-attention layer")
@@ -331,10 +330,16 @@ def main() -> None:
     parser.add_argument("--vision-depth", type=int, default=6)
     parser.add_argument("--vision-width", type=int, default=256)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 128, 256])
+    add_sizes(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded a round, of which the median counts")
     parser.add_argument("--without", nargs="+", choices=("plain", "qwen3vl"), default=[])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()

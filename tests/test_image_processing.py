@@ -198,6 +198,27 @@ def test_all_sources_give_the_same_pixels(pixels, tmp_path):
         assert file.tell() == 7 and at_end.tell() == len(data)
 
 
+@pytest.mark.parametrize("strip", [1, 32, 48, 1000])
+def test_pictures_are_handed_over_by_strips(monkeypatch, pixels, strip):
+    monkeypatch.setattr(room, "STRIP", strip)
+    assert np.array_equal(room._pixels(Image.fromarray(pixels)), pixels)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_images_of_a_sample_are_read_in_threads(monkeypatch, processor, tmp_path, threads):
+    """In their order, also where a PIL image is given several times: Pillow reads a file's pixels when they are first asked for."""
+    monkeypatch.setattr(room, "IMAGE_THREADS", threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    images, lot = [], np.random.default_rng(1)
+    for number in range(8):
+        images.append(tmp_path / f"{number}.png")
+        Image.fromarray(lot.integers(0, 256, (32 + 32 * (number % 3), 64, 3), dtype=np.uint8)).save(images[-1])
+    expected = [processor([image], return_tensors="pt")["pixel_values"] for image in images]
+    opened = Image.open(images[3])
+    got = processor([*images, opened, opened, opened], return_tensors="pt")["pixel_values"]
+    assert torch.equal(got, torch.cat([*expected, *[expected[3]] * 3]))
+
+
 def test_modes():
     def first(image):
         return load_image(image).getpixel((0, 0))

@@ -14,6 +14,7 @@ from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 from moss_vl.vision_sequence import VisionCacheLayer
 from safetensors.torch import load_file
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model, row_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -222,6 +223,32 @@ def test_eager_equals_sdpa():
     close(eager(**inputs).logits[real], sdpa(**inputs).logits[real])
 
 
+MASKS = {
+    "none": None,
+    "one for all": lambda keep: keep[:1, :, :1],
+    "of each sample": lambda keep: keep[:, :, :1],
+    "of each row": lambda keep: keep,
+}
+
+
+@pytest.mark.parametrize("scores", [1, 300, 1 << 22])
+@pytest.mark.parametrize("mask", [*MASKS, "causal"])
+@torch.no_grad()
+def test_attention_by_blocks_equals_attention_at_once(monkeypatch, mask, scores):
+    monkeypatch.setattr(modeling_moss_vl, "CPU_SCORES", scores)
+    generator, length = torch.Generator().manual_seed(0), 7 if mask == "causal" else 11
+    query = torch.randn(3, 8, 7, 16, generator=generator)
+    key, value = (torch.randn(3, 2, length, 16, generator=generator) for _ in range(2))
+    keep = torch.rand(3, 1, 7, length, generator=generator) < 0.5
+    keep[..., 3] = True
+    given = None if mask in ("none", "causal") else MASKS[mask](keep)
+    module = make_model().model.language_model.layers[0].self_attn
+    expected = torch.ones(7, 7, dtype=torch.bool).tril()[None, None] if mask == "causal" else given
+    expected, _ = modeling_moss_vl.eager_attention_forward(module, query, key, value, expected, 0.25)
+    got = modeling_moss_vl.blockwise_attention_forward(module, query, key, value, given, 0.25, causal=mask == "causal")
+    close(got, expected)
+
+
 SIZES = {
     "no groups": {"text": {"num_attention_heads": 2, "num_key_value_heads": 2}},
     "one key head": {"text": {"num_attention_heads": 6, "num_key_value_heads": 1}},
@@ -277,6 +304,30 @@ def test_the_vision_encoder_is_called_by_chunks_not_by_frames(model):
     model.model.visual(pixels, grid, vision_chunked_length=4)
     hook.remove()
     assert calls == [4 * 16, 4 * 16, 2 * 16]
+
+
+@pytest.mark.parametrize("patches", [1, 40, 100])
+@torch.no_grad()
+def test_chunks_of_few_patches_change_nothing(model, patches, monkeypatch):
+    """Frames of 16 patches and of 32: no chunk is larger than `patches` unless it is one frame."""
+    pixels, grid = torch.randn(5 * 16 + 4 * 32, 48), torch.tensor([[5, 4, 4], [4, 8, 4]])
+    separator, calls = torch.randn(64), []
+    whole = model.model.visual(pixels, grid, separator=separator)
+    monkeypatch.setattr(modeling_moss_vl, "CPU_PATCHES", patches)
+    hook = model.model.visual.blocks[0].register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[0]))
+    got = model.model.visual(pixels, grid, separator=separator)
+    hook.remove()
+    assert calls == {1: [16] * 5 + [32] * 4, 40: [32, 32, 16, 32, 32, 32, 32], 100: [80, 96, 32]}[patches]
+    close(got, whole)
+    assert torch.equal(got[[4, 9, 14, 19, 24, 33, 42, 51, 60]], separator.expand(9, -1))
+
+
+@torch.no_grad()
+def test_vision_keys_and_values_made_piece_by_piece(model, monkeypatch):
+    inputs = batch(assorted_samples(), "left")
+    expected = model(**inputs).logits
+    monkeypatch.setattr(modeling_moss_vl, "VISION_ROWS", 7)
+    close(model(**inputs).logits, expected)
 
 
 @torch.no_grad()
@@ -414,13 +465,17 @@ def test_frames_hidden_at_first_are_there_later(model):
     close(torch.cat([first.logits, second.logits], dim=1), full)
 
 
+@pytest.mark.parametrize("generated", [False, True])
 @torch.no_grad()
-def test_rows_of_a_cache_may_be_repeated_and_dropped(model):
+def test_rows_of_a_cache_may_be_repeated_and_dropped(model, generated):
     samples = assorted_samples()[1:4]
     inputs = batch(samples, "left")
     step = torch.tensor([[5], [6], [7]])
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
     cache = model(**inputs, use_cache=True).past_key_values
+    if generated:  # a token more, so that the plan of such a step is kept
+        model(step, past_key_values=cache, attention_mask=mask)
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
     expected = model(step, past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
     twice = copy.deepcopy(cache)
     twice.batch_repeat_interleave(2)
@@ -489,6 +544,31 @@ def test_decoding_does_not_copy_vision_keys_and_values(model):
         model(torch.tensor([[5]]), past_key_values=cache)
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers] == where
     assert shapes == [layer.keys.shape for layer in layers] == [torch.Size([1, 2, 5 + 5 + 5 + 9 + 5, 16])] * 2
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that Python asks of tensors: on a GPU each has the host wait for all that was launched before."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_decode_step_waits_for_no_layer(padded):
+    for depth in (4, 12):
+        model = make_model(text={"num_hidden_layers": depth, "cross_attention_layers": list(range(1, depth, 4))})
+        inputs = batch(assorted_samples()[1:4], "left")
+        cache = model(**inputs, use_cache=True).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1) if padded else None
+        with Waits() as waits:
+            model(torch.tensor([[5], [6], [7]]), past_key_values=cache, attention_mask=mask)
+        assert waits.count == padded  # once, for whether the mask hides anything
 
 
 def largest_allocation(call) -> int:
@@ -582,8 +662,11 @@ def test_two_threads_share_a_model(model):
         assert len(got[index]) == 5 and all(torch.equal(ids, expected[index]) for ids in got[index])
 
 
+@pytest.mark.parametrize("products", [False, True])
 @torch.no_grad()
-def test_bfloat16_follows_float32():
+def test_bfloat16_follows_float32(monkeypatch, products):
+    """On CPUs with products in bfloat16, and without."""
+    monkeypatch.setattr(modeling_moss_vl, "CPU_BFLOAT16", products)
     inputs = batch(assorted_samples(), "left")
     real = inputs["attention_mask"].bool()
     full = make_model("sdpa")(**inputs).logits[real]

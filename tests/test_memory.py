@@ -1,0 +1,60 @@
+"""The formula for memory in benchmarks/memory.py and docs/performance.md against what is measured."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from moss_vl import modeling_moss_vl
+from moss_vl.configuration_moss_vl import MossVLConfig
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from memory import measured_bytes, prefill_bytes  # noqa: E402
+
+
+def make_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4) -> MossVLForConditionalGeneration:
+    config = MossVLConfig(
+        text_config={
+            "vocab_size": 200, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+            "num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "head_dim": 64,
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
+        },
+        vision_config={
+            "depth": 3, "hidden_size": vision, "intermediate_size": wide * vision, "num_heads": 2, "out_hidden_size": hidden,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=190, video_token_id=191, vision_start_token_id=192, vision_end_token_id=193,
+    )  # fmt: skip
+    return MossVLForConditionalGeneration(config).eval().to(dtype)
+
+
+# Name -> (model, frames, rows, columns, tokens of text, chunk). What is largest: the encoder in the first two, then the caches, the text.
+CASES = {
+    "short": ({}, 8, 16, 16, 100, 64),
+    "wide encoder": ({"vision": 256, "wide": 8, "hidden": 128}, 12, 24, 24, 120, 64),
+    "small chunks": ({}, 64, 16, 16, 640, 4),
+    "long": ({}, 128, 16, 16, 1280, 64),
+    "many key heads": ({"kv_heads": 4, "layers": 12}, 96, 16, 16, 960, 64),
+    "much text": ({}, 16, 16, 16, 5000, 64),
+}
+IN_HALF = ("short", "small chunks")  # many CPUs are slow at it
+
+
+@pytest.mark.parametrize("case, dtype", [*[(case, torch.float32) for case in CASES], *[(case, torch.bfloat16) for case in IN_HALF]])
+def test_the_formula_holds(case, dtype, monkeypatch):
+    """Never less than what is measured, and at most a fifth more."""
+    monkeypatch.setattr(modeling_moss_vl, "CPU_BFLOAT16", False)  # where it is, up to CPU_SCORES scores come on top
+    sizes, *numbers, chunk = CASES[case]
+    model = make_model(dtype, **sizes)
+    formula = prefill_bytes(model.config, *numbers, dtype, chunk=chunk)
+    measured = measured_bytes(model, *numbers, chunk=chunk)
+    assert measured <= formula["peak"] <= 1.2 * measured, (formula, measured)
+
+
+def test_memory_grows_with_the_vision_tokens_and_no_faster():
+    model = make_model(torch.float32)
+    peaks = [measured_bytes(model, frames, 16, 16, 10 * frames, chunk=4) for frames in (32, 64, 128)]
+    steps = [peaks[1] - peaks[0], peaks[2] - peaks[1]]
+    assert 1.9 <= steps[1] / steps[0] <= 2.1, peaks
