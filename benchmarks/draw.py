@@ -37,7 +37,10 @@ def draw_memory(model: Path, memory: Path, into: Path, pyplot) -> None:
         axes.plot([row["frames"] for row in rows], [row["memory"][name] / 1e6 for row in rows], marker="o", color=inks[name], label=name)
     formula = [row for row in json.loads(memory.read_text(encoding="utf-8"))["rows"] if row["dtype"] == "float32"]
     axes.plot([row["frames"] for row in formula], [row["formula"]["peak"] / 1e6 for row in formula], "k:", label="formula")
-    axes.set(xlabel="frames of 448x448", ylabel="MB beyond weights and pixels", yscale="log")
+    axes.set(xlabel="frames of 448x448", ylabel="MB beyond weights and pixels", xscale="log", yscale="log")
+    axes.set_xticks([row["frames"] for row in rows], [row["frames"] for row in rows])
+    axes.minorticks_off()
+    axes.set_yticks([50, 100, 200, 500, 1000, 2000, 5000], [50, 100, 200, 500, 1000, 2000, 5000])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(into / "memory_over_length.png", dpi=110)

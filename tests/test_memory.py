@@ -1,5 +1,6 @@
-"""The formula for memory in benchmarks/memory.py and docs/performance.md against what is measured."""
+"""The formula for memory in benchmarks/memory.py and docs/performance.md against what is measured, and the tables there."""
 
+import json
 import sys
 
 import pytest
@@ -11,7 +12,8 @@ from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from memory import measured_bytes, prefill_bytes  # noqa: E402
+from memory import measured_bytes, prefill_bytes, released_table  # noqa: E402
+from model import tables  # noqa: E402
 
 
 def make_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4) -> MossVLForConditionalGeneration:
@@ -58,3 +60,11 @@ def test_memory_grows_with_the_vision_tokens_and_no_faster():
     peaks = [measured_bytes(model, frames, 16, 16, 10 * frames, chunk=4) for frames in (32, 64, 128)]
     steps = [peaks[1] - peaks[0], peaks[2] - peaks[1]]
     assert 1.9 <= steps[1] / steps[0] <= 2.1, peaks
+
+
+def test_the_tables_are_those_that_were_measured():
+    document = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "docs/performance/model.json").read_text(encoding="utf-8"))["rows"]
+    for title, text in tables(rows, list(rows[0]["seconds"])).items():
+        assert text in document, title
+    assert released_table() in document
