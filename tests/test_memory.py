@@ -36,7 +36,7 @@ def make_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4) -> M
 CASES = {
     "short": ({}, 8, 16, 16, 100, 64),
     "wide encoder": ({"vision": 256, "wide": 8, "hidden": 128}, 12, 24, 24, 120, 64),
-    "small chunks": ({}, 64, 16, 16, 640, 4),
+    "small chunks": ({}, 32, 16, 16, 320, 4),
     "long": ({}, 128, 16, 16, 1280, 64),
     "many key heads": ({"kv_heads": 4, "layers": 12}, 96, 16, 16, 960, 64),
     "much text": ({}, 16, 16, 16, 5000, 64),
