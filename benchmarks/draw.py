@@ -1,5 +1,5 @@
 """Draws the pictures of docs/performance.md from what the other benchmarks wrote, with matplotlib:
-python benchmarks/draw.py --parts parts.json --model model.json --memory memory.json --into docs"""
+python benchmarks/draw.py --parts parts.json --model model.json --memory memory.json --into docs/performance"""
 
 import argparse
 import json

@@ -6,7 +6,8 @@ and about a larger random one with the same tokenizer. In turns and in one run:
   in sequence  the same package with everything decoded first, then encoded, as `processor(...)` and `generate` do it
   decode       the frames alone: read, resized, cut into patches
   encode       the encoder alone, on patches that are there
-"Overlap" is the time from the file to vision features, with decoding and encoding side by side, over the larger of the two alone.
+"Side by side" is the time from the file to vision features, with frames encoded while others are decoded; "over the larger" is that over the
+larger of decoding and encoding alone.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import ROOT, alternate, load_package, machine, spread, summary, table, write_json
+from measuring import ROOT, Clock, alternate, load_package, machine, spread, summary, table, write_json
+from model import add_model_flags, sizes
 from preprocess import CLIPS, make_media
 
 load_package()
@@ -44,28 +46,22 @@ def load(name: str, args):
     if name == "shipped":
         return MossVLForConditionalGeneration.from_pretrained(NANO, dtype=getattr(torch, args.dtype)).eval().to(args.device)
     config = MossVLConfig.from_pretrained(NANO).to_dict()
-    config["text_config"].pop("rope_parameters", None)
-    config["text_config"] |= {
-        "hidden_size": args.width, "intermediate_size": 3 * args.width, "num_hidden_layers": args.layers, "head_dim": 64,
-        "num_attention_heads": args.width // 64, "num_key_value_heads": 2, "cross_attention_layers": [i for i in range(args.layers) if i % 4 == 2],
-        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
-    }  # fmt: skip
-    config["vision_config"] |= {
-        "depth": args.vision_depth, "hidden_size": args.vision_width, "intermediate_size": 4 * args.vision_width,
-        "num_heads": args.vision_width // 64, "out_hidden_size": args.width, "deepstack_visual_indexes": [1, args.vision_depth // 2],
-    }  # fmt: skip
+    for derived in ("rope_parameters", "cross_attention_layers"):  # from the sizes
+        config["text_config"].pop(derived, None)
+    text, vision = sizes(args)
+    config["text_config"] |= text
+    config["vision_config"] |= vision
     torch.manual_seed(0)
     return MossVLForConditionalGeneration(MossVLConfig(**config)).eval().to(args.device, getattr(torch, args.dtype))
 
 
 class Runner:
     def __init__(self, model, processor, path: Path, args):
-        self.model, self.processor, self.path, self.args = model, processor, str(path), args
+        self.model, self.processor, self.path, self.clock = model, processor, str(path), Clock(args.device)
         self.knobs = {"video_fps": args.fps, "longest_edge": args.longest_edge, "num_extract_threads": args.extract_threads}
         self.generate = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
-        media = {**self.knobs, "max_pixels": args.longest_edge}
-        del media["longest_edge"]
-        self.media = {"videos_kwargs": media}
+        names = {"longest_edge": "max_pixels"}  # what the processor calls the offline method's knob
+        self.media = {"videos_kwargs": {names.get(name, name): value for name, value in self.knobs.items()}}
         self.inputs = self.read()
 
     def read(self, **more):
@@ -74,37 +70,37 @@ class Runner:
         )
         return self.processor(text=text, videos=[self.path], return_tensors="pt", do_normalize=False, **self.media, **more)
 
-    def ours(self) -> dict[str, float]:
+    def _ticks(self, call) -> dict[str, float]:
         ticks, begin = Ticks(), time.perf_counter()
-        self.model.offline_video_generate(self.processor, PROMPT, self.path, streamer=ticks, **self.knobs, **self.generate)
+        call(ticks)
         return {"first token": ticks.times[1] - begin, "last token": ticks.times[-1] - begin}
 
+    def ours(self) -> dict[str, float]:
+        return self._ticks(
+            lambda ticks: self.model.offline_video_generate(
+                self.processor, PROMPT, self.path, streamer=ticks, **self.knobs, **self.generate
+            )
+        )
+
     def in_sequence(self) -> dict[str, float]:
-        ticks, begin = Ticks(), time.perf_counter()
-        inputs = self.read().to(self.model.device)
-        self.model.generate(**inputs, streamer=ticks, pad_token_id=self.processor.tokenizer.pad_token_id, **self.generate)
-        return {"first token": ticks.times[1] - begin, "last token": ticks.times[-1] - begin}
+        pad = self.processor.tokenizer.pad_token_id
+        return self._ticks(
+            lambda ticks: self.model.generate(**self.read().to(self.model.device), streamer=ticks, pad_token_id=pad, **self.generate)
+        )
 
     def encode(self, levels, grid, mean, std) -> torch.Tensor:
         with torch.no_grad():
             return self.model.get_image_features(levels, grid, None, [mean], [std]).last_hidden_state
 
-    def _timed(self, call) -> dict[str, float]:
-        begin = time.perf_counter()
-        call()
-        if self.args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return {"seconds": time.perf_counter() - begin}
-
     def decode_alone(self):
-        return self._timed(self.read)
+        return {"seconds": self.clock.time(self.read)}
 
     def encode_alone(self):
-        inputs = self.inputs
-        return self._timed(lambda: self.encode(inputs["pixel_values"], inputs["grid_thw"], inputs["image_mean"][0], inputs["image_std"][0]))
+        levels, grid, (mean,), (std,) = (self.inputs[name] for name in ("pixel_values", "grid_thw", "image_mean", "image_std"))
+        return {"seconds": self.clock.time(lambda: self.encode(levels, grid, mean, std))}
 
     def both(self):
-        return self._timed(lambda: self.read(encoder=self.encode))
+        return {"seconds": self.clock.time(lambda: self.read(encoder=self.encode))}
 
 
 def main() -> None:
@@ -114,13 +110,9 @@ def main() -> None:
     parser.add_argument("--fps", type=float, default=1.0)
     parser.add_argument("--longest-edge", type=int, default=448 * 448, help="most pixels of a frame")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vision-depth", type=int, default=6)
-    parser.add_argument("--vision-width", type=int, default=256)
+    add_model_flags(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--extract-threads", type=int, default=4, help="num_extract_threads")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="file to write the figures to")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from measuring import ROOT, allocation_peak, load_package, machine, table, write_json
+from model import add_model_flags, add_prompt_flags, make_config
 
 load_package()
 from moss_vl.configuration_moss_vl import MossVLConfig  # noqa: E402
@@ -86,12 +87,11 @@ def released_table(frame_counts=(64, 256, 1024)) -> str:
 
 
 def main() -> None:
-    from model import add_sizes, make_config
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--chunk", type=int, default=DEFAULT_VISION_CHUNK, help="vision_chunked_length")
-    add_sizes(parser)
+    add_model_flags(parser)
+    add_prompt_flags(parser)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     result, lines = {"machine": machine(args.device, torch.get_num_threads()), "rows": []}, []

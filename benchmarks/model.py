@@ -73,19 +73,23 @@ def make_prompt(frames: int, side: int, tokens: int, device: str, dtype: torch.d
 
 
 def make_config(args) -> MossVLConfig:
-    return MossVLConfig(
-        text_config={
-            "vocab_size": VOCABULARY, "hidden_size": args.width, "intermediate_size": 3 * args.width, "num_hidden_layers": args.layers,
-            "num_attention_heads": args.heads, "num_key_value_heads": args.kv_heads, "head_dim": args.head_dim,
-            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": sections(args.head_dim)},
-        },
-        vision_config={
-            "depth": args.vision_depth, "hidden_size": args.vision_width, "intermediate_size": 4 * args.vision_width,
-            "num_heads": args.vision_width // 64, "out_hidden_size": args.width,
-            "deepstack_visual_indexes": [1, args.vision_depth // 2],
-        },
-        image_token_id=PAD, video_token_id=991, vision_start_token_id=START, vision_end_token_id=END,
-    )  # fmt: skip
+    text, vision = sizes(args)
+    ids = {"image_token_id": PAD, "video_token_id": 991, "vision_start_token_id": START, "vision_end_token_id": END}
+    return MossVLConfig(text_config={"vocab_size": VOCABULARY, **text}, vision_config=vision, **ids)
+
+
+def sizes(args) -> tuple[dict, dict]:
+    """What the flags of `add_model_flags` say of decoder and encoder, by the names of their configurations."""
+    text = {
+        "hidden_size": args.width, "intermediate_size": 3 * args.width, "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads, "num_key_value_heads": args.kv_heads, "head_dim": args.head_dim,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": sections(args.head_dim)},
+    }  # fmt: skip
+    vision = {
+        "depth": args.vision_depth, "hidden_size": args.vision_width, "intermediate_size": 4 * args.vision_width,
+        "num_heads": args.vision_width // 64, "out_hidden_size": args.width, "deepstack_visual_indexes": [1, args.vision_depth // 2],
+    }  # fmt: skip
+    return text, vision
 
 
 def sections(head_dim: int) -> list[int]:
@@ -318,10 +322,8 @@ def tables(rows: list[dict], names: list[str]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """Flags of the model, the frames and where it runs."""
-    parser.add_argument("--side", type=int, default=448, help="pixels of a frame's side, a multiple of 32")
-    parser.add_argument("--tokens", type=int, default=10, help="text tokens a frame")
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the model, and where it runs."""
     parser.add_argument("--layers", type=int, default=8, help="one in four is a cross-attention layer")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
@@ -329,14 +331,21 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--vision-depth", type=int, default=6)
     parser.add_argument("--vision-width", type=int, default=256)
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the frames of a prompt, and the dtypes it is measured in."""
+    parser.add_argument("--side", type=int, default=448, help="pixels of a frame's side, a multiple of 32")
+    parser.add_argument("--tokens", type=int, default=10, help="text tokens a frame")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 128, 256])
-    add_sizes(parser)
+    add_model_flags(parser)
+    add_prompt_flags(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded a round, of which the median counts")
     parser.add_argument("--without", nargs="+", choices=("plain", "qwen3vl"), default=[])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from measuring import Clock, load_package, machine, summary, table, write_json
-from model import add_sizes, make_config, make_prompt
+from model import add_model_flags, add_prompt_flags, make_config, make_prompt
 
 load_package()
 from moss_vl import modeling_moss_vl as modeling  # noqa: E402
@@ -71,7 +71,8 @@ class Timer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 256])
-    add_sizes(parser)
+    add_model_flags(parser)
+    add_prompt_flags(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()

@@ -4,7 +4,7 @@ A clip of 61 s in 640x360 and one of 100 s in 1080p at 1 frame a second, a JPEG 
 processors stands the straightforward pipeline, which gives the same tensors but for Pillow's rounding: PyAV decodes from the start, Pillow
 resizes, numpy scales, normalises and cuts patches, everything of a clip at once. The package's `pixel_values` stay levels (uint8), as the
 offline methods have them; "float32" is the same with `do_normalize` at its default. In turns and in one run: the whole way, decoding
-alone, and what follows on frames that are decoded already. Peak memory is the growth of what is resident in a process of its own.
+alone, what follows on frames that are decoded already, and of that resize and patches told apart, frame after frame. Peak memory is the growth of what is resident in a process of its own.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from measuring import (
 from PIL import Image
 
 load_package()
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor  # noqa: E402
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor, resize_uint8  # noqa: E402
+from moss_vl.patches import patchify  # noqa: E402
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor  # noqa: E402
 from moss_vl.video_reading import open_video  # noqa: E402
 
@@ -70,20 +71,18 @@ def write_clip(path: Path, seconds: int, width: int, height: int, fps: int = 30)
 
 def make_media(folder: Path, names=(*CLIPS, PICTURE, PICTURES)) -> dict[str, list[Path]]:
     """Name -> files; those that are there already are kept."""
-    media = {}
-    for name, sizes in CLIPS.items():
-        if name not in names:
-            continue
-        media[name] = [folder / f"{sizes[0]}s-{sizes[1]}x{sizes[2]}.mp4"]
-        if not media[name][0].exists():
-            write_clip(media[name][0], *sizes)
-    pictures = {PICTURE: [folder / "4000x3000.jpg"], PICTURES: [folder / f"picture-{number}.jpg" for number in range(32)]}
-    media |= {name: paths for name, paths in pictures.items() if name in names}
-    for number, path in enumerate(pictures[PICTURE] + pictures[PICTURES]):
-        if not path.exists() and any(path in paths for paths in media.values()):
-            width, height = (4000, 3000) if number == 0 else (640 + 32 * (number % 5), 480 + 16 * (number % 7))
-            Image.fromarray(texture(width, height, number)).save(path, quality=90)
-    return media
+    files = {name: [folder / f"{seconds}s-{width}x{height}.mp4"] for name, (seconds, width, height) in CLIPS.items()}
+    files |= {PICTURE: [folder / "4000x3000.jpg"], PICTURES: [folder / f"picture-{number}.jpg" for number in range(32)]}
+    for name in names:
+        for number, path in enumerate(files[name]):
+            if path.exists():
+                continue
+            if name in CLIPS:
+                write_clip(path, *CLIPS[name])
+            else:
+                width, height = (4000, 3000) if name == PICTURE else (640 + 32 * (number % 5), 480 + 16 * (number % 7))
+                Image.fromarray(texture(width, height, number)).save(path, quality=90)
+    return {name: files[name] for name in names}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,13 +106,22 @@ def plain_decode(path: Path, numbers: list[int], keep: bool = True) -> list[np.n
     return frames
 
 
-def plain_patches(frames: list[np.ndarray], height: int, width: int) -> torch.Tensor:
-    """RGB frames -> float32 [P, 768]."""
-    resized = [np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
+def plain_resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def plain_cut(resized: list[np.ndarray]) -> torch.Tensor:
+    """RGB frames of the size that is wanted -> float32 [P, 768]."""
+    height, width, _ = resized[0].shape
     pixels = (np.stack(resized).astype(np.float32) / 255 - 0.5) / 0.5
-    blocks = pixels.transpose(0, 3, 1, 2).reshape(len(frames), 3, height // 32, 2, 16, width // 32, 2, 16)
+    blocks = pixels.transpose(0, 3, 1, 2).reshape(len(resized), 3, height // 32, 2, 16, width // 32, 2, 16)
     # [n, c, Y, my, py, X, mx, px] -> [n, Y, X, my, mx, c, py, px]
     return torch.from_numpy(np.ascontiguousarray(blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7)).reshape(-1, 768))
+
+
+def plain_patches(frames: list[np.ndarray], height: int, width: int) -> torch.Tensor:
+    """RGB frames -> float32 [P, 768]."""
+    return plain_cut([plain_resize(frame, height, width) for frame in frames])
 
 
 def plain_pictures(paths: list[Path], sizes: list[tuple[int, int]]) -> torch.Tensor:
@@ -175,6 +183,13 @@ class Task:
             return plain_patches(frames, *self.sizes[0])
         return torch.cat([plain_patches([frame], *size) for frame, size in zip(frames, self.sizes)])
 
+    def resize(self, frames, one) -> list:
+        """Every frame by `one` of (frame, height, width)."""
+        return [one(frame, *size) for frame, size in zip(frames, self.sizes * len(frames) if self.is_clip else self.sizes)]
+
+    def plain_cut(self, resized) -> list:
+        return [plain_cut(part) for part in ([resized] if self.is_clip else [[frame] for frame in resized])]
+
 
 def measure(task: Task, rounds: int) -> dict:
     clock, frames = Clock("cpu"), task.decode()
@@ -184,11 +199,14 @@ def measure(task: Task, rounds: int) -> dict:
     if differ > 0.01 or levels > 2:
         raise SystemExit(f"{task.name}: the straightforward pipeline gives other tensors: {100 * differ:.1f} % differ, by up to {levels:.0f} levels")
     del one, other, apart
+    ours, plain = task.resize(frames, resize_uint8), task.resize(frames, plain_resize)
     calls = {
         "ours": lambda: {"total": clock.time(task.ours), "float32": clock.time(task.float32)},
         "plain": lambda: {"total": clock.time(task.plain)},
         "decoding": lambda: {"plain": clock.time(task.decode), "ours": clock.time(task.our_decode)},
         "rest": lambda: {"ours": clock.time(lambda: task.ours_of_frames(frames)), "plain": clock.time(lambda: task.plain_of_frames(frames))},
+        "resize": lambda: {"ours": clock.time(lambda: task.resize(frames, resize_uint8)), "plain": clock.time(lambda: task.resize(frames, plain_resize))},
+        "patches": lambda: {"ours": clock.time(lambda: [patchify(frame[None], 16, 2) for frame in ours]), "plain": clock.time(lambda: task.plain_cut(plain))},
     }
     return {"share that differs": differ, "levels apart": levels, "seconds": alternate(calls, rounds)}
 
@@ -237,11 +255,12 @@ def main() -> None:
             row["name"], spread(seconds["ours"]["total"]), spread(seconds["ours"]["float32"]), spread(seconds["plain"]["total"]), f"{middle['plain']['total'] / middle['ours']['total']:.2f}",
             *(spread(seconds["decoding"][which]) for which in ("ours", "plain")), f"{middle['ours']['total'] / fastest:.2f}",
             *(spread(seconds["rest"][which], digits=3) for which in ("ours", "plain")), f"{middle['rest']['plain'] / middle['rest']['ours']:.2f}",
+            *(f"{middle[part][which]:.3f}" for part in ("resize", "patches") for which in ("ours", "plain")),
             *(f"{memory[which] / 1e6:.0f}" for which in ("ours", "plain")), f"{memory['ours'] / memory['plain']:.2f}",
         ))  # fmt: skip
     print(table(
         ("", "ours, s", "float32, s", "plain, s", "plain / ours", "our decoding, s", "plain decoding, s", "ours / fastest decoding", "our rest, s", "plain rest, s",
-         "plain / ours", "our peak, MB", "plain peak, MB", "ours / plain"), rows))  # fmt: skip
+         "plain / ours", "our resize, s", "plain resize, s", "our patches, s", "plain patches, s", "our peak, MB", "plain peak, MB", "ours / plain"), rows))  # fmt: skip
 
 
 if __name__ == "__main__":

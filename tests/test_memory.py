@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from moss_vl import modeling_moss_vl
-from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+from tiny import make_model
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -16,20 +15,13 @@ from memory import measured_bytes, prefill_bytes, released_table  # noqa: E402
 from model import tables  # noqa: E402
 
 
-def make_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4) -> MossVLForConditionalGeneration:
-    config = MossVLConfig(
-        text_config={
-            "vocab_size": 200, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
-            "num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "head_dim": 64,
-            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
-        },
-        vision_config={
-            "depth": 3, "hidden_size": vision, "intermediate_size": wide * vision, "num_heads": 2, "out_hidden_size": hidden,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        image_token_id=190, video_token_id=191, vision_start_token_id=192, vision_end_token_id=193,
-    )  # fmt: skip
-    return MossVLForConditionalGeneration(config).eval().to(dtype)
+def sized_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4):
+    text = {
+        "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads, "head_dim": 64, "cross_attention_layers": list(range(2, layers, 4)),
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
+    }  # fmt: skip
+    return make_model(text=text, vision={"hidden_size": vision, "intermediate_size": wide * vision, "out_hidden_size": hidden}).to(dtype)
 
 
 # Name -> (model, frames, rows, columns, tokens of text, chunk). What is largest: the encoder in the first two, then the caches, the text.
@@ -49,14 +41,14 @@ def test_the_formula_holds(case, dtype, monkeypatch):
     """Never less than what is measured, and at most a fifth more."""
     monkeypatch.setattr(modeling_moss_vl, "CPU_BFLOAT16", False)  # where it is, up to CPU_SCORES scores come on top
     sizes, *numbers, chunk = CASES[case]
-    model = make_model(dtype, **sizes)
+    model = sized_model(dtype, **sizes)
     formula = prefill_bytes(model.config, *numbers, dtype, chunk=chunk)
     measured = measured_bytes(model, *numbers, chunk=chunk)
     assert measured <= formula["peak"] <= 1.2 * measured, (formula, measured)
 
 
 def test_memory_grows_with_the_vision_tokens_and_no_faster():
-    model = make_model(torch.float32)
+    model = sized_model(torch.float32)
     peaks = [measured_bytes(model, frames, 16, 16, 10 * frames, chunk=4) for frames in (32, 64, 128)]
     steps = [peaks[1] - peaks[0], peaks[2] - peaks[1]]
     assert 1.9 <= steps[1] / steps[0] <= 2.1, peaks
