@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -24,21 +24,25 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .cache_layers import cached_length, install_layers, static_length, vision_state
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 from .generation_utils import MossVLGenerationMixin, nearest_name
 from .patches import normalise
 from .vision_sequence import (
     Span,
-    VisionCacheLayer,
     VisionCall,
     VisionRequest,
-    VisionState,
     count_media,
     plan_call,
     read_grid,
     read_request,
+    VisionState,
+    pads_of_samples,
+    split_by,
+    take_media,
+    whole_mask,
 )
-from .xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
+from .xrope import frame_positions, grid_rotation, rotate, rotation, text_starts, walk_text
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +51,6 @@ logger = logging.get_logger(__name__)
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
 DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
-TEXT_ROOM = 256  # tokens, at least, that a text cache makes room for at once
 MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
 VISION_ROWS = 4096  # vision tokens whose keys and values are made at once where no gradient is kept
 # Patches that the encoder takes at once, at most, where no gradient is kept: on a CPU as many as lie in its caches, elsewhere enough to
@@ -755,16 +758,6 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
     return past_key_values if cache is None else cache
 
 
-def cached_length(cache: Optional[Cache]) -> int:
-    """Text tokens in the cache (layer 0 is always self-attention)."""
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def static_length(cache: Optional[Cache]) -> Optional[int]:
-    """Slots of a static cache, which it returns all of, the empty ones too; None for a cache that grows."""
-    return getattr(cache.layers[0], "max_cache_len", None) if cache is not None and cache.layers else None
-
-
 def causal_mask(
     attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache], implementation: str
 ) -> Optional[torch.Tensor]:
@@ -857,20 +850,29 @@ class MossVLModel(MossVLPreTrainedModel):
         image_features: Optional[torch.FloatTensor] = None,
         image_mean: Optional[list[list[float]]] = None,
         image_std: Optional[list[list[float]]] = None,
+        image_grid_thw: Optional[torch.LongTensor] = None,
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
-        cache = cache_of(cache, past_key_values)
-        incremental = use_cache is True or cache is not None
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
-        cache = DynamicCache() if use_cache and cache is None else cache
+        cache, grid_thw = cache_of(cache, past_key_values), grid_of(grid_thw, image_grid_thw)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
+        text = input_ids if input_ids is not None else inputs_embeds
+        past_length = cached_length(cache)
+        starts_text = self._packed_texts(text, attention_mask, position_ids, past_length)
+        if starts_text is not None and (use_cache or cache is not None):
+            raise ValueError(
+                "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; expected "
+                "use_cache=False and no cache: a cache continues one text per row."
+            )
+        incremental = use_cache is True or cache is not None
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training and starts_text is None
+        cache = DynamicCache() if use_cache and cache is None else cache
         request = read_request(
             self.config,
             vision_state(cache, self.config.text_config),
-            cached_length(cache),
-            input_ids if input_ids is not None else inputs_embeds,
+            past_length,
+            text,
             attention_mask,
             pixel_values,
             grid_thw,
@@ -883,35 +885,24 @@ class MossVLModel(MossVLPreTrainedModel):
             image_mean=image_mean,
             image_std=image_std,
         )
-        state, call = plan_call(request)
-        text_positions, vision_position_ids, rope_deltas = self._place(request)
-        if position_ids is None:
-            position_ids = text_positions
-        elif position_ids.shape[-2:] != request.is_token.shape or position_ids.shape[:-2] not in ((), (3,)):
-            raise ValueError(
-                f"`position_ids` has shape {list(position_ids.shape)}; expected {list(request.is_token.shape)}, or the same behind a "
-                f"leading 3 for (t, h, w): one position for each token of this call."
-            )
-        else:
-            highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
-            rope_deltas = highest.amax(1) + 1 - request.past_length - request.is_token.shape[1]
+        walked, vision_position_ids, rope_deltas = self._place(request, starts_text, position_ids)
+        position_ids, rope_deltas, own_positions = self._text_positions(request, position_ids, walked, rope_deltas, starts_text)
+        text_index = None if starts_text is None else starts_text.cumsum(1)
+        highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
+        state, call = plan_call(
+            request, highest.expand(request.is_token.shape), rope_deltas, own_positions, None if text_index is None else text_index.cpu().numpy()
+        )
 
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
-        vision_states, waiting = None, request.state.waiting
+        media, vision_states, waiting = request.media, None, request.state.waiting
         if request.grid and any(request.new):
-            if image_features is None:
-                states = self.visual(pixel_values, request.grid, vision_chunked_length, image_mean, image_std, self.separator_token)
-            else:
-                runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
-                states = with_separators(image_features.to(inputs_embeds), runs, merge, self.separator_token)
-            vision_states, waiting = self._take_placed(request, states)
-            del states
+            vision_states, waiting = self._take_placed(request, self._encode_media(request, vision_chunked_length, inputs_embeds))
         elif request.state.is_waiting():
             vision_states, waiting = self._take_placed(request, None)
-        elif pixel_values is not None and self.training and cache is None:
+        elif "pixel_values" in media and self.training and cache is None:
             # Blank media only. They are read all the same, times 0: every parameter gets a gradient on every rank.
-            vision_states = self.visual(pixel_values, request.grid, None, image_mean, image_std, self.separator_token)
+            vision_states = self._encode_media(request, None, inputs_embeds)
             vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
             call = VisionCall(
                 spans=[Span(slice(0, request.is_token.numel()), slice(0, len(vision_states)))],
@@ -919,9 +910,9 @@ class MossVLModel(MossVLPreTrainedModel):
                 length=len(vision_states),
             )
         if cache is not None:
-            vision_cache_layer = install_layers(cache, self.config.text_config)
+            vision_layer = install_layers(cache, self.config.text_config)
         outputs = self.language_model(
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if attention_mask is None or attention_mask.ndim == 4 or request.any_padded else None,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -932,29 +923,90 @@ class MossVLModel(MossVLPreTrainedModel):
             output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         if cache is not None:
-            vision_cache_layer.state = replace(state, waiting=waiting, rope_delta=rope_deltas)
+            vision_layer.state = replace(state, waiting=waiting)
         outputs.rope_deltas = rope_deltas
         return outputs
 
-    def _place(self, request: VisionRequest):
-        """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B]."""
+    def _encode_media(self, request: VisionRequest, vision_chunked_length: Optional[int], like: torch.Tensor) -> torch.Tensor:
+        """Vision states [v, D] of the media of a call, each frame with its separator."""
+        media = request.media
+        if "image_features" not in media:
+            statistics = media.get("image_mean"), media.get("image_std")
+            return self.visual(media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token)
+        runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
+        return with_separators(media["image_features"].to(like), runs, merge, self.separator_token)
+
+    @staticmethod
+    def _packed_texts(text, attention_mask, position_ids, past_length: int) -> Optional[torch.Tensor]:
+        """Where packed texts begin: bool [B, T], or None unless the caller's `position_ids` start again within a row."""
+        fits = position_ids is not None and position_ids.shape[-2:] in (text.shape[:2], (1, text.shape[1]))
+        if not fits or past_length or (attention_mask is not None and attention_mask.shape != text.shape[:2]):
+            return None  # a wrong shape is an error later on
+        is_token = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        if attention_mask is not None:
+            is_token = attention_mask.to(text.device).bool()
+        positions = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(text.device).expand(text.shape[:2])
+        starts = text_starts(positions, is_token)
+        return starts if (starts.sum(1) > 1).any() else None
+
+    def _text_positions(self, request: VisionRequest, position_ids, walked, rope_deltas, starts_text):
+        """Positions of the text [B, T] or [3, B, T], rope_deltas [B], and whether they are the caller's."""
+        if position_ids is None:
+            return walked, rope_deltas, False
+        shape, given = request.is_token.shape, position_ids.shape
+        if given[-2:] not in (shape, (1, shape[1])) or given[:-2] not in ((), (3,)):
+            raise ValueError(
+                f"`position_ids` has shape {list(given)}; expected {list(shape)}, or the same after a "
+                f"leading 3 for (t, h, w): one position for each token of this call."
+            )
+        position_ids = position_ids.to(walked.device).expand(*given[:-2], *shape)
+        if starts_text is not None and any(request.pads):
+            # Positions that count tokens say where texts begin, and XRoPE's say the same; of others, frames cannot follow.
+            own = position_ids if position_ids.ndim == 3 else position_ids[None]
+            counted = walk_text(request.is_token, torch.zeros_like(request.is_frame), walked[:0, 0], walked[:, 0], starts_text, own[0])[0]
+            is_token = request.is_token
+            if not any(((own == known) | ~is_token).all() for known in (walked, counted)):
+                raise ValueError(
+                    "`position_ids` start again within a row that has frames, but are neither counts of tokens (0, 1, 2, ... in each "
+                    "text) nor XRoPE's positions; expected one of these, or a row per text."
+                )
+            return walked, rope_deltas, False
+        highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
+        return position_ids, highest.amax(1) + 1 - request.past_length - shape[1], True
+
+    def _place(self, request: VisionRequest, starts_text: Optional[torch.Tensor] = None, position_ids: Optional[torch.Tensor] = None):
+        """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B].
+
+        Args:
+            starts_text: bool [B, T], where packed texts begin; each counts on from its first one of `position_ids`.
+        """
         state, device = request.state, request.is_token.device
         start = torch.full((len(state.row_sample),), request.past_length, device=device)
         if state.rope_delta is not None:
             start = start + state.rope_delta.to(device)
         if request.is_token.shape[1] == 1 and not any(request.pads):
-            behind = start + request.is_token[:, 0]
-            return start[:, None].masked_fill(~request.is_token, 0), start.new_zeros(3, 0), behind - request.past_length - 1
+            end = start + request.is_token[:, 0]
+            return start[:, None].masked_fill(~request.is_token, 0), start.new_zeros(3, 0), end - request.past_length - 1
+        first = None
+        if starts_text is not None:
+            first = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(device).expand(request.is_token.shape)
         extents = [max(grid) for sample in state.row_sample for grid in request.frames_placed(sample)]
-        text, origins, behind = walk_text(
-            request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start
+        text, origins, end = walk_text(
+            request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start, starts_text, first
         )
-        rope_deltas = behind - request.past_length - request.is_token.shape[1]
-        origins = state.of_samples(origins.split([request.pads[sample] for sample in state.row_sample]), origins[:0])
+        rope_deltas = end - request.past_length - request.is_token.shape[1]
+        of_rows = origins.split([request.pads[sample] for sample in state.row_sample])
+        first_rows = state.first_rows()
+        for row, sample in enumerate(state.row_sample):
+            if row != first_rows[sample] and request.pads[sample] and not torch.equal(of_rows[row], of_rows[first_rows[sample]]):
+                raise ValueError(
+                    f"Text rows {first_rows[sample]} and {row} share the frames of sample {sample}, but place them differently; expected "
+                    f"the same text. Give each conversation a cache of its own before new frames come."
+                )
         pieces = []
-        for sample, of_sample in enumerate(origins):
+        for sample, row in enumerate(first_rows):
             runs = frame_runs((1, h, w) for h, w in request.frames_placed(sample))
-            for run, origin in zip(runs, of_sample.split([run.frames for run in runs])):
+            for run, origin in zip(runs, of_rows[row].split([run.frames for run in runs])):
                 pieces.append(frame_positions(origin, run.rows, run.columns))
         vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
         return text, vision, rope_deltas
@@ -964,10 +1016,8 @@ class MossVLModel(MossVLPreTrainedModel):
         m, state = self.config.vision_config.spatial_merge_size, request.state
         new: list[Optional[torch.Tensor]] = [None] * len(request.new)
         if states is not None:
-            media = iter(request.grid)
             per_sample = [
-                sum(t * ((h // m) * (w // m) + 1) for t, h, w in (next(media) for _ in range(count)))
-                for count in request.media_nums
+                sum(t * ((h // m) * (w // m) + 1) for t, h, w in own) for own in split_by(request.grid, request.media_nums)
             ]
             new = [part if frames else None for part, frames in zip(states.split(per_sample), request.new)]
             if not state.is_waiting() and all(request.tokens_placed(i) == n for i, n in enumerate(per_sample)):
@@ -981,71 +1031,6 @@ class MossVLModel(MossVLPreTrainedModel):
                 placed.append(whole[:count])
             waiting.append(whole[count:] if whole is not None and len(whole) > count else None)
         return (torch.cat(placed) if len(placed) > 1 else placed[0] if placed else None), waiting
-
-
-class TextCacheLayer(DynamicLayer):
-    """Keys and values [B, K, S, d] of the text, with room behind them: a new token is written into it, and no token moves those before
-    it until the room is full."""
-
-    def __init__(self):
-        super().__init__()
-        self._rooms: list[Optional[torch.Tensor]] = [None, None]  # of keys and values, which are views of their beginnings
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        before = (self.keys, self.values) if self.get_seq_length() else (None, None)
-        parts = [append(*part) for part in zip(before, self._rooms, (key_states, value_states))]
-        (self.keys, _), (self.values, _) = parts
-        self._rooms = [room for _, room in parts]
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        return self.keys, self.values
-
-    def reset(self) -> None:
-        super().reset()
-        self._rooms = [None, None]
-
-
-def append(past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Puts `new` [B, K, T, d] behind `past` [B, K, S, d]: -> both [B, K, S + T, d], and the room they lie in. `room` is used where `past`
-    lies in it (what was done to a cache in between may have put it elsewhere) and it is long enough. With gradients nothing is
-    written over: without a room."""
-    if torch.is_grad_enabled() and (new.requires_grad or (past is not None and past.requires_grad)):
-        return (new if past is None else torch.cat([past, new], dim=-2)), None
-    length = 0 if past is None else past.shape[-2]
-    total = length + new.shape[-2]
-    in_room = room is not None and past is not None and past.data_ptr() == room.data_ptr() and past.shape[:-2] == room.shape[:-2]
-    if not in_room or room.shape[-2] < total:
-        room = new.new_empty(*new.shape[:-2], total + max(TEXT_ROOM, total // 8), new.shape[-1])
-        if length:
-            room[..., :length, :] = past
-    room[..., length:total, :] = new
-    return room[..., :total, :], room
-
-
-def install_layers(cache: Cache, config: MossVLTextConfig) -> VisionCacheLayer:
-    """Makes the cross-attention layers of an empty cache hold vision keys and values, and its plain layers grow in place; returns the
-    one that holds the vision state."""
-    if cached_length(cache) == 0:
-        while len(cache.layers) < config.num_hidden_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-        for index, layer in enumerate(cache.layers):
-            if index in config.cross_attention_layers:
-                cache.layers[index] = VisionCacheLayer()
-            elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
-                cache.layers[index] = TextCacheLayer()
-    return cache.layers[config.cross_attention_layers[0]]
-
-
-def vision_state(cache: Optional[Cache], config: MossVLTextConfig) -> Optional[VisionState]:
-    """The state that a cache in use carries; None where there is nothing in the cache."""
-    if cached_length(cache) == 0:
-        return None
-    layer = cache.layers[config.cross_attention_layers[0]]
-    if not isinstance(layer, VisionCacheLayer) or layer.state is None:
-        raise ValueError(
-            f"The cache holds {cached_length(cache)} tokens, but not their vision sequence; expected a cache that this model "
-            f"filled. Pass an empty cache, or that of an earlier output."
-        )
-    return layer.state
 
 
 class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixin, GenerationMixin):
@@ -1118,6 +1103,9 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         image_features: Optional[torch.FloatTensor] = None,
         image_mean: Optional[list[list[float]]] = None,
         image_std: Optional[list[list[float]]] = None,
+        image_grid_thw: Optional[torch.LongTensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        mm_token_type_ids: Optional[torch.LongTensor] = None,
     ) -> Union[MossVLCausalLMOutput, tuple]:
         """One pass over text and the frames that come with it.
 
@@ -1128,7 +1116,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             input_ids: [B, T], one `image_pad` for each frame. `inputs_embeds` [B, T, D] may replace the embeddings; frames need
                 `input_ids` as well, for their places.
             attention_mask: [B, S], cache included, 0 at padding on either side; or a ready 4D mask for self-attention.
-            position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions.
+            position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions. If they start again within a row, the row holds several
+                packed texts, each of which sees itself and its own frames alone.
             cache: any transformers cache, empty or filled by this model.
             labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside.
             logits_to_keep: logits of the last n rows only (0: all), or of the rows at these indices.
@@ -1136,14 +1125,18 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                 (uint8) with `image_mean` and `image_std`.
             grid_thw: [media, 3], (frames, patch rows, patch columns).
             media_nums_per_sample: media of each sample; told from the text where it is missing.
-            cross_attention_mask: bool [B, 1, T, F], True = hidden; default: what the text says. Any mask is obeyed.
+            cross_attention_mask: bool [B, 1, T, F], True = hidden; default: what the text says. It may hide any frame, and shows none to
+                padding or before its `image_pad`. Fewer rows than tokens leave the later tokens to the text. On a filled cache, a mask of
+                at most T rows is about the frames that come with the call, if it has as many columns as these are; else about all.
             vision_chunked_length: frames that the vision encoder takes at once, default 64 (in training: all).
             rows_per_sample: text rows that share each sample's media, as beams do.
-            prompt_length: tokens of the whole prompt; `image_pad` ids behind it are text that the model wrote.
+            prompt_length: tokens of the whole prompt; `image_pad` ids after it are text that the model wrote.
             num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
             past_key_values: the older name of `cache`.
             image_features: [P / m^2, D], what `get_image_features` gives for the media, in place of `pixel_values`.
             image_mean, image_std: three numbers for each medium, by which levels are normalised on the encoder's device.
+            image_grid_thw: another name of `grid_thw`, by which generic trainers look for it.
+            token_type_ids, mm_token_type_ids: taken from processors that return them; they say nothing that `input_ids` do not.
 
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
@@ -1167,6 +1160,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             image_features=image_features,
             image_mean=image_mean,
             image_std=image_std,
+            image_grid_thw=image_grid_thw,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -1191,35 +1185,46 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         return result if as_dict else result.to_tuple()
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`; once the prompt is
-    # in the cache the entry is dropped, since the cache knows.
+    # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`: transformers 5 does not
+    # prefill in chunks if it sees `pixel_values`. Assistants get it under its public names.
 
     def _validate_model_kwargs(self, model_kwargs):
-        """Checks names, and a whole prompt against its media: forward may get it in chunks."""
+        """Checks names; media are checked against the prompt in `_expand_inputs_for_generation`."""
         known = set(inspect.signature(self.forward).parameters)
         for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
             near = nearest_name(name, {*known, *self.generation_config.to_dict()})
             hint = f"; did you mean `{near}`?" if near else ""
             raise ValueError(f"`{name}` is neither an input of this model nor a setting of `generate`{hint}")
         super()._validate_model_kwargs(model_kwargs)
-        ids, cache = model_kwargs.get("input_ids"), model_kwargs.get(CACHE)
-        if ids is not None and ids.shape[1] and cached_length(cache) == 0:
-            prompt = {name: model_kwargs[name] for name in ("attention_mask", *MEDIA_KWARGS) if name in model_kwargs}
-            read_request(self.config, None, 0, ids, **prompt)
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """Keeps the caller's `attention_mask`: transformers 5 drops one of ones, and its length says whether `input_ids` is the whole
+        conversation or a new turn."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        return inputs, name, {**model_kwargs, "prompt_kwargs": {"attention_mask": model_kwargs.get("attention_mask")}}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats text rows for beams and answers; the media stay as they are, shared by the rows of their sample."""
-        prompt = {name: model_kwargs.pop(name, None) for name in ("position_ids", *MEDIA_KWARGS)}
+        """Checks a prompt and its media, drops the media that the cache holds already, and repeats text rows for beams and answers; the
+        media stay as they are, shared by the rows of their sample."""
+        prompt = {name: model_kwargs.pop(name, None) for name in PROMPT_KWARGS}
         prompt = {name: value for name, value in prompt.items() if value is not None}
-        cache = model_kwargs.get(CACHE)
-        past_length, length = cached_length(cache), input_ids.shape[1] if input_ids is not None else 0
-        if length and past_length == 0:
-            model_kwargs["prompt_length"] = length
+        if "image_grid_thw" in prompt:
+            prompt["grid_thw"] = grid_of(prompt.get("grid_thw"), prompt.pop("image_grid_thw"))
+        cache, past_length = model_kwargs.get(CACHE), cached_length(model_kwargs.get(CACHE))
+        given = (model_kwargs.pop("prompt_kwargs", None) or {}).get("attention_mask")
+        attention_mask = model_kwargs.get("attention_mask") if given is None else given
+        if attention_mask is not None and attention_mask.ndim == 2 and (attention_mask[:, -1] == 0).any():
+            raise ValueError(
+                "`attention_mask` ends in padding, so the rows are padded on the right, and a new token would come after the padding; "
+                "expected padding on the left. Call the processor with padding_side='left'."
+            )
+        if input_ids is not None and input_ids.shape[1]:
+            prompt = self._read_prompt(cache, past_length, input_ids, attention_mask, prompt)
         if expand_size > 1:
             if past_length:
                 cache.batch_repeat_interleave(expand_size)
             else:
-                model_kwargs["rows_per_sample"] = expand_size
+                prompt["rows_per_sample"] = expand_size
             for name, axis in (("cross_attention_mask", 0), ("position_ids", -2)):
                 if name in prompt:
                     prompt[name] = prompt[name].repeat_interleave(expand_size, dim=axis)
@@ -1228,10 +1233,56 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         )
         return input_ids, {**model_kwargs, "prompt_kwargs": prompt}
 
+    def _read_prompt(self, cache, past_length: int, input_ids, attention_mask, prompt: dict) -> dict:
+        """What belongs to the prompt, checked as a whole: forward may get it in chunks.
+
+        Adds `past_length`, the text tokens in the cache, and `prompt_length`, which tells the prompt from what the model writes. Of the
+        media of the whole conversation only those of the new turn stay; a mask over these becomes one over all frames.
+        """
+        new = input_ids
+        if past_length:
+            only_new = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != input_ids.shape[1]
+            if only_new and not NEXT_LENGTH:
+                raise ValueError(
+                    f"`input_ids` has {input_ids.shape[1]} tokens and `attention_mask` {attention_mask.shape[1]}; expected as many, those of "
+                    f"the whole conversation: this transformers does not take the tokens of the new turn alone."
+                )
+            new = input_ids if only_new else input_ids[:, past_length:]
+            if not new.shape[1]:
+                raise ValueError(
+                    f"`input_ids` has {input_ids.shape[1]} tokens, and the cache holds {past_length}; expected the whole conversation, with "
+                    f"at least one token that the cache does not hold."
+                )
+        state = vision_state(cache, self.config.text_config)
+        length = prompt.setdefault("prompt_length", past_length + new.shape[1])
+        if state is not None and "grid_thw" in prompt:
+            prompt = self._without_known_media(state, new[:, : max(length - past_length, 0)], prompt)
+        names = prompt.keys() - {"position_ids", "rows_per_sample"}
+        request = read_request(self.config, state, past_length, new, attention_mask, **{name: prompt[name] for name in names})
+        if past_length and request.mask is not None and not state.is_waiting():
+            prompt = prompt | {"cross_attention_mask": whole_mask(request)}
+        return {**prompt, "past_length": past_length}
+
     def _get_cache(self, cache_implementation, batch_size, max_cache_len, model_kwargs):
         """A static cache of this call's own; transformers 4 would keep one on the model, where two threads would share it."""
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
+
+    def _get_candidate_generator(self, generation_config, *args, model_kwargs, assistant_model=None, **kwargs):
+        """The assistant gets what belongs to the prompt under the public names."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip its cross-attention. "
+                "Pass `assistant_model=` or `prompt_lookup_num_tokens=`."
+            )
+        public = {name: value for name, value in model_kwargs.items() if name != "prompt_kwargs"}
+        for name, value in (model_kwargs.get("prompt_kwargs") or {}).items():
+            is_ours = assistant_model is not None and assistant_model.config.model_type == self.config.model_type
+            if name in MEDIA_KWARGS or name == "position_ids" or (name == "prompt_length" and is_ours):
+                public[name] = value
+        return super()._get_candidate_generator(
+            generation_config, *args, model_kwargs=public, assistant_model=assistant_model, **kwargs
+        )
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
         """None: positions are XRoPE's, and forward works them out."""
@@ -1266,13 +1317,13 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             new = cache_position.shape[0] if cache_position is not None else next_sequence_length
             kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = kwargs["input_ids"].shape[1]
-        for name in ("labels", "token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
+        for name in ("labels", "token_type_ids", "mm_token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
             kwargs.pop(name, None)
         prompt = dict(prompt_kwargs or {})
-        if past_length and prompt_kwargs is None:
-            kwargs.setdefault("prompt_length", past_length)  # what the model writes after a later turn
-        elif past_length:
-            prompt = self._without_known_media(cache, kwargs["input_ids"], prompt, kwargs.get("prompt_length"))
+        if past_length > prompt.pop("past_length", 0):  # a later chunk of the prompt: its media came with the first
+            prompt = {name: value for name, value in prompt.items() if name not in MEDIA_KWARGS or name == "cross_attention_mask"}
+        if past_length:
+            prompt.pop("rows_per_sample", None)
         if "position_ids" in prompt and prompt["position_ids"].shape[-1] > length:
             prompt["position_ids"] = prompt["position_ids"][..., past_length : past_length + length]
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -1285,22 +1336,20 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             "use_cache": use_cache,
         }
 
-    def _without_known_media(self, cache: Cache, ids: torch.Tensor, prompt: dict, prompt_length: Optional[int]) -> dict:
-        """Drops the media that the cache holds already. A later turn may bring those of the whole conversation, or its own."""
-        if "grid_thw" not in prompt:
-            return prompt
-        state, past_length = vision_state(cache, self.config.text_config), cached_length(cache)
-        in_prompt = ids if prompt_length is None else ids[:, : max(prompt_length - past_length, 0)]
-        pads = (in_prompt == self.config.image_token_id).sum(1).tolist()
-        pads = state.of_samples(pads, 0)
-        names = ("pixel_values", "grid_thw", "image_mean", "image_std")
-        pixel_values, grid_thw, *statistics = (prompt.get(name) for name in names)
-        grid = read_grid(pixel_values, grid_thw, self.config.vision_config, *statistics)
+    def _without_known_media(self, state: VisionState, new: torch.Tensor, prompt: dict) -> dict:
+        """Drops the media that the cache holds already. A later turn may bring those of the whole conversation, or its own.
+
+        Args:
+            new: [B, T], the text of the new turn.
+        """
+        pads = pads_of_samples(state, (new == self.config.image_token_id).sum(1).tolist())
+        media = {name: prompt[name] for name in ("pixel_values", "image_features", "image_mean", "image_std") if name in prompt}
+        statistics = (prompt.get(name) for name in ("pixel_values", "grid_thw"))
+        grid = read_grid(*statistics, self.config.vision_config, prompt.get("image_mean"), prompt.get("image_std"))
         nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
-        kept, kept_nums, media, patch = [], [], enumerate(grid), 0  # kept: (number of the medium, its patches)
-        for sample, (asked, count) in enumerate(zip(pads, nums)):
-            own = [next(media) for _ in range(count)]
-            known, frames = len(state.grids[sample]), sum(t for _, (t, _, _) in own)
+        kept, kept_nums, first = [], [], 0
+        for sample, (asked, own) in enumerate(zip(pads, split_by(grid, nums))):
+            known, frames = len(state.grids[sample]), sum(t for t, _, _ in own)
             wanted = max(0, asked - (known - state.placed[sample]))
             if wanted and frames not in (wanted, known + wanted):
                 raise ValueError(
@@ -1308,47 +1357,49 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                     f"expected {wanted}, or {known + wanted} with those of the earlier turns."
                 )
             kept_nums.append(0)
-            for number, (t, h, w) in own:
-                frames -= t  # frames behind this medium
+            for number, (t, _, _) in enumerate(own, first):
+                frames -= t  # frames after this medium
                 if frames < wanted:
-                    kept.append((number, slice(patch, patch + t * h * w)))
+                    kept.append(number)
                     kept_nums[-1] += 1
-                patch += t * h * w
+            first += len(own)
+        if len(kept) == len(grid):
+            return {**prompt, "media_nums_per_sample": kept_nums}
+        mask = prompt.get("cross_attention_mask")
+        if not kept and mask is not None and mask.shape[2] <= new.shape[1]:
+            prompt = {name: value for name, value in prompt.items() if name != "cross_attention_mask"}  # of the new turn, without frames
+        prompt = {name: value for name, value in prompt.items() if name not in {*media, "grid_thw", "media_nums_per_sample"}}
         if not kept:
-            mask = prompt.get("cross_attention_mask")
-            if mask is not None and mask.shape[2] < past_length + ids.shape[1]:
-                mask = None  # of the new turn alone, which has no frames
-            prompt = {"position_ids": prompt.get("position_ids"), "cross_attention_mask": mask}
-            return {name: value for name, value in prompt.items() if value is not None}
-        if len(kept) < len(grid):
-            of_media = {name: prompt[name] for name in ("image_mean", "image_std") if name in prompt} | {"grid_thw": grid}
-            prompt = prompt | {name: [rows[number] for number, _ in kept] for name, rows in of_media.items()}
-            for name, patches_a_row in (("pixel_values", 1), ("image_features", self.config.vision_config.spatial_merge_size**2)):
-                if name in prompt:
-                    rows = [slice(patches.start // patches_a_row, patches.stop // patches_a_row) for _, patches in kept]
-                    prompt[name] = torch.cat([prompt[name][part] for part in rows])
-        return {**prompt, "media_nums_per_sample": kept_nums}
+            return prompt
+        media = take_media(media, grid, kept, self.config.vision_config.spatial_merge_size)
+        return {**prompt, **media, "grid_thw": [grid[number] for number in kept], "media_nums_per_sample": kept_nums}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
         )
-        if model_kwargs.get("use_cache", True):
-            model_kwargs.pop("prompt_kwargs", None)
-        elif model_kwargs.get("prompt_kwargs"):
-            model_kwargs["prompt_kwargs"] = prompt = dict(model_kwargs["prompt_kwargs"])
-            if "cross_attention_mask" in prompt:  # the new token sees what the one before it saw
-                mask = prompt["cross_attention_mask"]
-                prompt["cross_attention_mask"] = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, num_new_tokens, -1)], dim=2)
-            if "position_ids" in prompt:
-                positions = prompt["position_ids"]
-                steps = torch.arange(1, num_new_tokens + 1, device=positions.device)
-                behind = positions.flatten(0, -2).amax(1).view(*positions.shape[:-1], 1)
-                prompt["position_ids"] = torch.cat([positions, behind + steps], dim=-1)
+        prompt = model_kwargs.get("prompt_kwargs") or {}
+        if model_kwargs.get("use_cache", True):  # the cache knows the media
+            model_kwargs["prompt_kwargs"] = {name: value for name, value in prompt.items() if name == "prompt_length"}
+        elif "position_ids" in prompt:
+            positions = prompt["position_ids"]
+            steps = torch.arange(1, num_new_tokens + 1, device=positions.device)
+            last = positions.flatten(0, -2).amax(1).view(*positions.shape[:-1], 1)
+            model_kwargs["prompt_kwargs"] = prompt | {"position_ids": torch.cat([positions, last + steps], dim=-1)}
         return model_kwargs
 
 
+def grid_of(grid_thw, image_grid_thw):
+    """The grid that a caller gave by its name, or by the one that other models have."""
+    if grid_thw is not None and image_grid_thw is not None:
+        raise ValueError("The grid was given twice, as `grid_thw` and as `image_grid_thw`; expected one of them.")
+    return image_grid_thw if grid_thw is None else grid_thw
+
+
 MEDIA_KWARGS = ("pixel_values", "image_mean", "image_std", "image_features", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
+PROMPT_KWARGS = (*MEDIA_KWARGS, "image_grid_thw", "position_ids", "prompt_length", "rows_per_sample")
+# Whether `generate` tells how many tokens are new, and so takes those of a new turn alone; transformers 4 does not.
+NEXT_LENGTH = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 # `save_pretrained` copies the code beside the weights.
 MossVLForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
