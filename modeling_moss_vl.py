@@ -1237,7 +1237,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         """What belongs to the prompt, checked as a whole: forward may get it in chunks.
 
         Adds `past_length`, the text tokens in the cache, and `prompt_length`, which tells the prompt from what the model writes. Of the
-        media of the whole conversation only those of the new turn stay; a mask over these becomes one over all frames.
+        media of the whole conversation only those of the new turn stay (`media_as_given` has all of them, for an assistant); a mask over
+        these becomes one over all frames.
         """
         new = input_ids
         if past_length:
@@ -1254,6 +1255,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                     f"at least one token that the cache does not hold."
                 )
         state = vision_state(cache, self.config.text_config)
+        given = {name: prompt[name] for name in MEDIA_KWARGS if name in prompt}
         length = prompt.setdefault("prompt_length", past_length + new.shape[1])
         if state is not None and "grid_thw" in prompt:
             prompt = self._without_known_media(state, new[:, : max(length - past_length, 0)], prompt)
@@ -1261,27 +1263,40 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         request = read_request(self.config, state, past_length, new, attention_mask, **{name: prompt[name] for name in names})
         if past_length and request.mask is not None and not state.is_waiting():
             prompt = prompt | {"cross_attention_mask": whole_mask(request)}
-        return {**prompt, "past_length": past_length}
+        return {**prompt, "past_length": past_length, **({"media_as_given": given} if past_length else {})}
 
     def _get_cache(self, cache_implementation, batch_size, max_cache_len, model_kwargs):
         """A static cache of this call's own; transformers 4 would keep one on the model, where two threads would share it."""
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
-    def _get_candidate_generator(self, generation_config, *args, model_kwargs, assistant_model=None, **kwargs):
-        """The assistant gets what belongs to the prompt under the public names."""
+    def _get_candidate_generator(self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs):
+        """The assistant gets what belongs to the prompt under its public names, as far as it takes them, but for the frame mask: without
+        it some candidates may be rejected, and none is wrong."""
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip its cross-attention. "
                 "Pass `assistant_model=` or `prompt_lookup_num_tokens=`."
             )
         public = {name: value for name, value in model_kwargs.items() if name != "prompt_kwargs"}
-        for name, value in (model_kwargs.get("prompt_kwargs") or {}).items():
-            is_ours = assistant_model is not None and assistant_model.config.model_type == self.config.model_type
-            if name in MEDIA_KWARGS or name == "position_ids" or (name == "prompt_length" and is_ours):
-                public[name] = value
+        prompt = model_kwargs.get("prompt_kwargs") or {}
+        given = prompt.get("media_as_given", prompt)
+        public |= {name: given[name] for name in given if name in MEDIA_KWARGS and name != "cross_attention_mask"}
+        public |= {"position_ids": prompt["position_ids"]} if "position_ids" in prompt else {}
+        if assistant_model is not None and assistant_model.config.model_type == self.config.model_type:
+            public["prompt_length"] = prompt.get("prompt_length")
+            pads = int((input_ids[:, : prompt.get("prompt_length")] == self.config.image_token_id).sum())
+            frames = sum(int(t) for t, _, _ in given.get("grid_thw", ()))
+            if prompt.get("past_length") and pads and pads != frames:
+                raise ValueError(
+                    f"The conversation has {pads} `image_pad` tokens, and {frames} frames were given for the assistant, which starts "
+                    f"without a cache; expected the media of all turns. Pass these, or leave `assistant_model` out."
+                )
+        elif assistant_model is not None:
+            accepted = inspect.signature(assistant_model.forward).parameters
+            public = {name: value for name, value in public.items() if name in accepted or name not in MEDIA_KWARGS}
         return super()._get_candidate_generator(
-            generation_config, *args, model_kwargs=public, assistant_model=assistant_model, **kwargs
+            generation_config, input_ids, *args, model_kwargs=public, assistant_model=assistant_model, **kwargs
         )
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
@@ -1315,11 +1330,13 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             length = inputs_embeds.shape[1]
         else:
             new = cache_position.shape[0] if cache_position is not None else next_sequence_length
+            if new is None and past_length and input_ids.shape[1] >= (prompt_kwargs or {}).get("prompt_length", past_length + 1):
+                new = input_ids.shape[1] - past_length  # assisted generation on a kept cache hands over the whole conversation
             kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = kwargs["input_ids"].shape[1]
         for name in ("labels", "token_type_ids", "mm_token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
             kwargs.pop(name, None)
-        prompt = dict(prompt_kwargs or {})
+        prompt = {name: value for name, value in (prompt_kwargs or {}).items() if name != "media_as_given"}
         if past_length > prompt.pop("past_length", 0):  # a later chunk of the prompt: its media came with the first
             prompt = {name: value for name, value in prompt.items() if name not in MEDIA_KWARGS or name == "cross_attention_mask"}
         if past_length:
