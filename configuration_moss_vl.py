@@ -305,6 +305,15 @@ class MossVLConfig(PretrainedConfig):
             check_parts(self, value)
         PretrainedConfig._attn_implementation.fset(self, value)
 
+    @property
+    def cross_attention_implementation(self):
+        """That of `text_config`, so that `from_pretrained(..., cross_attention_implementation=...)` sets it."""
+        return self.text_config.cross_attention_implementation
+
+    @cross_attention_implementation.setter
+    def cross_attention_implementation(self, value) -> None:
+        self.text_config.cross_attention_implementation = value
+
     @staticmethod
     def _whole_auto_map(given: dict) -> dict:
         """Released configs do not name the class for image-text-to-text; all model classes are one."""

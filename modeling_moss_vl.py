@@ -452,8 +452,9 @@ class MossVLPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         """transformers' check at construction and in `set_attn_implementation`, which may load a kernel: the name that is used."""
-        if attn_implementation is not None and not (isinstance(attn_implementation, str) and is_kernel_name(attn_implementation)):
-            attention_kind(attn_implementation)
+        loads_kernel = isinstance(attn_implementation, str) and is_kernel_name(attn_implementation)
+        if attn_implementation is not None and not loads_kernel and attention_kind(attn_implementation) == "function":
+            return attn_implementation  # transformers takes any name with "flash" in it for a kernel
         name = self._or_sdpa(super()._check_and_adjust_attn_implementation, attn_implementation, *args, **kwargs)
         attention_kind(name)
         return name
