@@ -21,6 +21,13 @@ def _require_positive_ints(config: PretrainedConfig, *names: str) -> None:
         _require(is_int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
 
 
+def check_parts(config: PretrainedConfig, names: dict) -> None:
+    """Refuses attention implementations for parts that the config has not ("" is the config itself), which transformers would drop."""
+    for part in names:
+        parts = ["", *config.sub_configs]
+        _require(part in parts, "a part in `attn_implementation`", part, f"one of {parts}")
+
+
 class MossVLVisionConfig(PretrainedConfig):
     """The ViT encoder and its merger.
 
@@ -116,6 +123,8 @@ class MossVLTextConfig(PretrainedConfig):
     Args:
         cross_attention_layers: rising indices of the gated cross-attention layers, never 0; default every fourth from 2 on.
         head_dim: default `hidden_size // num_attention_heads`.
+        cross_attention_implementation: an attention implementation for the cross-attention layers alone; default that of the rest. As
+            `attn_implementation` it belongs to a run, and is not saved.
         rope_parameters: `{rope_type: "default", rope_theta, mrope_section: [t, h, w], mrope_interleaved: True}`; the sections are
             counts of frequencies and sum to `head_dim // 2`. The older `rope_theta` + `rope_scaling` are read as well.
 
@@ -149,6 +158,7 @@ class MossVLTextConfig(PretrainedConfig):
         initializer_range=0.02,
         use_cache=True,
         tie_word_embeddings=False,
+        cross_attention_implementation=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -168,6 +178,7 @@ class MossVLTextConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.cross_attention_implementation = cross_attention_implementation
         self.rope_parameters = self._one_form_of_rope(rope_parameters, rope_theta, rope_scaling)
         self._check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -184,6 +195,9 @@ class MossVLTextConfig(PretrainedConfig):
             "mrope_interleaved": given.pop("mrope_interleaved", True),
             **{key: value for key, value in given.items() if key != "type"},
         }
+
+    def to_dict(self) -> dict:
+        return {name: value for name, value in super().to_dict().items() if name != "cross_attention_implementation"}
 
     @property
     def rope_theta(self) -> float:
@@ -280,6 +294,25 @@ class MossVLConfig(PretrainedConfig):
         kwargs["auto_map"] = self._whole_auto_map(kwargs.get("auto_map") or {})
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value) -> None:
+        if isinstance(value, dict):
+            check_parts(self, value)
+        PretrainedConfig._attn_implementation.fset(self, value)
+
+    @property
+    def cross_attention_implementation(self):
+        """That of `text_config`, so that `from_pretrained(..., cross_attention_implementation=...)` sets it."""
+        return self.text_config.cross_attention_implementation
+
+    @cross_attention_implementation.setter
+    def cross_attention_implementation(self, value) -> None:
+        self.text_config.cross_attention_implementation = value
 
     @staticmethod
     def _whole_auto_map(given: dict) -> dict:

@@ -6,7 +6,10 @@ behind the other without padding).
 """
 
 import inspect
+import re
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -15,6 +18,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -25,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .cache_layers import cached_length, install_layers, static_length, vision_state
-from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
+from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig, check_parts
 from .generation_utils import MossVLGenerationMixin, nearest_name
 from .patches import normalise
 from .vision_sequence import (
@@ -107,50 +113,143 @@ def blockwise_attention_forward(module, query, key, value, attention_mask, scali
     return out
 
 
-def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0):
-    """One attention call. Shapes as in `eager_attention_forward`; `causal` where `mask` is None and T = S, or T = 1.
+ALLOWED_NAMES = (
+    "'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flash_attention_4', a flash-attention kernel of the `kernels` package "
+    "('owner/name'), or a function that you registered with the contract of transformers' sdpa (mask None with `is_causal`, or "
+    "[B, 1, T, S])"
+)
+
+
+def attention_kind(name: str) -> str:
+    """How the attention function of this name is called; the one place that decides which names are allowed.
+
+    Returns:
+        "eager"; "sdpa", transformers' own; "flash", which takes padding as [B, S] and hides later tokens itself; "function", one that
+        a user registered, which is called like sdpa.
+
+    Raises:
+        ValueError: for a name that is unknown, or whose function has another contract (paged, flex: they take no `is_causal`, need
+            masks of their own, or add a bool mask to the scores).
+    """
+    if name == "eager":
+        return "eager"
+    known = isinstance(name, str)
+    function = ALL_ATTENTION_FUNCTIONS.get(name) if known else None
+    while isinstance(function, partial):
+        function = function.func
+    if function is sdpa_attention_forward:
+        return "sdpa"
+    if function is flash_attention_forward or (known and re.fullmatch(r"flash_attention_[234]", name)):
+        return "flash"
+    if known and function is None and is_kernel_name(name):
+        raise ValueError(f"The attention kernel {name!r} is not loaded; expected `attn_implementation=` or `set_attn_implementation`, which load it.")
+    of_user = function is not None and not name.startswith("paged|") and "/" not in name
+    if of_user and not getattr(function, "__module__", "").startswith("transformers."):
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name)  # what transformers' own models would make its masks by
+        if make_mask is None or make_mask is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]:
+            return "function"
+    raise ValueError(f"The attention implementation {name!r} cannot be used by MOSS-VL; expected {ALLOWED_NAMES}.")
+
+
+def is_kernel_name(name: str) -> bool:
+    """Whether a name is that of a kernel of the `kernels` package, whose function is known once it is loaded."""
+    return "/" in name and not name.startswith("paged|")
+
+
+def check_implementations(config) -> None:
+    """Refuses what stands in a config by assignment, past `attn_implementation` and `set_attn_implementation`, before anything is computed.
+
+    Raises:
+        ValueError: see `attention_kind`.
+    """
+    text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
+    for part, name in ((text, "_attn_implementation"), (text, "cross_attention_implementation"), (vision, "_attn_implementation")):
+        if getattr(part, name, None) is not None:
+            attention_kind(getattr(part, name))
+
+
+def compute_dtype(states: torch.Tensor) -> torch.dtype:
+    """The dtype in which matrix products of these states run: that of autocast where it is on."""
+    device = states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
+
+
+def flash_can_run(device: str, dtype: torch.dtype) -> bool:
+    """Whether the flash-attention kernels run on a type of device in a dtype."""
+    return device != "cpu" and dtype in HALF
+
+
+def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
+    """The attention implementation for this call: eager where weights are asked for, sdpa where flash-attention cannot run.
+
+    Raises:
+        ValueError: for names that are not allowed, see `attention_kind`.
+    """
+    name = "sdpa" if name is None else name
+    kind = attention_kind(name)
+    if need_weights:
+        return "eager"
+    if kind == "flash" and not flash_can_run(states.device.type, compute_dtype(states)):
+        logger.warning_once(
+            f"{name} does not run on {states.device.type} in {compute_dtype(states)}; sdpa is used. Load the model in bfloat16 on CUDA."
+        )
+        return "sdpa"
+    return name
+
+
+def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0, texts=None):
+    """One attention call. Shapes as in `eager_attention_forward`.
+
+    Args:
+        mask: None; or [B or 1, 1 or H, T or 1, S], bool (True = may see) or additive; for flash-attention bool [B, S], False at padding.
+        causal: whether the kernel itself hides later tokens. With a mask of four axes it does not: then the mask says all. Without a
+            mask T = S, or for flash-attention T <= S, the rows being the last ones.
+        texts: for flash-attention, what tells it the texts of packed rows; see `Visible`.
 
     Returns:
         [B, T, H, d], and the weights where the implementation is eager, else None.
     """
     scaling, dropout = module.scaling, dropout if module.training else 0.0
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
-    causal = causal and rows > 1
-    if implementation == "eager":
+    causal, kind = causal and rows > 1, attention_kind(implementation)
+    if kind == "eager":
         if causal:
             mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
+    attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if kind == "flash":
+        if attention is None:
+            raise ValueError(f"This transformers does not know {implementation!r}; expected another version of flash-attention, or sdpa.")
+        dtype = compute_dtype(value)  # keys of a cache may be in another
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if module.config._attn_implementation != implementation:
+            # transformers loads the kernel whose name the module's config says, which for cross-attention may be that of another.
+            config = SimpleNamespace(_attn_implementation=implementation)
+            module = SimpleNamespace(config=config, is_causal=module.is_causal, modules=module.modules)
+        out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **(texts or {}))
+        return out, None
     inference = not (torch.is_grad_enabled() or dropout)
-    if implementation == "sdpa" and inference and query.device.type == "cpu" and query.dtype == torch.bfloat16 and CPU_BFLOAT16 and (
+    if kind == "sdpa" and inference and query.device.type == "cpu" and query.dtype == torch.bfloat16 and CPU_BFLOAT16 and (
         rows > 1 or key.is_contiguous()
     ):
         # torch's own kernel is no faster there in bfloat16 than in float32; two products and a softmax are.
         return blockwise_attention_forward(module, query, key, value, mask, scaling, causal), None
     groups = heads // kv_heads
-    tiled = mask is not None and rows > 1 and not causal and mask.numel() * groups <= key.numel()  # the mask is less to copy than the keys
-    if implementation == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
+    of_heads = mask is not None and mask.shape[1] > 1
+    tiled = mask is not None and rows > 1 and not (causal or of_heads) and mask.numel() * groups <= key.numel()  # less to copy than the keys
+    if kind == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
         # Nothing tells the heads of a group apart but their queries: as rows of one head they read the keys once.
         grouped = query.reshape(batch, kv_heads, -1, d)
-        mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1) if tiled else mask
+        if tiled:
+            mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1)
+        elif of_heads:
+            mask = mask.reshape(len(mask), kv_heads, groups, -1)
         out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
         return out.view(batch, heads, rows, -1).transpose(1, 2), None
-    attention = ALL_ATTENTION_FUNCTIONS[implementation]
     out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal)
     return out, None
-
-
-def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
-    """The attention implementation for this call: eager where weights are asked for, sdpa where flash-attention cannot run."""
-    if need_weights:
-        return "eager"
-    if name is None:
-        return "sdpa"
-    if "flash" in name and (states.device.type == "cpu" or states.dtype not in HALF):
-        logger.warning_once(
-            f"{name} does not run on {states.device.type} in {states.dtype}; sdpa is used. Load the model in bfloat16 on CUDA."
-        )
-        return "sdpa"
-    return name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,10 +329,8 @@ def gather_rows(parts, rows: int) -> torch.Tensor:
 class MossVLVisionPatchProjection(nn.Conv3d):
     """A convolution whose kernel is one patch, as the linear map it is."""
 
-    def forward(self, pixel_values, image_mean=None, image_std=None):
-        """[P, values], levels (uint8) with their means and standard deviations, [3] or [P, 3] -> [P, hidden]"""
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = normalise(pixel_values.to(self.weight.device), image_mean, image_std)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[P, values], float -> [P, hidden]"""
         return F.linear(pixel_values.to(self.weight), self.weight.flatten(1), self.bias)
 
 
@@ -244,8 +341,12 @@ class MossVLVisionPatchEmbed(nn.Module):
         self.proj = MossVLVisionPatchProjection(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, pixel_values: torch.Tensor, image_mean=None, image_std=None) -> torch.Tensor:
-        """[P, channels * time * row * column] -> [P, hidden]"""
-        return self.proj(pixel_values, image_mean, image_std)
+        """[P, channels * time * row * column], float, or levels (uint8) with their means and standard deviations, [3] or [P, 3], ->
+        [P, hidden]. Levels are normalised here and not in the projection, which adapters may wrap."""
+        if pixel_values.dtype == torch.uint8:
+            device = next(self.proj.parameters()).device
+            pixel_values = normalise(pixel_values if device.type == "meta" else pixel_values.to(device), image_mean, image_std)
+        return self.proj(pixel_values)
 
 
 class MossVLVisionMLP(nn.Module):
@@ -330,6 +431,16 @@ class MossVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    def __init__(self, config, *inputs, cross_attention_implementation: Optional[str] = None, **kwargs):
+        """`cross_attention_implementation`: what `from_pretrained` and `from_config` were given, as `attn_implementation` is, but for the
+        cross-attention layers alone."""
+        super().__init__(config, *inputs, **kwargs)
+        text = getattr(config, "text_config", config)
+        name = getattr(text, "cross_attention_implementation", None)
+        name = name if cross_attention_implementation is None else cross_attention_implementation
+        if name is not None:
+            text.cross_attention_implementation = self._check_and_adjust_attn_implementation(name, is_init_check=True)
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MossVLCrossAttentionLayer):
@@ -343,13 +454,53 @@ class MossVLPreTrainedModel(PreTrainedModel):
         return True  # read from the config at every call
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """transformers' check at construction and in `set_attn_implementation`, which may load a kernel: the name that is used."""
+        loads_kernel = isinstance(attn_implementation, str) and is_kernel_name(attn_implementation)
+        if attn_implementation is not None and not loads_kernel and attention_kind(attn_implementation) == "function":
+            return attn_implementation  # transformers takes any name with "flash" in it for a kernel
+        name = self._or_sdpa(super()._check_and_adjust_attn_implementation, attn_implementation, *args, **kwargs)
+        attention_kind(name)
+        return name
+
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        """transformers' check of the parts in `set_attn_implementation`, without loading a kernel."""
+        if requested_attention is not None:
+            attention_kind(requested_attention)
+        return self._or_sdpa(super().get_correct_attn_implementation, requested_attention, *args, **kwargs)
+
+    @staticmethod
+    def _or_sdpa(check, name: Optional[str], *args, **kwargs) -> str:
+        """What `check` makes of the name; sdpa, with a warning, for a version of flash-attention that cannot be used here."""
         try:
-            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+            return check(name, *args, **kwargs)
         except (ImportError, ValueError) as error:
-            if attn_implementation is None or not attn_implementation.startswith("flash_attention"):
+            if name is None or not name.startswith("flash_attention"):
                 raise
-            logger.warning_once(f"{attn_implementation} cannot be used here, sdpa is used instead. The reason: {error}")
-            return super()._check_and_adjust_attn_implementation("sdpa", *args, **kwargs)
+            logger.warning_once(f"{name} cannot be used here, sdpa is used instead. The reason: {error}")
+            return check("sdpa", *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation, *, cross_attention_implementation: Optional[str] = None, **kwargs):
+        """Changes the attention functions of the whole model, or by a dict those of the parts that it names.
+
+        Args:
+            attn_implementation: a name, or {"text_config": name, "vision_config": name}.
+            cross_attention_implementation: another one for the cross-attention layers alone. Without it they follow a name given for the
+                whole model, and keep theirs where a dict is given.
+
+        Raises:
+            ValueError: for names that are not allowed, before anything is changed.
+        """
+        of_parts, check = isinstance(attn_implementation, dict), partial(self._check_and_adjust_attn_implementation, **kwargs)
+        if of_parts:
+            check_parts(self.config, attn_implementation)
+            attn_implementation = {part: check(name) for part, name in attn_implementation.items() if name is not None}
+        else:
+            attn_implementation = check(attn_implementation)
+        text = getattr(self.config, "text_config", self.config)
+        if cross_attention_implementation is not None or not of_parts:
+            cross = None if cross_attention_implementation is None else check(cross_attention_implementation)
+            text.cross_attention_implementation = cross
+        super().set_attn_implementation(attn_implementation, **kwargs)
 
 
 class MossVLVisionModel(MossVLPreTrainedModel):
@@ -443,7 +594,7 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         y0, x0 = y.long(), x.long()
         y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
         dy, dx = (y - y0)[:, None], (x - x0)[:, None]
-        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).float()
+        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).to(device, torch.float32)
         weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
         return (corners * weights).sum(0).to(like.dtype), grid_rotation(rows, columns, self.head_dim)
 
@@ -499,28 +650,32 @@ class MossVLTextAttention(nn.Module):
         self.k_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, states: torch.Tensor, table) -> torch.Tensor:
-        """[B, T, D] -> [B, H, T, d], normalised and rotated."""
-        query = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return rotate(query, *table)
+        """[B, T, D] -> [B, H, T, d], normalised and rotated, in the projection's dtype (norms in float32, or those under autocast, would
+        change it)."""
+        projected = self.q_proj(states)
+        query = self.q_norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return rotate(query, *table).to(projected.dtype)
 
     def keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated."""
+        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated, in the values' dtype."""
         key = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return rotate(key, *table), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return rotate(key, *table).to(value.dtype), value
 
 
 class MossVLSelfAttention(MossVLTextAttention):
     is_causal = True
 
-    def forward(self, hidden_states, table, mask, implementation, cache=None, cache_position=None):
-        """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None."""
+    def forward(self, hidden_states, table, visible, implementation, cache=None, cache_position=None):
+        """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None. visible: a `Visible`."""
         query = self.queries(hidden_states, table)
         key, value = self.keys_values(hidden_states, table)
         if cache is not None:
             # Where the tokens stand: the static cache of transformers 4 asks for it.
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        mask, causal, texts = visible
         out, weights = attend(
-            self, query, key, value, mask, implementation, causal=mask is None, dropout=self.attention_dropout
+            self, query, key, value, mask, implementation, causal=causal, dropout=self.attention_dropout, texts=texts
         )
         return self.o_proj(out.flatten(2)), weights
 
@@ -546,6 +701,7 @@ class MossVLCrossAttention(MossVLTextAttention):
         if cache is not None:
             key, value = cache.layers[self.layer_idx].store(key, value, call)
         query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+        with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
         outs, weights, row = [], [], 0
         for span in call.spans:
             if span.rows.start > row:  # rows that see nothing
@@ -557,7 +713,7 @@ class MossVLCrossAttention(MossVLTextAttention):
                 key[:, :, span.tokens],
                 value[:, :, span.tokens],
                 keep,
-                "sdpa" if keep is not None and implementation != "eager" else implementation,
+                implementation if keep is None else with_mask,
                 dropout=self.attention_dropout,
             )
             outs.append(out[0])
@@ -574,7 +730,8 @@ class MossVLCrossAttention(MossVLTextAttention):
         token to come reads them."""
         if torch.is_grad_enabled():
             return self.keys_values(states[None], table)
-        key, value = (states.new_empty(1, self.num_key_value_heads, len(states), self.head_dim) for _ in range(2))
+        shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
+        key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         for first in range(0, len(states), VISION_ROWS):
             part = slice(first, first + VISION_ROWS)
             key[:, :, part], value[:, :, part] = self.keys_values(states[None, part], tuple(angles[part] for angles in table))
@@ -597,10 +754,10 @@ class MossVLSelfAttentionLayer(GradientCheckpointingLayer):
         self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, table, mask, implementation, layer_past=None, cache_position=None):
+    def forward(self, hidden_states, table, visible, implementation, layer_past=None, cache_position=None):
         """layer_past: the cache, by the one name under which every transformers keeps it from a layer that is checkpointed."""
         attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), table, mask, implementation, layer_past, cache_position
+            self.input_layernorm(hidden_states), table, visible, implementation, layer_past, cache_position
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
@@ -661,8 +818,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
     config_class = MossVLTextConfig
     _no_split_modules = ["MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
 
-    def __init__(self, config: MossVLTextConfig):
-        super().__init__(config)
+    def __init__(self, config: MossVLTextConfig, **kwargs):
+        super().__init__(config, **kwargs)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         crossing = set(config.cross_attention_layers)
         self.layers = nn.ModuleList(
@@ -692,16 +849,23 @@ class MossVLTextModel(MossVLPreTrainedModel):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         past_key_values: Optional[Cache] = None,
+        text_index: Optional[torch.LongTensor] = None,
     ) -> MossVLModelOutput:
         """The decoder layers and the final norm.
 
         Args:
             input_ids [B, T] or inputs_embeds [B, T, D].
-            attention_mask: [B, S] with 0 at padding, or a ready 4D mask [B, 1, T, S], bool (True = may see) or additive.
+            attention_mask: [B, S] with 0 at padding, or a ready 4D mask, see `visible_rows`.
             position_ids: [B, T], or [3, B, T] for t, h, w; default: counting on from the cache.
             vision_states [v, D], vision_position_ids [3, v], vision_call: the vision tokens new in this call, and who sees what;
                 where nothing is seen or new, the cross-attention layers are skipped.
+            text_index: [B, T], for packed rows the index of the text that each token belongs to, rising along the row: a token sees
+                those of its own text. Without a filled cache. A ready 4D mask says all, so it is not cut by texts.
+
+        Raises:
+            ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
+        check_implementations(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         config, hidden_states, cache = self.config, inputs_embeds, cache_of(cache, past_key_values)
@@ -717,10 +881,10 @@ class MossVLTextModel(MossVLPreTrainedModel):
         vision_table = None
         if vision_states is not None:
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
-        implementation = usable_implementation(config._attn_implementation, hidden_states, output_attentions)
-        if "flash" in implementation and static_length(cache) is not None:
-            implementation = "sdpa"  # the empty slots of a static cache need a mask
-        mask = causal_mask(attention_mask, hidden_states, cache, implementation)
+        implementation = self._implementation(config._attn_implementation, hidden_states, output_attentions)
+        visible, implementation = visible_rows(config, attention_mask, hidden_states, cache, implementation, text_index)
+        crossing = config._attn_implementation if config.cross_attention_implementation is None else config.cross_attention_implementation
+        crossing = self._implementation(crossing, hidden_states, output_attentions)
 
         all_states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
@@ -728,13 +892,13 @@ class MossVLTextModel(MossVLPreTrainedModel):
                 all_states.append(hidden_states)
             if isinstance(layer, MossVLSelfAttentionLayer):
                 hidden_states, weights = layer(
-                    hidden_states, table, mask, implementation, layer_past=cache, cache_position=cache_position
+                    hidden_states, table, visible, implementation, layer_past=cache, cache_position=cache_position
                 )
                 if output_attentions:
                     attentions.append(weights)
             elif vision_call is not None and (vision_call.spans or vision_call.writes):
                 hidden_states, weights = layer(
-                    hidden_states, vision_states, table, vision_table, vision_call, implementation,
+                    hidden_states, vision_states, table, vision_table, vision_call, crossing,
                     layer_past=cache, output_attentions=output_attentions,
                 )  # fmt: skip
                 cross_attentions.append(weights)
@@ -747,6 +911,14 @@ class MossVLTextModel(MossVLPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
 
+    def _implementation(self, name: Optional[str], states: torch.Tensor, need_weights: bool) -> str:
+        """`usable_implementation`, and sdpa for the versions of flash-attention that would leave out a dropout in training."""
+        name = usable_implementation(name, states, need_weights)
+        if self.training and self.config.attention_dropout and name != "flash_attention_2" and attention_kind(name) == "flash":
+            logger.warning_once(f"{name} has no dropout, but `attention_dropout` is {self.config.attention_dropout}; sdpa is used in training.")
+            return "sdpa"
+        return name
+
 
 def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Optional[Cache]:
     """The cache that a caller gave by its name, or by the one it had before transformers 5.24."""
@@ -758,28 +930,111 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
     return past_key_values if cache is None else cache
 
 
-def causal_mask(
-    attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache], implementation: str
-) -> Optional[torch.Tensor]:
-    """What the self-attention layers take as mask: None where plain causality says it all, a 2D padding mask for
-    flash-attention, else bool [B, 1, T, S]. A token always sees itself, so that no row of a softmax is empty."""
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask.to(hidden_states.device)
-    rows, past = hidden_states.shape[1], cached_length(cache)
+class Visible(NamedTuple):
+    """What the rows of the self-attention layers see.
+
+    Attributes:
+        mask: [B or 1, 1 or H, T or 1, S], bool (True = may see) or additive, in which every row sees a token; for flash-attention bool
+            [B, S], False at padding; None where `causal` and `texts` say all.
+        causal: whether the kernel has to hide later tokens itself; never told from the mask.
+        texts: for flash-attention and packed rows, the borders of the texts in the flattened batch, by the names that transformers has
+            for them.
+    """
+
+    mask: Optional[torch.Tensor]
+    causal: bool
+    texts: Optional[dict] = None
+
+
+def visible_rows(
+    config: MossVLTextConfig, attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache],
+    implementation: str, text_index: Optional[torch.Tensor] = None,
+) -> tuple[Visible, str]:  # fmt: skip
+    """What the rows hidden_states [B, T, D] see: the tokens up to their own, of their own text, that are no padding. A padding token sees
+    itself as well, so that no row of a softmax is empty.
+
+    Args:
+        attention_mask: [B, S], 0 at padding; or a ready mask that says all, also what is later: see `ready_mask`.
+        text_index: [B, T], the text of each token, in packed rows.
+
+    Returns:
+        That, and the implementation for it: sdpa in place of flash-attention for what flash-attention cannot hide (a ready mask, the empty
+        slots of a static cache, padding beside packed texts, a call of padding alone), and for one token per padded row, for which
+        transformers would copy the keys and values of the whole cache at each layer.
+    """
+    (batch, rows, _), past, device = hidden_states.shape, cached_length(cache), hidden_states.device
     known = past + rows
     slots = static_length(cache) if static_length(cache) is not None else known
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if "flash" in implementation:
-        return attention_mask if padded else None
-    if not padded and slots == known and (rows == 1 or past == 0):
-        return None
-    at = torch.arange(slots, device=hidden_states.device)
+    kind = attention_kind(implementation)
+    without_flash = "sdpa" if kind == "flash" else implementation
+    if attention_mask is not None and attention_mask.ndim == 4:
+        check_ready_mask(attention_mask, config.num_attention_heads, batch, rows, cache)
+        return Visible(ready_mask(attention_mask, hidden_states, past, slots), causal=False), without_flash
+    assert text_index is None or past == 0, "packed rows come without a filled cache"
+    padded = attention_mask is not None  # not asked of the device again: `MossVLModel` drops a mask of ones
+    by_flash = kind == "flash" and slots == known and not (padded and (rows == 1 or text_index is not None))
+    if by_flash and not (padded and not bool(attention_mask[:, past:].any())):  # not without any query
+        mask = attention_mask.to(device).bool() if padded else None
+        texts = None if text_index is None else packed_texts(text_index.to(device))
+        return Visible(mask, causal=True, texts=texts), implementation
+    if not padded and slots == known and text_index is None and (rows == 1 or past == 0):
+        return Visible(None, causal=True), without_flash
+    at = torch.arange(slots, device=device)
     row_at = at[past:known, None]
     mask = (at <= row_at)[None, None]  # [1, 1, T, S]
+    if text_index is not None:
+        texts = F.pad(text_index.to(device), (0, slots - known), value=-1)
+        mask = mask & (texts[:, None, :known, None] == texts[:, None, None, :])
     if padded:
-        may_see = F.pad(attention_mask.to(hidden_states.device).bool(), (0, slots - known))
+        may_see = F.pad(attention_mask.to(device).bool(), (0, slots - known))
         mask = mask & may_see[:, None, None, :] | (at == row_at)
-    return mask
+    return Visible(mask, causal=False), without_flash
+
+
+HIDDEN = torch.finfo(torch.float16).min  # additive masks hide by this or less: the lowest number of some dtype, or -inf
+
+
+def check_ready_mask(mask: torch.Tensor, heads: int, batch: int, rows: int, cache: Optional[Cache]) -> None:
+    """Refuses a caller's mask of four axes that does not fit the rows of this call, or whose dtype says nothing.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    known, slots = cached_length(cache) + rows, static_length(cache)
+    widths = (known,) if slots is None else (known, slots)
+    fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2] in (1, rows) and mask.shape[3] in widths
+    if not fits:
+        raise ValueError(
+            f"`attention_mask` has shape {list(mask.shape)}; expected [{batch} or 1, {heads} or 1, {rows} or 1, {' or '.join(map(str, widths))}]: "
+            f"the rows of this call by the tokens of the cache and of this call."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"`attention_mask` has four axes and dtype {mask.dtype}; expected torch.bool (True = may see), or additive in float.")
+
+
+def ready_mask(mask: torch.Tensor, hidden_states: torch.Tensor, past: int, slots: int) -> torch.Tensor:
+    """A caller's mask [B or 1, 1 or H, T or 1, S] as every kernel takes it: bool, or additive in the dtype of the scores with -inf where
+    it hides; S as long as the cache. A row that would see nothing sees its own token, as a padding token does."""
+    rows, device = hidden_states.shape[1], hidden_states.device
+    mask = mask.to(device)
+    sees = mask if mask.dtype == torch.bool else mask > HIDDEN
+    at = torch.arange(slots, device=device)
+    more = slots - mask.shape[3]
+    sees = F.pad(sees, (0, more))
+    sees = sees | (~sees.any(-1, keepdim=True) & (at == at[past : past + rows, None]))
+    if mask.dtype == torch.bool:
+        return sees
+    added = F.pad(mask.masked_fill(mask <= HIDDEN, 0), (0, more))
+    return added.to(compute_dtype(hidden_states)).masked_fill(~sees, float("-inf"))
+
+
+def packed_texts(text_index: torch.Tensor) -> dict:
+    """Borders of the texts of packed rows [B, T] in the flattened batch, as transformers hands them to flash-attention."""
+    first = torch.ones_like(text_index, dtype=torch.bool)
+    first[:, 1:] = text_index[:, 1:] != text_index[:, :-1]
+    borders = F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=first.numel()).to(torch.int32)
+    longest = int(borders.diff().max())
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -789,8 +1044,8 @@ def causal_mask(
 class MossVLModel(MossVLPreTrainedModel):
     """Vision encoder, separator and decoder, without a head."""
 
-    def __init__(self, config: MossVLConfig):
-        super().__init__(config)
+    def __init__(self, config: MossVLConfig, **kwargs):
+        super().__init__(config, **kwargs)
         self.visual = MossVLVisionModel._from_config(config.vision_config)
         self.language_model = MossVLTextModel._from_config(config.text_config)
         self.separator_token = nn.Parameter(torch.zeros(config.text_config.hidden_size))
@@ -856,7 +1111,10 @@ class MossVLModel(MossVLPreTrainedModel):
         cache, grid_thw = cache_of(cache, past_key_values), grid_of(grid_thw, image_grid_thw)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
+        check_implementations(self.config)
         text = input_ids if input_ids is not None else inputs_embeds
+        if attention_mask is not None and attention_mask.ndim == 4:
+            check_ready_mask(attention_mask, self.config.text_config.num_attention_heads, *text.shape[:2], cache)
         past_length = cached_length(cache)
         starts_text = self._packed_texts(text, attention_mask, position_ids, past_length)
         if starts_text is not None and (use_cache or cache is not None):
@@ -919,6 +1177,7 @@ class MossVLModel(MossVLPreTrainedModel):
             vision_states=vision_states,
             vision_position_ids=vision_position_ids,
             vision_call=call,
+            text_index=text_index,
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
             output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
@@ -932,7 +1191,8 @@ class MossVLModel(MossVLPreTrainedModel):
         media = request.media
         if "image_features" not in media:
             statistics = media.get("image_mean"), media.get("image_std")
-            return self.visual(media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token)
+            states = self.visual(media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token)
+            return states.to(like.device, compute_dtype(like))  # the encoder may have another dtype
         runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
         return with_separators(media["image_features"].to(like), runs, merge, self.separator_token)
 
@@ -1039,8 +1299,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     accepts_loss_kwargs = True
 
-    def __init__(self, config: MossVLConfig):
-        super().__init__(config)
+    def __init__(self, config: MossVLConfig, **kwargs):
+        super().__init__(config, **kwargs)
         self.model = MossVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
