@@ -86,8 +86,9 @@ class VisionCacheLayer(OwnMemoryLayer):
     """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer. The first such layer of a cache also holds the
     `VisionState`, and knows the cache that it belongs to."""
 
-    def __init__(self):
+    def __init__(self, index: int):
         super().__init__()
+        self.index = index
         self.state: Optional[VisionState] = None
         self._cache: Optional[weakref.ref] = None
 
@@ -114,6 +115,13 @@ class VisionCacheLayer(OwnMemoryLayer):
             self.values = write_packed(self.values, values, call, self.shared)
             self.dtype, self.device, self.is_initialized, self.shared = self.keys.dtype, self.keys.device, True, False
         return self.keys, self.values
+
+    def prefetch(self) -> None:
+        """Fetches the layer after this one. An offloading cache fetches the layer after the one in use; this layer is never offloaded,
+        and its use is not told to the cache."""
+        cache = None if self._cache is None else self._cache()
+        if cache is not None:
+            cache.layers[(self.index + 1) % len(cache.layers)].prefetch()
 
     def crop(self, *args, **kwargs) -> None:
         """Nothing yet: the model's next call finds the text shorter than its state says, and takes back what the state holds."""
@@ -158,12 +166,13 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
             cache.layers.append(cache.layer_class_to_replicate())
         for index, layer in enumerate(cache.layers):
             if index in config.cross_attention_layers:
-                cache.layers[index] = VisionCacheLayer()
+                cache.layers[index] = VisionCacheLayer(index)
             elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
                 cache.layers[index] = TextCacheLayer()
-    layer = cache.layers[config.cross_attention_layers[0]]
-    layer.belongs_to(cache)
-    return layer
+    layers = [cache.layers[index] for index in config.cross_attention_layers]
+    for layer in layers:
+        layer.belongs_to(cache)
+    return layers[0]
 
 
 def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
@@ -186,10 +195,12 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
         raise ValueError(
             "The cache is a shallow copy: it shares its layers with another cache, so both would write into one. Copy it with copy.deepcopy."
         )
-    if layer.state.length < length:
+    last = max(set(range(config.num_hidden_layers)) - set(config.cross_attention_layers))
+    uneven = static_length(cache) is None and cache.layers[last].get_seq_length() != length
+    if uneven or layer.state.length < length:
         raise ValueError(
-            f"The cache holds {length} text tokens, but the vision sequence of {layer.state.length}: a call failed half-way. Crop the "
-            f"cache to {layer.state.length} tokens, or start from an empty one."
+            f"The cache holds {length} text tokens, but a call failed half-way: of its last tokens some layers know nothing. Start from an "
+            f"empty cache, or from a copy.deepcopy made before that call."
         )
     if layer.state.length > length:
         layer.state = layer.state.cropped(length)

@@ -48,7 +48,7 @@ from .vision_sequence import (
     take_media,
     whole_mask,
 )
-from .xrope import frame_positions, grid_rotation, rotate, rotation, text_starts, walk_text
+from .xrope import count_tokens, frame_positions, grid_rotation, rotate, rotation, text_starts, walk_text
 
 
 logger = logging.get_logger(__name__)
@@ -1116,16 +1116,7 @@ class MossVLModel(MossVLPreTrainedModel):
         if attention_mask is not None and attention_mask.ndim == 4:
             check_ready_mask(attention_mask, self.config.text_config.num_attention_heads, *text.shape[:2], cache)
         past_length = cached_length(cache)
-        starts_text = self._packed_texts(text, attention_mask, position_ids, past_length)
-        if starts_text is not None and (use_cache or cache is not None):
-            raise ValueError(
-                "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; expected "
-                "use_cache=False and no cache: a cache continues one text per row."
-            )
         incremental = use_cache is True or cache is not None
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training and starts_text is None
-        cache = DynamicCache() if use_cache and cache is None else cache
         request = read_request(
             self.config,
             vision_state(cache, self.config.text_config),
@@ -1143,6 +1134,16 @@ class MossVLModel(MossVLPreTrainedModel):
             image_mean=image_mean,
             image_std=image_std,
         )
+        ready_mask = attention_mask is not None and attention_mask.ndim == 4  # it says which text a token belongs to
+        starts_text = None if position_ids is None or past_length or ready_mask else self._packed_texts(request, position_ids)
+        if starts_text is not None and incremental:
+            raise ValueError(
+                "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; expected "
+                "use_cache=False and no cache: a cache continues one text per row."
+            )
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training and starts_text is None
+        cache = DynamicCache() if use_cache and cache is None else cache
         walked, vision_position_ids, rope_deltas = self._place(request, starts_text, position_ids)
         position_ids, rope_deltas, own_positions = self._text_positions(request, position_ids, walked, rope_deltas, starts_text)
         text_index = None if starts_text is None else starts_text.cumsum(1)
@@ -1196,18 +1197,25 @@ class MossVLModel(MossVLPreTrainedModel):
         runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
         return with_separators(media["image_features"].to(like), runs, merge, self.separator_token)
 
-    @staticmethod
-    def _packed_texts(text, attention_mask, position_ids, past_length: int) -> Optional[torch.Tensor]:
-        """Where packed texts begin: bool [B, T], or None unless the caller's `position_ids` start again within a row."""
-        fits = position_ids is not None and position_ids.shape[-2:] in (text.shape[:2], (1, text.shape[1]))
-        if not fits or past_length or (attention_mask is not None and attention_mask.shape != text.shape[:2]):
-            return None  # a wrong shape is an error later on
-        is_token = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        if attention_mask is not None:
-            is_token = attention_mask.to(text.device).bool()
-        positions = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(text.device).expand(text.shape[:2])
-        starts = text_starts(positions, is_token)
+    def _packed_texts(self, request: VisionRequest, position_ids) -> Optional[torch.Tensor]:
+        """Where packed texts begin: bool [B, T], or None unless the caller's `position_ids` start again within a row. They are counts of
+        tokens, or XRoPE's positions, in which an `image_pad` stands after its frame."""
+        shape, is_token = request.is_token.shape, request.is_token
+        if position_ids.shape[-2:] not in (shape, (1, shape[1])):
+            return None  # an error later on
+        positions = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(is_token.device).expand(shape)
+        starts = text_starts(positions, positions, is_token)
+        if any(request.pads) and not ((count_tokens(is_token, starts, positions) == positions) | ~is_token).all():
+            begins = positions.clone()
+            begins[request.is_frame] -= self._extents(request)
+            starts = text_starts(positions, begins, is_token)
         return starts if (starts.sum(1) > 1).any() else None
+
+    @staticmethod
+    def _extents(request: VisionRequest) -> torch.Tensor:
+        """max(H, W) of the frames that a call places, row by row."""
+        extents = [max(grid) for sample in request.state.row_sample for grid in request.frames_placed(sample)]
+        return torch.tensor(extents, dtype=torch.long, device=request.is_token.device)
 
     def _text_positions(self, request: VisionRequest, position_ids, walked, rope_deltas, starts_text):
         """Positions of the text [B, T] or [3, B, T], rope_deltas [B], and whether they are the caller's."""
@@ -1223,8 +1231,7 @@ class MossVLModel(MossVLPreTrainedModel):
         if starts_text is not None and any(request.pads):
             # Positions that count tokens say where texts begin, and XRoPE's say the same; of others, frames cannot follow.
             own = position_ids if position_ids.ndim == 3 else position_ids[None]
-            counted = walk_text(request.is_token, torch.zeros_like(request.is_frame), walked[:0, 0], walked[:, 0], starts_text, own[0])[0]
-            is_token = request.is_token
+            counted, is_token = count_tokens(request.is_token, starts_text, own[0]), request.is_token
             if not any(((own == known) | ~is_token).all() for known in (walked, counted)):
                 raise ValueError(
                     "`position_ids` start again within a row that has frames, but are neither counts of tokens (0, 1, 2, ... in each "
@@ -1250,10 +1257,7 @@ class MossVLModel(MossVLPreTrainedModel):
         first = None
         if starts_text is not None:
             first = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(device).expand(request.is_token.shape)
-        extents = [max(grid) for sample in state.row_sample for grid in request.frames_placed(sample)]
-        text, origins, end = walk_text(
-            request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start, starts_text, first
-        )
+        text, origins, end = walk_text(request.is_token, request.is_frame, self._extents(request), start, starts_text, first)
         rope_deltas = end - request.past_length - request.is_token.shape[1]
         of_rows = origins.split([request.pads[sample] for sample in state.row_sample])
         first_rows = state.first_rows()
@@ -1520,7 +1524,10 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         if state is not None and "grid_thw" in prompt:
             prompt = self._without_known_media(state, new[:, : max(length - past_length, 0)], prompt)
         names = prompt.keys() - {"position_ids", "rows_per_sample"}
-        request = read_request(self.config, state, past_length, new, attention_mask, **{name: prompt[name] for name in names})
+        # What the model wrote last is not in the cache yet, and stands before the new turn that a mask is about.
+        request = read_request(
+            self.config, state, past_length, new, attention_mask, **{name: prompt[name] for name in names}, mask_at_end=past_length > 0
+        )
         if past_length and request.mask is not None and not state.is_waiting():
             prompt = prompt | {"cross_attention_mask": whole_mask(request)}
         return {**prompt, "past_length": past_length, **({"media_as_given": given} if past_length else {})}

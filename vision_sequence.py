@@ -282,12 +282,18 @@ class FrameMask(NamedTuple):
     """A caller's `cross_attention_mask` for the tokens of a call.
 
     Attributes:
-        hidden: bool [B, m, F], True = hidden, for the first m tokens of the call; the text says what later tokens see.
+        hidden: bool [B, m, F], True = hidden, for m tokens of the call; the text says what the others see.
+        first: the first of these tokens.
         new_frames_only: whether the columns are the frames that come with the call; else all frames of the conversation.
     """
 
     hidden: np.ndarray
+    first: int
     new_frames_only: bool
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.first + self.hidden.shape[1])
 
 
 @dataclass(frozen=True)
@@ -349,6 +355,7 @@ def read_request(
     image_features: Optional[torch.Tensor] = None,
     image_mean=None,
     image_std=None,
+    mask_at_end: bool = False,
 ) -> VisionRequest:
     """Reads and checks what a call says about frames, before anything heavy is done.
 
@@ -357,6 +364,7 @@ def read_request(
         text: `input_ids` [B, T], or `inputs_embeds` [B, T, D], in which no frame can be placed.
         prompt_length: tokens of the whole prompt, if the caller knows it: what comes after is text that the model wrote.
         whole_prompt: without `prompt_length`, whether every frame has to be placed in this call.
+        mask_at_end: whether a mask of fewer rows than the call has tokens is about its last tokens; else about its first.
 
     Raises:
         ValueError: for shapes and counts that do not fit each other.
@@ -379,7 +387,8 @@ def read_request(
     if attention_mask is not None and attention_mask.ndim == 2:
         is_real = attention_mask.to(text.device).bool()
         is_token = is_real[:, past_length:]
-        padded, any_padded = (~torch.stack([is_token.all(), is_real.all()])).tolist()
+        whole = int(is_token.all().long() + is_real.all())  # one question to the device: the second implies the first
+        padded, any_padded = whole == 0, whole < 2
     if prompt_length is not None:
         whole_prompt = known >= prompt_length
 
@@ -410,7 +419,7 @@ def read_request(
     mask = None
     if cross_attention_mask is not None:
         frames = [sum(t for t, _, _ in own) for own in split_by(grid, media_nums)] if grid else None
-        mask = read_frame_mask(cross_attention_mask, rows, past_length, length, frames, whole_prompt)
+        mask = read_frame_mask(cross_attention_mask, rows, past_length, length, frames, whole_prompt, mask_at_end)
 
     merge, number = config.vision_config.spatial_merge_size, 0
     recalled = {}
@@ -551,7 +560,7 @@ def check_features(image_features: torch.Tensor, grid: list[list[int]], pixel_va
 
 
 def read_frame_mask(
-    mask: torch.Tensor, rows: int, past_length: int, length: int, new_frames: Optional[list[int]], whole_prompt: bool
+    mask: torch.Tensor, rows: int, past_length: int, length: int, new_frames: Optional[list[int]], whole_prompt: bool, at_end: bool
 ) -> FrameMask:
     """`cross_attention_mask` [B, 1, M, F] as far as it is about the tokens of this call.
 
@@ -571,7 +580,7 @@ def read_frame_mask(
     of_call = past_length > 0 and mask.shape[2] <= length
     new_frames_only = of_call and new_frames is not None and mask.shape[3] == max([1, *new_frames])
     hidden = mask[:, 0, :length] if of_call else mask[:, 0, past_length:known]
-    return FrameMask(hidden.cpu().numpy(), new_frames_only)
+    return FrameMask(hidden.cpu().numpy(), length - hidden.shape[1] if of_call and at_end else 0, new_frames_only)
 
 
 def count_media(grid: list[list[int]], media_nums_per_sample, pads: list[int]) -> list[int]:
@@ -624,28 +633,33 @@ def visible_rows(
             starts = np.flatnonzero(np.diff(text_index[row], prepend=-1))
             before = np.concatenate([[placed], reached])[starts]
             first_seen = np.repeat(before, np.diff([*starts, len(reached)]))
-        seen, first, row_runs = state.seen[row], 0, []
-        if mask is not None:
-            masked = mask.hidden.shape[1]
-            if text_index is not None and masked < len(reached):
-                raise ValueError(
-                    f"`cross_attention_mask` has {masked} rows for {len(reached)} tokens of packed texts; expected a row for each, or no mask."
-                )
-            shown = masked_frames(request, row, total, reached[:masked], first_seen[:masked], is_token[row, :masked])
-            edges = [0, *(np.flatnonzero((shown[1:] != shown[:-1]).any(axis=1)) + 1).tolist(), masked]
-            row_runs = [(start, end, as_visible(shown[start])) for start, end in zip(edges, edges[1:]) if end > start]
-            seen = last_seen(row_runs, is_token[row, :masked], seen)
-            placed, first = (int(reached[masked - 1]) if masked else placed), masked
-        if first < len(reached):
-            codes = np.where(is_token[row], reached, -1)[first:]
-            starts = first_seen[first:]
-            edges = [0, *(np.flatnonzero((codes[1:] != codes[:-1]) | (starts[1:] != starts[:-1])) + 1).tolist(), len(codes)]
+
+        def by_text(seen: Visible, placed: int, tokens: slice) -> list[tuple[int, int, Visible]]:
+            """Runs of tokens before which `placed` frames were placed, and of which a token saw `seen`."""
+            codes, begins, out = np.where(is_token[row], reached, -1)[tokens], first_seen[tokens], []
+            edges = [0, *(np.flatnonzero((codes[1:] != codes[:-1]) | (begins[1:] != begins[:-1])) + 1).tolist(), len(codes)]
             for start, end in zip(edges, edges[1:]):
                 frames = NO_FRAMES
-                if codes[start] >= 0:
-                    frames = with_frames(seen if text_index is None else NO_FRAMES, max(placed, int(starts[start])), int(codes[start]))
-                row_runs.append((first + start, first + end, frames))
-        runs.append(row_runs)
+                if start < end and codes[start] >= 0:
+                    frames = with_frames(seen if text_index is None else NO_FRAMES, max(placed, int(begins[start])), int(codes[start]))
+                out.append((tokens.start + start, tokens.start + end, frames))
+            return out if tokens.stop > tokens.start else []
+
+        if mask is None:
+            runs.append(by_text(state.seen[row], placed, slice(0, len(reached))))
+            continue
+        tokens = mask.tokens
+        if text_index is not None and tokens != slice(0, len(reached)):
+            raise ValueError(
+                f"`cross_attention_mask` has {tokens.stop} rows for {len(reached)} tokens of packed texts; expected a row for each, or no mask."
+            )
+        row_runs = by_text(state.seen[row], placed, slice(0, tokens.start))
+        shown = masked_frames(request, row, total, reached[tokens], first_seen[tokens], is_token[row, tokens])
+        edges = [0, *(np.flatnonzero((shown[1:] != shown[:-1]).any(axis=1)) + 1).tolist(), len(shown)]
+        row_runs += [(tokens.start + start, tokens.start + end, as_visible(shown[start])) for start, end in zip(edges, edges[1:]) if end > start]
+        seen = last_seen(row_runs, is_token[row, : tokens.stop], state.seen[row])
+        placed = int(reached[tokens.stop - 1]) if tokens.stop else placed
+        runs.append(row_runs + by_text(seen, placed, slice(tokens.stop, len(reached))))
     return runs
 
 
@@ -689,13 +703,12 @@ def whole_mask(request: VisionRequest) -> Optional[torch.Tensor]:
         return None
     is_token, is_frame = request.is_token.cpu().numpy(), request.is_frame.cpu().numpy()
     total = [len(grids) + len(new) for grids, new in zip(request.state.grids, request.new)]
-    masked = request.mask.hidden.shape[1]
-    hidden = np.ones((len(is_token), 1, request.past_length + masked, max([1, *total])), dtype=bool)
-    for row, sample in enumerate(request.state.row_sample):
-        placed = request.state.placed[sample]
-        reached = placed + is_frame[row, :masked].cumsum()
-        shown = masked_frames(request, row, total, reached, np.full(masked, placed), is_token[row, :masked])
-        hidden[row, 0, request.past_length :, : total[sample]] = ~shown
+    end = request.mask.tokens.stop
+    hidden = np.ones((len(is_token), 1, request.past_length + end, max([1, *total])), dtype=bool)
+    for row, runs in enumerate(visible_rows(request, is_token, is_frame)):
+        count = total[request.state.row_sample[row]]
+        for first, last, frames in runs:
+            hidden[row, 0, request.past_length + first : request.past_length + min(last, end), :count] = ~as_array(frames, count)
     return torch.from_numpy(hidden)
 
 

@@ -43,16 +43,20 @@ def walk_text(
     return text, text[is_frame] - extents, end[:, -1]
 
 
-def text_starts(positions: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
-    """Where texts begin in rows that may pack several: bool [B, T], True at each row's first token and wherever a position [B, T] is not
-    above that of the token before it. Padding is passed over."""
-    lowest = torch.iinfo(positions.dtype).min
-    real = torch.where(is_token, positions, lowest)
+def count_tokens(is_token: torch.Tensor, starts_text: torch.Tensor, first_positions: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] that count the tokens of each text from its first one's position on, 0 at padding; frames take no space."""
+    no_frame = torch.zeros_like(is_token)
+    start = first_positions.new_zeros(len(is_token))
+    return walk_text(is_token, no_frame, start[:0], start, starts_text, first_positions)[0]
+
+
+def text_starts(positions: torch.Tensor, begins: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """Where texts begin in rows that may pack several: bool [B, T], True at each row's first token and wherever a token's `begins` [B, T]
+    is not above the position [B, T] of the token before it. Padding is passed over."""
     index = torch.arange(positions.shape[1], device=positions.device)
     before = torch.where(is_token, index, -1).cummax(1).values.roll(1, dims=1)  # the token before, -1 for none
     before[:, 0] = -1
-    last = torch.where(before >= 0, real.gather(1, before.clamp(min=0)), torch.iinfo(positions.dtype).max)
-    return is_token & (real <= last)
+    return is_token & ((before < 0) | (begins <= positions.gather(1, before.clamp(min=0))))
 
 
 def frame_positions(origins: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -1,0 +1,423 @@
+"""Later turns on a kept cache, and what is done to a cache between them: the cases that have names. Expected numbers are the oracle's."""
+
+import copy
+import io
+
+import pytest
+import torch
+import transformers
+from moss_vl.cache_layers import VisionCacheLayer
+from moss_vl.modeling_moss_vl import CACHE
+from moss_vl.vision_sequence import PAST_CALLS
+from oracle import Oracle
+from tiny import IMAGE_PAD, Sample, batch, make_model
+from transformers import DynamicCache
+
+
+V5 = transformers.__version__ >= "5"
+GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def oracle(model):
+    return Oracle(model)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def frames_of(oracle, *samples):
+    out = []
+    for sample in samples:
+        first = 0
+        for t, h, w in sample.grids:
+            for _ in range(t):
+                out.append((oracle.encode(sample.pixel_values[first : first + h * w], h, w), h // 2, w // 2))
+                first += h * w
+    return out
+
+
+def expected(oracle, *samples, more=(), **kwargs):
+    """The oracle's logits of the samples, one after the other as one conversation, and of `more` tokens."""
+    ids = [token for sample in samples for token in sample.ids.tolist()] + list(more)
+    places = [i for i, token in enumerate(ids[: len(ids) - len(more)]) if token == IMAGE_PAD]
+    return oracle.logits(ids, frames_of(oracle, *samples), places, **kwargs)
+
+
+def close(got, want):
+    error = (got.double() - want).abs().max() / want.abs().max()
+    assert error < 2e-5, f"off by {error:.2g}"
+
+
+def media_of(sample):
+    return {name: value for name, value in sample.inputs().items() if name in ("pixel_values", "grid_thw", "media_nums_per_sample")}
+
+
+# ------------------------------------------------------------------------------------------------------- masks of later turns
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_a_text_turn_as_the_processor_returns_it(model, oracle, with_mask):
+    """One image, then a question with a blank medium, which all rows of its mask hide: the image stays seen."""
+    first, second = Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=3)
+    cache = model(**first.inputs(), use_cache=True)[CACHE]
+    inputs = second.inputs() | {"attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    if not with_mask:
+        del inputs["cross_attention_mask"]
+    close(model(**inputs, past_key_values=cache).logits[0], expected(oracle, first, second)[3:])
+    close(model(torch.tensor([[7]]), past_key_values=cache).logits[0], expected(oracle, first, second, more=[7])[-1:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_of_the_new_turn_is_not_one_of_the_conversation(model, oracle, side):
+    """Row 0 has the image of the first turn, row 1 that of the second: the new turn's mask has as many columns as either."""
+    firsts, seconds = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=2)], [Sample("tt", seed=3), Sample("tFt", (1, 4, 6), seed=4)]
+    before, inputs = batch(firsts, "left"), batch(seconds, side)
+    cache = model(**before, use_cache=True)[CACHE]
+    inputs["attention_mask"] = torch.cat([before["attention_mask"], inputs["attention_mask"]], dim=1)
+    logits = model(**inputs, past_key_values=cache).logits
+    for row, (first, second) in enumerate(zip(firsts, seconds)):
+        real = inputs["attention_mask"][row, 3:].bool()
+        close(logits[row, real], expected(oracle, first, second)[3:])
+
+
+def test_a_mask_of_the_conversation_hides_what_was_seen(model, oracle):
+    """Without media in the call, the columns are the frames of the conversation; tokens after it see what its last row saw."""
+    sample = Sample("tFFt", (1, 4, 4), (1, 4, 6), seed=1)
+    for rows in (2, 6):  # those of the call, or of the conversation
+        cache = model(**sample.inputs(), use_cache=True)[CACHE]
+        mask = torch.ones(1, 1, rows, 2, dtype=torch.bool)
+        mask[0, 0, -1, 1] = mask[0, 0, -2] = False  # the last token sees the second frame alone
+        got = model(torch.tensor([[7, 8]]), cross_attention_mask=mask, past_key_values=cache).logits[0]
+        after = model(torch.tensor([[9]]), past_key_values=cache).logits[0]
+        visible = [[], [0], [0, 1], [0, 1], [0, 1], [1], [1]]
+        want = expected(oracle, sample, more=[7, 8, 9], visible=visible)
+        close(torch.cat([got, after]), want[4:])
+
+
+def test_a_mask_shorter_than_the_text(model, oracle):
+    """A completion that was appended after the processor sees what the prompt's last token saw, and its own frames."""
+    sample = Sample("tFtFtt", (1, 4, 4), (1, 4, 6), seed=1)
+    inputs = sample.inputs()
+    mask = inputs["cross_attention_mask"]
+    hidden = mask.clone()
+    hidden[:, :, :3, 0] = True  # the first frame, up to the prompt's end
+    for given, visible in (
+        (mask[:, :, :3], None),
+        (mask[:, :, :0], None),
+        (hidden[:, :, :3], [[], [], [], [1], [1], [1]]),
+    ):
+        close(model(**inputs | {"cross_attention_mask": given}).logits[0], expected(oracle, sample, visible=visible))
+    prompt = Sample("tFt", (1, 4, 4), seed=5)
+    inputs = prompt.inputs()
+    inputs["input_ids"] = torch.cat([prompt.ids, torch.tensor([7, 8])])[None]
+    inputs["attention_mask"] = torch.ones(1, 5, dtype=torch.long)
+    close(model(**inputs).logits[0], expected(oracle, prompt, more=[7, 8]))
+
+
+@pytest.mark.parametrize("text", ["Ftt", "tFt"])
+def test_a_mask_of_other_padding_is_an_error(model, text):
+    """Ids that somebody padded on the left, beside the mask of an unpadded row: it fits in shape."""
+    samples = [Sample(text, (1, 4, 4), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)]
+    left, right = batch(samples, "left"), batch(samples, "right")
+    for inputs, mask in ((left, right), (right, left)):
+        with pytest.raises(ValueError, match="which is padding: it does not belong to these `input_ids`"):
+            model(**inputs | {"cross_attention_mask": mask["cross_attention_mask"]})
+    early = left["cross_attention_mask"].clone()
+    early[1, 0, 1, 1] = False
+    with pytest.raises(ValueError, match="shows frame 1 of sample 1 to token 1 of this call, before the frame's `image_pad`"):
+        model(**left | {"cross_attention_mask": early})
+
+
+# ------------------------------------------------------------------------------------------------------ padding and waiting
+
+
+def test_a_row_of_padding_alone_keeps_its_frames(model, oracle):
+    """Chunks of a right-padded prompt, a turn in which a row says nothing, a masked decode step with and without a mask."""
+    samples = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)]
+    inputs = batch(samples, "right")
+    visual, mask = {name: inputs[name] for name in ("pixel_values", "grid_thw")}, inputs["attention_mask"]
+    cache = DynamicCache()
+    for part in (slice(0, 4), slice(4, 7)):
+        model(inputs["input_ids"][:, part], attention_mask=mask[:, : part.stop], past_key_values=cache, **visual)
+        visual = {}
+    for tokens, real, frame_mask in (([0, 8], [0, 1], None), ([0, 9], [0, 1], torch.tensor([True, False])), ([7, 5], [1, 1], None)):
+        mask = torch.cat([mask, torch.tensor(real)[:, None]], dim=1)
+        frame_mask = None if frame_mask is None else frame_mask[:, None, None, None]
+        logits = model(
+            torch.tensor(tokens)[:, None], attention_mask=mask, past_key_values=cache, cross_attention_mask=frame_mask
+        ).logits
+    close(logits[0], expected(oracle, samples[0], more=[7])[-1:])
+    close(logits[1], expected(oracle, samples[1], more=[8, 9, 5])[-1:])
+
+
+def test_frames_that_wait_move_nobody_else(model, oracle):
+    samples, late = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFttt", (1, 4, 6), seed=2)], Sample("F", (1, 4, 8), seed=3)
+    inputs = batch(samples, "left")
+    cache, mask = model(**inputs, use_cache=True)[CACHE], inputs["attention_mask"]
+    for ids, visual in (([[7, 8], [9, 10]], media_of(late) | {"media_nums_per_sample": [1, 0]}), ([[IMAGE_PAD], [11]], {})):
+        mask = torch.cat([mask, torch.ones_like(torch.tensor(ids))], dim=1)
+        logits = model(torch.tensor(ids), attention_mask=mask, past_key_values=cache, **visual).logits
+    text = Sample("tt", seed=0)
+    text.ids = torch.tensor([7, 8])
+    close(logits[0], expected(oracle, samples[0], text, late)[-1:])
+    close(logits[1], expected(oracle, samples[1], more=[9, 10, 11])[-1:])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+def test_an_image_of_zeros_whose_text_comes_later(model, oracle, size):
+    """It looks like the blank medium of a processor until its `image_pad` comes."""
+    sample = Sample("tttFtt", (1, 4, 4), seed=1)
+    sample.pixel_values = torch.zeros_like(sample.pixel_values)
+    cache, rows, visual = DynamicCache(), [], {"pixel_values": sample.pixel_values, "grid_thw": sample.grid_thw}
+    for first in range(0, 6, size):
+        rows.append(model(sample.ids[None, first : first + size], past_key_values=cache, **visual).logits)
+        visual = {}
+    close(torch.cat(rows, dim=1)[0], expected(oracle, sample))
+
+
+def test_a_blank_medium_is_no_frame_of_a_later_turn(model, oracle):
+    blank, image = Sample("ttt", seed=1), Sample("tFt", (1, 4, 6), seed=2)
+    cache = model(**blank.inputs(), use_cache=True)[CACHE]
+    close(model(image.ids[None], past_key_values=cache, **media_of(image)).logits[0], expected(oracle, blank, image)[3:])
+
+
+def test_several_black_frames_without_an_image_pad_are_an_error(model):
+    frames = Sample("ttt", seed=1).inputs() | {"pixel_values": torch.zeros(32, 48), "grid_thw": torch.tensor([[2, 4, 4]])}
+    del frames["cross_attention_mask"]
+    with pytest.raises(ValueError, match="0 `image_pad` tokens, but its media have 2 frames"):
+        model(**frames)
+
+
+# --------------------------------------------------------------------------------------------------- crops, orders, copies
+
+
+def crop(cache, length):
+    cache.crop(length - cache.get_seq_length() if V5 else length)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+def test_crop_past_a_frame(model, oracle, length):
+    """What is left of a prompt goes on as if nothing had followed; new frames take the place of those taken back."""
+    sample, more = Sample("tFtFt", (1, 4, 4), (1, 4, 6), seed=1), Sample("tFt", (1, 2, 6), seed=2)
+    cache = model(**sample.inputs(), use_cache=True)[CACHE]
+    model(torch.tensor([[5, 6]]), past_key_values=cache)
+    crop(cache, length)
+    kept = Sample("t", seed=0)
+    kept.ids, kept.grids = sample.ids[:length], sample.grids[: int((sample.ids[:length] == IMAGE_PAD).sum())]
+    kept.pixel_values = sample.pixel_values
+    close(model(more.ids[None], past_key_values=cache, **media_of(more)).logits[0], expected(oracle, kept, more)[length:])
+
+
+def test_crop_into_padding(model, oracle):
+    samples = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)]
+    cache = model(**batch(samples, "right"), use_cache=True)[CACHE]
+    cache.batch_select_indices(torch.tensor([0]))
+    crop(cache, 3)
+    close(model(torch.tensor([[7]]), past_key_values=cache).logits[0], expected(oracle, samples[0], more=[7])[-1:])
+
+
+def test_a_crop_too_far_back_is_an_error(model):
+    cache, mask = DynamicCache(), torch.ones(1, 0, dtype=torch.long)
+    for step in range(PAST_CALLS + 3):  # each with padding, so none of them only goes on
+        mask = torch.cat([mask, torch.tensor([[0, 1]])], dim=1)
+        model(torch.tensor([[0, 5]]), attention_mask=mask, past_key_values=cache)
+    crop(cache, 5)
+    with pytest.raises(ValueError, match=rf"cropped to 5 tokens; expected at least 6, as only the last {PAST_CALLS} calls"):
+        model(torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "name, index, rows",
+    [
+        ("reorder_cache", [1, 0], [1, 0]),
+        ("reorder_cache", [1, 1], [1, 1]),
+        ("batch_select_indices", [True, True], [0, 1]),
+        ("batch_select_indices", [False, True], [1]),
+        ("batch_select_indices", [-1, 0, 0], [1, 0, 0]),
+    ],
+)
+def test_rows_take_their_frames_along(model, oracle, name, index, rows):
+    samples = [Sample("ttFt", (1, 4, 4), seed=1), Sample("tFtt", (1, 4, 6), seed=2)]
+    cache = model(**batch(samples, "left"), use_cache=True)[CACHE]
+    getattr(cache, name)(torch.tensor(index))
+    tokens = torch.arange(7, 7 + len(rows))
+    logits = model(tokens[:, None], past_key_values=cache).logits
+    for row, at in enumerate(rows):
+        close(logits[row], expected(oracle, samples[at], more=[7 + row])[-1:])
+
+
+def test_media_follow_the_order_of_the_rows(model, oracle):
+    """After a reorder, and after a sample is gone."""
+    samples = [Sample("ttFt", (1, 4, 4), seed=1), Sample("tFtt", (1, 4, 6), seed=2), Sample("tttt", seed=3)]
+    cache = model(**batch(samples, "left"), use_cache=True)[CACHE]
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    more = [Sample("tF", (1, 2, 4), seed=4), Sample("Ft", (1, 4, 8), seed=5)]
+    logits = model(**batch(more, "left") | {"attention_mask": None}, past_key_values=cache).logits
+    for row, (at, new) in enumerate(zip((2, 1), more)):
+        close(logits[row], expected(oracle, samples[at], new)[4:])
+
+
+def test_rows_of_one_sample_that_part_cannot_take_frames(model):
+    sample = Sample("tFt", (1, 4, 4), seed=1)
+    cache = model(**sample.inputs(), use_cache=True)[CACHE]
+    cache.batch_repeat_interleave(2)
+    visual = media_of(Sample("F", (1, 4, 6), seed=2))
+    with pytest.raises(ValueError, match="Text rows 0 and 1 share the frames of sample 0, but have 1 and 0 `image_pad` tokens"):
+        model(torch.tensor([[IMAGE_PAD], [7]]), past_key_values=cache, **visual)
+    with pytest.raises(ValueError, match="Text rows 0 and 1 share the frames of sample 0, but place them differently"):
+        model(torch.tensor([[IMAGE_PAD, 7], [7, IMAGE_PAD]]), past_key_values=cache, **visual)
+
+
+@pytest.mark.parametrize("kind", ["deep", "layers", "saved"])
+def test_copies_of_a_cache_go_their_own_ways(model, oracle, kind):
+    """Also when both write new tokens, and place a frame that waits, into the memory that they had in common."""
+    sample, late = Sample("tFt", (1, 4, 4), seed=1), Sample("F", (1, 4, 6), seed=2)
+    cache = model(**sample.inputs(), use_cache=True)[CACHE]
+    model(torch.tensor([[5]]), past_key_values=cache, **media_of(late))
+    if kind == "deep":
+        other = copy.deepcopy(cache)
+    elif kind == "saved":
+        memory = io.BytesIO()
+        torch.save(cache, memory)
+        memory.seek(0)
+        other = torch.load(memory, weights_only=False)
+    else:
+        other = DynamicCache()
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+    for token in (8, 9):
+        for one, tokens in ((cache, [7, IMAGE_PAD, token]), (other, [IMAGE_PAD, 6, token])):
+            crop(one, 4)
+            got = model(torch.tensor([tokens]), past_key_values=copy.deepcopy(one) if token == 8 else one).logits[0]
+            ids = [*sample.ids.tolist(), 5, *tokens]
+            want = oracle.logits(ids, frames_of(oracle, sample, late))
+            close(got, want[4:])
+
+
+def test_a_shallow_copy_of_a_cache_is_an_error(model):
+    cache = model(**Sample("tFt", (1, 4, 4)).inputs(), use_cache=True)[CACHE]
+    other = copy.copy(cache)
+    with pytest.raises(ValueError, match="The cache is a shallow copy.*copy.deepcopy"):
+        model(torch.tensor([[7]]), past_key_values=other)
+    model(torch.tensor([[7]]), past_key_values=cache)
+    del cache
+    model(torch.tensor([[7]]), past_key_values=other)  # it is the only one now
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_cache_half_filled_by_a_failed_call(model, oracle, layer):
+    sample = Sample("tFt", (1, 4, 4), seed=1)
+    for cache in (DynamicCache(), model(**sample.inputs(), use_cache=True)[CACHE]):
+        length = cache.get_seq_length()
+
+        def fail(*args):
+            raise RuntimeError("out of memory")
+
+        hook = model.model.language_model.layers[layer].register_forward_hook(fail)
+        with pytest.raises(RuntimeError):
+            model(**(sample.inputs() if not length else {"input_ids": torch.tensor([[7]])}), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="a call failed half-way|but not their vision sequence"):
+            model(torch.tensor([[7]]), past_key_values=cache)
+        if length:
+            crop(cache, length)  # in transformers 5 this takes a token from the layers that lack it, too
+            if V5:
+                with pytest.raises(ValueError, match="a call failed half-way"):
+                    model(torch.tensor([[7]]), past_key_values=cache)
+            else:
+                close(model(torch.tensor([[7]]), past_key_values=cache).logits[0], expected(oracle, sample, more=[7])[-1:])
+
+
+def test_an_offloading_cache_fetches_past_the_vision_layers():
+    """`prefetch` of a vision layer is that of the layer after it, at the end of the first."""
+    fetched, cache = [], DynamicCache()
+    cache.layers = [cache.layer_class_to_replicate(), VisionCacheLayer(1), VisionCacheLayer(2)]
+    cache.layers[0].prefetch = lambda: fetched.append(0)
+    cache.layers[1].prefetch()
+    assert not fetched  # of no cache yet
+    assert all(layer.belongs_to(cache) for layer in cache.layers[1:])
+    cache.layers[1].prefetch()
+    assert fetched == [0]
+
+
+# -------------------------------------------------------------------------------------------------------------- generate
+
+
+def greedy(oracle, samples, more=()):
+    new = []
+    for _ in range(GENERATE["max_new_tokens"]):
+        new.append(int(expected(oracle, *samples, more=[*more, *new])[-1].argmax()))
+    return new
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 prefills in chunks only from an empty cache")
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_a_second_turn_in_chunks(model, oracle, size, with_mask):
+    """Its frames fall into different chunks, and its mask is over them alone."""
+    first, second = Sample("tFt", (1, 4, 4), seed=1), Sample("FtttFt", (1, 4, 4), (1, 4, 6), seed=2)
+    cache = DynamicCache()
+    out = model.generate(**first.inputs(), **{CACHE: cache}, **GENERATE)
+    written = Sample("t", seed=0)
+    written.ids = out[0, 3:]
+    inputs = media_of(second) | ({"cross_attention_mask": second.inputs()["cross_attention_mask"]} if with_mask else {})
+    ids = torch.cat([out, second.ids[None]], dim=1)
+    got = model.generate(ids, **inputs, **{CACHE: cache}, **GENERATE, prefill_chunk_size=size)
+    assert got[0, ids.shape[1] :].tolist() == greedy(oracle, [first, written, second])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_only_left_padding_is_generated_from(model, side):
+    inputs = batch([Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)], side)
+    for given in (inputs, {name: value for name, value in inputs.items() if name != "attention_mask"}):
+        if side == "left":
+            model.generate(**given, **GENERATE)
+        else:
+            with pytest.raises(ValueError, match="padded on the right.*expected padding on the left"):
+                model.generate(**given, **GENERATE)
+
+
+def test_a_turn_without_anything_new_is_an_error(model):
+    cache = DynamicCache()
+    out = model.generate(**Sample("tFt", (1, 4, 4)).inputs(), **{CACHE: cache}, **GENERATE)
+    ids = out[:, : cache.get_seq_length()]
+    with pytest.raises(ValueError, match="at least one token that the cache does not hold"):
+        model.generate(ids, **{CACHE: cache}, **GENERATE)
+    if not V5:
+        with pytest.raises(ValueError, match="those of the whole conversation"):
+            mask = torch.ones(1, ids.shape[1] + 2, dtype=torch.long)
+            model.generate(torch.tensor([[5, 6]]), attention_mask=mask, **{CACHE: cache}, **GENERATE)
+
+
+# ------------------------------------------------------------------------------------------------------ empty and renamed
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3)])
+def test_no_text_is_an_error(model, shape):
+    with pytest.raises(ValueError, match=rf"The text has shape \[{shape[0]}, {shape[1]}\]; expected at least one"):
+        model(torch.zeros(shape, dtype=torch.long))
+
+
+def test_no_media_at_all_are_no_media(model, oracle):
+    text = Sample("ttt", seed=1)
+    empty = {"pixel_values": torch.zeros(0, 48), "grid_thw": torch.zeros(0, 3, dtype=torch.long)}
+    for more in ({}, {"media_nums_per_sample": [0]}, {"use_cache": True}):
+        close(model(text.ids[None], **empty, **more).logits[0], expected(oracle, text))
+
+
+def test_the_grid_by_its_other_name(model):
+    inputs = Sample("tFt", (1, 4, 4), seed=1).inputs()
+    renamed = {name: value for name, value in inputs.items() if name != "grid_thw"} | {"image_grid_thw": inputs["grid_thw"]}
+    types = {"token_type_ids": inputs["input_ids"] * 0, "mm_token_type_ids": (inputs["input_ids"] == IMAGE_PAD).long()}
+    assert torch.equal(model(**renamed, **types).logits, model(**inputs).logits)
+    assert torch.equal(model.generate(**renamed, **GENERATE), model.generate(**inputs, **GENERATE))
+    with pytest.raises(ValueError, match="given twice, as `grid_thw` and as `image_grid_thw`"):
+        model(**renamed, grid_thw=inputs["grid_thw"])
