@@ -428,10 +428,10 @@ class MossVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    def __init__(self, config, *inputs, cross_attention_implementation: Optional[str] = None, **kwargs):
+    def __init__(self, config, cross_attention_implementation: Optional[str] = None):
         """`cross_attention_implementation`: what `from_pretrained` and `from_config` were given, as `attn_implementation` is, but for the
         cross-attention layers alone."""
-        super().__init__(config, *inputs, **kwargs)
+        super().__init__(config)
         text = getattr(config, "text_config", config)
         name = getattr(text, "cross_attention_implementation", None)
         name = name if cross_attention_implementation is None else cross_attention_implementation
@@ -815,8 +815,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
     config_class = MossVLTextConfig
     _no_split_modules = ["MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
 
-    def __init__(self, config: MossVLTextConfig, **kwargs):
-        super().__init__(config, **kwargs)
+    def __init__(self, config: MossVLTextConfig, cross_attention_implementation: Optional[str] = None):
+        super().__init__(config, cross_attention_implementation)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         crossing = set(config.cross_attention_layers)
         self.layers = nn.ModuleList(
@@ -1051,8 +1051,8 @@ def packed_texts(text_index: torch.Tensor) -> dict:
 class MossVLModel(MossVLPreTrainedModel):
     """Vision encoder, separator and decoder, without a head."""
 
-    def __init__(self, config: MossVLConfig, **kwargs):
-        super().__init__(config, **kwargs)
+    def __init__(self, config: MossVLConfig, cross_attention_implementation: Optional[str] = None):
+        super().__init__(config, cross_attention_implementation)
         self.visual = MossVLVisionModel._from_config(config.vision_config)
         self.language_model = MossVLTextModel._from_config(config.text_config)
         self.separator_token = nn.Parameter(torch.zeros(config.text_config.hidden_size))
@@ -1315,8 +1315,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     accepts_loss_kwargs = True
 
-    def __init__(self, config: MossVLConfig, **kwargs):
-        super().__init__(config, **kwargs)
+    def __init__(self, config: MossVLConfig, cross_attention_implementation: Optional[str] = None):
+        super().__init__(config, cross_attention_implementation)
         self.model = MossVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()

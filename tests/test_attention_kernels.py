@@ -358,6 +358,8 @@ def test_where_cross_attention_implementation_is_given(tmp_path):
     assert of(model) == ("sdpa", "eager")
     assert of(load(CHECKPOINT, config=model.config, cross_attention_implementation="sdpa")) == ("sdpa", "sdpa")
     assert of(MossVLForConditionalGeneration._from_config(make_config(), cross_attention_implementation="eager")) == ("sdpa", "eager")
+    with pytest.raises(TypeError, match="cross_attention_implementations"):
+        load(CHECKPOINT, cross_attention_implementations="eager")
     model.save_pretrained(tmp_path)
     assert "cross_attention_implementation" not in (tmp_path / "config.json").read_text()
     assert of(load(tmp_path)) == ("sdpa", None)
