@@ -8,7 +8,7 @@ behind the other without padding).
 import inspect
 import re
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple, Optional, Union
 
@@ -112,8 +112,8 @@ def blockwise_attention_forward(module, query, key, value, attention_mask, scali
 
 ALLOWED_NAMES = (
     "'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flash_attention_4', a flash-attention kernel of the `kernels` package "
-    "('owner/name'), or a function that you registered with the contract of transformers' sdpa (mask None with `is_causal`, or "
-    "[B, 1, T, S])"
+    "('owner/name'), or a function that you registered with the contract of transformers' sdpa (a mask [B, 1, T, S], or None and "
+    "`is_causal`)"
 )
 
 
@@ -146,6 +146,12 @@ def attention_kind(name: str) -> str:
         if make_mask is None or make_mask is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]:
             return "function"
     raise ValueError(f"The attention implementation {name!r} cannot be used by MOSS-VL; expected {ALLOWED_NAMES}.")
+
+
+@lru_cache
+def takes_causality(function) -> bool:
+    """Whether a user's function names `is_causal` among its parameters; one that does not has to be told by a mask."""
+    return "is_causal" in inspect.signature(function).parameters
 
 
 def is_kernel_name(name: str) -> bool:
@@ -196,6 +202,11 @@ def usable_implementation(name: Optional[str], states: torch.Tensor, need_weight
     return name
 
 
+def lower_triangle(rows: int, device) -> torch.Tensor:
+    """Causality as a mask, bool [1, 1, rows, rows]."""
+    return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
+
+
 def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0, texts=None):
     """One attention call. Shapes as in `eager_attention_forward`.
 
@@ -212,10 +223,11 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
     causal, kind = causal and rows > 1, attention_kind(implementation)
     if kind == "eager":
-        if causal:
-            mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = lower_triangle(rows, query.device) if causal else mask
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
     attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if kind == "function" and causal and not takes_causality(attention):
+        mask, causal = lower_triangle(rows, query.device), False
     if kind == "flash":
         if attention is None:
             raise ValueError(f"This transformers does not know {implementation!r}; expected another version of flash-attention, or sdpa.")
@@ -862,7 +874,6 @@ class MossVLTextModel(MossVLPreTrainedModel):
         Raises:
             ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
-        check_implementations(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         config, hidden_states, cache = self.config, inputs_embeds, cache_of(cache, past_key_values)
@@ -878,10 +889,10 @@ class MossVLTextModel(MossVLPreTrainedModel):
         vision_table = None
         if vision_states is not None:
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
-        implementation = self._implementation(config._attn_implementation, hidden_states, output_attentions)
+        implementation = crossing = self._implementation(config._attn_implementation, hidden_states, output_attentions)
+        if config.cross_attention_implementation is not None:
+            crossing = self._implementation(config.cross_attention_implementation, hidden_states, output_attentions)
         visible, implementation = visible_rows(config, attention_mask, hidden_states, cache, implementation, text_index)
-        crossing = config._attn_implementation if config.cross_attention_implementation is None else config.cross_attention_implementation
-        crossing = self._implementation(crossing, hidden_states, output_attentions)
 
         all_states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
@@ -1114,7 +1125,8 @@ class MossVLModel(MossVLPreTrainedModel):
         image_std: Optional[list[list[float]]] = None,
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
-        check_implementations(self.config)
+        if grid_thw is not None:
+            check_implementations(self.config)  # before the vision encoder runs; the text model checks its own
         cache = cache_of(cache, past_key_values)
         incremental = use_cache is True or cache is not None
         if use_cache is None:

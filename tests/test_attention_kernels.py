@@ -406,6 +406,15 @@ def test_functions_of_users(monkeypatch):
         assert ("MossVLSelfAttention", False, True) in calls
 
 
+def test_functions_of_users_that_know_masks_alone(monkeypatch):
+    def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        return modeling.eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", attention)
+    for inputs in (assorted_samples()[3].inputs(), batch(assorted_samples(), "right")):
+        assert close(logits(make_model("mine"), **inputs), logits(make_model("eager"), **inputs))
+
+
 def test_functions_of_users_that_want_other_masks_are_refused(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", lambda *args, **kwargs: None)
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
