@@ -1001,7 +1001,7 @@ def visible_rows(
     row_at = at[past:known, None]
     mask = (at <= row_at)[None, None]  # [1, 1, T, S]
     if text_index is not None:
-        texts = F.pad(text_index.to(device), (0, slots - known), value=-1)
+        texts = F.pad(text_index.to(device), (0, slots - known))
         mask = mask & (texts[:, None, :known, None] == texts[:, None, None, :])
     if padded:
         may_see = F.pad(attention_mask.to(device).bool(), (0, slots - known))
