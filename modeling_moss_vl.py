@@ -8,7 +8,7 @@ behind the other without padding).
 import inspect
 import re
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple, Optional, Union
 
@@ -115,8 +115,8 @@ def blockwise_attention_forward(module, query, key, value, attention_mask, scali
 
 ALLOWED_NAMES = (
     "'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flash_attention_4', a flash-attention kernel of the `kernels` package "
-    "('owner/name'), or a function that you registered with the contract of transformers' sdpa (mask None with `is_causal`, or "
-    "[B, 1, T, S])"
+    "('owner/name'), or a function that you registered with the contract of transformers' sdpa (a mask [B, 1, T, S], or None and "
+    "`is_causal`)"
 )
 
 
@@ -149,6 +149,12 @@ def attention_kind(name: str) -> str:
         if make_mask is None or make_mask is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]:
             return "function"
     raise ValueError(f"The attention implementation {name!r} cannot be used by MOSS-VL; expected {ALLOWED_NAMES}.")
+
+
+@lru_cache
+def takes_causality(function) -> bool:
+    """Whether a user's function names `is_causal` among its parameters; one that does not has to be told by a mask."""
+    return "is_causal" in inspect.signature(function).parameters
 
 
 def is_kernel_name(name: str) -> bool:
@@ -199,6 +205,11 @@ def usable_implementation(name: Optional[str], states: torch.Tensor, need_weight
     return name
 
 
+def lower_triangle(rows: int, device) -> torch.Tensor:
+    """Causality as a mask, bool [1, 1, rows, rows]."""
+    return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
+
+
 def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0, texts=None):
     """One attention call. Shapes as in `eager_attention_forward`.
 
@@ -215,10 +226,11 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
     causal, kind = causal and rows > 1, attention_kind(implementation)
     if kind == "eager":
-        if causal:
-            mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = lower_triangle(rows, query.device) if causal else mask
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
     attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if kind == "function" and causal and not takes_causality(attention):
+        mask, causal = lower_triangle(rows, query.device), False
     if kind == "flash":
         if attention is None:
             raise ValueError(f"This transformers does not know {implementation!r}; expected another version of flash-attention, or sdpa.")
@@ -431,10 +443,10 @@ class MossVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    def __init__(self, config, *inputs, cross_attention_implementation: Optional[str] = None, **kwargs):
+    def __init__(self, config, cross_attention_implementation: Optional[str] = None):
         """`cross_attention_implementation`: what `from_pretrained` and `from_config` were given, as `attn_implementation` is, but for the
         cross-attention layers alone."""
-        super().__init__(config, *inputs, **kwargs)
+        super().__init__(config)
         text = getattr(config, "text_config", config)
         name = getattr(text, "cross_attention_implementation", None)
         name = name if cross_attention_implementation is None else cross_attention_implementation
@@ -818,8 +830,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
     config_class = MossVLTextConfig
     _no_split_modules = ["MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
 
-    def __init__(self, config: MossVLTextConfig, **kwargs):
-        super().__init__(config, **kwargs)
+    def __init__(self, config: MossVLTextConfig, cross_attention_implementation: Optional[str] = None):
+        super().__init__(config, cross_attention_implementation)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         crossing = set(config.cross_attention_layers)
         self.layers = nn.ModuleList(
@@ -865,7 +877,6 @@ class MossVLTextModel(MossVLPreTrainedModel):
         Raises:
             ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
-        check_implementations(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         config, hidden_states, cache = self.config, inputs_embeds, cache_of(cache, past_key_values)
@@ -881,10 +892,10 @@ class MossVLTextModel(MossVLPreTrainedModel):
         vision_table = None
         if vision_states is not None:
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
-        implementation = self._implementation(config._attn_implementation, hidden_states, output_attentions)
+        implementation = crossing = self._implementation(config._attn_implementation, hidden_states, output_attentions)
+        if config.cross_attention_implementation is not None:
+            crossing = self._implementation(config.cross_attention_implementation, hidden_states, output_attentions)
         visible, implementation = visible_rows(config, attention_mask, hidden_states, cache, implementation, text_index)
-        crossing = config._attn_implementation if config.cross_attention_implementation is None else config.cross_attention_implementation
-        crossing = self._implementation(crossing, hidden_states, output_attentions)
 
         all_states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
@@ -983,7 +994,7 @@ def visible_rows(
     row_at = at[past:known, None]
     mask = (at <= row_at)[None, None]  # [1, 1, T, S]
     if text_index is not None:
-        texts = F.pad(text_index.to(device), (0, slots - known), value=-1)
+        texts = F.pad(text_index.to(device), (0, slots - known))
         mask = mask & (texts[:, None, :known, None] == texts[:, None, None, :])
     if padded:
         may_see = F.pad(attention_mask.to(device).bool(), (0, slots - known))
@@ -1044,8 +1055,8 @@ def packed_texts(text_index: torch.Tensor) -> dict:
 class MossVLModel(MossVLPreTrainedModel):
     """Vision encoder, separator and decoder, without a head."""
 
-    def __init__(self, config: MossVLConfig, **kwargs):
-        super().__init__(config, **kwargs)
+    def __init__(self, config: MossVLConfig, cross_attention_implementation: Optional[str] = None):
+        super().__init__(config, cross_attention_implementation)
         self.visual = MossVLVisionModel._from_config(config.vision_config)
         self.language_model = MossVLTextModel._from_config(config.text_config)
         self.separator_token = nn.Parameter(torch.zeros(config.text_config.hidden_size))
@@ -1111,7 +1122,8 @@ class MossVLModel(MossVLPreTrainedModel):
         cache, grid_thw = cache_of(cache, past_key_values), grid_of(grid_thw, image_grid_thw)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
-        check_implementations(self.config)
+        if grid_thw is not None:
+            check_implementations(self.config)  # before the vision encoder runs; the text model checks its own
         text = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and attention_mask.ndim == 4:
             check_ready_mask(attention_mask, self.config.text_config.num_attention_heads, *text.shape[:2], cache)
@@ -1303,8 +1315,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     accepts_loss_kwargs = True
 
-    def __init__(self, config: MossVLConfig, **kwargs):
-        super().__init__(config, **kwargs)
+    def __init__(self, config: MossVLConfig, cross_attention_implementation: Optional[str] = None):
+        super().__init__(config, cross_attention_implementation)
         self.model = MossVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()

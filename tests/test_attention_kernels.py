@@ -3,7 +3,7 @@ rows, and parts in several dtypes. All of it has to give what eager gives."""
 
 import logging
 import re
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +32,12 @@ def kernels(monkeypatch):
     return install(monkeypatch)
 
 
+@cache
+def eager():
+    """What all is compared with."""
+    return make_model("eager")
+
+
 def logits(model, **inputs):
     with torch.no_grad():
         return model(**inputs).logits
@@ -52,7 +58,7 @@ def test_padded_rows(kernels, name, side):
     """Self-attention unpads and stays causal; vision and cross-attention are not causal."""
     inputs = batch(assorted_samples(), side)
     real = inputs["attention_mask"].bool()
-    assert close(logits(use(make_model(), name), **inputs), logits(make_model("eager"), **inputs), real)
+    assert close(logits(use(make_model(), name), **inputs), logits(eager(), **inputs), real)
     text = [call for call in kernels.calls if call.lengths is not None]
     assert len(text) == 4 and all(call.causal and call.lengths[0] == real.sum(1).tolist() for call in text)
     others = [call for call in kernels.calls if call.lengths is None]
@@ -64,7 +70,7 @@ def test_rows_without_padding_are_causal(kernels):
     sample = assorted_samples()[3]
     model = use(make_model(), "flash_attention_2")
     full = logits(model, **sample.inputs())
-    assert close(full, logits(make_model("eager"), **sample.inputs()))
+    assert close(full, logits(eager(), **sample.inputs()))
     assert sum(call.causal for call in kernels.calls) == 4
     inputs = {**sample.inputs(), "attention_mask": None}
     assert torch.equal(logits(model, **inputs), full)
@@ -73,13 +79,13 @@ def test_rows_without_padding_are_causal(kernels):
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_chunks_and_steps(kernels, side):
     """A prompt in chunks of any length, single tokens among them."""
-    model, eager = use(make_model(), "flash_attention_2"), make_model("eager")
+    model = use(make_model(), "flash_attention_2")
     inputs = batch(assorted_samples(), "left" if side == "holes" else side)
     if side == "holes":
         inputs["attention_mask"][2, 6] = inputs["attention_mask"][0, 7:9] = 0
         inputs.pop("cross_attention_mask")
     real, length = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
-    expected = logits(eager, **inputs)
+    expected = logits(eager(), **inputs)
     assert close(logits(model, **inputs), expected, real)
     for cuts in ([4, 5, 9], [1], [7, 8], [10]):
         cache, outs, media = DynamicCache(), [], {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "cross_attention_mask")}
@@ -105,15 +111,14 @@ def test_tokens_that_are_padding_in_every_row(kernels, tokens):
         logits(model, input_ids=torch.zeros(2, tokens, dtype=torch.long), attention_mask=mask, **{CACHE: cache})
         return logits(model, input_ids=after, attention_mask=F.pad(mask, (0, 2), value=1), **{CACHE: cache})
 
-    assert close(last(model), last(make_model("eager")))
+    assert close(last(model), last(eager()))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}])
 def test_generate(kernels, options):
     inputs = batch(assorted_samples(), "left")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
-    flash, eager = use(make_model(), "flash_attention_2"), make_model("eager")
-    assert torch.equal(flash.generate(**inputs, **options), eager.generate(**inputs, **options))
+    assert torch.equal(use(make_model(), "flash_attention_2").generate(**inputs, **options), eager().generate(**inputs, **options))
     assert kernels.calls
 
 
@@ -130,10 +135,9 @@ def test_a_step_of_padded_rows_leaves_the_cache_where_it_is(kernels):
 
 def test_a_static_cache_falls_back(kernels):
     """Its empty slots need a mask; vision and cross-attention keep the kernel."""
-    model, eager = use(make_model(), "flash_attention_2"), make_model("eager")
-    inputs = batch(assorted_samples(), "left")
+    model, inputs = use(make_model(), "flash_attention_2"), batch(assorted_samples(), "left")
     caches = [StaticCache(config=model.config.text_config, max_cache_len=40) for _ in range(2)]
-    got, expected = (logits(m, **inputs, **{CACHE: cache}) for m, cache in zip((model, eager), caches))
+    got, expected = (logits(m, **inputs, **{CACHE: cache}) for m, cache in zip((model, eager()), caches))
     assert close(got, expected, inputs["attention_mask"].bool())
     assert kernels.calls and not any(call.causal for call in kernels.calls)
 
@@ -146,8 +150,8 @@ def test_gradients(kernels):
     assert torch.allclose(*losses, atol=1e-5)
     for loss in losses:
         loss.backward()
-    for (name, flash), eager in zip(models[0].named_parameters(), models[1].parameters()):
-        assert (flash.grad - eager.grad).norm() <= 1e-4 * eager.grad.norm() + 1e-7, name
+    for (name, got), expected in zip(models[0].named_parameters(), models[1].parameters()):
+        assert (got.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -155,7 +159,7 @@ def test_only_half_precision_reaches_the_kernel(monkeypatch, autocast):
     """Weights in bfloat16; or in float32 under autocast, whose dtype counts, also for norms that give float32."""
     kernels = install(monkeypatch, exact=False)
     inputs, model = batch(assorted_samples(), "left"), use(make_model(), "flash_attention_2")
-    expected = logits(make_model("eager"), **inputs)
+    expected = logits(eager(), **inputs)
     model = model if autocast else model.bfloat16()
     real = inputs["attention_mask"].bool()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -183,7 +187,7 @@ def test_attention_dropout(kernels, name):
     model = use(make_model(text={"attention_dropout": 0.5}), name)
     inputs = batch(assorted_samples(), "left")
     kept = logits(model, **inputs)
-    assert close(kept, logits(make_model("eager"), **inputs), inputs["attention_mask"].bool())
+    assert close(kept, logits(eager(), **inputs), inputs["attention_mask"].bool())
     assert all(call.dropout == 0 for call in kernels.calls)
     kernels.calls.clear()
     assert not close(logits(model.train(), **inputs), kept, atol=1e-2)
@@ -194,10 +198,10 @@ def test_attention_dropout(kernels, name):
 
 def test_weights_can_be_asked_for(kernels):
     inputs = batch(assorted_samples(), "left")
-    flash, eager = (model(**inputs, output_attentions=True) for model in (use(make_model(), "flash_attention_2"), make_model("eager")))
+    got, expected = (model(**inputs, output_attentions=True) for model in (use(make_model(), "flash_attention_2"), eager()))
     assert not any(call.causal for call in kernels.calls)
-    for name in ("attentions", "cross_attentions"):
-        assert all(map(close, flash[name], eager[name])) and len(flash[name]) == len(eager[name])
+    for name, layers in (("attentions", 4), ("cross_attentions", 2)):
+        assert len(got[name]) == len(expected[name]) == layers and all(map(close, got[name], expected[name]))
 
 
 @pytest.fixture
@@ -222,7 +226,7 @@ def test_a_kernel_of_the_kernels_package(monkeypatch, hub, name):
     monkeypatch.setattr(modeling, "flash_can_run", lambda device, dtype: True)
     hub.kernel = kernels = FlashKernels(exact=True)
     model, inputs = make_model(name), batch(assorted_samples(), "left")
-    expected, real = logits(make_model("eager"), **inputs), inputs["attention_mask"].bool()
+    expected, real = logits(eager(), **inputs), inputs["attention_mask"].bool()
     assert close(logits(model, **inputs), expected, real)
     assert hub.loaded and sum(call.causal for call in kernels.calls) == 4
     for where in ("someone/some-kernel", {"text_config": "someone/some-kernel"}):
@@ -333,7 +337,7 @@ def test_every_form_falls_back_to_sdpa_with_one_warning(monkeypatch, caplog, ver
 def test_cross_attention_has_its_own(kernels):
     """Set at construction or later, used by those layers alone, under its own name; dropped where the model is saved."""
     inputs, real = batch(assorted_samples(), "left"), batch(assorted_samples(), "left")["attention_mask"].bool()
-    expected = logits(make_model("eager"), **inputs)
+    expected = logits(eager(), **inputs)
     for own, rest in (("flash_attention_3", "sdpa"), ("flash_attention_3", "eager"), ("flash_attention_3", "flash_attention_2")):
         model = use(make_model(), rest)
         model.config.text_config.cross_attention_implementation = own
@@ -358,6 +362,8 @@ def test_where_cross_attention_implementation_is_given(tmp_path):
     assert of(model) == ("sdpa", "eager")
     assert of(load(CHECKPOINT, config=model.config, cross_attention_implementation="sdpa")) == ("sdpa", "sdpa")
     assert of(MossVLForConditionalGeneration._from_config(make_config(), cross_attention_implementation="eager")) == ("sdpa", "eager")
+    with pytest.raises(TypeError, match="cross_attention_implementations"):
+        load(CHECKPOINT, cross_attention_implementations="eager")
     model.save_pretrained(tmp_path)
     assert "cross_attention_implementation" not in (tmp_path / "config.json").read_text()
     assert of(load(tmp_path)) == ("sdpa", None)
@@ -386,22 +392,30 @@ def test_functions_of_users(monkeypatch):
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
-    eager = make_model("eager")
     for name in ("mine", "my_flash", "sdpa"):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, attention)
         model = make_model(name)
         for side in ("left", "right"):
             inputs = batch(assorted_samples(), side)
             calls.clear()
-            assert close(logits(model, **inputs), logits(eager, **inputs), inputs["attention_mask"].bool())
+            assert close(logits(model, **inputs), logits(eager(), **inputs), inputs["attention_mask"].bool())
             kinds = [("MossVLVisionAttention", False, False), ("MossVLSelfAttention", True, False), ("MossVLCrossAttention", True, False)]
             assert set(kinds) <= set(calls)
         inputs = batch(assorted_samples(), "left")
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-        assert torch.equal(model.generate(**inputs, **options), eager.generate(**inputs, **options))
+        assert torch.equal(model.generate(**inputs, **options), eager().generate(**inputs, **options))
         calls.clear()
-        assert close(logits(model, **assorted_samples()[3].inputs()), logits(eager, **assorted_samples()[3].inputs()))
+        assert close(logits(model, **assorted_samples()[3].inputs()), logits(eager(), **assorted_samples()[3].inputs()))
         assert ("MossVLSelfAttention", False, True) in calls
+
+
+def test_functions_of_users_that_know_masks_alone(monkeypatch):
+    def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        return modeling.eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", attention)
+    for inputs in (assorted_samples()[3].inputs(), batch(assorted_samples(), "right")):
+        assert close(logits(make_model("mine"), **inputs), logits(eager(), **inputs))
 
 
 def test_functions_of_users_that_want_other_masks_are_refused(monkeypatch):
@@ -447,7 +461,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_ready_masks(kernels, form, implementation):
     model, inputs = use(make_model(), implementation), batch(assorted_samples(), "left")
-    expected = logits(make_model("eager"), **inputs)
+    expected = logits(eager(), **inputs)
     mask = FORMS[form](see(inputs))
     assert close(logits(model, **{**inputs, "attention_mask": mask}), expected)
     half = logits(model.bfloat16(), **{**inputs, "attention_mask": mask})
@@ -464,7 +478,7 @@ def test_a_row_that_would_see_nothing_sees_its_own_token(kernels, form):
     mask[:, :, [0, 5]] = False
     alone = mask.clone()
     alone[:, :, 0, 0] = alone[:, :, 5, 5] = True
-    expected = logits(make_model("eager"), **{**inputs, "attention_mask": alone})
+    expected = logits(eager(), **{**inputs, "attention_mask": alone})
     assert expected.isfinite().all()
     for implementation in EVERY:
         got = logits(use(make_model(), implementation), **{**inputs, "attention_mask": FORMS[form](mask)})
@@ -479,7 +493,7 @@ def test_a_bias_stays_a_bias(kernels, implementation):
     bias = torch.randn(1, 8, length, length, generator=torch.Generator().manual_seed(0)).masked_fill(~see(inputs), float("-inf"))
     model = use(make_model(), implementation)
     got = logits(model, **{**inputs, "attention_mask": bias})
-    assert close(got, logits(make_model("eager"), **{**inputs, "attention_mask": bias}))
+    assert close(got, logits(eager(), **{**inputs, "attention_mask": bias}))
     assert not close(got, logits(model, **inputs), atol=1e-2)
 
 
@@ -489,7 +503,7 @@ def test_a_bias_stays_a_bias(kernels, implementation):
 def test_ready_masks_with_a_cache(kernels, form, static, implementation):
     """Chunks and a step; as long as the tokens that are there, or as the slots of a static cache."""
     model, inputs = use(make_model(), implementation), batch(assorted_samples(), "left")
-    expected, mask, length = logits(make_model("eager"), **inputs), FORMS[form](see(inputs)), inputs["input_ids"].shape[1]
+    expected, mask, length = logits(eager(), **inputs), FORMS[form](see(inputs)), inputs["input_ids"].shape[1]
     for slots in (False, True) if static else (False,):
         cache = StaticCache(config=model.config.text_config, max_cache_len=length + 4) if static else DynamicCache()
         media = {k: inputs[k] for k in ("pixel_values", "grid_thw", "media_nums_per_sample")}
@@ -581,7 +595,7 @@ MIXTURES = {
 def test_parts_in_several_dtypes(monkeypatch, part, implementation):
     install(monkeypatch, exact=False)
     model, inputs = use(make_model(), implementation), batch(assorted_samples(), "left")
-    real, expected = inputs["attention_mask"].bool(), logits(make_model("eager"), **inputs)
+    real, expected = inputs["attention_mask"].bool(), logits(eager(), **inputs)
     MIXTURES[part](model)
     got = logits(model, **inputs)
     assert got.dtype == model.lm_head.weight.dtype

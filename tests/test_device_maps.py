@@ -3,6 +3,7 @@ operation on two devices is the error that it is on GPUs. "lazy" is a type of de
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from tiny import Sample, make_model
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
@@ -76,3 +77,13 @@ def test_the_devices_are_told_apart(mode):
         spread(model, MAPS["patch_embed and pos_embed"], hooked=False)
         with pytest.raises(FakeTensorDeviceMismatchError):
             model.model.visual(torch.randn(16, 48), [(1, 4, 4)])
+
+
+def test_levels_with_every_parameter_offloaded():
+    """Where the projection has no device yet to normalise on."""
+    model, inputs = make_model(), Sample("tFtF", (1, 4, 6), (1, 4, 4), seed=7).inputs()
+    inputs |= {"pixel_values": torch.arange(40 * 48).view(40, 48).to(torch.uint8), "image_mean": [[0.5] * 3] * 2, "image_std": [[0.4] * 3] * 2}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        cpu_offload(model, execution_device="cpu")
+        assert torch.equal(model(**inputs).logits, expected)
