@@ -252,7 +252,8 @@ class MossVLConfig(PretrainedConfig):
 
     model_type = "moss_vl"
     sub_configs = {"text_config": MossVLTextConfig, "vision_config": MossVLVisionConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    # Of an output, what `Trainer` leaves out of its predictions, so that these are the logits.
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "rope_deltas", "hidden_states", "attentions", "cross_attentions"]
 
     def __init__(
         self,
