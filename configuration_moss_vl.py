@@ -5,8 +5,24 @@ read one form.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
+
+
+if TYPE_CHECKING:
+    # Never run: they tell transformers, which reads these lines, that the code of a folder is one. transformers 5 keeps a model class
+    # by its config class, and a config class by the files it imports: without these, a second folder of the same name whose config is
+    # the same would get the model of the first one, whatever its own code says.
+    from .generation_utils import MossVLGenerationMixin  # noqa: F401
+    from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
+    from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
+    from .patches import patchify  # noqa: F401
+    from .processing_moss_vl import MossVLProcessor  # noqa: F401
+    from .video_processing_moss_vl import MossVLVideoProcessor  # noqa: F401
+    from .video_reading import open_video  # noqa: F401
+    from .vision_sequence import VisionState  # noqa: F401
+    from .xrope import rotation  # noqa: F401
 
 
 def _require(condition: bool, what: str, got, expected: str) -> None:
