@@ -351,12 +351,13 @@ class MossVLPreTrainedModel(PreTrainedModel):
         checkpointing is reentrant. transformers 4 does so for the text alone."""
         models = [module for module in self.modules() if isinstance(module, MossVLPreTrainedModel)]
         embeddings = {id(embedding): embedding for embedding in (model.get_input_embeddings() for model in models)}
+        self.disable_input_require_grads()
         hooks = [embedding.register_forward_hook(require_gradients) for embedding in embeddings.values()]
         self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
 
     def disable_input_require_grads(self):
         """Takes back `enable_input_require_grads`."""
-        for hook in self._require_grads_hooks:
+        for hook in getattr(self, "_require_grads_hooks", ()):
             hook.remove()
         self._require_grads_hooks = []
 
@@ -832,7 +833,12 @@ def causal_mask(
 
 
 class MossVLModel(MossVLPreTrainedModel):
-    """Vision encoder, separator and decoder, without a head."""
+    """Vision encoder, separator and decoder, without a head.
+
+    The separator is a parameter. PEFT's `modules_to_save` takes modules alone and leaves it out without a word; to train it beside
+    adapters call `model.get_base_model().model.separator_token.requires_grad_(True)` after `get_peft_model`, and save
+    `model.merge_and_unload()`: the folder of an adapter holds adapters alone.
+    """
 
     def __init__(self, config: MossVLConfig):
         super().__init__(config)
@@ -1134,26 +1140,23 @@ def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[sl
     )
 
 
-def row_targets(
-    labels: Optional[torch.Tensor], shift_labels: Optional[torch.Tensor], attention_mask: Optional[torch.Tensor], shape
-) -> Optional[torch.Tensor]:
+def row_targets(labels: Optional[torch.Tensor], attention_mask: Optional[torch.Tensor], shape) -> Optional[torch.Tensor]:
     """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding. None without labels.
 
     Args:
-        labels, shift_labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
+        labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
         shape: (B, T).
 
     Raises:
         ValueError: for labels of another shape.
     """
-    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-        if given is not None and tuple(given.shape) != tuple(shape):
-            raise ValueError(
-                f"`{name}` has shape {list(given.shape)}; expected {list(shape)}: a label for each token of this call, -100 where "
-                f"there is none, whatever `logits_to_keep` leaves out."
-            )
-    if shift_labels is not None or labels is None:
-        return shift_labels
+    if labels is None:
+        return None
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(
+            f"`labels` has shape {list(labels.shape)}; expected {list(shape)}: a label for each token of this call, -100 where there "
+            f"is none, whatever `logits_to_keep` leaves out."
+        )
     if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] < shape[1]:  # the last is an error, told later
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     is_token = attention_mask[:, attention_mask.shape[1] - shape[1] :].to(labels.device).bool()
@@ -1234,7 +1237,6 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         image_features: Optional[torch.FloatTensor] = None,
         image_mean: Optional[list[list[float]]] = None,
         image_std: Optional[list[list[float]]] = None,
-        shift_labels: Optional[torch.LongTensor] = None,
     ) -> Union[MossVLCausalLMOutput, tuple]:
         """One pass over text and the frames that come with it.
 
@@ -1263,7 +1265,6 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             past_key_values: the older name of `cache`.
             image_features: [P / m^2, D], what `get_image_features` gives for the media, in place of `pixel_values`.
             image_mean, image_std: three numbers for each medium, by which levels are normalised on the encoder's device.
-            shift_labels: [B, T], the label that each row predicts, -100 ignored; used as it is, in place of `labels`.
 
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
@@ -1272,7 +1273,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         kept, targets = slice(None), None
         if text is not None:
             kept = kept_rows(logits_to_keep, text.shape[1])
-            targets = row_targets(labels, shift_labels, attention_mask, text.shape[:2])
+            targets = row_targets(labels, attention_mask, text.shape[:2])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
