@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
     from .patches import patchify  # noqa: F401
+    from .pipeline_moss_vl import MossVLTextGenerationPipeline  # noqa: F401
     from .processing_moss_vl import MossVLProcessor  # noqa: F401
     from .video_processing_moss_vl import MossVLVideoProcessor  # noqa: F401
     from .video_reading import open_video  # noqa: F401
@@ -251,6 +252,14 @@ class MossVLTextConfig(PretrainedConfig):
         _require(0.0 <= self.attention_dropout < 1.0, "`attention_dropout`", self.attention_dropout, "0 <= p < 1")
 
 
+class _Pipelines:
+    """A class attribute that is read as a dict of its own each time: `pipeline` writes into what it reads."""
+
+    def __get__(self, config, owner) -> dict:
+        text = {"impl": "pipeline_moss_vl.MossVLTextGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
+        return {"text-generation": text}
+
+
 class MossVLConfig(PretrainedConfig):
     """Configuration of `MossVLForConditionalGeneration`.
 
@@ -270,6 +279,7 @@ class MossVLConfig(PretrainedConfig):
     sub_configs = {"text_config": MossVLTextConfig, "vision_config": MossVLVisionConfig}
     # Of an output, what `Trainer` leaves out of its predictions, so that these are the logits.
     keys_to_ignore_at_inference = ["cache", "past_key_values", "rope_deltas", "hidden_states", "attentions", "cross_attentions"]
+    custom_pipelines = _Pipelines()  # by task, those that transformers takes from this package
 
     def __init__(
         self,

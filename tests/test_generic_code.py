@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny import assorted_samples, make_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, pipeline
 
 from conftest import ROOT
 from scripts import load_script
@@ -79,3 +79,50 @@ def test_continuous_batching_is_refused_before_it_starts(method):
     with pytest.raises(ValueError, match="Continuous batching .* expected `generate`"):
         getattr(model, method)([assorted_samples()[0].ids.tolist()])
     assert model.config._attn_implementation == "sdpa"
+
+
+# pipeline("text-generation"), which has a tokenizer and no processor
+
+
+@pytest.fixture(scope="module")
+def text_pipeline():
+    return pipeline("text-generation", model=str(NANO), trust_remote_code=True)
+
+
+def asked(*parts):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What color is the star?"}]}]
+
+
+def test_a_text_pipeline_answers_texts_as_the_model_does(text_pipeline):
+    tokenizer, model = text_pipeline.tokenizer, text_pipeline.model
+    for chat in (asked(), [{"role": "user", "content": "Say yes."}]):
+        found = text_pipeline(chat, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        written = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert found == tokenizer.decode(written, skip_special_tokens=True)
+    assert text_pipeline("A star is", max_new_tokens=3)[0]["generated_text"].startswith("A star is")
+
+
+@pytest.mark.parametrize("prompt", [
+    asked({"type": "image", "image": str(ROOT / "data/example_image.jpg")}),
+    asked({"type": "image"}),
+    asked({"type": "video", "video": str(ROOT / "data/example_video.mp4")}),
+    [{"role": "system", "content": "S"}, *asked({"type": "image_url", "image_url": {"url": "https://there/a.png"}})],
+    [{"role": "user", "content": "<|image|>What color is the star?"}],
+    "<|image|>What color is the star?",
+    "Look: <|video|>(<|video|>)",
+    "<|image_pad|>What color?",
+    [asked({"type": "image"}), asked()],
+], ids=range(9))  # fmt: skip
+def test_a_text_pipeline_refuses_media_instead_of_guessing(text_pipeline, prompt, monkeypatch):
+    monkeypatch.setattr(text_pipeline.model, "generate", None)
+    with pytest.raises(ValueError, match=r"got (a content part of type|the placeholder) .*; expected text alone.*image-text-to-text"):
+        text_pipeline(prompt, max_new_tokens=2)
+
+
+def test_a_pipeline_is_made_more_than_once_and_leaves_no_trace_in_the_config(text_pipeline, tmp_path):
+    again = pipeline("text-generation", model=str(NANO), trust_remote_code=True)
+    assert type(again).__name__ == type(text_pipeline).__name__ == "MossVLTextGenerationPipeline"
+    again.model.config.save_pretrained(tmp_path)
+    assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
+    assert (tmp_path / "pipeline_moss_vl.py").is_file(), "the code goes with it"
