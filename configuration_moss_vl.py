@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     # Never run: they tell transformers, which reads these lines, that the code of a folder is one. transformers 5 keeps a model class
     # by its config class, and a config class by the files it imports: without these, a second folder of the same name whose config is
     # the same would get the model of the first one, whatever its own code says.
+    from .cache_layers import VisionCacheLayer  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
@@ -36,6 +37,13 @@ def _require_positive_ints(config: PretrainedConfig, *names: str) -> None:
         value = getattr(config, name)
         is_int = isinstance(value, int) and not isinstance(value, bool)
         _require(is_int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
+
+
+def check_parts(config: PretrainedConfig, names: dict) -> None:
+    """Refuses attention implementations for parts that the config has not ("" is the config itself), which transformers would drop."""
+    for part in names:
+        parts = ["", *config.sub_configs]
+        _require(part in parts, "a part in `attn_implementation`", part, f"one of {parts}")
 
 
 class MossVLVisionConfig(PretrainedConfig):
@@ -133,6 +141,8 @@ class MossVLTextConfig(PretrainedConfig):
     Args:
         cross_attention_layers: rising indices of the gated cross-attention layers, never 0; default every fourth from 2 on.
         head_dim: default `hidden_size // num_attention_heads`.
+        cross_attention_implementation: an attention implementation for the cross-attention layers alone; default that of the rest. As
+            `attn_implementation` it belongs to a run, and is not saved.
         rope_parameters: `{rope_type: "default", rope_theta, mrope_section: [t, h, w], mrope_interleaved: True}`; the sections are
             counts of frequencies and sum to `head_dim // 2`. The older `rope_theta` + `rope_scaling` are read as well.
 
@@ -166,6 +176,7 @@ class MossVLTextConfig(PretrainedConfig):
         initializer_range=0.02,
         use_cache=True,
         tie_word_embeddings=False,
+        cross_attention_implementation=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -185,6 +196,7 @@ class MossVLTextConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.cross_attention_implementation = cross_attention_implementation
         self.rope_parameters = self._one_form_of_rope(rope_parameters, rope_theta, rope_scaling)
         self._check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -201,6 +213,9 @@ class MossVLTextConfig(PretrainedConfig):
             "mrope_interleaved": given.pop("mrope_interleaved", True),
             **{key: value for key, value in given.items() if key != "type"},
         }
+
+    def to_dict(self) -> dict:
+        return {name: value for name, value in super().to_dict().items() if name != "cross_attention_implementation"}
 
     @property
     def rope_theta(self) -> float:
@@ -307,6 +322,25 @@ class MossVLConfig(PretrainedConfig):
         kwargs["auto_map"] = self._whole_auto_map(kwargs.get("auto_map") or {})
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value) -> None:
+        if isinstance(value, dict):
+            check_parts(self, value)
+        PretrainedConfig._attn_implementation.fset(self, value)
+
+    @property
+    def cross_attention_implementation(self):
+        """That of `text_config`, so that `from_pretrained(..., cross_attention_implementation=...)` sets it."""
+        return self.text_config.cross_attention_implementation
+
+    @cross_attention_implementation.setter
+    def cross_attention_implementation(self, value) -> None:
+        self.text_config.cross_attention_implementation = value
 
     @staticmethod
     def _whole_auto_map(given: dict) -> dict:

@@ -6,7 +6,10 @@ behind the other without padding).
 """
 
 import inspect
+import re
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -14,7 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -24,21 +30,25 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
+from .cache_layers import cached_length, install_layers, static_length, vision_state
+from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig, check_parts
 from .generation_utils import MossVLGenerationMixin, nearest_name
 from .patches import normalise
 from .vision_sequence import (
     Span,
-    VisionCacheLayer,
     VisionCall,
     VisionRequest,
-    VisionState,
     count_media,
     plan_call,
     read_grid,
     read_request,
+    VisionState,
+    pads_of_samples,
+    split_by,
+    take_media,
+    whole_mask,
 )
-from .xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
+from .xrope import frame_positions, grid_rotation, rotate, rotation, text_starts, walk_text
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +57,6 @@ logger = logging.get_logger(__name__)
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
 DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
-TEXT_ROOM = 256  # tokens, at least, that a text cache makes room for at once
 MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
 VISION_ROWS = 4096  # vision tokens whose keys and values are made at once where no gradient is kept
 # Patches that the encoder takes at once, at most, where no gradient is kept: on a CPU as many as lie in its caches, elsewhere enough to
@@ -105,50 +114,143 @@ def blockwise_attention_forward(module, query, key, value, attention_mask, scali
     return out
 
 
-def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0):
-    """One attention call. Shapes as in `eager_attention_forward`; `causal` where `mask` is None and T = S, or T = 1.
+ALLOWED_NAMES = (
+    "'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flash_attention_4', a flash-attention kernel of the `kernels` package "
+    "('owner/name'), or a function that you registered with the contract of transformers' sdpa (mask None with `is_causal`, or "
+    "[B, 1, T, S])"
+)
+
+
+def attention_kind(name: str) -> str:
+    """How the attention function of this name is called; the one place that decides which names are allowed.
+
+    Returns:
+        "eager"; "sdpa", transformers' own; "flash", which takes padding as [B, S] and hides later tokens itself; "function", one that
+        a user registered, which is called like sdpa.
+
+    Raises:
+        ValueError: for a name that is unknown, or whose function has another contract (paged, flex: they take no `is_causal`, need
+            masks of their own, or add a bool mask to the scores).
+    """
+    if name == "eager":
+        return "eager"
+    known = isinstance(name, str)
+    function = ALL_ATTENTION_FUNCTIONS.get(name) if known else None
+    while isinstance(function, partial):
+        function = function.func
+    if function is sdpa_attention_forward:
+        return "sdpa"
+    if function is flash_attention_forward or (known and re.fullmatch(r"flash_attention_[234]", name)):
+        return "flash"
+    if known and function is None and is_kernel_name(name):
+        raise ValueError(f"The attention kernel {name!r} is not loaded; expected `attn_implementation=` or `set_attn_implementation`, which load it.")
+    of_user = function is not None and not name.startswith("paged|") and "/" not in name
+    if of_user and not getattr(function, "__module__", "").startswith("transformers."):
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name)  # what transformers' own models would make its masks by
+        if make_mask is None or make_mask is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]:
+            return "function"
+    raise ValueError(f"The attention implementation {name!r} cannot be used by MOSS-VL; expected {ALLOWED_NAMES}.")
+
+
+def is_kernel_name(name: str) -> bool:
+    """Whether a name is that of a kernel of the `kernels` package, whose function is known once it is loaded."""
+    return "/" in name and not name.startswith("paged|")
+
+
+def check_implementations(config) -> None:
+    """Refuses what stands in a config by assignment, past `attn_implementation` and `set_attn_implementation`, before anything is computed.
+
+    Raises:
+        ValueError: see `attention_kind`.
+    """
+    text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
+    for part, name in ((text, "_attn_implementation"), (text, "cross_attention_implementation"), (vision, "_attn_implementation")):
+        if getattr(part, name, None) is not None:
+            attention_kind(getattr(part, name))
+
+
+def compute_dtype(states: torch.Tensor) -> torch.dtype:
+    """The dtype in which matrix products of these states run: that of autocast where it is on."""
+    device = states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
+
+
+def flash_can_run(device: str, dtype: torch.dtype) -> bool:
+    """Whether the flash-attention kernels run on a type of device in a dtype."""
+    return device != "cpu" and dtype in HALF
+
+
+def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
+    """The attention implementation for this call: eager where weights are asked for, sdpa where flash-attention cannot run.
+
+    Raises:
+        ValueError: for names that are not allowed, see `attention_kind`.
+    """
+    name = "sdpa" if name is None else name
+    kind = attention_kind(name)
+    if need_weights:
+        return "eager"
+    if kind == "flash" and not flash_can_run(states.device.type, compute_dtype(states)):
+        logger.warning_once(
+            f"{name} does not run on {states.device.type} in {compute_dtype(states)}; sdpa is used. Load the model in bfloat16 on CUDA."
+        )
+        return "sdpa"
+    return name
+
+
+def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0, texts=None):
+    """One attention call. Shapes as in `eager_attention_forward`.
+
+    Args:
+        mask: None; or [B or 1, 1 or H, T or 1, S], bool (True = may see) or additive; for flash-attention bool [B, S], False at padding.
+        causal: whether the kernel itself hides later tokens. With a mask of four axes it does not: then the mask says all. Without a
+            mask T = S, or for flash-attention T <= S, the rows being the last ones.
+        texts: for flash-attention, what tells it the texts of packed rows; see `Visible`.
 
     Returns:
         [B, T, H, d], and the weights where the implementation is eager, else None.
     """
     scaling, dropout = module.scaling, dropout if module.training else 0.0
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
-    causal = causal and rows > 1
-    if implementation == "eager":
+    causal, kind = causal and rows > 1, attention_kind(implementation)
+    if kind == "eager":
         if causal:
             mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
         return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
+    attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if kind == "flash":
+        if attention is None:
+            raise ValueError(f"This transformers does not know {implementation!r}; expected another version of flash-attention, or sdpa.")
+        dtype = compute_dtype(value)  # keys of a cache may be in another
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if module.config._attn_implementation != implementation:
+            # transformers loads the kernel whose name the module's config says, which for cross-attention may be that of another.
+            config = SimpleNamespace(_attn_implementation=implementation)
+            module = SimpleNamespace(config=config, is_causal=module.is_causal, modules=module.modules)
+        out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **(texts or {}))
+        return out, None
     inference = not (torch.is_grad_enabled() or dropout)
-    if implementation == "sdpa" and inference and query.device.type == "cpu" and query.dtype == torch.bfloat16 and CPU_BFLOAT16 and (
+    if kind == "sdpa" and inference and query.device.type == "cpu" and query.dtype == torch.bfloat16 and CPU_BFLOAT16 and (
         rows > 1 or key.is_contiguous()
     ):
         # torch's own kernel is no faster there in bfloat16 than in float32; two products and a softmax are.
         return blockwise_attention_forward(module, query, key, value, mask, scaling, causal), None
     groups = heads // kv_heads
-    tiled = mask is not None and rows > 1 and not causal and mask.numel() * groups <= key.numel()  # the mask is less to copy than the keys
-    if implementation == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
+    of_heads = mask is not None and mask.shape[1] > 1
+    tiled = mask is not None and rows > 1 and not (causal or of_heads) and mask.numel() * groups <= key.numel()  # less to copy than the keys
+    if kind == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
         # Nothing tells the heads of a group apart but their queries: as rows of one head they read the keys once.
         grouped = query.reshape(batch, kv_heads, -1, d)
-        mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1) if tiled else mask
+        if tiled:
+            mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1)
+        elif of_heads:
+            mask = mask.reshape(len(mask), kv_heads, groups, -1)
         out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
         return out.view(batch, heads, rows, -1).transpose(1, 2), None
-    attention = ALL_ATTENTION_FUNCTIONS[implementation]
     out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal)
     return out, None
-
-
-def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
-    """The attention implementation for this call: eager where weights are asked for, sdpa where flash-attention cannot run."""
-    if need_weights:
-        return "eager"
-    if name is None:
-        return "sdpa"
-    if "flash" in name and (states.device.type == "cpu" or states.dtype not in HALF):
-        logger.warning_once(
-            f"{name} does not run on {states.device.type} in {states.dtype}; sdpa is used. Load the model in bfloat16 on CUDA."
-        )
-        return "sdpa"
-    return name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,10 +330,8 @@ def gather_rows(parts, rows: int) -> torch.Tensor:
 class MossVLVisionPatchProjection(nn.Conv3d):
     """A convolution whose kernel is one patch, as the linear map it is."""
 
-    def forward(self, pixel_values, image_mean=None, image_std=None):
-        """[P, values], levels (uint8) with their means and standard deviations, [3] or [P, 3] -> [P, hidden]"""
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = normalise(pixel_values.to(self.weight.device), image_mean, image_std)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[P, values], float -> [P, hidden]"""
         return F.linear(pixel_values.to(self.weight), self.weight.flatten(1), self.bias)
 
 
@@ -242,8 +342,12 @@ class MossVLVisionPatchEmbed(nn.Module):
         self.proj = MossVLVisionPatchProjection(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, pixel_values: torch.Tensor, image_mean=None, image_std=None) -> torch.Tensor:
-        """[P, channels * time * row * column] -> [P, hidden]"""
-        return self.proj(pixel_values, image_mean, image_std)
+        """[P, channels * time * row * column], float, or levels (uint8) with their means and standard deviations, [3] or [P, 3], ->
+        [P, hidden]. Levels are normalised here and not in the projection, which adapters may wrap."""
+        if pixel_values.dtype == torch.uint8:
+            device = next(self.proj.parameters()).device
+            pixel_values = normalise(pixel_values if device.type == "meta" else pixel_values.to(device), image_mean, image_std)
+        return self.proj(pixel_values)
 
 
 class MossVLVisionMLP(nn.Module):
@@ -338,6 +442,16 @@ class MossVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    def __init__(self, config, *inputs, cross_attention_implementation: Optional[str] = None, **kwargs):
+        """`cross_attention_implementation`: what `from_pretrained` and `from_config` were given, as `attn_implementation` is, but for the
+        cross-attention layers alone."""
+        super().__init__(config, *inputs, **kwargs)
+        text = getattr(config, "text_config", config)
+        name = getattr(text, "cross_attention_implementation", None)
+        name = name if cross_attention_implementation is None else cross_attention_implementation
+        if name is not None:
+            text.cross_attention_implementation = self._check_and_adjust_attn_implementation(name, is_init_check=True)
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MossVLCrossAttentionLayer):
@@ -374,13 +488,53 @@ class MossVLPreTrainedModel(PreTrainedModel):
         return True  # read from the config at every call
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """transformers' check at construction and in `set_attn_implementation`, which may load a kernel: the name that is used."""
+        loads_kernel = isinstance(attn_implementation, str) and is_kernel_name(attn_implementation)
+        if attn_implementation is not None and not loads_kernel and attention_kind(attn_implementation) == "function":
+            return attn_implementation  # transformers takes any name with "flash" in it for a kernel
+        name = self._or_sdpa(super()._check_and_adjust_attn_implementation, attn_implementation, *args, **kwargs)
+        attention_kind(name)
+        return name
+
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        """transformers' check of the parts in `set_attn_implementation`, without loading a kernel."""
+        if requested_attention is not None:
+            attention_kind(requested_attention)
+        return self._or_sdpa(super().get_correct_attn_implementation, requested_attention, *args, **kwargs)
+
+    @staticmethod
+    def _or_sdpa(check, name: Optional[str], *args, **kwargs) -> str:
+        """What `check` makes of the name; sdpa, with a warning, for a version of flash-attention that cannot be used here."""
         try:
-            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+            return check(name, *args, **kwargs)
         except (ImportError, ValueError) as error:
-            if attn_implementation is None or not attn_implementation.startswith("flash_attention"):
+            if name is None or not name.startswith("flash_attention"):
                 raise
-            logger.warning_once(f"{attn_implementation} cannot be used here, sdpa is used instead. The reason: {error}")
-            return super()._check_and_adjust_attn_implementation("sdpa", *args, **kwargs)
+            logger.warning_once(f"{name} cannot be used here, sdpa is used instead. The reason: {error}")
+            return check("sdpa", *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation, *, cross_attention_implementation: Optional[str] = None, **kwargs):
+        """Changes the attention functions of the whole model, or by a dict those of the parts that it names.
+
+        Args:
+            attn_implementation: a name, or {"text_config": name, "vision_config": name}.
+            cross_attention_implementation: another one for the cross-attention layers alone. Without it they follow a name given for the
+                whole model, and keep theirs where a dict is given.
+
+        Raises:
+            ValueError: for names that are not allowed, before anything is changed.
+        """
+        of_parts, check = isinstance(attn_implementation, dict), partial(self._check_and_adjust_attn_implementation, **kwargs)
+        if of_parts:
+            check_parts(self.config, attn_implementation)
+            attn_implementation = {part: check(name) for part, name in attn_implementation.items() if name is not None}
+        else:
+            attn_implementation = check(attn_implementation)
+        text = getattr(self.config, "text_config", self.config)
+        if cross_attention_implementation is not None or not of_parts:
+            cross = None if cross_attention_implementation is None else check(cross_attention_implementation)
+            text.cross_attention_implementation = cross
+        super().set_attn_implementation(attn_implementation, **kwargs)
 
 
 def require_gradients(module, args, output) -> None:
@@ -479,7 +633,7 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         y0, x0 = y.long(), x.long()
         y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
         dy, dx = (y - y0)[:, None], (x - x0)[:, None]
-        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).float()
+        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).to(device, torch.float32)
         weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
         return (corners * weights).sum(0).to(like.dtype), grid_rotation(rows, columns, self.head_dim)
 
@@ -535,28 +689,32 @@ class MossVLTextAttention(nn.Module):
         self.k_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, states: torch.Tensor, table) -> torch.Tensor:
-        """[B, T, D] -> [B, H, T, d], normalised and rotated."""
-        query = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return rotate(query, *table)
+        """[B, T, D] -> [B, H, T, d], normalised and rotated, in the projection's dtype (norms in float32, or those under autocast, would
+        change it)."""
+        projected = self.q_proj(states)
+        query = self.q_norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return rotate(query, *table).to(projected.dtype)
 
     def keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated."""
+        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated, in the values' dtype."""
         key = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return rotate(key, *table), self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return rotate(key, *table).to(value.dtype), value
 
 
 class MossVLSelfAttention(MossVLTextAttention):
     is_causal = True
 
-    def forward(self, hidden_states, table, mask, implementation, cache=None, cache_position=None):
-        """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None."""
+    def forward(self, hidden_states, table, visible, implementation, cache=None, cache_position=None):
+        """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None. visible: a `Visible`."""
         query = self.queries(hidden_states, table)
         key, value = self.keys_values(hidden_states, table)
         if cache is not None:
             # Where the tokens stand: the static cache of transformers 4 asks for it.
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        mask, causal, texts = visible
         out, weights = attend(
-            self, query, key, value, mask, implementation, causal=mask is None, dropout=self.attention_dropout
+            self, query, key, value, mask, implementation, causal=causal, dropout=self.attention_dropout, texts=texts
         )
         return self.o_proj(out.flatten(2)), weights
 
@@ -582,6 +740,7 @@ class MossVLCrossAttention(MossVLTextAttention):
         if cache is not None:
             key, value = cache.layers[self.layer_idx].store(key, value, call)
         query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+        with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
         outs, weights, row = [], [], 0
         for span in call.spans:
             if span.rows.start > row:  # rows that see nothing
@@ -593,7 +752,7 @@ class MossVLCrossAttention(MossVLTextAttention):
                 key[:, :, span.tokens],
                 value[:, :, span.tokens],
                 keep,
-                "sdpa" if keep is not None and implementation != "eager" else implementation,
+                implementation if keep is None else with_mask,
                 dropout=self.attention_dropout,
             )
             outs.append(out[0])
@@ -610,7 +769,8 @@ class MossVLCrossAttention(MossVLTextAttention):
         token to come reads them."""
         if torch.is_grad_enabled():
             return self.keys_values(states[None], table)
-        key, value = (states.new_empty(1, self.num_key_value_heads, len(states), self.head_dim) for _ in range(2))
+        shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
+        key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         for first in range(0, len(states), VISION_ROWS):
             part = slice(first, first + VISION_ROWS)
             key[:, :, part], value[:, :, part] = self.keys_values(states[None, part], tuple(angles[part] for angles in table))
@@ -633,10 +793,10 @@ class MossVLSelfAttentionLayer(MossVLLayer):
         self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, table, mask, implementation, layer_past=None, cache_position=None):
+    def forward(self, hidden_states, table, visible, implementation, layer_past=None, cache_position=None):
         """layer_past: the cache, by the one name under which every transformers keeps it from a layer that is checkpointed."""
         attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), table, mask, implementation, layer_past, cache_position
+            self.input_layernorm(hidden_states), table, visible, implementation, layer_past, cache_position
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
@@ -697,8 +857,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
     config_class = MossVLTextConfig
     _no_split_modules = ["MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
 
-    def __init__(self, config: MossVLTextConfig):
-        super().__init__(config)
+    def __init__(self, config: MossVLTextConfig, **kwargs):
+        super().__init__(config, **kwargs)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         crossing = set(config.cross_attention_layers)
         self.layers = nn.ModuleList(
@@ -728,16 +888,23 @@ class MossVLTextModel(MossVLPreTrainedModel):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         past_key_values: Optional[Cache] = None,
+        text_index: Optional[torch.LongTensor] = None,
     ) -> MossVLModelOutput:
         """The decoder layers and the final norm.
 
         Args:
             input_ids [B, T] or inputs_embeds [B, T, D].
-            attention_mask: [B, S] with 0 at padding, or a ready 4D mask [B, 1, T, S], bool (True = may see) or additive.
+            attention_mask: [B, S] with 0 at padding, or a ready 4D mask, see `visible_rows`.
             position_ids: [B, T], or [3, B, T] for t, h, w; default: counting on from the cache.
             vision_states [v, D], vision_position_ids [3, v], vision_call: the vision tokens new in this call, and who sees what;
                 where nothing is seen or new, the cross-attention layers are skipped.
+            text_index: [B, T], for packed rows the index of the text that each token belongs to, rising along the row: a token sees
+                those of its own text. Without a filled cache. A ready 4D mask says all, so it is not cut by texts.
+
+        Raises:
+            ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
+        check_implementations(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         config, hidden_states, cache = self.config, inputs_embeds, cache_of(cache, past_key_values)
@@ -752,11 +919,12 @@ class MossVLTextModel(MossVLPreTrainedModel):
         table = tuple(part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles))  # [B, 1, T, d]
         vision_table = None
         if vision_states is not None:
+            vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))  # the encoder may have another dtype
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
-        implementation = usable_implementation(config._attn_implementation, hidden_states, output_attentions)
-        if "flash" in implementation and static_length(cache) is not None:
-            implementation = "sdpa"  # the empty slots of a static cache need a mask
-        mask = causal_mask(attention_mask, hidden_states, cache, implementation)
+        implementation = self._implementation(config._attn_implementation, hidden_states, output_attentions)
+        visible, implementation = visible_rows(config, attention_mask, hidden_states, cache, implementation, text_index)
+        crossing = config._attn_implementation if config.cross_attention_implementation is None else config.cross_attention_implementation
+        crossing = self._implementation(crossing, hidden_states, output_attentions)
 
         all_states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
@@ -764,13 +932,13 @@ class MossVLTextModel(MossVLPreTrainedModel):
                 all_states.append(hidden_states)
             if isinstance(layer, MossVLSelfAttentionLayer):
                 hidden_states, weights = layer(
-                    hidden_states, table, mask, implementation, layer_past=cache, cache_position=cache_position
+                    hidden_states, table, visible, implementation, layer_past=cache, cache_position=cache_position
                 )
                 if output_attentions:
                     attentions.append(weights)
             elif vision_call is not None and (vision_call.spans or vision_call.writes):
                 hidden_states, weights = layer(
-                    hidden_states, vision_states, table, vision_table, vision_call, implementation,
+                    hidden_states, vision_states, table, vision_table, vision_call, crossing,
                     layer_past=cache, output_attentions=output_attentions,
                 )  # fmt: skip
                 cross_attentions.append(weights)
@@ -783,6 +951,14 @@ class MossVLTextModel(MossVLPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
 
+    def _implementation(self, name: Optional[str], states: torch.Tensor, need_weights: bool) -> str:
+        """`usable_implementation`, and sdpa for the versions of flash-attention that would leave out a dropout in training."""
+        name = usable_implementation(name, states, need_weights)
+        if self.training and self.config.attention_dropout and name != "flash_attention_2" and attention_kind(name) == "flash":
+            logger.warning_once(f"{name} has no dropout, but `attention_dropout` is {self.config.attention_dropout}; sdpa is used in training.")
+            return "sdpa"
+        return name
+
 
 def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Optional[Cache]:
     """The cache that a caller gave by its name, or by the one it had before transformers 5.24."""
@@ -794,38 +970,111 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
     return past_key_values if cache is None else cache
 
 
-def cached_length(cache: Optional[Cache]) -> int:
-    """Text tokens in the cache (layer 0 is always self-attention)."""
-    return 0 if cache is None else int(cache.get_seq_length())
+class Visible(NamedTuple):
+    """What the rows of the self-attention layers see.
+
+    Attributes:
+        mask: [B or 1, 1 or H, T or 1, S], bool (True = may see) or additive, in which every row sees a token; for flash-attention bool
+            [B, S], False at padding; None where `causal` and `texts` say all.
+        causal: whether the kernel has to hide later tokens itself; never told from the mask.
+        texts: for flash-attention and packed rows, the borders of the texts in the flattened batch, by the names that transformers has
+            for them.
+    """
+
+    mask: Optional[torch.Tensor]
+    causal: bool
+    texts: Optional[dict] = None
 
 
-def static_length(cache: Optional[Cache]) -> Optional[int]:
-    """Slots of a static cache, which it returns all of, the empty ones too; None for a cache that grows."""
-    return getattr(cache.layers[0], "max_cache_len", None) if cache is not None and cache.layers else None
+def visible_rows(
+    config: MossVLTextConfig, attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache],
+    implementation: str, text_index: Optional[torch.Tensor] = None,
+) -> tuple[Visible, str]:  # fmt: skip
+    """What the rows hidden_states [B, T, D] see: the tokens up to their own, of their own text, that are no padding. A padding token sees
+    itself as well, so that no row of a softmax is empty.
 
+    Args:
+        attention_mask: [B, S], 0 at padding; or a ready mask that says all, also what is later: see `ready_mask`.
+        text_index: [B, T], the text of each token, in packed rows.
 
-def causal_mask(
-    attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache], implementation: str
-) -> Optional[torch.Tensor]:
-    """What the self-attention layers take as mask: None where plain causality says it all, a 2D padding mask for
-    flash-attention, else bool [B, 1, T, S]. A token always sees itself, so that no row of a softmax is empty."""
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask.to(hidden_states.device)
-    rows, past = hidden_states.shape[1], cached_length(cache)
+    Returns:
+        That, and the implementation for it: sdpa in place of flash-attention for what flash-attention cannot hide (a ready mask, the empty
+        slots of a static cache, padding beside packed texts, a call of padding alone), and for one token per padded row, for which
+        transformers would copy the keys and values of the whole cache at each layer.
+    """
+    (batch, rows, _), past, device = hidden_states.shape, cached_length(cache), hidden_states.device
     known = past + rows
     slots = static_length(cache) if static_length(cache) is not None else known
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if "flash" in implementation:
-        return attention_mask if padded else None
-    if not padded and slots == known and (rows == 1 or past == 0):
-        return None
-    at = torch.arange(slots, device=hidden_states.device)
+    kind = attention_kind(implementation)
+    without_flash = "sdpa" if kind == "flash" else implementation
+    if attention_mask is not None and attention_mask.ndim == 4:
+        check_ready_mask(attention_mask, config.num_attention_heads, batch, rows, cache)
+        return Visible(ready_mask(attention_mask, hidden_states, past, slots), causal=False), without_flash
+    assert text_index is None or past == 0, "packed rows come without a filled cache"
+    padded = attention_mask is not None  # not asked of the device again: `MossVLModel` drops a mask of ones
+    by_flash = kind == "flash" and slots == known and not (padded and (rows == 1 or text_index is not None))
+    if by_flash and not (padded and not bool(attention_mask[:, past:].any())):  # not without any query
+        mask = attention_mask.to(device).bool() if padded else None
+        texts = None if text_index is None else packed_texts(text_index.to(device))
+        return Visible(mask, causal=True, texts=texts), implementation
+    if not padded and slots == known and text_index is None and (rows == 1 or past == 0):
+        return Visible(None, causal=True), without_flash
+    at = torch.arange(slots, device=device)
     row_at = at[past:known, None]
     mask = (at <= row_at)[None, None]  # [1, 1, T, S]
+    if text_index is not None:
+        texts = F.pad(text_index.to(device), (0, slots - known), value=-1)
+        mask = mask & (texts[:, None, :known, None] == texts[:, None, None, :])
     if padded:
-        may_see = F.pad(attention_mask.to(hidden_states.device).bool(), (0, slots - known))
+        may_see = F.pad(attention_mask.to(device).bool(), (0, slots - known))
         mask = mask & may_see[:, None, None, :] | (at == row_at)
-    return mask
+    return Visible(mask, causal=False), without_flash
+
+
+HIDDEN = torch.finfo(torch.float16).min  # additive masks hide by this or less: the lowest number of some dtype, or -inf
+
+
+def check_ready_mask(mask: torch.Tensor, heads: int, batch: int, rows: int, cache: Optional[Cache]) -> None:
+    """Refuses a caller's mask of four axes that does not fit the rows of this call, or whose dtype says nothing.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    known, slots = cached_length(cache) + rows, static_length(cache)
+    widths = (known,) if slots is None else (known, slots)
+    fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2] in (1, rows) and mask.shape[3] in widths
+    if not fits:
+        raise ValueError(
+            f"`attention_mask` has shape {list(mask.shape)}; expected [{batch} or 1, {heads} or 1, {rows} or 1, {' or '.join(map(str, widths))}]: "
+            f"the rows of this call by the tokens of the cache and of this call."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"`attention_mask` has four axes and dtype {mask.dtype}; expected torch.bool (True = may see), or additive in float.")
+
+
+def ready_mask(mask: torch.Tensor, hidden_states: torch.Tensor, past: int, slots: int) -> torch.Tensor:
+    """A caller's mask [B or 1, 1 or H, T or 1, S] as every kernel takes it: bool, or additive in the dtype of the scores with -inf where
+    it hides; S as long as the cache. A row that would see nothing sees its own token, as a padding token does."""
+    rows, device = hidden_states.shape[1], hidden_states.device
+    mask = mask.to(device)
+    sees = mask if mask.dtype == torch.bool else mask > HIDDEN
+    at = torch.arange(slots, device=device)
+    more = slots - mask.shape[3]
+    sees = F.pad(sees, (0, more))
+    sees = sees | (~sees.any(-1, keepdim=True) & (at == at[past : past + rows, None]))
+    if mask.dtype == torch.bool:
+        return sees
+    added = F.pad(mask.masked_fill(mask <= HIDDEN, 0), (0, more))
+    return added.to(compute_dtype(hidden_states)).masked_fill(~sees, float("-inf"))
+
+
+def packed_texts(text_index: torch.Tensor) -> dict:
+    """Borders of the texts of packed rows [B, T] in the flattened batch, as transformers hands them to flash-attention."""
+    first = torch.ones_like(text_index, dtype=torch.bool)
+    first[:, 1:] = text_index[:, 1:] != text_index[:, :-1]
+    borders = F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=first.numel()).to(torch.int32)
+    longest = int(borders.diff().max())
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -840,8 +1089,8 @@ class MossVLModel(MossVLPreTrainedModel):
     `model.merge_and_unload()`: the folder of an adapter holds adapters alone.
     """
 
-    def __init__(self, config: MossVLConfig):
-        super().__init__(config)
+    def __init__(self, config: MossVLConfig, **kwargs):
+        super().__init__(config, **kwargs)
         self.visual = MossVLVisionModel._from_config(config.vision_config)
         self.language_model = MossVLTextModel._from_config(config.text_config)
         self.separator_token = nn.Parameter(torch.zeros(config.text_config.hidden_size))
@@ -901,9 +1150,10 @@ class MossVLModel(MossVLPreTrainedModel):
         image_features: Optional[torch.FloatTensor] = None,
         image_mean: Optional[list[list[float]]] = None,
         image_std: Optional[list[list[float]]] = None,
+        image_grid_thw: Optional[torch.LongTensor] = None,
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
-        cache = cache_of(cache, past_key_values)
+        cache, grid_thw = cache_of(cache, past_key_values), grid_of(grid_thw, image_grid_thw)
         if self.training and torch.is_grad_enabled() and self.language_model.gradient_checkpointing:
             if cache is not None:
                 raise ValueError(
@@ -914,17 +1164,28 @@ class MossVLModel(MossVLPreTrainedModel):
             if use_cache:
                 logger.warning_once("`use_cache=True` does not go with gradient checkpointing in training; no cache is returned.")
             use_cache = False
-        incremental = use_cache is True or cache is not None
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
-        cache = DynamicCache() if use_cache and cache is None else cache
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
+        check_implementations(self.config)
+        text = input_ids if input_ids is not None else inputs_embeds
+        if attention_mask is not None and attention_mask.ndim == 4:
+            check_ready_mask(attention_mask, self.config.text_config.num_attention_heads, *text.shape[:2], cache)
+        past_length = cached_length(cache)
+        starts_text = self._packed_texts(text, attention_mask, position_ids, past_length)
+        if starts_text is not None and (use_cache or cache is not None):
+            raise ValueError(
+                "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; expected "
+                "use_cache=False and no cache: a cache continues one text per row."
+            )
+        incremental = use_cache is True or cache is not None
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training and starts_text is None
+        cache = DynamicCache() if use_cache and cache is None else cache
         request = read_request(
             self.config,
             vision_state(cache, self.config.text_config),
-            cached_length(cache),
-            input_ids if input_ids is not None else inputs_embeds,
+            past_length,
+            text,
             attention_mask,
             pixel_values,
             grid_thw,
@@ -937,38 +1198,26 @@ class MossVLModel(MossVLPreTrainedModel):
             image_mean=image_mean,
             image_std=image_std,
         )
-        state, call = plan_call(request)
-        text_positions, vision_position_ids, rope_deltas = self._place(request)
-        if position_ids is None:
-            position_ids = text_positions
-        elif position_ids.shape[-2:] != request.is_token.shape or position_ids.shape[:-2] not in ((), (3,)):
-            raise ValueError(
-                f"`position_ids` has shape {list(position_ids.shape)}; expected {list(request.is_token.shape)}, or the same behind a "
-                f"leading 3 for (t, h, w): one position for each token of this call."
-            )
-        else:
-            highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
-            rope_deltas = highest.amax(1) + 1 - request.past_length - request.is_token.shape[1]
+        walked, vision_position_ids, rope_deltas = self._place(request, starts_text, position_ids)
+        position_ids, rope_deltas, own_positions = self._text_positions(request, position_ids, walked, rope_deltas, starts_text)
+        text_index = None if starts_text is None else starts_text.cumsum(1)
+        highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
+        state, call = plan_call(
+            request, highest.expand(request.is_token.shape), rope_deltas, own_positions, None if text_index is None else text_index.cpu().numpy()
+        )
 
-        vision_states, waiting = None, request.state.waiting
+        media, vision_states, waiting = request.media, None, request.state.waiting
         if request.grid and any(request.new):
-            if image_features is None:
-                states = self.visual(pixel_values, request.grid, vision_chunked_length, image_mean, image_std, self.separator_token)
-            else:
-                runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
-                features = image_features.to(request.is_token.device, self.separator_token.dtype)
-                states = with_separators(features, runs, merge, self.separator_token)
-            vision_states, waiting = self._take_placed(request, states)
-            del states
+            vision_states, waiting = self._take_placed(request, self._encode_media(request, vision_chunked_length))
         elif request.state.is_waiting():
             vision_states, waiting = self._take_placed(request, None)
-        elif self.training and cache is None and (pixel_values is not None or has_other_ranks()):
-            # Blank media only, or no media. A blank frame is read all the same, times 0: every parameter gets a gradient on every rank,
-            # and no rank waits for another to read the weights that are sharded among them.
-            pixels = (pixel_values, request.grid, None, image_mean, image_std)
-            if pixel_values is None:
-                pixels = self._blank_frame(request.is_token.device)
-            vision_states = self.visual(*pixels, separator=self.separator_token)
+        elif self.training and cache is None and ("pixel_values" in media or has_other_ranks()):
+            # Blank media only, or none. A blank frame is read all the same, times 0: every parameter gets a gradient on every rank, and
+            # no rank waits for another to read the weights that are sharded among them.
+            if "pixel_values" in media:
+                vision_states = self._encode_media(request, None)
+            else:
+                vision_states = self.visual(*self._blank_frame(request.is_token.device), separator=self.separator_token)
             vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
             call = VisionCall(
                 spans=[Span(slice(0, request.is_token.numel()), slice(0, len(vision_states)))],
@@ -976,43 +1225,105 @@ class MossVLModel(MossVLPreTrainedModel):
                 length=len(vision_states),
             )
         if cache is not None:
-            vision_cache_layer = install_layers(cache, self.config.text_config)
+            vision_layer = install_layers(cache, self.config.text_config)
         outputs = self.language_model(
             input_ids if inputs_embeds is None else None,  # looked up inside: only there are sharded weights whole
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if attention_mask is None or attention_mask.ndim == 4 or request.any_padded else None,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
             vision_states=vision_states,
             vision_position_ids=vision_position_ids,
             vision_call=call,
+            text_index=text_index,
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
             output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         if cache is not None:
-            vision_cache_layer.state = replace(state, waiting=waiting, rope_delta=rope_deltas)
+            vision_layer.state = replace(state, waiting=waiting)
         outputs.rope_deltas = rope_deltas
         return outputs
 
-    def _place(self, request: VisionRequest):
-        """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B]."""
+    def _encode_media(self, request: VisionRequest, vision_chunked_length: Optional[int]) -> torch.Tensor:
+        """Vision states [v, D] of the media of a call, each frame with its separator."""
+        media = request.media
+        if "image_features" not in media:
+            statistics = media.get("image_mean"), media.get("image_std")
+            return self.visual(media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token)
+        runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
+        return with_separators(media["image_features"].to(request.is_token.device), runs, merge, self.separator_token)
+
+    @staticmethod
+    def _packed_texts(text, attention_mask, position_ids, past_length: int) -> Optional[torch.Tensor]:
+        """Where packed texts begin: bool [B, T], or None unless the caller's `position_ids` start again within a row."""
+        fits = position_ids is not None and position_ids.shape[-2:] in (text.shape[:2], (1, text.shape[1]))
+        if not fits or past_length or (attention_mask is not None and attention_mask.shape != text.shape[:2]):
+            return None  # a wrong shape is an error later on
+        is_token = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        if attention_mask is not None:
+            is_token = attention_mask.to(text.device).bool()
+        positions = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(text.device).expand(text.shape[:2])
+        starts = text_starts(positions, is_token)
+        return starts if (starts.sum(1) > 1).any() else None
+
+    def _text_positions(self, request: VisionRequest, position_ids, walked, rope_deltas, starts_text):
+        """Positions of the text [B, T] or [3, B, T], rope_deltas [B], and whether they are the caller's."""
+        if position_ids is None:
+            return walked, rope_deltas, False
+        shape, given = request.is_token.shape, position_ids.shape
+        if given[-2:] not in (shape, (1, shape[1])) or given[:-2] not in ((), (3,)):
+            raise ValueError(
+                f"`position_ids` has shape {list(given)}; expected {list(shape)}, or the same after a "
+                f"leading 3 for (t, h, w): one position for each token of this call."
+            )
+        position_ids = position_ids.to(walked.device).expand(*given[:-2], *shape)
+        if starts_text is not None and any(request.pads):
+            # Positions that count tokens say where texts begin, and XRoPE's say the same; of others, frames cannot follow.
+            own = position_ids if position_ids.ndim == 3 else position_ids[None]
+            counted = walk_text(request.is_token, torch.zeros_like(request.is_frame), walked[:0, 0], walked[:, 0], starts_text, own[0])[0]
+            is_token = request.is_token
+            if not any(((own == known) | ~is_token).all() for known in (walked, counted)):
+                raise ValueError(
+                    "`position_ids` start again within a row that has frames, but are neither counts of tokens (0, 1, 2, ... in each "
+                    "text) nor XRoPE's positions; expected one of these, or a row per text."
+                )
+            return walked, rope_deltas, False
+        highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
+        return position_ids, highest.amax(1) + 1 - request.past_length - shape[1], True
+
+    def _place(self, request: VisionRequest, starts_text: Optional[torch.Tensor] = None, position_ids: Optional[torch.Tensor] = None):
+        """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B].
+
+        Args:
+            starts_text: bool [B, T], where packed texts begin; each counts on from its first one of `position_ids`.
+        """
         state, device = request.state, request.is_token.device
         start = torch.full((len(state.row_sample),), request.past_length, device=device)
         if state.rope_delta is not None:
             start = start + state.rope_delta.to(device)
         if request.is_token.shape[1] == 1 and not any(request.pads):
-            behind = start + request.is_token[:, 0]
-            return start[:, None].masked_fill(~request.is_token, 0), start.new_zeros(3, 0), behind - request.past_length - 1
+            end = start + request.is_token[:, 0]
+            return start[:, None].masked_fill(~request.is_token, 0), start.new_zeros(3, 0), end - request.past_length - 1
+        first = None
+        if starts_text is not None:
+            first = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(device).expand(request.is_token.shape)
         extents = [max(grid) for sample in state.row_sample for grid in request.frames_placed(sample)]
-        text, origins, behind = walk_text(
-            request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start
+        text, origins, end = walk_text(
+            request.is_token, request.is_frame, torch.tensor(extents, dtype=torch.long, device=device), start, starts_text, first
         )
-        rope_deltas = behind - request.past_length - request.is_token.shape[1]
-        origins = state.of_samples(origins.split([request.pads[sample] for sample in state.row_sample]), origins[:0])
+        rope_deltas = end - request.past_length - request.is_token.shape[1]
+        of_rows = origins.split([request.pads[sample] for sample in state.row_sample])
+        first_rows = state.first_rows()
+        for row, sample in enumerate(state.row_sample):
+            if row != first_rows[sample] and request.pads[sample] and not torch.equal(of_rows[row], of_rows[first_rows[sample]]):
+                raise ValueError(
+                    f"Text rows {first_rows[sample]} and {row} share the frames of sample {sample}, but place them differently; expected "
+                    f"the same text. Give each conversation a cache of its own before new frames come."
+                )
         pieces = []
-        for sample, of_sample in enumerate(origins):
+        for sample, row in enumerate(first_rows):
             runs = frame_runs((1, h, w) for h, w in request.frames_placed(sample))
-            for run, origin in zip(runs, of_sample.split([run.frames for run in runs])):
+            for run, origin in zip(runs, of_rows[row].split([run.frames for run in runs])):
                 pieces.append(frame_positions(origin, run.rows, run.columns))
         vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
         return text, vision, rope_deltas
@@ -1029,10 +1340,8 @@ class MossVLModel(MossVLPreTrainedModel):
         m, state = self.config.vision_config.spatial_merge_size, request.state
         new: list[Optional[torch.Tensor]] = [None] * len(request.new)
         if states is not None:
-            media = iter(request.grid)
             per_sample = [
-                sum(t * ((h // m) * (w // m) + 1) for t, h, w in (next(media) for _ in range(count)))
-                for count in request.media_nums
+                sum(t * ((h // m) * (w // m) + 1) for t, h, w in own) for own in split_by(request.grid, request.media_nums)
             ]
             new = [part if frames else None for part, frames in zip(states.split(per_sample), request.new)]
             if not state.is_waiting() and all(request.tokens_placed(i) == n for i, n in enumerate(per_sample)):
@@ -1048,75 +1357,10 @@ class MossVLModel(MossVLPreTrainedModel):
         return (torch.cat(placed) if len(placed) > 1 else placed[0] if placed else None), waiting
 
 
-class TextCacheLayer(DynamicLayer):
-    """Keys and values [B, K, S, d] of the text, with room behind them: a new token is written into it, and no token moves those before
-    it until the room is full."""
-
-    def __init__(self):
-        super().__init__()
-        self._rooms: list[Optional[torch.Tensor]] = [None, None]  # of keys and values, which are views of their beginnings
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        before = (self.keys, self.values) if self.get_seq_length() else (None, None)
-        parts = [append(*part) for part in zip(before, self._rooms, (key_states, value_states))]
-        (self.keys, _), (self.values, _) = parts
-        self._rooms = [room for _, room in parts]
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        return self.keys, self.values
-
-    def reset(self) -> None:
-        super().reset()
-        self._rooms = [None, None]
-
-
-def append(past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Puts `new` [B, K, T, d] behind `past` [B, K, S, d]: -> both [B, K, S + T, d], and the room they lie in. `room` is used where `past`
-    lies in it (what was done to a cache in between may have put it elsewhere) and it is long enough. With gradients nothing is
-    written over: without a room."""
-    if torch.is_grad_enabled() and (new.requires_grad or (past is not None and past.requires_grad)):
-        return (new if past is None else torch.cat([past, new], dim=-2)), None
-    length = 0 if past is None else past.shape[-2]
-    total = length + new.shape[-2]
-    in_room = room is not None and past is not None and past.data_ptr() == room.data_ptr() and past.shape[:-2] == room.shape[:-2]
-    if not in_room or room.shape[-2] < total:
-        room = new.new_empty(*new.shape[:-2], total + max(TEXT_ROOM, total // 8), new.shape[-1])
-        if length:
-            room[..., :length, :] = past
-    room[..., length:total, :] = new
-    return room[..., :total, :], room
-
-
 def has_other_ranks() -> bool:
     """Whether this process trains with others, which wait for its gradients."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def install_layers(cache: Cache, config: MossVLTextConfig) -> VisionCacheLayer:
-    """Makes the cross-attention layers of an empty cache hold vision keys and values, and its plain layers grow in place; returns the
-    one that holds the vision state."""
-    if cached_length(cache) == 0:
-        while len(cache.layers) < config.num_hidden_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-        for index, layer in enumerate(cache.layers):
-            if index in config.cross_attention_layers:
-                cache.layers[index] = VisionCacheLayer()
-            elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
-                cache.layers[index] = TextCacheLayer()
-    return cache.layers[config.cross_attention_layers[0]]
-
-
-def vision_state(cache: Optional[Cache], config: MossVLTextConfig) -> Optional[VisionState]:
-    """The state that a cache in use carries; None where there is nothing in the cache."""
-    if cached_length(cache) == 0:
-        return None
-    layer = cache.layers[config.cross_attention_layers[0]]
-    if not isinstance(layer, VisionCacheLayer) or layer.state is None:
-        raise ValueError(
-            f"The cache holds {cached_length(cache)} tokens, but not their vision sequence; expected a cache that this model "
-            f"filled. Pass an empty cache, or that of an earlier output."
-        )
-    return layer.state
 
 
 def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[slice, torch.Tensor]:
@@ -1140,23 +1384,26 @@ def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[sl
     )
 
 
-def row_targets(labels: Optional[torch.Tensor], attention_mask: Optional[torch.Tensor], shape) -> Optional[torch.Tensor]:
-    """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding. None without labels.
+def row_targets(
+    labels: torch.Tensor, attention_mask: Optional[torch.Tensor], starts_text: Optional[torch.Tensor], shape
+) -> torch.Tensor:
+    """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding.
 
     Args:
         labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
+        starts_text: bool [B, T], of packed rows where each text begins: the text before it does not predict that token.
         shape: (B, T).
 
     Raises:
         ValueError: for labels of another shape.
     """
-    if labels is None:
-        return None
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(
             f"`labels` has shape {list(labels.shape)}; expected {list(shape)}: a label for each token of this call, -100 where there "
             f"is none, whatever `logits_to_keep` leaves out."
         )
+    if starts_text is not None:
+        labels = labels.masked_fill(starts_text.to(labels.device), IGNORED)
     if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] < shape[1]:  # the last is an error, told later
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     is_token = attention_mask[:, attention_mask.shape[1] - shape[1] :].to(labels.device).bool()
@@ -1173,8 +1420,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     accepts_loss_kwargs = True
 
-    def __init__(self, config: MossVLConfig):
-        super().__init__(config)
+    def __init__(self, config: MossVLConfig, **kwargs):
+        super().__init__(config, **kwargs)
         self.model = MossVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -1237,6 +1484,9 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         image_features: Optional[torch.FloatTensor] = None,
         image_mean: Optional[list[list[float]]] = None,
         image_std: Optional[list[list[float]]] = None,
+        image_grid_thw: Optional[torch.LongTensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        mm_token_type_ids: Optional[torch.LongTensor] = None,
     ) -> Union[MossVLCausalLMOutput, tuple]:
         """One pass over text and the frames that come with it.
 
@@ -1247,7 +1497,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             input_ids: [B, T], one `image_pad` for each frame. `inputs_embeds` [B, T, D] may replace the embeddings; frames need
                 `input_ids` as well, for their places.
             attention_mask: [B, S], cache included, 0 at padding on either side; or a ready 4D mask for self-attention.
-            position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions.
+            position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions. If they start again within a row, the row holds several
+                packed texts, each of which sees itself and its own frames alone.
             cache: any transformers cache, empty or filled by this model.
             labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside. Each token is predicted by the token before it
                 that is no padding, so that a sample's loss is the same in every batch; labels of padding are ignored.
@@ -1257,14 +1508,18 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                 (uint8) with `image_mean` and `image_std`.
             grid_thw: [media, 3], (frames, patch rows, patch columns).
             media_nums_per_sample: media of each sample; told from the text where it is missing.
-            cross_attention_mask: bool [B, 1, T, F], True = hidden; default: what the text says. Any mask is obeyed.
+            cross_attention_mask: bool [B, 1, T, F], True = hidden; default: what the text says. It may hide any frame, and shows none to
+                padding or before its `image_pad`. Fewer rows than tokens leave the later tokens to the text. On a filled cache, a mask of
+                at most T rows is about the frames that come with the call, if it has as many columns as these are; else about all.
             vision_chunked_length: frames that the vision encoder takes at once, default 64 (in training: all).
             rows_per_sample: text rows that share each sample's media, as beams do.
-            prompt_length: tokens of the whole prompt; `image_pad` ids behind it are text that the model wrote.
+            prompt_length: tokens of the whole prompt; `image_pad` ids after it are text that the model wrote.
             num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
             past_key_values: the older name of `cache`.
             image_features: [P / m^2, D], what `get_image_features` gives for the media, in place of `pixel_values`.
             image_mean, image_std: three numbers for each medium, by which levels are normalised on the encoder's device.
+            image_grid_thw: another name of `grid_thw`, by which generic trainers look for it.
+            token_type_ids, mm_token_type_ids: taken from processors that return them; they say nothing that `input_ids` do not.
 
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
@@ -1273,7 +1528,10 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         kept, targets = slice(None), None
         if text is not None:
             kept = kept_rows(logits_to_keep, text.shape[1])
-            targets = row_targets(labels, attention_mask, text.shape[:2])
+        if text is not None and labels is not None:
+            past_length = cached_length(cache_of(cache, past_key_values))
+            starts_text = self.model._packed_texts(text, attention_mask, position_ids, past_length)
+            targets = row_targets(labels, attention_mask, starts_text, text.shape[:2])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1293,6 +1551,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             image_features=image_features,
             image_mean=image_mean,
             image_std=image_std,
+            image_grid_thw=image_grid_thw,
         )
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -1326,35 +1585,46 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`; once the prompt is
-    # in the cache the entry is dropped, since the cache knows.
+    # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`: transformers 5 does not
+    # prefill in chunks if it sees `pixel_values`. Assistants get it under its public names.
 
     def _validate_model_kwargs(self, model_kwargs):
-        """Checks names, and a whole prompt against its media: forward may get it in chunks."""
+        """Checks names; media are checked against the prompt in `_expand_inputs_for_generation`."""
         known = set(inspect.signature(self.forward).parameters)
         for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
             near = nearest_name(name, {*known, *self.generation_config.to_dict()})
             hint = f"; did you mean `{near}`?" if near else ""
             raise ValueError(f"`{name}` is neither an input of this model nor a setting of `generate`{hint}")
         super()._validate_model_kwargs(model_kwargs)
-        ids, cache = model_kwargs.get("input_ids"), model_kwargs.get(CACHE)
-        if ids is not None and ids.shape[1] and cached_length(cache) == 0:
-            prompt = {name: model_kwargs[name] for name in ("attention_mask", *MEDIA_KWARGS) if name in model_kwargs}
-            read_request(self.config, None, 0, ids, **prompt)
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """Keeps the caller's `attention_mask`: transformers 5 drops one of ones, and its length says whether `input_ids` is the whole
+        conversation or a new turn."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        return inputs, name, {**model_kwargs, "prompt_kwargs": {"attention_mask": model_kwargs.get("attention_mask")}}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats text rows for beams and answers; the media stay as they are, shared by the rows of their sample."""
-        prompt = {name: model_kwargs.pop(name, None) for name in ("position_ids", *MEDIA_KWARGS)}
+        """Checks a prompt and its media, drops the media that the cache holds already, and repeats text rows for beams and answers; the
+        media stay as they are, shared by the rows of their sample."""
+        prompt = {name: model_kwargs.pop(name, None) for name in PROMPT_KWARGS}
         prompt = {name: value for name, value in prompt.items() if value is not None}
-        cache = model_kwargs.get(CACHE)
-        past_length, length = cached_length(cache), input_ids.shape[1] if input_ids is not None else 0
-        if length and past_length == 0:
-            model_kwargs["prompt_length"] = length
+        if "image_grid_thw" in prompt:
+            prompt["grid_thw"] = grid_of(prompt.get("grid_thw"), prompt.pop("image_grid_thw"))
+        cache, past_length = model_kwargs.get(CACHE), cached_length(model_kwargs.get(CACHE))
+        given = (model_kwargs.pop("prompt_kwargs", None) or {}).get("attention_mask")
+        attention_mask = model_kwargs.get("attention_mask") if given is None else given
+        if attention_mask is not None and attention_mask.ndim == 2 and (attention_mask[:, -1] == 0).any():
+            raise ValueError(
+                "`attention_mask` ends in padding, so the rows are padded on the right, and a new token would come after the padding; "
+                "expected padding on the left. Call the processor with padding_side='left'."
+            )
+        if input_ids is not None and input_ids.shape[1]:
+            prompt = self._read_prompt(cache, past_length, input_ids, attention_mask, prompt)
         if expand_size > 1:
             if past_length:
                 cache.batch_repeat_interleave(expand_size)
             else:
-                model_kwargs["rows_per_sample"] = expand_size
+                prompt["rows_per_sample"] = expand_size
             for name, axis in (("cross_attention_mask", 0), ("position_ids", -2)):
                 if name in prompt:
                     prompt[name] = prompt[name].repeat_interleave(expand_size, dim=axis)
@@ -1363,10 +1633,71 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         )
         return input_ids, {**model_kwargs, "prompt_kwargs": prompt}
 
+    def _read_prompt(self, cache, past_length: int, input_ids, attention_mask, prompt: dict) -> dict:
+        """What belongs to the prompt, checked as a whole: forward may get it in chunks.
+
+        Adds `past_length`, the text tokens in the cache, and `prompt_length`, which tells the prompt from what the model writes. Of the
+        media of the whole conversation only those of the new turn stay (`media_as_given` has all of them, for an assistant); a mask over
+        these becomes one over all frames.
+        """
+        new = input_ids
+        if past_length:
+            only_new = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != input_ids.shape[1]
+            if only_new and not NEXT_LENGTH:
+                raise ValueError(
+                    f"`input_ids` has {input_ids.shape[1]} tokens and `attention_mask` {attention_mask.shape[1]}; expected as many, those of "
+                    f"the whole conversation: this transformers does not take the tokens of the new turn alone."
+                )
+            new = input_ids if only_new else input_ids[:, past_length:]
+            if not new.shape[1]:
+                raise ValueError(
+                    f"`input_ids` has {input_ids.shape[1]} tokens, and the cache holds {past_length}; expected the whole conversation, with "
+                    f"at least one token that the cache does not hold."
+                )
+        state = vision_state(cache, self.config.text_config)
+        given = {name: prompt[name] for name in MEDIA_KWARGS if name in prompt}
+        length = prompt.setdefault("prompt_length", past_length + new.shape[1])
+        if state is not None and "grid_thw" in prompt:
+            prompt = self._without_known_media(state, new[:, : max(length - past_length, 0)], prompt)
+        names = prompt.keys() - {"position_ids", "rows_per_sample"}
+        request = read_request(self.config, state, past_length, new, attention_mask, **{name: prompt[name] for name in names})
+        if past_length and request.mask is not None and not state.is_waiting():
+            prompt = prompt | {"cross_attention_mask": whole_mask(request)}
+        return {**prompt, "past_length": past_length, **({"media_as_given": given} if past_length else {})}
+
     def _get_cache(self, cache_implementation, batch_size, max_cache_len, model_kwargs):
         """A static cache of this call's own; transformers 4 would keep one on the model, where two threads would share it."""
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
+
+    def _get_candidate_generator(self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs):
+        """The assistant gets what belongs to the prompt under its public names, as far as it takes them, but for the frame mask: without
+        it some candidates may be rejected, and none is wrong."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip its cross-attention. "
+                "Pass `assistant_model=` or `prompt_lookup_num_tokens=`."
+            )
+        public = {name: value for name, value in model_kwargs.items() if name != "prompt_kwargs"}
+        prompt = model_kwargs.get("prompt_kwargs") or {}
+        given = prompt.get("media_as_given", prompt)
+        public |= {name: given[name] for name in given if name in MEDIA_KWARGS and name != "cross_attention_mask"}
+        public |= {"position_ids": prompt["position_ids"]} if "position_ids" in prompt else {}
+        if assistant_model is not None and assistant_model.config.model_type == self.config.model_type:
+            public["prompt_length"] = prompt.get("prompt_length")
+            pads = int((input_ids[:, : prompt.get("prompt_length")] == self.config.image_token_id).sum())
+            frames = sum(int(t) for t, _, _ in given.get("grid_thw", ()))
+            if prompt.get("past_length") and pads and pads != frames:
+                raise ValueError(
+                    f"The conversation has {pads} `image_pad` tokens, and {frames} frames were given for the assistant, which starts "
+                    f"without a cache; expected the media of all turns. Pass these, or leave `assistant_model` out."
+                )
+        elif assistant_model is not None:
+            accepted = inspect.signature(assistant_model.forward).parameters
+            public = {name: value for name, value in public.items() if name in accepted or name not in MEDIA_KWARGS}
+        return super()._get_candidate_generator(
+            generation_config, input_ids, *args, model_kwargs=public, assistant_model=assistant_model, **kwargs
+        )
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
         """None: positions are XRoPE's, and forward works them out."""
@@ -1399,15 +1730,17 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             length = inputs_embeds.shape[1]
         else:
             new = cache_position.shape[0] if cache_position is not None else next_sequence_length
+            if new is None and past_length and input_ids.shape[1] >= (prompt_kwargs or {}).get("prompt_length", past_length + 1):
+                new = input_ids.shape[1] - past_length  # assisted generation on a kept cache hands over the whole conversation
             kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = kwargs["input_ids"].shape[1]
-        for name in ("labels", "token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
+        for name in ("labels", "token_type_ids", "mm_token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
             kwargs.pop(name, None)
-        prompt = dict(prompt_kwargs or {})
-        if past_length and prompt_kwargs is None:
-            kwargs.setdefault("prompt_length", past_length)  # what the model writes after a later turn
-        elif past_length:
-            prompt = self._without_known_media(cache, kwargs["input_ids"], prompt, kwargs.get("prompt_length"))
+        prompt = {name: value for name, value in (prompt_kwargs or {}).items() if name != "media_as_given"}
+        if past_length > prompt.pop("past_length", 0):  # a later chunk of the prompt: its media came with the first
+            prompt = {name: value for name, value in prompt.items() if name not in MEDIA_KWARGS or name == "cross_attention_mask"}
+        if past_length:
+            prompt.pop("rows_per_sample", None)
         if "position_ids" in prompt and prompt["position_ids"].shape[-1] > length:
             prompt["position_ids"] = prompt["position_ids"][..., past_length : past_length + length]
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -1420,22 +1753,20 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             "use_cache": use_cache,
         }
 
-    def _without_known_media(self, cache: Cache, ids: torch.Tensor, prompt: dict, prompt_length: Optional[int]) -> dict:
-        """Drops the media that the cache holds already. A later turn may bring those of the whole conversation, or its own."""
-        if "grid_thw" not in prompt:
-            return prompt
-        state, past_length = vision_state(cache, self.config.text_config), cached_length(cache)
-        in_prompt = ids if prompt_length is None else ids[:, : max(prompt_length - past_length, 0)]
-        pads = (in_prompt == self.config.image_token_id).sum(1).tolist()
-        pads = state.of_samples(pads, 0)
-        names = ("pixel_values", "grid_thw", "image_mean", "image_std")
-        pixel_values, grid_thw, *statistics = (prompt.get(name) for name in names)
-        grid = read_grid(pixel_values, grid_thw, self.config.vision_config, *statistics)
+    def _without_known_media(self, state: VisionState, new: torch.Tensor, prompt: dict) -> dict:
+        """Drops the media that the cache holds already. A later turn may bring those of the whole conversation, or its own.
+
+        Args:
+            new: [B, T], the text of the new turn.
+        """
+        pads = pads_of_samples(state, (new == self.config.image_token_id).sum(1).tolist())
+        media = {name: prompt[name] for name in ("pixel_values", "image_features", "image_mean", "image_std") if name in prompt}
+        statistics = (prompt.get(name) for name in ("pixel_values", "grid_thw"))
+        grid = read_grid(*statistics, self.config.vision_config, prompt.get("image_mean"), prompt.get("image_std"))
         nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
-        kept, kept_nums, media, patch = [], [], enumerate(grid), 0  # kept: (number of the medium, its patches)
-        for sample, (asked, count) in enumerate(zip(pads, nums)):
-            own = [next(media) for _ in range(count)]
-            known, frames = len(state.grids[sample]), sum(t for _, (t, _, _) in own)
+        kept, kept_nums, first = [], [], 0
+        for sample, (asked, own) in enumerate(zip(pads, split_by(grid, nums))):
+            known, frames = len(state.grids[sample]), sum(t for t, _, _ in own)
             wanted = max(0, asked - (known - state.placed[sample]))
             if wanted and frames not in (wanted, known + wanted):
                 raise ValueError(
@@ -1443,47 +1774,49 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                     f"expected {wanted}, or {known + wanted} with those of the earlier turns."
                 )
             kept_nums.append(0)
-            for number, (t, h, w) in own:
-                frames -= t  # frames behind this medium
+            for number, (t, _, _) in enumerate(own, first):
+                frames -= t  # frames after this medium
                 if frames < wanted:
-                    kept.append((number, slice(patch, patch + t * h * w)))
+                    kept.append(number)
                     kept_nums[-1] += 1
-                patch += t * h * w
+            first += len(own)
+        if len(kept) == len(grid):
+            return {**prompt, "media_nums_per_sample": kept_nums}
+        mask = prompt.get("cross_attention_mask")
+        if not kept and mask is not None and mask.shape[2] <= new.shape[1]:
+            prompt = {name: value for name, value in prompt.items() if name != "cross_attention_mask"}  # of the new turn, without frames
+        prompt = {name: value for name, value in prompt.items() if name not in {*media, "grid_thw", "media_nums_per_sample"}}
         if not kept:
-            mask = prompt.get("cross_attention_mask")
-            if mask is not None and mask.shape[2] < past_length + ids.shape[1]:
-                mask = None  # of the new turn alone, which has no frames
-            prompt = {"position_ids": prompt.get("position_ids"), "cross_attention_mask": mask}
-            return {name: value for name, value in prompt.items() if value is not None}
-        if len(kept) < len(grid):
-            of_media = {name: prompt[name] for name in ("image_mean", "image_std") if name in prompt} | {"grid_thw": grid}
-            prompt = prompt | {name: [rows[number] for number, _ in kept] for name, rows in of_media.items()}
-            for name, patches_a_row in (("pixel_values", 1), ("image_features", self.config.vision_config.spatial_merge_size**2)):
-                if name in prompt:
-                    rows = [slice(patches.start // patches_a_row, patches.stop // patches_a_row) for _, patches in kept]
-                    prompt[name] = torch.cat([prompt[name][part] for part in rows])
-        return {**prompt, "media_nums_per_sample": kept_nums}
+            return prompt
+        media = take_media(media, grid, kept, self.config.vision_config.spatial_merge_size)
+        return {**prompt, **media, "grid_thw": [grid[number] for number in kept], "media_nums_per_sample": kept_nums}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
         )
-        if model_kwargs.get("use_cache", True):
-            model_kwargs.pop("prompt_kwargs", None)
-        elif model_kwargs.get("prompt_kwargs"):
-            model_kwargs["prompt_kwargs"] = prompt = dict(model_kwargs["prompt_kwargs"])
-            if "cross_attention_mask" in prompt:  # the new token sees what the one before it saw
-                mask = prompt["cross_attention_mask"]
-                prompt["cross_attention_mask"] = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, num_new_tokens, -1)], dim=2)
-            if "position_ids" in prompt:
-                positions = prompt["position_ids"]
-                steps = torch.arange(1, num_new_tokens + 1, device=positions.device)
-                behind = positions.flatten(0, -2).amax(1).view(*positions.shape[:-1], 1)
-                prompt["position_ids"] = torch.cat([positions, behind + steps], dim=-1)
+        prompt = model_kwargs.get("prompt_kwargs") or {}
+        if model_kwargs.get("use_cache", True):  # the cache knows the media
+            model_kwargs["prompt_kwargs"] = {name: value for name, value in prompt.items() if name == "prompt_length"}
+        elif "position_ids" in prompt:
+            positions = prompt["position_ids"]
+            steps = torch.arange(1, num_new_tokens + 1, device=positions.device)
+            last = positions.flatten(0, -2).amax(1).view(*positions.shape[:-1], 1)
+            model_kwargs["prompt_kwargs"] = prompt | {"position_ids": torch.cat([positions, last + steps], dim=-1)}
         return model_kwargs
 
 
+def grid_of(grid_thw, image_grid_thw):
+    """The grid that a caller gave by its name, or by the one that other models have."""
+    if grid_thw is not None and image_grid_thw is not None:
+        raise ValueError("The grid was given twice, as `grid_thw` and as `image_grid_thw`; expected one of them.")
+    return image_grid_thw if grid_thw is None else grid_thw
+
+
 MEDIA_KWARGS = ("pixel_values", "image_mean", "image_std", "image_features", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
+PROMPT_KWARGS = (*MEDIA_KWARGS, "image_grid_thw", "position_ids", "prompt_length", "rows_per_sample")
+# Whether `generate` tells how many tokens are new, and so takes those of a new turn alone; transformers 4 does not.
+NEXT_LENGTH = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 # `save_pretrained` copies the code beside the weights.
 MossVLForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

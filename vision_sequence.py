@@ -1,45 +1,96 @@
-"""The vision sequence of a call: which frames come with it, which text row sees which of their tokens, and where their keys and
-values are kept.
+"""The vision sequence of a call: which frames come with it, and which text token sees which of their tokens.
 
-Axes: B text rows, T text tokens of this call, F frames, K key/value heads, V vision tokens (each frame's tokens and its
-separator, all samples one behind the other without padding), d head size.
+Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), F frames, V vision tokens (each frame's tokens
+and its separator, all samples one after the other without padding).
 
-What a text row sees is nearly always a prefix of its sample's frames, so visibility is a short list of spans (rows i..j see
-tokens u..v) and no T x V mask is ever built. All of it is host-side integers, planned once a call and shared by all layers.
-Text rows of one sample (beams, several answers) share its vision sequence.
+A text token nearly always sees consecutive frames of its sample, so visibility is a short list of spans (rows i..j see tokens u..v)
+and no T x V mask is ever built. All of it is host-side integers, planned once per call and shared by all layers. Text rows of one
+sample (beams, several answers) share its vision sequence.
+
+Five index spaces meet here, for example in a batch of two samples, `F` an `image_pad` and `_` padding:
+
+    row 0:  _  a  F  b        sample 0: frame 0 (2 x 3 merged)
+    row 1:  F  c  F  d        sample 1: frame 0 (1 x 2), frame 1 (2 x 2)
+
+    packed vision tokens    0 1 2 3 4 5 6 | 7 8 9 | 10 11 12 13 14      (the last of each frame is its separator)
+    sample                  0             | 1     | 1
+    frame of the sample     0             | 0     | 1
+    token of the sample     0 1 2 3 4 5 6 | 0 1 2 | 3  4  5  6  7
+
+`starts` is [0, 7]. Text rows are counted through the batch, row * T + token: `F b` of row 0 are text rows 2..4 and see the vision
+tokens 0..7; `F c` of row 1 are text rows 4..6 and see 7..10; `F d` are 6..8 and see 7..15.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicLayer
+
+
+# The frames that a token sees: consecutive ones, or any, as a bool array over the frames of its sample.
+Visible = Union[range, np.ndarray]
+
+NO_FRAMES = range(0)
+PAST_CALLS = 128  # calls that a cache can be cropped back into
+
+
+@dataclass(frozen=True)
+class PastCall:
+    """A call that changed what rows see or how they count, kept so that its tokens can be taken back.
+
+    Attributes:
+        start, end: text tokens in the cache before and after the call.
+        before: the state before the call, without `waiting` and `past_calls`.
+        rows: the row of the call for each row of the cache as it is now.
+        is_token, is_frame: bool [B, T], as in `VisionRequest`.
+        visible: for each row, (first token, end, frames) runs as `visible_rows` returns them.
+        positions: long [B, T], the largest coordinate of each token, on the model's device.
+    """
+
+    start: int
+    end: int
+    before: "VisionState"
+    rows: list[int]
+    is_token: np.ndarray
+    is_frame: np.ndarray
+    visible: list[list[tuple[int, int, Visible]]]
+    positions: torch.Tensor
 
 
 @dataclass(frozen=True)
 class VisionState:
-    """The vision side of a conversation; replaced at every call that changes it, never changed in place.
+    """The vision side of a conversation; replaced at every call, never changed in place.
 
     Attributes:
-        row_sample: the sample of each text row.
+        row_sample: the sample of each text row; samples are numbered by their first row.
         grids: merged (H, W) of every frame of each sample, in the order of the text.
         placed: how many frames of each sample the text has reached; only those have positions, keys and values.
         waiting: vision states of the frames not reached yet, [v, D] or None for each sample.
-        seen: what the last token of each row saw, a bool array over its sample's frames; generated tokens see the same.
+        seen: what the last token of each row saw; generated tokens see the same.
         rope_delta: long [B]; the token at cache index i has position i + rope_delta. None before the first call.
-        starts: where each sample begins in the packed keys and values, and last their length.
+        length: text tokens in the cache.
+        starts, stored: where each sample begins in the packed keys and values, and their length.
+        unplaced: for each sample the medium of zeros that came without an `image_pad`, as named rows of the call's media, or None. It is
+            the blank medium of a processor, or a black image whose text has not come yet.
         step: the plan of a call with one more generated token in every row, once there was one.
+        past_calls: the latest calls that changed `seen`, `placed` or how positions count, oldest first.
+        remembered: the text length from which on `past_calls` has every such call.
     """
 
     row_sample: list[int]
     grids: list[list[tuple[int, int]]]
     placed: list[int]
     waiting: list[Optional[torch.Tensor]]
-    seen: list[np.ndarray]
+    seen: list[Visible]
     rope_delta: Optional[torch.Tensor]
+    length: int
     starts: list[int]
+    stored: int
+    unplaced: list[Optional[dict]]
     step: Optional["VisionCall"] = None
+    past_calls: tuple[PastCall, ...] = ()
+    remembered: int = 0
 
     @classmethod
     def empty(cls, rows: int, rows_per_sample: int = 1) -> "VisionState":
@@ -49,28 +100,122 @@ class VisionState:
             grids=[[] for _ in range(samples)],
             placed=[0] * samples,
             waiting=[None] * samples,
-            seen=[np.zeros(0, dtype=bool)] * rows,
+            seen=[NO_FRAMES] * rows,
             rope_delta=None,
-            starts=[0] * (samples + 1),
+            length=0,
+            starts=[0] * samples,
+            stored=0,
+            unplaced=[None] * samples,
         )
 
-    def of_samples(self, of_rows: list, otherwise) -> list:
-        """What the first row of each sample has, out of what all rows have; `otherwise` where no row is left of a sample."""
-        first = {sample: row for row, sample in reversed([*enumerate(self.row_sample)])}
-        return [of_rows[first[sample]] if sample in first else otherwise for sample in range(len(self.grids))]
+    def first_rows(self) -> list[int]:
+        """The first row of each sample."""
+        return [self.row_sample.index(sample) for sample in range(len(self.grids))]
 
     def is_waiting(self) -> bool:
         return any(states is not None for states in self.waiting)
 
+    def counters(self) -> torch.Tensor:
+        """long [B]: the position of the next token of each row."""
+        return self.rope_delta + self.length
+
     def select_rows(self, rows: list[int]) -> "VisionState":
-        """The state after the text rows were repeated, dropped or put in another order."""
+        """The state after text rows were repeated, dropped or reordered. A sample without rows is forgotten."""
+        samples = list(dict.fromkeys(self.row_sample[row] for row in rows))
+        row_sample, seen = [samples.index(self.row_sample[row]) for row in rows], [self.seen[row] for row in rows]
+        same_plan = samples == list(range(len(self.grids))) and row_sample == self.row_sample and all(map(same_frames, seen, self.seen))
         return replace(
             self,
-            row_sample=[self.row_sample[row] for row in rows],
-            seen=[self.seen[row] for row in rows],
-            rope_delta=self.rope_delta[torch.tensor(rows, device=self.rope_delta.device)],
-            step=None,
+            row_sample=row_sample,
+            seen=seen,
+            rope_delta=None if self.rope_delta is None else self.rope_delta[torch.tensor(rows, device=self.rope_delta.device)],
+            **{name: [getattr(self, name)[sample] for sample in samples] for name in ("grids", "placed", "waiting", "starts", "unplaced")},
+            step=self.step if same_plan else None,
+            past_calls=tuple(replace(call, rows=[call.rows[row] for row in rows]) for call in self.past_calls),
         )
+
+    def cropped(self, length: int) -> "VisionState":
+        """The state after all text but the first `length` tokens was taken back. Frames whose `image_pad` is among the tokens taken back
+        are forgotten; so are those that wait, if the call that brought them is taken back.
+
+        Raises:
+            ValueError: if `length` lies before what the state remembers.
+        """
+        undone = [call for call in self.past_calls if call.end > length]
+        if not undone:
+            return replace(self, length=length)
+        if length < self.remembered:
+            raise ValueError(
+                f"The cache was cropped to {length} tokens; expected at least {self.remembered}, as only the last {PAST_CALLS} calls with "
+                f"frames, padding or masks can be taken back. Start from an empty cache."
+            )
+        call, earlier = undone[0], self.past_calls[: -len(undone)]
+        base, kept = call.before.select_rows(call.rows), max(0, length - call.start)
+        placed, seen, rope_delta = base.placed, base.seen, base.rope_delta
+        if kept:
+            is_token, is_frame = call.is_token[call.rows, :kept], call.is_frame[call.rows, :kept]
+            placed = [count + int(is_frame[row].sum()) for count, row in zip(placed, base.first_rows())]
+            seen = [last_seen(runs, tokens, before) for runs, tokens, before in zip((call.visible[i] for i in call.rows), is_token, seen)]
+            real = torch.from_numpy(is_token).to(call.positions.device)
+            counters = torch.where(real, call.positions[call.rows, :kept] + 1, 0).amax(1)
+            if rope_delta is not None:
+                counters = torch.where(real.any(1), counters, base.counters())
+            rope_delta = counters - length
+            cut = replace(call, end=length, is_token=call.is_token[:, :kept], is_frame=call.is_frame[:, :kept])
+            earlier = (*earlier, replace(cut, positions=call.positions[:, :kept]))
+        whole = placed == self.placed and list(map(len, base.grids)) == list(map(len, self.grids))
+        nothing = [None] * len(placed)
+        return replace(
+            self,
+            grids=self.grids if whole else [grids[:count] for grids, count in zip(self.grids, placed)],
+            placed=placed,
+            waiting=self.waiting if whole else nothing,
+            unplaced=self.unplaced if whole else nothing,
+            seen=seen,
+            rope_delta=rope_delta,
+            length=length,
+            step=None,
+            past_calls=earlier,
+        )
+
+
+def same_frames(one: Visible, other: Visible) -> bool:
+    return type(one) is type(other) and (one == other if isinstance(one, range) else np.array_equal(one, other))
+
+
+def as_array(frames: Visible, count: int) -> np.ndarray:
+    """bool over `count` frames."""
+    out = np.zeros(count, dtype=bool)
+    if isinstance(frames, range):
+        out[frames.start : frames.stop] = True
+    else:
+        out[: len(frames)] = frames
+    return out
+
+
+def as_visible(shown: np.ndarray) -> Visible:
+    """A bool array over frames, as a range if they are consecutive."""
+    frames = np.flatnonzero(shown)
+    if not len(frames):
+        return NO_FRAMES
+    return range(int(frames[0]), int(frames[-1]) + 1) if len(frames) == frames[-1] - frames[0] + 1 else shown
+
+
+def with_frames(frames: Visible, first: int, stop: int) -> Visible:
+    """`frames` and the frames first..stop."""
+    if first >= stop:
+        return frames
+    if isinstance(frames, range) and (not frames or frames.stop == first):
+        return range(frames.start if frames else first, stop)
+    out = as_array(frames, max(stop, frames.stop if isinstance(frames, range) else len(frames)))
+    out[first:stop] = True
+    return as_visible(out)
+
+
+def last_seen(runs: list[tuple[int, int, Visible]], is_token: np.ndarray, before: Visible) -> Visible:
+    """What the last token of a row sees; `before` if the row has only padding."""
+    tokens = np.flatnonzero(is_token)
+    return next(frames for first, end, frames in runs if first <= tokens[-1] < end) if len(tokens) else before
 
 
 class Span(NamedTuple):
@@ -91,21 +236,21 @@ class VisionCall:
         sees: [B, T, 1], 0 where a row sees nothing; None where every row sees something.
         length: of the packed keys and values.
         writes: where the new vision tokens go in the packed keys and values, (new, packed) slices.
-        moves: where those cached before have to go since the packed sequence grew, (old, new) slices.
+        moves: where those cached before have to go, (old, new) slices; None if they stay where they are.
     """
 
     spans: list[Span]
     sees: Optional[torch.Tensor]
     length: int
     writes: tuple[tuple[slice, slice], ...] = ()
-    moves: tuple[tuple[slice, slice], ...] = ()
+    moves: Optional[tuple[tuple[slice, slice], ...]] = None
 
 
 GATHERED = 1 << 15  # rows x tokens, at most, of spans that are attended in one call
 
 
 def gather(spans: list[Span], device) -> list[Span]:
-    """Joins neighbouring spans whose prefixes start at the same token, while rows x tokens stay small: one attention call with a mask
+    """Joins neighbouring spans whose tokens start at the same place, while rows x tokens stay small: one attention call with a mask
     costs less than many without."""
     joined: list[list[Span]] = []
     for span in spans:
@@ -129,57 +274,20 @@ def gather(spans: list[Span], device) -> list[Span]:
     return out
 
 
-class VisionCacheLayer(DynamicLayer):
-    """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer. The first such layer of a cache also
-    holds the `VisionState`. What is done to the text's length leaves both alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.state: Optional[VisionState] = None
-
-    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
-        """Takes in the keys and values of the new vision tokens, returns those of the whole packed sequence."""
-        if call.writes:
-            self.keys = write_packed(self.keys, keys, call)
-            self.values = write_packed(self.values, values, call)
-            self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        return self.keys, self.values
-
-    def crop(self, *args, **kwargs) -> None:
-        """Nothing: generated tokens that are taken back never added a vision token."""
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Nothing: beams change places among the rows of one sample, which share its vision sequence."""
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = self.state.select_rows([row for row in range(len(self.state.seen)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.state is not None:
-            self.state = self.state.select_rows(indices.tolist())
-
-    def reset(self) -> None:
-        self.keys = self.values = self.state = None
-        self.is_initialized = False
-
-
-def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCall) -> torch.Tensor:
-    """Puts new keys or values [1, K, v, d] into the packed ones; no copy where the new ones are all there is."""
-    if call.writes == ((slice(0, call.length), slice(0, call.length)),):
-        return new
-    if old is None or old.shape[-2] != call.length:
-        grown = new.new_empty(*new.shape[:-2], call.length, new.shape[-1])
-        for source, destination in call.moves:
-            grown[..., destination, :] = old[..., source, :]
-        old = grown
-    for source, destination in call.writes:
-        old[..., destination, :] = new[..., source, :]
-    return old
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading a call
+
+
+class FrameMask(NamedTuple):
+    """A caller's `cross_attention_mask` for the tokens of a call.
+
+    Attributes:
+        hidden: bool [B, m, F], True = hidden, for the first m tokens of the call; the text says what later tokens see.
+        new_frames_only: whether the columns are the frames that come with the call; else all frames of the conversation.
+    """
+
+    hidden: np.ndarray
+    new_frames_only: bool
 
 
 @dataclass(frozen=True)
@@ -189,21 +297,28 @@ class VisionRequest:
     Attributes:
         state: before the call. past_length: text tokens in the cache.
         is_token, is_frame: bool [B, T], False at padding; True where an `image_pad` stands for a frame.
+        padded, any_padded: whether padding is among the tokens of this call; among these or those of the cache.
+        media: the call's media as named rows: `pixel_values` or `image_features`, `image_mean`, `image_std`; empty without any.
         grid: (frames, patch rows, patch columns) of the call's media. media_nums: how many of them each sample has.
         new: merged (H, W) of each sample's new frames; a blank medium counts as none.
+        unplaced: for each sample its blank medium, which may be an image whose text has not come yet, or None.
         pads: frames of each sample that the text of this call places.
-        hidden: bool [B, T, F], the caller's mask for these rows, or None.
+        mask: the caller's mask, or None.
     """
 
     state: VisionState
     past_length: int
     is_token: torch.Tensor
     is_frame: torch.Tensor
+    padded: bool
+    any_padded: bool
+    media: dict
     grid: list[list[int]]
     media_nums: list[int]
     new: list[list[tuple[int, int]]]
+    unplaced: list[Optional[dict]]
     pads: list[int]
-    hidden: Optional[np.ndarray]
+    mask: Optional[FrameMask]
 
     def frames_placed(self, sample: int) -> list[tuple[int, int]]:
         """Merged grids of the frames that this call places."""
@@ -212,6 +327,10 @@ class VisionRequest:
 
     def tokens_placed(self, sample: int) -> int:
         return sum(h * w + 1 for h, w in self.frames_placed(sample))
+
+    def changes_nothing(self) -> bool:
+        """Whether the tokens only go on from the last: they see what it saw and count on."""
+        return not (self.padded or any(self.pads) or any(self.new) or self.mask is not None)
 
 
 def read_request(
@@ -236,13 +355,15 @@ def read_request(
     Args:
         config: a `MossVLConfig`.
         text: `input_ids` [B, T], or `inputs_embeds` [B, T, D], in which no frame can be placed.
-        prompt_length: tokens of the whole prompt where the caller knows it: what stands behind is text the model wrote.
+        prompt_length: tokens of the whole prompt, if the caller knows it: what comes after is text that the model wrote.
         whole_prompt: without `prompt_length`, whether every frame has to be placed in this call.
 
     Raises:
         ValueError: for shapes and counts that do not fit each other.
     """
     rows, length = text.shape[:2]
+    if not rows or not length:
+        raise ValueError(f"The text has shape [{rows}, {length}]; expected at least one row of at least one token.")
     if state is None:
         state = VisionState.empty(rows, rows_per_sample)
     if len(state.row_sample) != rows or rows % rows_per_sample:
@@ -254,23 +375,26 @@ def read_request(
             f"this call, 0 at padding."
         )
     is_token = torch.ones(rows, length, dtype=torch.bool, device=text.device)
+    padded = any_padded = False
     if attention_mask is not None and attention_mask.ndim == 2:
-        is_token = attention_mask[:, past_length:].to(text.device).bool()
+        is_real = attention_mask.to(text.device).bool()
+        is_token = is_real[:, past_length:]
+        padded, any_padded = (~torch.stack([is_token.all(), is_real.all()])).tolist()
     if prompt_length is not None:
         whole_prompt = known >= prompt_length
 
+    pixel_values, grid_thw, image_features = without_empty_media(pixel_values, grid_thw, image_features)
     is_frame = torch.zeros_like(is_token)
     in_prompt = length if prompt_length is None else min(length, max(prompt_length - past_length, 0))
-    # Of a cache that waits for no frame, a single new token is text that the model wrote, whatever its id is.
-    written = past_length > 0 and length == 1 and grid_thw is None and not state.is_waiting()
+    # If the cache waits for no frame, a single new token is text that the model wrote, whatever its id is.
+    expects_frames = state.is_waiting() or any(medium is not None for medium in state.unplaced)
+    written = past_length > 0 and length == 1 and grid_thw is None and not expects_frames
+    pads = [0] * len(state.grids)
     if text.ndim == 2 and in_prompt and not written:
         is_frame[:, :in_prompt] = (text == config.image_token_id)[:, :in_prompt] & is_token[:, :in_prompt]
-    pads = state.of_samples(is_frame.sum(1).tolist() if in_prompt and not written else [0] * rows, 0)
+        pads = pads_of_samples(state, is_frame.sum(1).tolist())
 
-    hidden = None
-    if cross_attention_mask is not None:
-        hidden = read_frame_mask(cross_attention_mask, rows, past_length, length)
-    grid, media_nums, new = [], [0] * len(pads), [[] for _ in pads]
+    grid, media, media_nums, new, unplaced = [], {}, [0] * len(pads), [[] for _ in pads], list(state.unplaced)
     if grid_thw is not None:
         if text.ndim != 2:
             raise ValueError("`grid_thw` came with `inputs_embeds` alone; expected `input_ids` beside it, to place the frames.")
@@ -278,29 +402,112 @@ def read_request(
         if image_features is not None:
             check_features(image_features, grid, pixel_values, config.vision_config)
         media_nums = count_media(grid, media_nums_per_sample, pads)
-        unseen = state.of_samples([hidden is not None and whole_prompt and hidden[row].all() for row in range(rows)], True)
-        media, merge, patch = iter(grid), config.vision_config.spatial_merge_size, 0
-        for sample, count in enumerate(media_nums):
-            own = [next(media) for _ in range(count)]
-            patches = sum(t * h * w for t, h, w in own)
-            blank = pads[sample] == 0 and [t for t, _, _ in own] == [1] and (
-                unseen[sample] or pixel_values is None or not pixel_values[patch : patch + patches].any()
-            )  # the processor's blank medium stands for none
-            new[sample] = [] if blank else [(h // merge, w // merge) for t, h, w in own for _ in range(t)]
-            patch += patches
+        media = {"pixel_values": pixel_values, "image_features": image_features, "image_mean": image_mean, "image_std": image_std}
+        media = {name: rows for name, rows in media.items() if rows is not None}
     elif pixel_values is not None or image_features is not None:
         name = "pixel_values" if pixel_values is not None else "image_features"
         raise ValueError(f"`{name}` came without `grid_thw`; expected both, `grid_thw` as the processor returns it.")
+    mask = None
+    if cross_attention_mask is not None:
+        frames = [sum(t for t, _, _ in own) for own in split_by(grid, media_nums)] if grid else None
+        mask = read_frame_mask(cross_attention_mask, rows, past_length, length, frames, whole_prompt)
+
+    merge, number = config.vision_config.spatial_merge_size, 0
+    recalled = {}
+    for sample, own in enumerate(split_by(grid, media_nums)):
+        new[sample] = [(h // merge, w // merge) for t, h, w in own for _ in range(t)]
+        if pads[sample] == 0 and [t for t, _, _ in own] == [1]:  # the processor's blank medium stands for no frame
+            medium = take_media(media, grid, [number], merge)
+            hidden = mask is not None and whole_prompt and mask.hidden[state.row_sample.index(sample)].all()
+            if hidden or is_blank(medium):
+                new[sample] = []
+                unplaced[sample] = {**medium, "grid_thw": own}
+        elif pads[sample]:
+            left = pads[sample] - (len(state.grids[sample]) - state.placed[sample])
+            is_next = unplaced[sample] is not None and state.waiting[sample] is None
+            if is_next and left == len(new[sample]) + 1:  # it was no blank medium, but an image of zeros
+                recalled[sample], (_, h, w) = unplaced[sample], unplaced[sample]["grid_thw"][0]
+                new[sample] = [(h // merge, w // merge), *new[sample]]
+            unplaced[sample] = None
+        number += len(own)
+    if recalled:
+        media, grid, media_nums = with_recalled(media, grid, media_nums, recalled, merge)
 
     for sample, wanted in enumerate(pads):
         there = len(state.grids[sample]) - state.placed[sample] + len(new[sample])
         if wanted > there or (whole_prompt and wanted != there):
             raise ValueError(
                 f"The text of sample {sample} has {wanted} `image_pad` tokens, but its media have {there} frames; expected one "
-                f"`image_pad` token a frame. Pass `input_ids`, `pixel_values`, `grid_thw` and `media_nums_per_sample` as one "
+                f"`image_pad` token per frame. Pass `input_ids`, `pixel_values`, `grid_thw` and `media_nums_per_sample` as one "
                 f"processor call returned them, untruncated."
             )
-    return VisionRequest(state, past_length, is_token, is_frame, grid, media_nums, new, pads, hidden)
+    unplaced = [None] * len(pads) if whole_prompt else unplaced
+    return VisionRequest(
+        state, past_length, is_token, is_frame, padded, any_padded, media, grid, media_nums, new, unplaced, pads, mask
+    )
+
+
+def pads_of_samples(state: VisionState, of_rows: list[int]) -> list[int]:
+    """How many `image_pad` tokens each sample has. Rows of one sample share its frames, so they need the same."""
+    pads = [of_rows[row] for row in state.first_rows()]
+    for row, (sample, count) in enumerate(zip(state.row_sample, of_rows)):
+        if count != pads[sample]:
+            first = state.row_sample.index(sample)
+            raise ValueError(
+                f"Text rows {first} and {row} share the frames of sample {sample}, but have {pads[sample]} and {count} `image_pad` "
+                f"tokens in this call; expected the same text. Give each conversation a cache of its own before new frames come."
+            )
+    return pads
+
+
+def without_empty_media(pixel_values, grid_thw, image_features):
+    """The arguments, None for all if there is no medium in them."""
+    if grid_thw is not None and len(grid_thw) == 0 and all(rows is None or len(rows) == 0 for rows in (pixel_values, image_features)):
+        return None, None, None
+    return pixel_values, grid_thw, image_features
+
+
+def split_by(items: list, counts: list[int]) -> list[list]:
+    ends = np.cumsum([0, *counts]).tolist()
+    return [items[first:end] for first, end in zip(ends, ends[1:])]
+
+
+def is_blank(medium: dict) -> bool:
+    """Whether a medium is of zeros, once it is normalised; True if its pixels are not there."""
+    pixels = medium.get("pixel_values")
+    return pixels is None or not (pixels.any() or any(number != 0 for number in medium.get("image_mean", [[]])[0]))
+
+
+def take_media(media: dict, grid: list[list[int]], numbers: list[int], merge_size: int) -> dict:
+    """The media of these numbers, out of named rows of all media of `grid`."""
+    out, patches = {}, [t * h * w for t, h, w in grid]
+    for name, rows in media.items():
+        if name in ("pixel_values", "image_features"):
+            sizes = patches if name == "pixel_values" else [count // merge_size**2 for count in patches]
+            parts = rows.split(sizes)
+            out[name] = torch.cat([parts[number] for number in numbers]) if len(numbers) != 1 else parts[numbers[0]]
+        else:
+            out[name] = [rows[number] for number in numbers]
+    return out
+
+
+def with_recalled(media: dict, grid: list[list[int]], media_nums: list[int], recalled: dict[int, dict], merge_size: int):
+    """Media, grid and numbers with the recalled medium of a sample before its new ones."""
+    parts, number = [], 0
+    for sample, count in enumerate(media_nums):
+        own = list(range(number, number + count))
+        parts += [recalled[sample]] if sample in recalled else []
+        parts += [{**take_media(media, grid, own, merge_size), "grid_thw": [grid[i] for i in own]}] if own else []
+        number += count
+    names = parts[0].keys()
+    if any(part.keys() != names for part in parts):
+        raise ValueError(f"Media of one call come as {[sorted(part) for part in parts]}; expected all as pixels of one kind, or all encoded.")
+    joined = {
+        name: torch.cat([part[name] for part in parts]) if isinstance(parts[0][name], torch.Tensor) else [row for part in parts for row in part[name]]
+        for name in names
+    }
+    grid = joined.pop("grid_thw")
+    return joined, grid, [count + (sample in recalled) for sample, count in enumerate(media_nums)]
 
 
 def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config, image_mean=None, image_std=None) -> list[list[int]]:
@@ -343,18 +550,28 @@ def check_features(image_features: torch.Tensor, grid: list[list[int]], pixel_va
         )
 
 
-def read_frame_mask(mask: torch.Tensor, rows: int, past_length: int, length: int) -> np.ndarray:
-    """`cross_attention_mask` [B, 1, T or S, F] -> bool [B, T, F] for the tokens of this call."""
+def read_frame_mask(
+    mask: torch.Tensor, rows: int, past_length: int, length: int, new_frames: Optional[list[int]], whole_prompt: bool
+) -> FrameMask:
+    """`cross_attention_mask` [B, 1, M, F] as far as it is about the tokens of this call.
+
+    A mask of as many rows as this call has tokens is about these; its columns are the frames that come with the call, if it has as many
+    as these, else all frames of the conversation. A mask of more rows begins with the conversation. A mask that ends early (a completion
+    was appended after the processor) leaves the rest to the text.
+
+    Args:
+        new_frames: frames of each sample that come with the call, a blank medium counted as one; None without media.
+    """
     known = past_length + length
-    fits = mask.ndim == 4 and mask.shape[:2] == (rows, 1) and mask.dtype == torch.bool
-    if not fits or (mask.shape[2] != length and mask.shape[2] < known):
+    if mask.ndim != 4 or mask.shape[:2] != (rows, 1) or mask.dtype != torch.bool or (whole_prompt and not past_length and mask.shape[2] > known):
         raise ValueError(
             f"`cross_attention_mask` has shape {list(mask.shape)} and dtype {mask.dtype}; expected bool [{rows}, 1, {length}, "
             f"frames], True = hidden, a row for each token of this call, or {known} rows with those of the cache."
         )
-    if mask.shape[2] != length:
-        mask = mask[:, :, past_length:known]
-    return mask[:, 0].cpu().numpy()
+    of_call = past_length > 0 and mask.shape[2] <= length
+    new_frames_only = of_call and new_frames is not None and mask.shape[3] == max([1, *new_frames])
+    hidden = mask[:, 0, :length] if of_call else mask[:, 0, past_length:known]
+    return FrameMask(hidden.cpu().numpy(), new_frames_only)
 
 
 def count_media(grid: list[list[int]], media_nums_per_sample, pads: list[int]) -> list[int]:
@@ -374,7 +591,7 @@ def count_media(grid: list[list[int]], media_nums_per_sample, pads: list[int]) -
             nums.append(count)
     if len(nums) != len(pads) or min(nums) < 0 or sum(nums) != len(grid):
         raise ValueError(
-            f"`media_nums_per_sample` is {media_nums_per_sample}; expected {len(pads)} numbers, one a sample, that sum to the "
+            f"`media_nums_per_sample` is {media_nums_per_sample}; expected {len(pads)} numbers, one per sample, that sum to the "
             f"{len(grid)} media of `grid_thw`, for texts with {pads} `image_pad` tokens. Pass on all that the processor returned."
         )
     return nums
@@ -385,117 +602,212 @@ def count_media(grid: list[list[int]], media_nums_per_sample, pads: list[int]) -
 
 
 def visible_rows(
-    state: VisionState, total: list[int], is_token: np.ndarray, is_frame: np.ndarray, mask: Optional[np.ndarray]
-) -> list[list[tuple[int, int, np.ndarray]]]:
-    """Runs of text tokens that see the same frames: for each row (first token, behind the last, bool array over the frames).
+    request: VisionRequest, is_token: np.ndarray, is_frame: np.ndarray, text_index: Optional[np.ndarray] = None
+) -> list[list[tuple[int, int, Visible]]]:
+    """Runs of text tokens that see the same frames: for each row (first token, end, frames).
+
+    Without a mask a token sees what was seen before it and every frame whose `image_pad` stands at or before it; padding sees nothing.
 
     Args:
-        total: frames of each sample, with those of this call.
         is_token, is_frame: bool [B, T].
-        mask: bool [B, T, F], True = hidden, over all frames or over those new in this call; None: a token sees what was seen
-            before it and every frame whose `image_pad` stands at or before it; padding sees nothing.
+        text_index: long [B, T], the packed text that each token belongs to; a token sees frames of its own text.
 
     Raises:
-        ValueError: if the mask has too few columns, or shows frames that are not there.
+        ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text.
     """
-    runs = []
+    state, mask, runs = request.state, request.mask, []
+    total = [len(grids) + len(new) for grids, new in zip(state.grids, request.new)]
     for row, sample in enumerate(state.row_sample):
-        count, before = total[sample], np.zeros(total[sample], dtype=bool)
-        before[: len(state.seen[row])] = state.seen[row]
-        if mask is None:
-            codes = np.where(is_token[row], is_frame[row].cumsum(), -1)  # frames that the token has reached in this call
-            changes = codes[1:] != codes[:-1]
-        else:
-            shown = ~mask[row]  # [T, F]
-            known = len(state.grids[sample]) if shown.shape[1] < max(total) else 0  # columns before those of the mask
-            if shown.shape[1] < count - known or shown[:, count - known :].any():
+        placed, reached = state.placed[sample], state.placed[sample] + is_frame[row].cumsum()  # frames placed up to each token
+        first_seen = np.full(len(reached), placed)  # where the frames of the token's text begin
+        if text_index is not None:
+            starts = np.flatnonzero(np.diff(text_index[row], prepend=-1))
+            before = np.concatenate([[placed], reached])[starts]
+            first_seen = np.repeat(before, np.diff([*starts, len(reached)]))
+        seen, first, row_runs = state.seen[row], 0, []
+        if mask is not None:
+            masked = mask.hidden.shape[1]
+            if text_index is not None and masked < len(reached):
                 raise ValueError(
-                    f"`cross_attention_mask` has {shown.shape[1]} frame columns and shows sample {sample} some that it does not "
-                    f"have, or lacks some of its {count}; expected [B, 1, T, {max(total)}], True = hidden."
+                    f"`cross_attention_mask` has {masked} rows for {len(reached)} tokens of packed texts; expected a row for each, or no mask."
                 )
-            shown = shown[:, : count - known]
-            changes = (shown[1:] != shown[:-1]).any(axis=1)
-            if known:
-                changes |= is_token[row, 1:] != is_token[row, :-1]
-        edges = [0, *(np.flatnonzero(changes) + 1).tolist(), is_token.shape[1]]
-        row_runs = []
-        for first, behind in zip(edges, edges[1:]):
-            pattern = before.copy() if is_token[row, first] else np.zeros_like(before)
-            if mask is None:
-                pattern[state.placed[sample] : state.placed[sample] + max(codes[first], 0)] = True
-            else:
-                pattern[known:] = shown[first]
-            row_runs.append((first, behind, pattern))
+            shown = masked_frames(request, row, total, reached[:masked], first_seen[:masked], is_token[row, :masked])
+            edges = [0, *(np.flatnonzero((shown[1:] != shown[:-1]).any(axis=1)) + 1).tolist(), masked]
+            row_runs = [(start, end, as_visible(shown[start])) for start, end in zip(edges, edges[1:]) if end > start]
+            seen = last_seen(row_runs, is_token[row, :masked], seen)
+            placed, first = (int(reached[masked - 1]) if masked else placed), masked
+        if first < len(reached):
+            codes = np.where(is_token[row], reached, -1)[first:]
+            starts = first_seen[first:]
+            edges = [0, *(np.flatnonzero((codes[1:] != codes[:-1]) | (starts[1:] != starts[:-1])) + 1).tolist(), len(codes)]
+            for start, end in zip(edges, edges[1:]):
+                frames = NO_FRAMES
+                if codes[start] >= 0:
+                    frames = with_frames(seen if text_index is None else NO_FRAMES, max(placed, int(starts[start])), int(codes[start]))
+                row_runs.append((first + start, first + end, frames))
         runs.append(row_runs)
     return runs
 
 
-def plan_call(request: VisionRequest) -> tuple[VisionState, VisionCall]:
-    """The state behind a call, but for `waiting` and `rope_delta`, which the model fills in; and the call itself.
+def masked_frames(
+    request: VisionRequest, row: int, total: list[int], reached: np.ndarray, first_seen: np.ndarray, is_token: np.ndarray
+) -> np.ndarray:
+    """bool [m, frames of the sample], True = seen, for the tokens of a row that the caller's mask is about.
+
+    Args:
+        reached, first_seen: [m], frames placed up to each token, and where the frames of its text begin.
+    """
+    state, mask, sample = request.state, request.mask, request.state.row_sample[row]
+    count, hidden = total[sample], mask.hidden[row]
+    first = len(state.grids[sample]) if mask.new_frames_only else 0
+    if hidden.shape[1] < count - first or not hidden[:, count - first :].all():
+        raise ValueError(
+            f"`cross_attention_mask` has {hidden.shape[1]} frame columns and shows sample {sample} some that it does not have, or lacks "
+            f"some of its {count - first}; expected [B, 1, T, {max(total)}], True = hidden."
+        )
+    frame = np.arange(count)
+    shown = np.tile(as_array(state.seen[row], count), (len(reached), 1))
+    shown |= (frame >= state.placed[sample]) & (frame < reached[:, None])
+    shown &= is_token[:, None]
+    shown[:, first:] = ~hidden[:, : count - first]
+    wrong = shown & ~((frame >= np.where(first_seen > state.placed[sample], first_seen, 0)[:, None]) & (frame < reached[:, None]) & is_token[:, None])
+    if wrong.any():
+        token, frame = (int(x) for x in np.argwhere(wrong)[0])
+        why = "which is padding" if not is_token[token] else "before the frame's `image_pad`, or in another packed text"
+        raise ValueError(
+            f"`cross_attention_mask` shows frame {frame} of sample {sample} to token {token} of this call, {why}: it does not belong to "
+            f"these `input_ids`. Text that was padded, cut or joined after the processor needs a new mask; leave the mask out, and the "
+            f"text says what is seen."
+        )
+    return shown
+
+
+def whole_mask(request: VisionRequest) -> Optional[torch.Tensor]:
+    """The caller's mask over all frames of the conversation, with rows from its first token on: bool [B, 1, cache + m, F]; so its parts
+    need no media beside them. Rows of the cache hide all."""
+    if request.mask is None:
+        return None
+    is_token, is_frame = request.is_token.cpu().numpy(), request.is_frame.cpu().numpy()
+    total = [len(grids) + len(new) for grids, new in zip(request.state.grids, request.new)]
+    masked = request.mask.hidden.shape[1]
+    hidden = np.ones((len(is_token), 1, request.past_length + masked, max([1, *total])), dtype=bool)
+    for row, sample in enumerate(request.state.row_sample):
+        placed = request.state.placed[sample]
+        reached = placed + is_frame[row, :masked].cumsum()
+        shown = masked_frames(request, row, total, reached, np.full(masked, placed), is_token[row, :masked])
+        hidden[row, 0, request.past_length :, : total[sample]] = ~shown
+    return torch.from_numpy(hidden)
+
+
+def plan_call(
+    request: VisionRequest,
+    positions: torch.Tensor,
+    rope_delta: torch.Tensor,
+    own_positions: bool = False,
+    text_index: Optional[np.ndarray] = None,
+) -> tuple[VisionState, VisionCall]:
+    """The state after a call, but for `waiting`, which the model fills in; and the call itself.
+
+    Args:
+        positions: long [B, T], the largest coordinate of each token. rope_delta: [B], after the call.
+        own_positions: whether the caller gave the positions.
+        text_index: as in `visible_rows`.
 
     Raises:
-        ValueError: if the caller's mask shows a frame that has no place in the text yet.
+        ValueError: if the caller's mask does not fit the text.
     """
     state, new, pads, device = request.state, request.new, request.pads, request.is_token.device
-    is_step = not any(pads) and not any(new) and request.is_token.shape[1] == 1
-    if is_step and request.hidden is None and state.step is not None:
-        return state, state.step
-    if is_step:  # asks the device nothing
-        is_token, is_frame = np.ones(request.is_token.shape, dtype=bool), np.zeros(request.is_token.shape, dtype=bool)
+    rows, length = request.is_token.shape
+    end = request.past_length + length
+    goes_on = request.changes_nothing() and text_index is None
+    after = replace(state, rope_delta=rope_delta, length=end, unplaced=request.unplaced)
+    if goes_on and length == 1 and state.step is not None:
+        return remember(after, request, positions, None) if own_positions else after, state.step
+    if goes_on:  # asks the device nothing
+        is_token, is_frame = np.ones((rows, length), dtype=bool), np.zeros((rows, length), dtype=bool)
     else:
         is_token, is_frame = request.is_token.cpu().numpy(), request.is_frame.cpu().numpy()
-    samples = range(len(state.grids))
+    visible = visible_rows(request, is_token, is_frame, text_index)
+
     grids = [known + added for known, added in zip(state.grids, new)]
     placed = [known + added for known, added in zip(state.placed, pads)]
     ends = [np.cumsum([0] + [h * w + 1 for h, w in grid]).tolist() for grid in grids]  # frame -> token, in the sample
-    starts = np.cumsum([0] + [end[-1] for end in ends]).tolist()
+    starts, stored, writes, moves = state.starts, state.stored, [], None
+    if any(pads):  # now there are keys to write; the frames that wait get their place, too
+        *starts, stored = np.cumsum([0] + [end[-1] for end in ends]).tolist()
+        writes = written_slices(request, ends, starts)
+        old = [ends[sample][count] for sample, count in enumerate(state.placed)]
+        if (starts, stored) != (state.starts, state.stored):
+            moves = tuple(
+                (slice(source, source + size), slice(target, target + size))
+                for source, target, size in zip(state.starts, starts, old) if size
+            )  # fmt: skip
+    spans = plan_spans(state, visible, starts, ends, length, device)
+    sees = None
+    if sum(span.rows.stop - span.rows.start for span in spans) < rows * length:
+        seeing = np.zeros(rows * length, dtype=np.float32)
+        for span in spans:
+            seeing[span.rows] = 1.0
+        sees = torch.from_numpy(seeing).view(rows, length, 1).to(device)
+    call = VisionCall(gather(spans, device), sees, stored, tuple(writes), moves)
+    if goes_on:
+        after = replace(after, step=call if length == 1 else state.step)
+    else:
+        seen = [last_seen(runs, tokens, before) for runs, tokens, before in zip(visible, is_token, state.seen)]
+        after = replace(after, grids=grids, placed=placed, seen=seen, starts=starts, stored=stored, step=None)
+    if goes_on and not own_positions:
+        return after, call
+    return remember(after, request, positions, (is_token, is_frame, visible)), call
 
-    writes, moves, at = [], [], 0
-    for sample in samples:
-        old, reached = ends[sample][state.placed[sample]], ends[sample][placed[sample]]
+
+def remember(after: VisionState, request: VisionRequest, positions: torch.Tensor, plan) -> VisionState:
+    """The state with this call among its `past_calls`. `plan`: what was planned of it; None if its tokens see what was seen before."""
+    state, (rows, length) = request.state, request.is_token.shape
+    if plan is None:
+        runs = [[(0, length, seen)] for seen in state.seen]
+        plan = np.ones((rows, length), dtype=bool), np.zeros((rows, length), dtype=bool), runs
+    nothing = [None] * len(state.grids)
+    before = replace(state, waiting=nothing, unplaced=nothing, step=None, past_calls=())
+    calls = (*state.past_calls, PastCall(request.past_length, after.length, before, list(range(rows)), *plan, positions))
+    forgotten = calls[:-PAST_CALLS]
+    return replace(after, past_calls=calls[-PAST_CALLS:], remembered=forgotten[-1].end if forgotten else state.remembered)
+
+
+def written_slices(request: VisionRequest, ends: list[list[int]], starts: list[int]) -> list[tuple[slice, slice]]:
+    """Where the tokens of the frames that are placed now go in the packed sequence."""
+    writes, at = [], 0
+    for sample, (count, more) in enumerate(zip(request.state.placed, request.pads)):
+        old, reached = ends[sample][count], ends[sample][count + more]
         source = slice(at, at + reached - old)
         destination = slice(starts[sample] + old, starts[sample] + reached)
         if writes and (writes[-1][0].stop, writes[-1][1].stop) == (source.start, destination.start):
             source, destination = slice(writes[-1][0].start, source.stop), slice(writes.pop()[1].start, destination.stop)
         if source.stop > source.start:
             writes.append((source, destination))
-        if old:
-            moved = slice(state.starts[sample], state.starts[sample] + old)
-            moves.append((moved, slice(starts[sample], starts[sample] + old)))
         at += reached - old
+    return writes
 
-    length, seen, spans = is_token.shape[1], [], []
-    for row, runs in enumerate(visible_rows(state, [len(grid) for grid in grids], is_token, is_frame, request.hidden)):
+
+def plan_spans(
+    state: VisionState, visible: list[list[tuple[int, int, Visible]]], starts: list[int], ends: list[list[int]], length: int, device
+) -> list[Span]:
+    """The runs of all rows as spans of text rows and packed vision tokens, equal neighbours joined."""
+    spans: list[Span] = []
+    for row, runs in enumerate(visible):
         sample = state.row_sample[row]
-        tokens_of = np.flatnonzero(is_token[row])
-        last = tokens_of[-1] if len(tokens_of) else length - 1
-        for first, behind, pattern in runs:
-            if first <= last < behind:
-                seen.append(pattern)
-            frames = np.flatnonzero(pattern)
-            if not len(frames):
-                continue
-            if frames[-1] >= placed[sample]:
-                raise ValueError(
-                    f"`cross_attention_mask` shows frame {frames[-1]} of sample {sample} to a token, but the text up to here has "
-                    f"only {placed[sample]} `image_pad` tokens; a frame has no position before its `image_pad`."
-                )
-            tokens = slice(starts[sample], starts[sample] + ends[sample][frames[-1] + 1])
+        of_frame = ends[sample]
+        for first, end, frames in runs:
             keep = None
-            if len(frames) != frames[-1] + 1:
-                keep = np.repeat(pattern[: frames[-1] + 1], np.diff(ends[sample][: frames[-1] + 2]))
-                keep = torch.from_numpy(keep).to(device)
-            rows = slice(row * length + first, row * length + behind)
+            if not isinstance(frames, range):
+                shown = np.flatnonzero(frames)
+                bounds = of_frame[shown[0] : shown[-1] + 2]
+                keep = torch.from_numpy(np.repeat(frames[shown[0] : shown[-1] + 1], np.diff(bounds))).to(device)
+                frames = range(int(shown[0]), int(shown[-1]) + 1)
+            if not frames:
+                continue
+            tokens = slice(starts[sample] + of_frame[frames.start], starts[sample] + of_frame[frames.stop])
+            rows = slice(row * length + first, row * length + end)
             if spans and keep is None is spans[-1].keep and (spans[-1].tokens, spans[-1].rows.stop) == (tokens, rows.start):
                 rows = slice(spans.pop().rows.start, rows.stop)
             spans.append(Span(rows, tokens, keep))
-
-    sees = None
-    if sum(span.rows.stop - span.rows.start for span in spans) < is_token.size:
-        seeing = np.zeros(is_token.size, dtype=np.float32)
-        for span in spans:
-            seeing[span.rows] = 1.0
-        sees = torch.from_numpy(seeing).view(*is_token.shape, 1).to(device)
-    call = VisionCall(gather(spans, device), sees, starts[-1], tuple(writes), tuple(moves))
-    step = call if is_step and request.hidden is None else None
-    return replace(state, grids=grids, placed=placed, seen=seen, starts=starts, step=step), call
+    return spans

@@ -8,26 +8,51 @@ import torch
 
 
 def walk_text(
-    is_token: torch.Tensor, is_frame: torch.Tensor, extents: torch.Tensor, start: torch.Tensor
+    is_token: torch.Tensor,
+    is_frame: torch.Tensor,
+    extents: torch.Tensor,
+    start: torch.Tensor,
+    starts_text: torch.Tensor | None = None,
+    first_positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Walks the text rows with a counter p: a token takes p and moves it on by 1; a frame of merged grid H x W takes
-    [p, p + max(H, W)), its `image_pad` stands at p + max(H, W), and p goes on behind it. Padding moves nothing.
+    [p, p + max(H, W)), its `image_pad` stands at p + max(H, W), and p goes on after it. Padding moves nothing.
 
     Args:
         is_token: bool [B, T], False at padding.
         is_frame: bool [B, T], True where an `image_pad` stands for a frame.
         extents: long [N], max(H, W) of the frames, in the row-major order of `is_frame`.
         start: long [B], the counter before each row's first token.
+        starts_text: bool [B, T], True at the first token of each text of a packed row. There p becomes `first_positions` [B, T] of that
+            token, less the extent if it is an `image_pad` that does not stand at 0.
 
     Returns:
         Positions of the text [B, T] (the same on all three axes, 0 at padding), the first coordinate p of each frame [N], and the
-        counter behind each row [B].
+        counter after each row [B].
     """
     steps = is_token.long()
     steps[is_frame] += extents
-    behind = start[:, None] + steps.cumsum(dim=1)  # [B, T]
-    text = (behind - 1).masked_fill(~is_token, 0)
-    return text, text[is_frame] - extents, behind[:, -1]
+    end = start[:, None] + steps.cumsum(dim=1)  # [B, T]
+    if starts_text is not None:
+        row = torch.arange(steps.shape[1], device=steps.device)
+        opener = torch.where(starts_text, row, 0).cummax(1).values  # the first token of each token's text
+        ahead = steps - is_token.long()  # the extent of a frame
+        begin = torch.where(first_positions > 0, first_positions - ahead, first_positions)
+        end = (end - end.gather(1, opener) + steps.gather(1, opener)) + begin.gather(1, opener)
+    text = (end - 1).masked_fill(~is_token, 0)
+    return text, text[is_frame] - extents, end[:, -1]
+
+
+def text_starts(positions: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """Where texts begin in rows that may pack several: bool [B, T], True at each row's first token and wherever a position [B, T] is not
+    above that of the token before it. Padding is passed over."""
+    lowest = torch.iinfo(positions.dtype).min
+    real = torch.where(is_token, positions, lowest)
+    index = torch.arange(positions.shape[1], device=positions.device)
+    before = torch.where(is_token, index, -1).cummax(1).values.roll(1, dims=1)  # the token before, -1 for none
+    before[:, 0] = -1
+    last = torch.where(before >= 0, real.gather(1, before.clamp(min=0)), torch.iinfo(positions.dtype).max)
+    return is_token & (real <= last)
 
 
 def frame_positions(origins: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -406,7 +406,7 @@ def test_outputs_of_generate(model):
         ({"image_std": [[1.0, 1.0, 1.0]]}, r"`image_std` has shape \[1, 3\]; expected none: `pixel_values` are not uint8"),
         ({"media_nums_per_sample": [2]}, r"`media_nums_per_sample` is \[2\]; expected 1 numbers"),
         ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, r"`attention_mask` has shape \[1, 4\]; expected \[1, 3\]"),
-        ({"cross_attention_mask": torch.ones(1, 1, 2, 1, dtype=torch.bool)}, r"`cross_attention_mask` has shape \[1, 1, 2, 1\]"),
+        ({"cross_attention_mask": torch.ones(1, 1, 4, 1, dtype=torch.bool)}, r"`cross_attention_mask` has shape \[1, 1, 4, 1\]"),
         ({"cross_attention_mask": torch.ones(1, 1, 3, 1)}, "dtype torch.float32; expected bool"),
         ({"cross_attention_mask": torch.zeros(1, 1, 3, 2, dtype=torch.bool)}, "shows sample 0 some that it does not have"),
         ({"cross_attention_mask": torch.zeros(1, 1, 3, 0, dtype=torch.bool)}, "0 frame columns"),

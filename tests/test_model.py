@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN, ROOT
-from moss_vl import modeling_moss_vl
+from moss_vl import cache_layers, modeling_moss_vl
+from moss_vl.cache_layers import VisionCacheLayer
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
-from moss_vl.vision_sequence import VisionCacheLayer
+
 from safetensors.torch import load_file
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model, row_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -692,8 +693,8 @@ CACHE_WORK = {
 
 @pytest.mark.parametrize("work", CACHE_WORK)
 def test_a_text_cache_holds_what_a_growing_one_does(work, monkeypatch):
-    monkeypatch.setattr(modeling_moss_vl, "TEXT_ROOM", 4)
-    ours, plain = modeling_moss_vl.TextCacheLayer(), DynamicLayer()
+    monkeypatch.setattr(cache_layers, "TEXT_ROOM", 4)
+    ours, plain = cache_layers.TextCacheLayer(), DynamicLayer()
     assert ours.get_seq_length() == 0
     for step, length in enumerate([5, 1, 1, 3, 1, 40, 1, 1]):
         if step in (3, 6):
@@ -705,10 +706,10 @@ def test_a_text_cache_holds_what_a_growing_one_does(work, monkeypatch):
 
 
 def test_a_text_cache_moves_nothing_while_it_has_room(monkeypatch):
-    layer = modeling_moss_vl.TextCacheLayer()
+    layer = cache_layers.TextCacheLayer()
     layer.update(*random_states(10, 0))
     before, places = layer.keys, set()
-    for step in range(modeling_moss_vl.TEXT_ROOM):
+    for step in range(cache_layers.TEXT_ROOM):
         layer.update(*random_states(1, step))
         places.add((layer.keys.data_ptr(), layer.values.data_ptr()))
     assert len(places) == 1 and places.pop()[0] == before.data_ptr()
@@ -721,7 +722,7 @@ def test_a_text_cache_moves_nothing_while_it_has_room(monkeypatch):
 
 
 def test_a_text_cache_keeps_gradients():
-    layer, states = modeling_moss_vl.TextCacheLayer(), [part.requires_grad_() for part in random_states(3, 0)]
+    layer, states = cache_layers.TextCacheLayer(), [part.requires_grad_() for part in random_states(3, 0)]
     layer.update(*states)
     keys, values = layer.update(*random_states(1, 1))
     (keys.sum() + values.sum()).backward()
@@ -735,8 +736,8 @@ def test_a_cache_is_filled_by_layers_that_grow_in_place(model):
     kinds = [type(layer) for layer in cache.layers]
     crossing = model.config.text_config.cross_attention_layers
     assert all((kind is VisionCacheLayer) == (index in crossing) for index, kind in enumerate(kinds))
-    assert kinds.count(modeling_moss_vl.TextCacheLayer) == len(kinds) - len(crossing)
+    assert kinds.count(cache_layers.TextCacheLayer) == len(kinds) - len(crossing)
     offloading = DynamicCache()
     offloading.offloading = True
-    assert modeling_moss_vl.install_layers(offloading, model.config.text_config) is offloading.layers[crossing[0]]
-    assert not any(type(layer) is modeling_moss_vl.TextCacheLayer for layer in offloading.layers)
+    assert cache_layers.install_layers(offloading, model.config.text_config) is offloading.layers[crossing[0]]
+    assert not any(type(layer) is cache_layers.TextCacheLayer for layer in offloading.layers)

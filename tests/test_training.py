@@ -87,6 +87,29 @@ def test_the_loss_of_a_batch_is_that_of_its_samples(padding, of_padding):
         assert torch.allclose(model(**inputs, logits_to_keep=kept).loss, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_the_loss_of_packed_rows_is_that_of_their_texts(named):
+    """As DataCollatorWithFlattening packs them, whose labels leave out the first token of each text, and with all labels."""
+    model, samples = make_model(), assorted_samples()
+    with torch.no_grad():
+        alone = [model(**sample.inputs(), labels=sample.ids[None]).loss * (len(sample.ids) - 1) for sample in samples]
+        expected = sum(alone) / sum(len(sample.ids) - 1 for sample in samples)
+        with_media = [sample for sample in samples if sample.grids]
+        labels = [sample.ids.clone() for sample in samples]
+        if named:
+            for own in labels:
+                own[0] = -100
+        loss = model(
+            input_ids=torch.cat([sample.ids for sample in samples])[None],
+            position_ids=torch.cat([torch.arange(len(sample.ids)) for sample in samples])[None],
+            labels=torch.cat(labels)[None],
+            pixel_values=torch.cat([sample.pixel_values for sample in with_media]),
+            grid_thw=torch.cat([sample.grid_thw for sample in with_media]),
+            use_cache=False,
+        ).loss
+    assert torch.allclose(loss, expected, atol=1e-5)
+
+
 def test_a_later_call_learns_from_its_own_tokens():
     model, sample = make_model(), assorted_samples()[2]
     inputs, labels = sample.inputs(), sample.ids[None]

@@ -1,0 +1,330 @@
+"""Random conversations on a cache, held to the float64 model: chunks, padding anywhere, media early and late, masks, forks, repeats,
+selections, reorders and crops. By hand, for many seeds: `python tests/conversation_fuzzer.py --seeds 0 5000`.
+
+A conversation is a batch of rows over one cache. Whatever is done to it, the logits of every real token of a row must be those that the
+oracle gives for the row's tokens, frames and visibility alone.
+"""
+
+import argparse
+import copy
+import random
+import sys
+
+import conftest  # noqa: F401  the project as a package
+import torch
+import transformers
+from oracle import Oracle
+from tiny import IMAGE_PAD, PATCH, make_model
+from transformers import DynamicCache, StaticCache
+
+
+V5 = int(transformers.__version__.split(".")[0]) >= 5
+GRIDS = [(2, 2), (2, 4), (4, 2), (4, 4)]  # patches of a frame
+TOLERANCE = 2e-5  # of the largest logit: float32 against float64
+SLOTS = 96  # of a static cache
+
+
+class Frame:
+    """One frame: its pixels, and what the oracle makes of them."""
+
+    def __init__(self, rng, oracle, grid):
+        generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+        self.pixels = torch.randn(grid[0] * grid[1], 3 * PATCH * PATCH, generator=generator)
+        self.encoded = (oracle.encode(self.pixels, *grid), grid[0] // 2, grid[1] // 2)
+
+
+class Row:
+    """What one row of the batch holds: its real tokens, its frames, what each token sees, and the logits that the model gave."""
+
+    def __init__(self):
+        self.ids, self.at, self.visible, self.logits = [], [], [], []  # at: index in the cache
+        self.frames, self.places, self.waiting = [], [], []
+        self.sample = object()
+
+    @property
+    def seen(self) -> frozenset:
+        return self.visible[-1] if self.visible else frozenset()
+
+    def copy(self) -> "Row":
+        other = copy.copy(self)
+        for name in ("ids", "at", "visible", "logits", "frames", "places", "waiting"):
+            setattr(other, name, list(getattr(self, name)))
+        return other
+
+
+class Conversation:
+    def __init__(self, rng, model, oracle, rows: int, static: bool):
+        self.rng, self.model, self.oracle, self.static = rng, model, oracle, static
+        self.rows = [Row() for _ in range(rows)]
+        self.cache = StaticCache(config=model.config.text_config, max_cache_len=SLOTS) if static else DynamicCache()
+        self.mask = torch.zeros(rows, 0, dtype=torch.long)
+        self.calls = []  # (end, whether frames came with it)
+        self.had_blank = False  # a blank medium may be an image of zeros whose `image_pad` comes later
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
+
+    # ---------------------------------------------------------------------------------------------------------- one call
+
+    def call(self):
+        rng = self.rng
+        length = rng.choice([1, 1, 2, 3, 5])
+        real = [self.pattern(length) for _ in self.rows]
+        if not any(any(row) for row in real):
+            real[0] = [True] * length
+        of_sample = {}
+        for index, row in enumerate(self.rows):
+            of_sample.setdefault(row.sample, []).append(index)
+        new, ids, pads = {}, [None] * len(self.rows), [None] * len(self.rows)
+        with_media = rng.random() < 0.5
+        for sample, indices in of_sample.items():
+            first = self.rows[indices[0]]
+            twins = all((self.rows[i].ids, self.rows[i].at) == (first.ids, first.at) for i in indices)
+            new[sample] = []
+            if with_media and twins and rng.random() < 0.7:
+                for _ in range(rng.choice([1, 1, 2])):
+                    grid = rng.choice(GRIDS)
+                    new[sample].append([Frame(rng, self.oracle, grid) for _ in range(rng.choice([1, 1, 2]))])
+            frames = [*first.waiting, *(frame for medium in new[sample] for frame in medium)]
+            for i in indices:
+                if twins and frames:
+                    real[i] = real[indices[0]]
+                if i == indices[0] or not (twins and frames):
+                    tokens = [at for at, is_real in enumerate(real[i]) if is_real]
+                    count = rng.randint(0, min(len(frames), len(tokens))) if twins else 0
+                    if rng.random() < 0.6:
+                        count = min(len(frames), len(tokens)) if twins else 0
+                    pads[i] = sorted(rng.sample(tokens, count))
+                    ids[i] = [IMAGE_PAD if at in pads[i] else rng.randint(1, 180) for at in range(length)]
+                else:
+                    pads[i], ids[i] = pads[indices[0]], list(ids[indices[0]])
+        media, raw_counts = self.media(of_sample, new, pads)
+        waits = any(row.waiting for row in self.rows)
+        self.had_blank |= any(count and not new[sample] for sample, count in zip(of_sample, media.get("media_nums_per_sample", ())))
+        if length == 1 and self.length and not media and not waits and not self.had_blank and rng.random() < 0.2:
+            ids = [[IMAGE_PAD]] * len(self.rows)  # what the model wrote is text, whatever its id is
+        inputs = {"input_ids": torch.tensor(ids), **media}
+        self.mask = torch.cat([self.mask, torch.tensor(real).long()], dim=1)
+        if not self.mask.all() or rng.random() < 0.3:
+            inputs["attention_mask"] = self.mask
+        for sample, indices in of_sample.items():
+            frames = [frame for medium in new[sample] for frame in medium]
+            for i in indices:
+                self.rows[i].waiting += frames
+        before = [len(row.frames) + len(row.waiting) - sum(map(len, new[row.sample])) for row in self.rows]  # frames known before
+        seen = self.read_text(ids, real, pads)
+        cross_mask = self.cross_mask(real, seen, before, raw_counts if media else None) if rng.random() < 0.3 else None
+        if cross_mask is not None:
+            inputs["cross_attention_mask"] = cross_mask
+        out = self.model(**inputs, past_key_values=self.cache, use_cache=True)
+        for i, row in enumerate(self.rows):
+            row.logits += [out.logits[i, at] for at in range(length) if real[i][at]]
+            row.visible += [seen[i][at] for at in range(length) if real[i][at]]
+        self.calls.append((self.length, any(new.values())))
+
+    def pattern(self, length: int) -> list[bool]:
+        kind = self.rng.random()
+        if kind < 0.6:
+            return [True] * length
+        cut = self.rng.randint(0, length)
+        if kind < 0.75:
+            return [at >= cut for at in range(length)]
+        if kind < 0.9:
+            return [at < cut for at in range(length)]
+        return [self.rng.random() < 0.6 for _ in range(length)]
+
+    def media(self, of_sample, new, pads):
+        """The call's media, and how many frames a processor's mask would have columns for."""
+        pixels, grids, counts, raw = [], [], [], []
+        blanks = self.rng.random() < 0.5
+        for sample, indices in of_sample.items():
+            media = new[sample]
+            for medium in media:
+                pixels += [frame.pixels for frame in medium]
+                grids.append([len(medium), medium[0].encoded[1] * 2, medium[0].encoded[2] * 2])
+            # A medium of zeros is a blank one if no frame is asked for.
+            blank = not media and blanks and not pads[indices[0]] and any(new.values())
+            if blank:
+                pixels.append(torch.zeros(16, 3 * PATCH * PATCH))
+                grids.append([1, 4, 4])
+            counts.append(len(media) + blank)
+            raw.append(sum(map(len, media)) + blank)
+        if not grids or not any(new.values()):
+            return {}, raw
+        for media in new.values():  # frames of a medium share its size
+            for medium in media:
+                assert len({frame.encoded[1:] for frame in medium}) == 1
+        return {"pixel_values": torch.cat(pixels), "grid_thw": torch.tensor(grids), "media_nums_per_sample": counts}, raw
+
+    def read_text(self, ids, real, pads):
+        """Takes the tokens in; returns what each token of the call sees by the text alone."""
+        start, out = self.length - len(ids[0]), []
+        for row, tokens, is_real, places in zip(self.rows, ids, real, pads):
+            seen, of_row = row.seen, []
+            for at, token in enumerate(tokens):
+                if not is_real[at]:
+                    of_row.append(frozenset())
+                    continue
+                if at in places:
+                    row.places.append(len(row.ids))
+                    seen = seen | {len(row.frames)}
+                    row.frames.append(row.waiting.pop(0))
+                row.ids.append(token)
+                row.at.append(start + at)
+                of_row.append(seen)
+            out.append(of_row)
+        return out
+
+    def cross_mask(self, real, seen, before, raw_counts):
+        """A random mask; changes `seen` to what it lets each token see. None if the form drawn would be read otherwise."""
+        rng, length = self.rng, len(real[0])
+        start = self.length - length
+        total = max(1, *(len(row.frames) + len(row.waiting) for row in self.rows), 1)
+        own = max(1, *raw_counts, 1) if raw_counts is not None else None
+        form = rng.choice(["own", "all", "whole"])
+        rows = rng.choice([length, length, rng.randint(0, length)])
+        if form == "own" and own is None:
+            return None
+        if form == "all" and start and own == total:  # such a mask is one over the new frames
+            return None
+        if form == "whole" and start and start + rows <= length:  # such a mask is one for the tokens of the call
+            return None
+        if form == "whole":
+            columns, first_row = total, start
+        else:
+            columns, first_row = own if form == "own" and start else total, 0
+        mask = torch.ones(len(self.rows), 1, first_row + rows, columns, dtype=torch.bool)
+        for i, row in enumerate(self.rows):
+            first = before[i] if form == "own" and start else 0
+            previous = row.visible[-1] if row.visible else frozenset()
+            for at in range(length):
+                if not real[i][at]:
+                    continue
+                placed = {f for f, place in enumerate(row.places) if row.at[place] <= start + at}
+                if at < rows:
+                    allowed = {f for f in placed if f >= first}
+                    shown = {f for f in allowed if rng.random() < 0.7}
+                    kept = {f for f in seen[i][at] if f < first}
+                    for f in shown:
+                        mask[i, 0, first_row + at, f - first] = False
+                    seen[i][at] = frozenset(shown | kept)
+                else:
+                    late = {f for f in placed if row.at[row.places[f]] >= start + rows}
+                    seen[i][at] = frozenset(previous | late)
+                previous = seen[i][at]
+        return mask
+
+    # ----------------------------------------------------------------------------------------------- what is done to a cache
+
+    def repeat(self):
+        if len(self.rows) <= 2:
+            self.cache.batch_repeat_interleave(2)
+            self.take([i for i in range(len(self.rows)) for _ in range(2)])
+
+    def select(self):
+        if self.rng.random() < 0.5:
+            keep = [self.rng.random() < 0.7 for _ in self.rows]
+            keep[self.rng.randrange(len(keep))] = True
+            self.cache.batch_select_indices(torch.tensor(keep))
+            self.take([i for i, kept in enumerate(keep) if kept])
+        else:
+            rows = [self.rng.randrange(len(self.rows)) for _ in range(self.rng.randint(1, 3))]
+            self.cache.batch_select_indices(torch.tensor(rows))
+            self.take(rows)
+
+    def reorder(self):
+        rows = [self.rng.randrange(len(self.rows)) for _ in self.rows] if self.rng.random() < 0.5 else self.rng.sample(range(len(self.rows)), len(self.rows))
+        self.cache.reorder_cache(torch.tensor(rows))
+        self.take(rows)
+
+    def take(self, rows):
+        self.rows, self.mask = [self.rows[i].copy() for i in rows], self.mask[rows]
+
+    def crop(self):
+        length = self.rng.randint(max(1, self.length - 6), self.length)
+        self.cache.crop(length - self.length if V5 or (self.rng.random() < 0.5 and length < self.length) else length)
+        whole = not any(end > length and gave for end, gave in self.calls)
+        whole = whole and not any(row.at[place] >= length for row in self.rows for place in row.places)
+        for row in self.rows:
+            kept = sum(at < length for at in row.at)
+            row.ids, row.at, row.visible, row.logits = row.ids[:kept], row.at[:kept], row.visible[:kept], row.logits[:kept]
+            row.places = [place for place in row.places if place < kept]
+            row.frames = row.frames[: len(row.places)]
+            row.waiting = row.waiting if whole else []
+        self.mask = self.mask[:, :length]
+        self.calls = [(min(end, length), gave) for end, gave in self.calls]
+
+    def fork(self) -> "Conversation":
+        other = copy.copy(self)
+        other.rows, other.calls = [row.copy() for row in self.rows], list(self.calls)
+        if self.static or self.rng.random() < 0.5:
+            other.cache = copy.deepcopy(self.cache)
+        else:
+            other.cache = DynamicCache()
+            other.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return other
+
+    def check(self, where: str):
+        for index, row in enumerate(self.rows):
+            if not row.ids:
+                continue
+            expected = self.oracle.logits(row.ids, [frame.encoded for frame in row.frames], row.places, row.visible)
+            got = torch.stack(row.logits).double()
+            error = (got - expected).abs().amax(-1) / expected.abs().max()
+            worst = int(error.argmax())
+            assert error[worst] < TOLERANCE, (
+                f"{where}: row {index} is off by {error[worst]:.2g} at token {worst} of {len(row.ids)} (cache index {row.at[worst]}, "
+                f"frames seen {sorted(row.visible[worst])}, frames at {row.places})"
+            )
+
+
+@torch.no_grad()
+def converse(seed: int, model, oracle) -> int:
+    """One random conversation and its forks. Returns the number of operations; AssertionError, with the seed, if logits are wrong."""
+    rng = random.Random(seed)
+    static = rng.random() < 0.15
+    branches = [Conversation(rng, model, oracle, rng.choice([1, 2, 2, 3]), static)]
+    branches[0].call()
+    done = ["call"]
+    for _ in range(rng.randint(3, 9)):
+        at = rng.randrange(len(branches))
+        talk = branches[at]
+        names = ["call"] * 6 + ["reorder", "fork"] + ([] if static else ["repeat", "select", "crop", "crop"])
+        name = rng.choice(names)
+        if talk.length > SLOTS - 8:
+            break
+        done.append(f"{name}[{at}]")
+        try:
+            result = getattr(talk, name)()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__} {error} after {' '.join(done)}") from error
+        if name == "fork" and len(branches) < 3:
+            branches.append(result)
+    for at, talk in enumerate(branches):
+        talk.check(f"seed {seed}, branch {at}, {model.config._attn_implementation}, {' '.join(done)}")
+    return len(done)
+
+
+def make_pair(attn_implementation: str):
+    """A model small enough for many conversations, and its oracle. Cross-attention stands next to the first and before the last layer."""
+    text = {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    model = make_model(attn_implementation, text=text, vision=vision)
+    return model, Oracle(model)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs=2, type=int, default=(0, 200), metavar=("FIRST", "END"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pairs, wrong = [make_pair(name) for name in ("eager", "sdpa")], 0
+    for seed in range(*args.seeds):
+        try:
+            converse(seed, *pairs[seed % 2])
+        except AssertionError as error:
+            wrong += 1
+            print(error)
+    print(f"transformers {transformers.__version__}: {args.seeds[1] - args.seeds[0]} conversations, {wrong} wrong")
+    sys.exit(wrong > 0)

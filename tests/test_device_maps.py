@@ -1,0 +1,78 @@
+"""Device maps over several GPUs, on a machine without any: tensors of torch's fake mode have a device and a shape, but no numbers, and an
+operation on two devices is the error that it is on GPUs. "lazy" is a type of device that every build of torch lets them have."""
+
+import pytest
+import torch
+from accelerate.hooks import attach_align_device_hook_on_blocks
+from tiny import Sample, make_model
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+
+
+LAYERS = {f"model.language_model.layers.{i}": i % 3 for i in range(6)}
+TEXT = {"model.language_model.embed_tokens": 1, **LAYERS, "model.language_model.norm": 2}
+VISION = {"model.visual.patch_embed": 0, "model.visual.pos_embed": 1, **{f"model.visual.blocks.{i}": (i + 2) % 3 for i in range(3)}, "model.visual.merger": 1}
+MAPS = {
+    "every part elsewhere": {**VISION, **TEXT, "model.separator_token": 0, "lm_head": 0},
+    "patch_embed and pos_embed": {**dict.fromkeys(VISION, 0), "model.visual.pos_embed": 1, "model.separator_token": 0, "model.language_model": 0, "lm_head": 0},
+    "vision and text": {"model.visual": 0, "model.separator_token": 1, "model.language_model": 1, "lm_head": 1},
+    "the separator": {"model.visual": 0, "model.separator_token": 1, "model.language_model": 0, "lm_head": 0},
+}
+
+
+def spread(model, device_map, hooked=True):
+    """Puts the parameters where the map says, and hooks that move what a module is given, as `device_map=` does."""
+    devices = {name: f"lazy:{number}" for name, number in device_map.items()}
+    for name, parameter in list(model.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        device = next(device for part, device in devices.items() if name == part or name.startswith(part + "."))
+        model.get_submodule(module)._parameters[attribute] = torch.nn.Parameter(torch.empty(parameter.shape, device=device))
+    if hooked:
+        attach_align_device_hook_on_blocks(model, execution_device={name: device for name, device in devices.items() if name != "model.separator_token"})
+
+
+def within(mode, module):
+    """Runs the module in fake mode; the model's plan of a call needs the numbers of its inputs, and is made outside."""
+    forward = module.forward
+
+    def inside(*args, **kwargs):
+        with mode:
+            return forward(*args, **kwargs)
+
+    module.forward = inside
+
+
+@pytest.fixture
+def mode():
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize("implementation, levels", [("eager", False), ("sdpa", True)])
+@pytest.mark.parametrize("name", MAPS)
+def test_no_operation_meets_two_devices(mode, name, implementation, levels):
+    model = make_model(implementation)
+    sample = Sample("tFFtFtF", (2, 4, 4), (1, 4, 6), (1, 2, 2), seed=1)
+    inputs = sample.inputs()
+    inputs["cross_attention_mask"][0, 0, 4:6, 0] = True  # not only prefixes
+    inputs["attention_mask"] = None
+    if levels:
+        inputs |= {"pixel_values": sample.pixel_values.byte(), "image_mean": [[0.5] * 3] * 3, "image_std": [[0.5] * 3] * 3}
+    with mode, torch.no_grad():
+        spread(model, MAPS[name])
+    for module in (model.model.language_model.embed_tokens, model.model.visual, model.model.language_model, model.lm_head):
+        within(mode, module)
+    with torch.no_grad():
+        assert model(**inputs, use_cache=False, vision_chunked_length=2).logits.shape == (1, 7, 200)
+    hidden = torch.full((1, 1, 7, 7), float("-inf")).triu(1)
+    with mode:
+        mask = hidden.to("lazy:2")
+    with torch.no_grad():
+        assert model(**{**inputs, "attention_mask": mask}, use_cache=False).logits.shape == (1, 7, 200)
+
+
+def test_the_devices_are_told_apart(mode):
+    """What the tests above rest on."""
+    model = make_model()
+    with mode, torch.no_grad():
+        spread(model, MAPS["patch_embed and pos_embed"], hooked=False)
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            model.model.visual(torch.randn(16, 48), [(1, 4, 4)])
