@@ -5,8 +5,26 @@ read one form.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
+
+
+if TYPE_CHECKING:
+    # Never run: they tell transformers, which reads these lines, that the code of a folder is one. transformers 5 keeps a model class
+    # by its config class, and a config class by the files it imports: without these, a second folder of the same name whose config is
+    # the same would get the model of the first one, whatever its own code says.
+    from .cache_layers import VisionCacheLayer  # noqa: F401
+    from .generation_utils import MossVLGenerationMixin  # noqa: F401
+    from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
+    from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
+    from .patches import patchify  # noqa: F401
+    from .pipeline_moss_vl import MossVLTextGenerationPipeline  # noqa: F401
+    from .processing_moss_vl import MossVLProcessor  # noqa: F401
+    from .video_processing_moss_vl import MossVLVideoProcessor  # noqa: F401
+    from .video_reading import open_video  # noqa: F401
+    from .vision_sequence import VisionState  # noqa: F401
+    from .xrope import rotation  # noqa: F401
 
 
 def _require(condition: bool, what: str, got, expected: str) -> None:
@@ -249,6 +267,14 @@ class MossVLTextConfig(PretrainedConfig):
         _require(0.0 <= self.attention_dropout < 1.0, "`attention_dropout`", self.attention_dropout, "0 <= p < 1")
 
 
+class _Pipelines:
+    """A class attribute that is read as a dict of its own each time: `pipeline` writes into what it reads."""
+
+    def __get__(self, config, owner) -> dict:
+        text = {"impl": "pipeline_moss_vl.MossVLTextGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
+        return {"text-generation": text}
+
+
 class MossVLConfig(PretrainedConfig):
     """Configuration of `MossVLForConditionalGeneration`.
 
@@ -266,7 +292,9 @@ class MossVLConfig(PretrainedConfig):
 
     model_type = "moss_vl"
     sub_configs = {"text_config": MossVLTextConfig, "vision_config": MossVLVisionConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    # Of an output, what `Trainer` leaves out of its predictions, so that these are the logits.
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "rope_deltas", "hidden_states", "attentions", "cross_attentions"]
+    custom_pipelines = _Pipelines()  # by task, those that transformers takes from this package
 
     def __init__(
         self,

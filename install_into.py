@@ -39,13 +39,14 @@ class Change:
 
 
 def code_files():
-    """The project's .py files that a checkpoint needs: those its auto_map names, and all that these import from beside them."""
+    """The project's .py files that a checkpoint needs: those its auto_map names, and all that these import from beside them, for type
+    checkers too: transformers copies those as well."""
     files = sorted({reference.split(".")[0] + ".py" for name in ("config.json", *PROCESSOR_FILES)
                     for reference in read_json(PROJECT / name)["auto_map"].values()})
     for name in files:  # grows as imports are found
         if not (PROJECT / name).is_file():
             raise InstallError(f"{PROJECT}: incomplete, {name} is missing")
-        for node in ast.parse((PROJECT / name).read_text(encoding="utf-8")).body:
+        for node in ast.walk(ast.parse((PROJECT / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 1 and f"{node.module}.py" not in files:
                 files.append(f"{node.module}.py")
     return files

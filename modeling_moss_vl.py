@@ -63,6 +63,7 @@ VISION_ROWS = 4096  # vision tokens whose keys and values are made at once where
 # keep any GPU busy while large frames do not fill its memory.
 CPU_PATCHES, GPU_PATCHES = 1 << 12, 1 << 16
 HALF = (torch.float16, torch.bfloat16)
+IGNORED = -100  # the label of a row that predicts nothing, as transformers' losses know it
 CPU_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # whether this CPU has products in bfloat16
 CPU_SCORES = 1 << 22  # attention scores that are there at once on a CPU where they are written out
 
@@ -399,7 +400,17 @@ class MossVLVisionAttention(nn.Module):
         return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
 
 
-class MossVLVisionBlock(GradientCheckpointingLayer):
+class MossVLLayer(GradientCheckpointingLayer):
+    """A layer that gradient checkpointing runs again in the backward pass."""
+
+    def __call__(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        # There is no backward pass. transformers 4 would checkpoint all the same, and keep the cache from the layer.
+        return nn.Module.__call__(self, *args, **kwargs)
+
+
+class MossVLVisionBlock(MossVLLayer):
     def __init__(self, config: MossVLVisionConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -461,6 +472,29 @@ class MossVLPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MossVLModel):
             nn.init.zeros_(module.separator_token)
 
+    def enable_input_require_grads(self):
+        """Makes the embeddings of text and patches require gradients, so that adapters in layers after frozen ones get theirs where
+        checkpointing is reentrant. transformers 4 does so for the text alone."""
+        models = [module for module in self.modules() if isinstance(module, MossVLPreTrainedModel)]
+        embeddings = {id(embedding): embedding for embedding in (model.get_input_embeddings() for model in models)}
+        self.disable_input_require_grads()
+        hooks = [embedding.register_forward_hook(require_gradients) for embedding in embeddings.values()]
+        self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
+
+    def disable_input_require_grads(self):
+        """Takes back `enable_input_require_grads`."""
+        for hook in getattr(self, "_require_grads_hooks", ()):
+            hook.remove()
+        self._require_grads_hooks = []
+
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # before transformers 5.24
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+            """Not reentrant unless it is asked for, as in transformers 5: else a trained layer after frozen ones gets no gradient."""
+            if gradient_checkpointing_kwargs is None:
+                gradient_checkpointing_kwargs = {"use_reentrant": False}
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # read from the config at every call
@@ -513,6 +547,11 @@ class MossVLPreTrainedModel(PreTrainedModel):
             cross = None if cross_attention_implementation is None else check(cross_attention_implementation)
             text.cross_attention_implementation = cross
         super().set_attn_implementation(attn_implementation, **kwargs)
+
+
+def require_gradients(module, args, output) -> None:
+    """A forward hook: gradients reach what comes after an embedding, though its weights are frozen."""
+    output.requires_grad_(True)
 
 
 class MossVLVisionModel(MossVLPreTrainedModel):
@@ -758,7 +797,7 @@ class MossVLCrossAttention(MossVLTextAttention):
         return out.unflatten(0, like.shape[:2]).transpose(1, 2)
 
 
-class MossVLSelfAttentionLayer(GradientCheckpointingLayer):
+class MossVLSelfAttentionLayer(MossVLLayer):
     def __init__(self, config: MossVLTextConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MossVLSelfAttention(config, layer_idx)
@@ -775,7 +814,7 @@ class MossVLSelfAttentionLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
-class MossVLCrossAttentionLayer(GradientCheckpointingLayer):
+class MossVLCrossAttentionLayer(MossVLLayer):
     """Gated reading of the vision sequence; a row that sees nothing passes through unchanged."""
 
     def __init__(self, config: MossVLTextConfig, layer_idx: int):
@@ -891,6 +930,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         table = tuple(part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles))  # [B, 1, T, d]
         vision_table = None
         if vision_states is not None:
+            vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))  # the encoder may have another dtype
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
         implementation = crossing = self._implementation(config._attn_implementation, hidden_states, output_attentions)
         if config.cross_attention_implementation is not None:
@@ -1053,7 +1093,12 @@ def packed_texts(text_index: torch.Tensor) -> dict:
 
 
 class MossVLModel(MossVLPreTrainedModel):
-    """Vision encoder, separator and decoder, without a head."""
+    """Vision encoder, separator and decoder, without a head.
+
+    The separator is a parameter. PEFT's `modules_to_save` takes modules alone and leaves it out without a word; to train it beside
+    adapters call `model.get_base_model().model.separator_token.requires_grad_(True)` after `get_peft_model`, and save
+    `model.merge_and_unload()`: the folder of an adapter holds adapters alone.
+    """
 
     def __init__(self, config: MossVLConfig, cross_attention_implementation: Optional[str] = None):
         super().__init__(config, cross_attention_implementation)
@@ -1120,6 +1165,16 @@ class MossVLModel(MossVLPreTrainedModel):
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
         cache, grid_thw = cache_of(cache, past_key_values), grid_of(grid_thw, image_grid_thw)
+        if self.training and torch.is_grad_enabled() and self.language_model.gradient_checkpointing:
+            if cache is not None:
+                raise ValueError(
+                    "A cache was given to a model in training with gradient checkpointing; expected none: layers that are run again "
+                    "in the backward pass cannot use it. Call `model.eval()`, compute under `torch.no_grad()`, or call "
+                    "`model.gradient_checkpointing_disable()`."
+                )
+            if use_cache:
+                logger.warning_once("`use_cache=True` does not go with gradient checkpointing in training; no cache is returned.")
+            use_cache = False
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
         if grid_thw is not None:
@@ -1164,16 +1219,18 @@ class MossVLModel(MossVLPreTrainedModel):
             request, highest.expand(request.is_token.shape), rope_deltas, own_positions, None if text_index is None else text_index.cpu().numpy()
         )
 
-        if inputs_embeds is None:
-            inputs_embeds = self.language_model.embed_tokens(input_ids)
         media, vision_states, waiting = request.media, None, request.state.waiting
         if request.grid and any(request.new):
-            vision_states, waiting = self._take_placed(request, self._encode_media(request, vision_chunked_length, inputs_embeds))
+            vision_states, waiting = self._take_placed(request, self._encode_media(request, vision_chunked_length))
         elif request.state.is_waiting():
             vision_states, waiting = self._take_placed(request, None)
-        elif "pixel_values" in media and self.training and cache is None:
-            # Blank media only. They are read all the same, times 0: every parameter gets a gradient on every rank.
-            vision_states = self._encode_media(request, None, inputs_embeds)
+        elif self.training and cache is None and ("pixel_values" in media or has_other_ranks()):
+            # Blank media only, or none. A blank frame is read all the same, times 0: every parameter gets a gradient on every rank, and
+            # no rank waits for another to read the weights that are sharded among them.
+            if "pixel_values" in media:
+                vision_states = self._encode_media(request, None)
+            else:
+                vision_states = self.visual(*self._blank_frame(request.is_token.device), separator=self.separator_token)
             vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
             call = VisionCall(
                 spans=[Span(slice(0, request.is_token.numel()), slice(0, len(vision_states)))],
@@ -1183,6 +1240,7 @@ class MossVLModel(MossVLPreTrainedModel):
         if cache is not None:
             vision_layer = install_layers(cache, self.config.text_config)
         outputs = self.language_model(
+            input_ids if inputs_embeds is None else None,  # looked up inside: only there are sharded weights whole
             attention_mask=attention_mask if attention_mask is None or attention_mask.ndim == 4 or request.any_padded else None,
             position_ids=position_ids,
             cache=cache,
@@ -1199,15 +1257,14 @@ class MossVLModel(MossVLPreTrainedModel):
         outputs.rope_deltas = rope_deltas
         return outputs
 
-    def _encode_media(self, request: VisionRequest, vision_chunked_length: Optional[int], like: torch.Tensor) -> torch.Tensor:
+    def _encode_media(self, request: VisionRequest, vision_chunked_length: Optional[int]) -> torch.Tensor:
         """Vision states [v, D] of the media of a call, each frame with its separator."""
         media = request.media
         if "image_features" not in media:
             statistics = media.get("image_mean"), media.get("image_std")
-            states = self.visual(media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token)
-            return states.to(like.device, compute_dtype(like))  # the encoder may have another dtype
+            return self.visual(media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token)
         runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
-        return with_separators(media["image_features"].to(like), runs, merge, self.separator_token)
+        return with_separators(media["image_features"].to(request.is_token.device), runs, merge, self.separator_token)
 
     def _packed_texts(self, request: VisionRequest, position_ids) -> Optional[torch.Tensor]:
         """Where packed texts begin: bool [B, T], or None unless the caller's `position_ids` start again within a row. They are counts of
@@ -1287,6 +1344,13 @@ class MossVLModel(MossVLPreTrainedModel):
         vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
         return text, vision, rope_deltas
 
+    def _blank_frame(self, device) -> tuple[torch.Tensor, list[list[int]]]:
+        """Pixels and grid of one frame of zeros, as small as a frame can be."""
+        config = self.config.vision_config
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        side = config.spatial_merge_size
+        return torch.zeros(side * side, values, device=device), [[1, side, side]]
+
     def _take_placed(self, request: VisionRequest, states: Optional[torch.Tensor]):
         """New vision states, and those that waited, -> those that this call places [v, D] or None, and those that wait on."""
         m, state = self.config.vision_config.spatial_merge_size, request.state
@@ -1307,6 +1371,63 @@ class MossVLModel(MossVLPreTrainedModel):
                 placed.append(whole[:count])
             waiting.append(whole[count:] if whole is not None and len(whole) > count else None)
         return (torch.cat(placed) if len(placed) > 1 else placed[0] if placed else None), waiting
+
+
+def has_other_ranks() -> bool:
+    """Whether this process trains with others, which wait for its gradients."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[slice, torch.Tensor]:
+    """The rows, of `length`, whose logits are asked for: as a slice, or as an index [rows].
+
+    Raises:
+        ValueError: for rows that are not there.
+    """
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 1:
+        if logits_to_keep.dtype == torch.bool and len(logits_to_keep) == length:
+            return logits_to_keep.nonzero()[:, 0]
+        if not (logits_to_keep.is_floating_point() or logits_to_keep.dtype == torch.bool) and all(
+            -length <= index < length for index in logits_to_keep.tolist()
+        ):
+            return logits_to_keep.long()
+    elif isinstance(logits_to_keep, int) and logits_to_keep >= 0:
+        return slice(-logits_to_keep, None)
+    raise ValueError(
+        f"`logits_to_keep` is {logits_to_keep!r}; expected how many of the last rows to keep (0: all), a tensor of indices below "
+        f"{length}, the tokens of this call, or a bool tensor [{length}], True at the rows to keep."
+    )
+
+
+def row_targets(
+    labels: torch.Tensor, attention_mask: Optional[torch.Tensor], starts_text: Optional[torch.Tensor], shape
+) -> torch.Tensor:
+    """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding.
+
+    Args:
+        labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
+        starts_text: bool [B, T], of packed rows where each text begins: the text before it does not predict that token.
+        shape: (B, T).
+
+    Raises:
+        ValueError: for labels of another shape.
+    """
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(
+            f"`labels` has shape {list(labels.shape)}; expected {list(shape)}: a label for each token of this call, -100 where there "
+            f"is none, whatever `logits_to_keep` leaves out."
+        )
+    if starts_text is not None:
+        labels = labels.masked_fill(starts_text.to(labels.device), IGNORED)
+    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] < shape[1]:  # the last is an error, told later
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    is_token = attention_mask[:, attention_mask.shape[1] - shape[1] :].to(labels.device).bool()
+    places = torch.arange(shape[1], device=labels.device).expand(*shape)
+    # is_token [0 1 1 0 1] -> next token, from each place on [1 1 2 4 4] -> after each place [1 2 4 4 -]
+    following = places.masked_fill(~is_token, shape[1]).flip(1).cummin(1).values.flip(1)
+    targets = F.pad(labels, (0, 1), value=IGNORED).gather(1, F.pad(following[:, 1:], (0, 1), value=shape[1]))
+    return targets.masked_fill(~is_token, IGNORED)
 
 
 class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixin, GenerationMixin):
@@ -1395,8 +1516,10 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions. If they start again within a row, the row holds several
                 packed texts, each of which sees itself and its own frames alone.
             cache: any transformers cache, empty or filled by this model.
-            labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside.
-            logits_to_keep: logits of the last n rows only (0: all), or of the rows at these indices.
+            labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside. Each token is predicted by the token before it
+                that is no padding, so that a sample's loss is the same in every batch; labels of padding are ignored.
+            logits_to_keep: logits of the last n rows only (0: all), of the rows at these indices, or of those where a bool [T] is
+                True. The loss is that of these rows; each is paired with the label of the next token of the whole sequence.
             pixel_values: [P, channels * time * patch * patch], the media of all samples in the order of the text; float, or levels
                 (uint8) with `image_mean` and `image_std`.
             grid_thw: [media, 3], (frames, patch rows, patch columns).
@@ -1417,6 +1540,14 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
         """
+        text = input_ids if input_ids is not None else inputs_embeds
+        kept, targets = slice(None), None
+        if text is not None:
+            kept = kept_rows(logits_to_keep, text.shape[1])
+        if text is not None and labels is not None:
+            past_length = cached_length(cache_of(cache, past_key_values))
+            starts_text = self.model._packed_texts(text, attention_mask, position_ids, past_length)
+            targets = row_targets(labels, attention_mask, starts_text, text.shape[:2])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1438,13 +1569,13 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             image_std=image_std,
             image_grid_thw=image_grid_thw,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if targets is not None:
             loss = self.loss_function(
                 logits=logits,
-                labels=labels[:, kept],
+                labels=labels,
+                shift_labels=targets[:, kept.to(targets.device) if isinstance(kept, torch.Tensor) else kept].contiguous(),
                 vocab_size=self.config.text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -1459,6 +1590,15 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return result if as_dict else result.to_tuple()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: ValueError."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `init_continuous_batching`) was asked for; expected `generate` on a left-padded "
+            "batch, `offline_batch_generate` or `offline_generate`. Its paged cache holds text alone, and it passes no media."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     # ------------------------------------------------------------------------------------------------------------------
     # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`: transformers 5 does not

@@ -354,6 +354,70 @@ def test_a_resumed_run_is_the_uninterrupted_one(checkpoint, data, tmp_path, opti
     logits_of(load(tmp_path / "out/checkpoint-2"), load_processor(tmp_path / "out/checkpoint-2"), data)
 
 
+def parsed(output, *options):
+    return finetune.parse(["--checkpoint", "c", "--data", "d", "--output", str(output), "--cpu", *map(str, options)])
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_the_most_steps(tmp_path):
+    """By number, not by text: 1000 is after 500."""
+    args = parsed(tmp_path, "--resume")
+    finetune.write_settings(args, tmp_path)
+    assert finetune.check_output(args) is None
+    for steps in (500, 1000, 90):
+        (tmp_path / f"checkpoint-{steps}").mkdir()
+        (tmp_path / f"checkpoint-{steps}/trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-2000").mkdir()  # of a run that was killed while it wrote this
+    assert finetune.check_output(args) == str(tmp_path / "checkpoint-1000")
+
+
+def test_learning_rates_that_nobody_gave(tmp_path):
+    assert finetune.training_arguments(parsed(tmp_path)).learning_rate == 1e-5
+    assert finetune.training_arguments(parsed(tmp_path, "--lora-rank", 4)).learning_rate == 1e-4
+    assert parsed(tmp_path, "--lora-rank", 4).lora_alpha == 8
+
+
+def test_options_reach_the_trainer(tmp_path):
+    """Each with a value that is no default, of ours or of `TrainingArguments`."""
+    arguments = finetune.training_arguments(parsed(
+        tmp_path, "--epochs", 2.5, "--batch-size", 3, "--accumulation", 5, "--lr", 0.25, "--schedule", "linear", "--warmup", 7,
+        "--weight-decay", 0.125, "--max-grad-norm", 0.75, "--seed", 11, "--log-steps", 13, "--save-steps", 17, "--eval-steps", 19,
+        "--eval-share", 0.5, "--keep", 4, "--workers", 6, "--gradient-checkpointing",
+    ))  # fmt: skip
+    expected = {
+        "output_dir": str(tmp_path), "num_train_epochs": 2.5, "max_steps": -1, "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 5, "learning_rate": 0.25, "warmup_steps": 7,
+        "weight_decay": 0.125, "max_grad_norm": 0.75, "seed": 11, "logging_steps": 13, "save_steps": 17, "eval_steps": 19,
+        "save_total_limit": 4, "dataloader_num_workers": 6, "use_cpu": True, "bf16": False, "report_to": [],
+    }  # fmt: skip
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    assert (str(arguments.lr_scheduler_type.value), str(arguments.eval_strategy.value)) == ("linear", "steps")
+    assert getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing)
+    plain = finetune.training_arguments(parsed(tmp_path, "--steps", 3, "--save-steps", 17))
+    assert (plain.max_steps, plain.max_grad_norm, plain.save_total_limit, plain.eval_steps) == (3, 1.0, 2, 17)
+    assert not getattr(plain, "activation_checkpointing", plain.gradient_checkpointing) and plain.eval_strategy.value == "no"
+
+
+def test_gradients_are_cut_and_old_checkpoints_removed(checkpoint, data, tmp_path):
+    """Adam's first step has the size of the gradient only where that is far below its eps: so the cut shows."""
+    options = ["--steps", 1, "--train", "cross", "--batch-size", 8, "--lr", "1"]
+    moved = []
+    for norm in ("1e-9", "2e-9"):
+        out = tmp_path / norm
+        assert run(checkpoint, data, out, *options, "--max-grad-norm", norm) == 0
+        before, after = weights(checkpoint), weights(out)
+        moved.append(sum((after[name].float() - before[name].float()).square().sum() for name in before).sqrt().item())
+    assert moved[1] == pytest.approx(2 * moved[0], rel=0.05)
+    options = ["--steps", 4, "--save-steps", 1, "--train", "head", "--batch-size", 2, "--keep"]
+    assert run(checkpoint, data, tmp_path / "kept", *options, 3) == 0
+    assert {path.name for path in (tmp_path / "kept").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+
+
+def test_the_attention_that_is_asked_for_trains(checkpoint, data, tmp_path):
+    paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path), *FAST]
+    model = finetune.load_model(finetune.parse([*paths, "--attn", "eager"]))
+    assert {part._attn_implementation for part in (model.config, model.config.text_config, model.config.vision_config)} == {"eager"}
+
+
 def test_saved_loaded_and_merged_are_one_model(checkpoint, processor, data, tmp_path):
     """The trained model in memory, its folder through the Auto classes, the two ways to merge."""
     def trained(out, *options):

@@ -1,0 +1,1 @@
+../../pipeline_moss_vl.py
