@@ -170,8 +170,17 @@ def test_budgets_of_one_video(videos):
         frames({"video": clip, "max_frames": 1, "segments": [[0, 1], [1, 4]]})
     with pytest.raises(ValueError, match="2 clips share max_frames 1"):
         frames(clip, clip, {"video": clip, "max_frames": 2}, max_frames=1)
-    one, other = videos.plan([{"video": clip, "total_pixels": 10 * 1024, "nframes": 10, "max_pixels": 100000}, clip])
-    assert one.height * one.width == 1024 and other.height * other.width > 1024
+    own = {"video": clip, "total_pixels": 10 * 9000, "nframes": 10, "max_pixels": 100000}
+    assert [(plan.height, plan.width) for plan in videos.plan([own, clip, clip])][0] == [(plan.height, plan.width) for plan in videos.plan(own)][0]
+    halves = videos.plan([{**own, "segments": [[0, 1], [1, 2]]}, clip])  # its own budget is for all its segments
+    assert sum(len(plan.indices) * plan.height * plan.width for plan in halves[:2]) <= 90000
+
+
+def test_a_budget_of_one_image(processor):
+    own = {"image": str(PHOTO), "multi_image_max_pixels": 30000}
+    alone = processor("<|image|>", images=own, return_tensors="pt")
+    among = processor("<|image|>" * 3, images=[own, str(LARGE), str(SMALL)], return_tensors="pt")
+    assert among["grid_thw"][0].tolist() == alone["grid_thw"][0].tolist() and 20000 < 256 * alone["grid_thw"].prod() <= 30000
 
 
 # ---------------------------------------------------------------------------------------------- frames that were chosen before
@@ -455,6 +464,13 @@ def test_a_limit_of_a_file_under_its_other_name(tmp_path, size):
             (tmp_path / name).write_text(json.dumps(file))
             assert cls.from_pretrained(tmp_path).min_pixels == 2048
             assert cls.from_pretrained(tmp_path, **{mine: 1024}).min_pixels == 1024
+            assert cls.from_pretrained(tmp_path, size={"shortest_edge": 1024}).min_pixels == 1024
+    for theirs in ("max_pixels", "longest_edge"):
+        for cls, name in ((MossVLImageProcessor, "preprocessor_config.json"), (MossVLVideoProcessor, "video_preprocessor_config.json")):
+            (tmp_path / name).write_text(json.dumps({theirs: 9999, "min_pixels": 2048}))
+            for knob in ({"size": {"longest_edge": 5000}}, {"max_pixels": 5000}, {"longest_edge": 5000}):
+                loaded = cls.from_pretrained(tmp_path, **knob)
+                assert (loaded.min_pixels, loaded.max_pixels) == (2048, 5000)
 
 
 @pytest.mark.parametrize(
