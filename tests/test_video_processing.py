@@ -556,7 +556,7 @@ def test_playlists_reach_nothing(tmp_path):
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/video.ts\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.m3u8").write_text(playlist)
     for source in (tmp_path / "list.m3u8", playlist.encode(), playlist.replace("http://127.0.0.1:9/video.ts", CLIP.as_posix()).encode()):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="is not a video that PyAV can read"):
             open_video(source)
 
 
@@ -584,8 +584,11 @@ def test_not_a_video(backend, tmp_path):
     for name, error in bad_sources(tmp_path).items():
         with pytest.raises(error, match=name):
             processor.plan(tmp_path / name)
-    for source in (b"", b"no video", 7, {"video_path": None}, {"path": "x"}, []):
-        with pytest.raises(ValueError):
+    for source, message in (
+        (b"", "of 0 bytes is empty"), (b"no video", "is not a video that"), (7, "from a int"), ({"video_path": None}, "holds its source under"),
+        ({"pth": "x"}, "did you mean 'path'"), ([], "no video given"), ({"video": []}, "has no frames"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
             processor.plan(source)
 
 
@@ -616,8 +619,11 @@ def test_gigantic_and_thin_frames(make, tmp_path):
 def test_all_videos_are_looked_at_before_one_is_decoded(make, processor, monkeypatch):
     monkeypatch.setattr(video_reading.PyAVVideo, "frames", lambda *args: pytest.fail("decoded"))
     good = make("h264.mp4")
-    for bad in ("missing.mp4", {"video_path": good, "segments": [[9.0, 10.0]]}):
-        with pytest.raises((ValueError, FileNotFoundError)):
+    for bad, error, message in (
+        ("missing.mp4", FileNotFoundError, "no such video file: 'missing.mp4'"),
+        ({"video_path": good, "segments": [[9.0, 10.0]]}, ValueError, "lies outside the video"),
+    ):
+        with pytest.raises(error, match=message):
             processor([good, bad])
 
 
@@ -767,8 +773,8 @@ def test_decoded_frames_that_do_not_fit(processor):
     frames = [draw(0), draw(1, 64, 64)]
     with pytest.raises(ValueError, match="frame 1 .*one size"):
         processor.extract([frames], video_metadata={"fps": 1})
-    for bad in (np.zeros((3, 8)), np.zeros((0, 8, 8, 3)), [[]]):
-        with pytest.raises(ValueError):
+    for bad, message in ((np.zeros((3, 8)), "expected .frames, height"), (np.zeros((0, 8, 8, 3)), "has no frames"), ([[]], "has no frames")):
+        with pytest.raises(ValueError, match=message):
             processor.plan(bad, video_metadata={"fps": 1})
     with pytest.raises(ValueError, match="video_metadata is for decoded frames"):
         processor.plan(CLIP, video_metadata={"fps": 1})
@@ -808,10 +814,23 @@ def test_by_hand_call(processor):
         ({"video_max_pixels": 100}, "video_max_pixels"),
         ({"temporal_patch_size": 2}, "temporal_patch_size"),
         ({"num_extract_threads": 0}, "num_extract_threads"),
-        ({"num_extract_threads": 2, "frame_extract_num_threads": 3}, "older name"),
+        ({"num_extract_threads": 2, "frame_extract_num_threads": 3}, "name the same option and disagree"),
         ({"video_backend": "torchcodec"}, "video_backend"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std"),
-        ({"fps": 2}, "did you mean 'video_fps'"),
+        ({"fps": 2, "video_fps": 3}, "name the same option and disagree"),
+        ({"fps": 2, "nframes": 3}, "both say how many"),
+        ({"fps": 1.0, "num_frames": 8}, "both say how many"),
+        ({"rate": 2}, "unknown keyword 'rate'"),
+        ({"segments": [[0, 1]]}, "segments belong to one video"),
+        ({"sample_fps": 2.0}, "sample_fps is the rate of a list of frames"),
+        ({"do_sample_frames": False, "fps": 2}, "do_sample_frames=False takes every frame, and leaves video_fps"),
+        ({"do_sample_frames": 3}, "do_sample_frames must be True or False"),
+        ({"resized_height": 64}, "make a size together"),
+        ({"resized_height": 64, "resized_width": 64, "max_pixels": 5000}, "leaves max_pixels without effect"),
+        ({"resized_height": 64, "resized_width": 20000}, "200 times"),
+        ({"video_start": 3, "video_end": 2}, "is reversed"),
+        ({"video_start": "soon"}, "video_start must be a number"),
+        ({"raw_fps": 2}, "raw_fps is no option"),
         ({"max_frame": 2}, "did you mean 'max_frames'"),
         ({"do_resize": False}, "do_resize"),
         ({"return_tensors": "tf"}, "return_tensors"),
