@@ -14,9 +14,10 @@ import numbers
 import queue
 import re
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -27,6 +28,19 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
+
+
+class _Int(int):
+    """The default of an argument that is an int: equal to the number, but no caller gives one of this class."""
+
+
+class _Float(float):
+    """The same for a float."""
+
+
+def _defaults(values: dict) -> dict:
+    kinds = {int: _Int, float: _Float}
+    return {name: kinds[type(value)](value) if type(value) in kinds else value for name, value in values.items()}
 
 
 # Used where a query or call does not say otherwise. None, given for a media knob, leaves it to the processor's own setting.
@@ -49,6 +63,8 @@ GENERATE_DEFAULTS = {
     "do_sample": False,
 }
 VISION_CHUNKED_LENGTH = 64
+# The same numbers as the signatures of the methods have them: what was given is told apart from what was not.
+_MEDIA, _GENERATE = _defaults(MEDIA_DEFAULTS), _defaults(GENERATE_DEFAULTS)
 
 # Facts about the weights: the knob, and its name in `config.vision_config`.
 WEIGHT_KNOBS = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
@@ -121,20 +137,20 @@ class MossVLGenerationMixin:
         prompt="",
         image=None,
         *,
-        shortest_edge=MEDIA_DEFAULTS["min_pixels"],
-        longest_edge=MEDIA_DEFAULTS["max_pixels"],
-        multi_image_max_pixels=MEDIA_DEFAULTS["multi_image_max_pixels"],
+        shortest_edge=_MEDIA["min_pixels"],
+        longest_edge=_MEDIA["max_pixels"],
+        multi_image_max_pixels=_MEDIA["multi_image_max_pixels"],
         patch_size=None,
         temporal_patch_size=None,
         merge_size=None,
         image_mean=None,
         image_std=None,
-        max_new_tokens=GENERATE_DEFAULTS["max_new_tokens"],
-        temperature=GENERATE_DEFAULTS["temperature"],
-        top_k=GENERATE_DEFAULTS["top_k"],
-        top_p=GENERATE_DEFAULTS["top_p"],
-        repetition_penalty=GENERATE_DEFAULTS["repetition_penalty"],
-        do_sample=GENERATE_DEFAULTS["do_sample"],
+        max_new_tokens=_GENERATE["max_new_tokens"],
+        temperature=_GENERATE["temperature"],
+        top_k=_GENERATE["top_k"],
+        top_p=_GENERATE["top_p"],
+        repetition_penalty=_GENERATE["repetition_penalty"],
+        do_sample=_GENERATE["do_sample"],
         vision_chunked_length=VISION_CHUNKED_LENGTH,
         use_template=None,
         system_prompt=None,
@@ -163,25 +179,25 @@ class MossVLGenerationMixin:
         prompt="",
         video=None,
         *,
-        shortest_edge=MEDIA_DEFAULTS["min_pixels"],
-        longest_edge=MEDIA_DEFAULTS["max_pixels"],
-        video_max_pixels=MEDIA_DEFAULTS["video_max_pixels"],
+        shortest_edge=_MEDIA["min_pixels"],
+        longest_edge=_MEDIA["max_pixels"],
+        video_max_pixels=_MEDIA["video_max_pixels"],
         patch_size=None,
         temporal_patch_size=None,
         merge_size=None,
-        video_fps=MEDIA_DEFAULTS["video_fps"],
+        video_fps=_MEDIA["video_fps"],
         num_frames=None,
-        min_frames=MEDIA_DEFAULTS["min_frames"],
-        max_frames=MEDIA_DEFAULTS["max_frames"],
-        num_extract_threads=MEDIA_DEFAULTS["num_extract_threads"],
+        min_frames=_MEDIA["min_frames"],
+        max_frames=_MEDIA["max_frames"],
+        num_extract_threads=_MEDIA["num_extract_threads"],
         image_mean=None,
         image_std=None,
-        max_new_tokens=GENERATE_DEFAULTS["max_new_tokens"],
-        temperature=GENERATE_DEFAULTS["temperature"],
-        top_k=GENERATE_DEFAULTS["top_k"],
-        top_p=GENERATE_DEFAULTS["top_p"],
-        repetition_penalty=GENERATE_DEFAULTS["repetition_penalty"],
-        do_sample=GENERATE_DEFAULTS["do_sample"],
+        max_new_tokens=_GENERATE["max_new_tokens"],
+        temperature=_GENERATE["temperature"],
+        top_k=_GENERATE["top_k"],
+        top_p=_GENERATE["top_p"],
+        repetition_penalty=_GENERATE["repetition_penalty"],
+        do_sample=_GENERATE["do_sample"],
         vision_chunked_length=VISION_CHUNKED_LENGTH,
         use_template=None,
         system_prompt=None,
@@ -260,41 +276,45 @@ class MossVLGenerationMixin:
         (or of the rest of it), and the loop goes on.
 
         A query with `cancel_current_generate` or `stop_generation` ends the answer being generated, if there is one, ahead of
-        the queries that wait; what else it says is served in its turn, as is `stop_offline_generate`.
+        the queries that wait; what else it says is served in its turn, as is `stop_offline_generate`. False and None say nothing.
+        A query of nothing but these flags is no question and gets no round.
 
         Queries stand alone, unless one has `persist_session`: its conversation is continued by those after it, up to one with
-        `reset_session`.
+        `reset_session`. Keys of a record that mean nothing here (`id`, `metadata`, ...) are left alone.
+
+        When the method returns or is interrupted, the queries that came after are on `new_queries`, in their order.
         """
         waiting, state = deque(), None
-        while True:
-            query = waiting.popleft() if waiting else new_queries.get()
-            try:
-                if _is_cancel(query):  # nothing is being generated
+        try:
+            while True:
+                query = waiting.popleft() if waiting else new_queries.get()
+                try:
                     query = _without_cancel(query)
-                    if not query:
+                    if query is None:
                         continue
-                query = {"persist_session": False, **_without_cancel(_check_dict("query", query, QUEUE_KEYS))}
-                if _flag(query, "stop_offline_generate", False):
-                    return
-                query.pop("stop_offline_generate", None)
-                stream = _flag(query, "stream_output", False)
-                query.pop("stream_output", None)
-                turn = _resolve(self, processor, query, state, vision_chunked_length)
-                inputs = _encode(self, processor, turn)
-                cancel = _CancelFromQueue(new_queries, waiting)
-                turn.generate["stopping_criteria"] = [*turn.generate.get("stopping_criteria", []), cancel]
-                if stream:
-                    if "streamer" in turn.generate:
-                        raise ValueError("a query has stream_output or a streamer in its generate_kwargs, got both")
-                    output_text_queue.put(ROUND_START)
-                    turn.generate["streamer"] = _QueueStreamer(processor.tokenizer, output_text_queue)
-                text = _answer(self, processor, [turn], [inputs])[0]
-                _, state = turn.closed(text)
-                if not stream:
-                    output_text_queue.put(text)
-            except Exception as error:  # whatever one query does, the next is served
-                output_text_queue.put(f"[ERROR] {error or type(error).__name__}")
-            output_text_queue.put(ROUND_END)
+                    if _flag(query, "stop_offline_generate", False):
+                        return
+                    stream = _flag(query, "stream_output", False)
+                    query = {name: value for name, value in query.items() if name not in ("stop_offline_generate", "stream_output")}
+                    query["persist_session"] = _flag(query, "persist_session", False)
+                    turn = _resolve(self, processor, query, state, vision_chunked_length)
+                    inputs = _encode(self, processor, turn)
+                    cancel = _CancelFromQueue(new_queries, waiting)
+                    turn.generate["stopping_criteria"] = [*turn.generate.get("stopping_criteria", []), cancel]
+                    if stream:
+                        if "streamer" in turn.generate:
+                            raise ValueError("a query has stream_output or a streamer in its generate_kwargs, got both")
+                        output_text_queue.put(ROUND_START)
+                        turn.generate["streamer"] = _QueueStreamer(processor.tokenizer, output_text_queue)
+                    text = _answer(self, processor, [turn], [inputs])[0]
+                    _, state = turn.closed(text)
+                    if not stream:
+                        output_text_queue.put(text)
+                except Exception as error:  # whatever one query does, the next is served
+                    output_text_queue.put(f"[ERROR] {error or type(error).__name__}")
+                output_text_queue.put(ROUND_END)
+        finally:
+            _put_back(new_queries, waiting)
 
 
 def _answer_one(model, processor, kind: str, call: dict) -> str:
@@ -307,20 +327,12 @@ def _answer_one(model, processor, kind: str, call: dict) -> str:
     media = _as_list(call[kind])
     if not media:
         raise ValueError(f"{kind} must be one {kind} or a list of at least one, got {call[kind]!r}")
-    media_kwargs = {MEDIA_ALIASES.get(name, name): call[name] for name in arguments & media_knobs}
-    for name in extra.keys() & media_knobs:  # the other name of an argument
-        known = MEDIA_ALIASES.get(name, name)
-        if media_kwargs.get(known) != MEDIA_DEFAULTS.get(known):
-            raise ValueError(f"offline_{kind}_generate: {name} is another name of {known}, and both were given; give one")
-        media_kwargs[known] = extra[name]
-    if media_kwargs.get("num_frames") is not None and media_kwargs["video_fps"] == MEDIA_DEFAULTS["video_fps"]:
-        del media_kwargs["video_fps"]
-    call = {**call, **extra}
+    given = {name: call[name] for name in arguments if not isinstance(call[name], (_Int, _Float))} | extra
     query = {
         "prompt": call["prompt"],
         f"{kind}s": media,
-        "media_kwargs": media_kwargs,
-        "generate_kwargs": {name: call[name] for name in call.keys() & (GENERATE_KNOBS | NOT_TEXT)},
+        "media_kwargs": {name: given[name] for name in given.keys() & media_knobs},
+        "generate_kwargs": {name: given[name] for name in given.keys() & (GENERATE_KNOBS | NOT_TEXT)},
         **{name: call[name] for name in ("use_template", "system_prompt", "system_prompt_type", "thinking_mode")},
     }
     turn = _resolve(model, processor, query, None, call["vision_chunked_length"])
@@ -505,12 +517,13 @@ def _render(processor, messages: list, use_template: bool) -> str:
 
 def _merge_media_kwargs(earlier: dict, given: dict) -> dict:
     """Earlier turns' knobs under this query's. A rate takes the place of a number of frames, and the other way round."""
-    named = {}
+    named, spelled = {}, {}
     for name, value in given.items():
         known = MEDIA_ALIASES.get(name, name)
         if value is not None and named.get(known) is not None:
-            raise ValueError(f"media_kwargs: {name!r} and {known!r} are the same knob; give one of them")
-        named[known] = named.get(known) if value is None else value
+            raise ValueError(f"media_kwargs: {spelled[known]!r} and {name!r} are the same knob; give one of them")
+        named[known] = named.get(known) if value is None else _plain_number(value)
+        spelled[known] = name
     rates = ("video_fps", "num_frames")
     if any(name in named for name in rates):
         earlier = {name: value for name, value in earlier.items() if name not in rates}
@@ -535,7 +548,7 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     """Everything that `generate` gets beside the inputs, defaults filled in."""
     if isinstance(given, dict) and (instead := sorted(given.keys() & NOT_TEXT)):
         raise ValueError(f"generate_kwargs: {', '.join(instead)}: the offline methods return one text; call model.generate for more")
-    given = _check_dict("generate_kwargs", given, GENERATE_KNOBS)
+    given = {name: _plain_number(value) for name, value in _check_dict("generate_kwargs", given, GENERATE_KNOBS).items()}
     knobs = {**GENERATE_DEFAULTS, "vision_chunked_length": vision_chunked_length, **given}
     for name in ("max_new_tokens", "vision_chunked_length"):
         _check_number(name, knobs[name], numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
@@ -544,6 +557,7 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     _check_number("top_k", knobs["top_k"], numbers.Integral, "a whole number, 0 for no limit", lambda x: x >= 0)
     _check_number("repetition_penalty", knobs["repetition_penalty"], numbers.Real, "above 0", lambda x: x > 0)
     knobs |= {name: float(knobs[name]) for name in ("temperature", "top_p", "repetition_penalty")}  # transformers wants no ints here
+    knobs |= {name: int(knobs[name]) for name in ("max_new_tokens", "vision_chunked_length", "top_k")}
     if not isinstance(knobs["do_sample"], bool):
         raise ValueError(f"do_sample must be True or False, got {knobs['do_sample']!r}")
 
@@ -663,11 +677,17 @@ class _UnpaddedPenalty(LogitsProcessor):
 
 
 def _is_cancel(query) -> bool:
-    return isinstance(query, dict) and any(query.get(key) for key in CANCEL_KEYS)
+    return isinstance(query, dict) and any(query.get(key) in (True,) for key in CANCEL_KEYS)
 
 
-def _without_cancel(query: dict) -> dict:
-    return {key: value for key, value in query.items() if key not in CANCEL_KEYS}
+def _without_cancel(query) -> dict | None:
+    """The query without its cancel flags, None where nothing else is left of it. ValueError for what is no query."""
+    _check_query(query, QUEUE_KEYS)
+    if not any(key in query for key in CANCEL_KEYS):
+        return query
+    for key in CANCEL_KEYS:
+        _flag(query, key, False)
+    return {key: value for key, value in query.items() if key not in CANCEL_KEYS} or None
 
 
 class _CancelFromQueue(StoppingCriteria):
@@ -686,11 +706,27 @@ class _CancelFromQueue(StoppingCriteria):
                 break
             if _is_cancel(query):
                 self.cancelled = True
-                query = _without_cancel(query)
+                query = {key: value for key, value in query.items() if key not in CANCEL_KEYS}
                 if not query:
                     continue
             self.waiting.append(query)
         return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
+
+
+def _put_back(new_queries, waiting: deque) -> None:
+    """Puts the queries that wait back on the queue they came from, ahead of those that came later."""
+    if not waiting:
+        return
+    if isinstance(getattr(new_queries, "queue", None), deque):  # a queue.Queue: at its front, in one step
+        with new_queries.mutex:
+            new_queries.queue.extendleft(reversed(waiting))
+            new_queries.not_empty.notify_all()
+        return
+    with suppress(queue.Empty):  # another kind of queue has no front: all come out, and go in again
+        while True:
+            waiting.append(new_queries.get_nowait())
+    for query in waiting:
+        new_queries.put(query)
 
 
 class _QueueStreamer(TextStreamer):
@@ -749,6 +785,11 @@ def _nearest(name, known) -> str:
 def _check_number(name: str, value, kind, expected: str, fits) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not fits(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _plain_number(value):
+    """The Python number or bool of a numpy scalar; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _flag(query: dict, name: str, default: bool) -> bool:
