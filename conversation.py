@@ -1,0 +1,247 @@
+"""Chat messages, their parts, and media as callers write them: to one plain form. Nothing is opened, and nothing given is changed.
+
+A part of a message is a string or a dict with a `type`. A medium (an image or a video) is a source - a path, a URL, bytes, pixels, ... - or
+a dict that holds a source under one of `SOURCE_KEYS` beside options of its own (options.py, those with `own`). A part of type image or video
+is such a dict too. The plain forms are
+
+    part      {"type": "text", "text": text}, {"type": "image", "image": medium}, {"type": "video", "video": medium};
+              without its medium, a part holds the place of one that is given elsewhere
+    medium    the bare source, or if it has options {"image": source, **options}, {"video_path": source, **options}
+"""
+
+import os
+import re
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+
+from .options import names_of, nearest_name, read_options, shorten
+
+
+PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")  # what stands for a medium in a text
+PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>"}
+KINDS = {
+    "text": "text", "input_text": "text", "output_text": "text",
+    "image": "image", "image_url": "image", "input_image": "image",
+    "video": "video", "video_url": "video", "input_video": "video",
+}  # fmt: skip
+SOURCE_KEYS = {
+    "image": ("image", "image_url", "url", "path", "base64"),
+    "video": ("video", "video_path", "video_url", "url", "path", "base64"),
+}
+PLAIN_KEY = {"image": "image", "video": "video_path"}
+OWN_OPTIONS = {kind: names_of(kind, own=True) for kind in SOURCE_KEYS}
+SCHEMES = ("data", "file", "http", "https")
+
+
+# ------------------------------------------------------------------------------------------------------------------ sources
+
+
+def scheme_of(source) -> str | None:
+    """"data", "file", "http" or "https" of a URL; None for a path and everything else."""
+    if isinstance(source, str) and ":" in source[:6]:
+        scheme = source[: source.index(":")].lower()
+        return scheme if scheme in SCHEMES else None
+    return None
+
+
+def file_of(source):
+    """The path of a source that is a `file:` URL or begins with `~`; other sources as they are. ValueError for another machine's file."""
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if scheme_of(source) == "file":
+        url = urllib.parse.urlsplit(source)
+        if url.netloc not in ("", "localhost"):
+            raise ValueError(f"{shorten(source)} is a file: URL of another machine, {url.netloc!r}; expected file:///path")
+        return urllib.request.url2pathname(url.path)
+    if isinstance(source, str) and source.startswith("~") and not os.path.exists(source):
+        return os.path.expanduser(source)
+    return source
+
+
+def same_source(a, b) -> bool:
+    """Whether two sources are the same one: the same object, path, URL, bytes, or lists of such."""
+    if a is b:
+        return True
+    a, b = (os.path.normpath(x) if isinstance(x, str) and scheme_of(x) is None else x for x in map(file_of, (a, b)))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same_source, a, b))
+    if type(a) is not type(b):
+        return False
+    try:
+        return bool(a == b)
+    except (ValueError, TypeError, RuntimeError):  # arrays and tensors, whose == has many answers
+        return a.shape == b.shape and bool((a == b).all())
+
+
+def _from_base64(text) -> str:
+    """The data: URL of a base64 string."""
+    text = text.decode("ascii", "replace") if isinstance(text, (bytes, bytearray)) else text
+    if not isinstance(text, str):
+        raise ValueError(f"base64 must be a string, got {shorten(text)}")
+    return text if scheme_of(text) == "data" else f"data:;base64,{text}"
+
+
+# ------------------------------------------------------------------------------------------------------------------- media
+
+
+def read_medium(kind: str, given, what: str | None = None) -> tuple:
+    """(source, options) of a medium: the bare source with no options, or what its dict says. The source is None where the dict has none.
+
+    `kind`: "image" or "video". `what` names the medium in messages. Raises ValueError for a key that is not known, with the nearest, and for
+    two sources.
+    """
+    if not isinstance(given, Mapping):
+        return given, {}
+    what = what or f"{'an' if kind == 'image' else 'a'} {kind} given as a dict"
+    found, options, detail = None, {}, given.get("detail")
+    if kind == "image" and detail not in (None, "auto"):
+        raise ValueError(f"{what}: detail={shorten(detail)} is no option of MOSS-VL; give max_pixels, or leave it out")
+    for key in SOURCE_KEYS[kind]:
+        value = given.get(key)
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            value, inner = read_medium(kind, value, f"{what}, its {key!r}")
+            if value is None:
+                raise ValueError(f"{what}: its {key!r} holds no {kind}, got {shorten(given[key])}; expected one of {SOURCE_KEYS[kind]}")
+            options = _joined(options, inner, what)
+        elif key == "base64":
+            value = _from_base64(value)
+        if found is not None and not same_source(found[1], value):
+            raise ValueError(f"{what} holds one {kind}, got two: {found[0]}={shorten(found[1])} and {key}={shorten(value)}")
+        found = (key, value)
+    own = {name: value for name, value in given.items() if name not in SOURCE_KEYS[kind] and not (kind == "image" and name == "detail")}
+    options = _joined(options, read_options(own, (*SOURCE_KEYS[kind], *OWN_OPTIONS[kind]), what), what)
+    return None if found is None else found[1], options
+
+
+def _joined(options: dict, more: dict, what: str) -> dict:
+    for name in options.keys() & more.keys():
+        if options[name] is not more[name] and options[name] != more[name]:
+            raise ValueError(f"{what}: {name} is given twice, as {shorten(options[name])} and {shorten(more[name])}")
+    return {**options, **more}
+
+
+def plain_medium(kind: str, source, options: Mapping):
+    """The medium as one object: the bare source, or a dict if it has options."""
+    return {PLAIN_KEY[kind]: source, **options} if options else source
+
+
+def clips_of(kind: str, medium) -> int:
+    """How many placeholders a medium has: one, or one for each segment of a video. ValueError for segments that are no list."""
+    if kind != "video" or not isinstance(medium, Mapping) or medium.get("segments") is None:
+        return 1
+    segments = medium["segments"]
+    if isinstance(segments, str) or not hasattr(segments, "__len__") or len(segments) == 0:
+        name = next((shorten(medium[key]) for key in SOURCE_KEYS["video"] if medium.get(key) is not None), "a video")
+        raise ValueError(f"segments of {name} must be a list with at least one [start, end] or [time], got {shorten(segments)}")
+    return len(segments)
+
+
+def same_medium(kind: str, a, b) -> bool:
+    """Whether two media are the same source with the same options, however each is written."""
+    (a, options), (b, others) = read_medium(kind, a), read_medium(kind, b)
+    return same_source(a, b) and options.keys() == others.keys() and all(_same_value(options[n], others[n]) for n in options)
+
+
+def _same_value(a, b) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same_value, a, b))
+    return a is b or bool(a == b)
+
+
+def locate(kind: str, medium, folder):
+    """The medium, plain, with relative paths taken from `folder`: also those of a list of frames. URLs, `~` and all else stay."""
+    source, options = read_medium(kind, medium)
+
+    def located(source):
+        if isinstance(source, (list, tuple)):
+            return [located(one) for one in source]
+        if isinstance(source, (str, os.PathLike)) and scheme_of(source) is None and not os.fspath(source).startswith("~"):
+            return os.path.join(folder, source)
+        return source
+
+    return plain_medium(kind, located(source), options)
+
+
+# ------------------------------------------------------------------------------------------------------------------- parts
+
+
+def read_part(part, what: str = "a part of a message") -> dict:
+    """The plain form of a part (see the top), a new dict. Raises ValueError: what was got, what was expected."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    name = given.pop("type", next((key for key in KINDS if key in given), None))
+    if not isinstance(name, str) or name not in KINDS:
+        near = nearest_name(name, KINDS) if isinstance(name, str) else None
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ValueError(f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got {shorten(part)}{hint}")
+    kind = KINDS[name]
+    if kind == "text":
+        text = given.pop("text", None)
+        if not isinstance(text, str):
+            raise ValueError(f"{what} of type {name} needs a string under 'text'; got {shorten(part)}")
+        if given:
+            raise ValueError(f"{what} of type {name} has a text and nothing else; got {', '.join(map(repr, given))} in {shorten(part)}")
+        return {"type": "text", "text": text}
+    source, options = read_medium(kind, given, f"{what} of type {name}")
+    if source is None:
+        if options:
+            raise ValueError(f"{what} of type {name} has {', '.join(options)}, but no {kind}; give both in one part, or neither")
+        return {"type": kind}
+    return {"type": kind, kind: plain_medium(kind, source, options)}
+
+
+def read_messages(messages, what: str = "a conversation") -> list[dict]:
+    """Messages with content that is a string or a list of plain parts; new dicts, without keys that are None. Other keys of a message stay."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(messages)}")
+    out = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise ValueError(f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(message)} as message {index}")
+        content = message.get("content")
+        if content is not None and not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"content of message {index} must be a string or a list of parts, got a {type(content).__name__}")
+        message = {key: value for key, value in message.items() if value is not None}
+        if isinstance(content, (list, tuple)):
+            message["content"] = [read_part(part) for part in content]
+        out.append(message)
+    return out
+
+
+def split_places(parts) -> Iterator[dict]:
+    """Plain parts in which no text holds a placeholder: each placeholder of a text is a part without its medium."""
+    for part in parts:
+        if part["type"] != "text":
+            yield part
+            continue
+        for index, piece in enumerate(PLACEHOLDER.split(part["text"])):  # text, kind, text, kind, ..., text
+            if index % 2:
+                yield {"type": piece}
+            elif piece or piece == part["text"]:
+                yield {"type": "text", "text": piece}
+
+
+def media_of(messages, kind: str) -> list:
+    """The media of one kind in messages of plain parts, in order."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part[kind] for part in parts if part["type"] == kind and part.get(kind) is not None]
+
+
+def for_template(messages) -> list[dict]:
+    """Messages of plain parts as a chat template takes them: media parts reduced to their type, one part for each placeholder."""
+    out = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = []
+            for part in content:
+                kind = part["type"]
+                parts += [part] if kind == "text" else [{"type": kind}] * clips_of(kind, part.get(kind))
+            message = {**message, "content": parts}
+        out.append(message)
+    return out
