@@ -8,6 +8,7 @@ A config keeps nothing of what it is made from: dicts and config objects that ar
 
 import copy
 import math
+import numbers
 import os
 
 from transformers import PretrainedConfig
@@ -24,11 +25,18 @@ def _require(condition: bool, what: str, got, expected: str) -> None:
         raise ValueError(f"MOSS-VL config: {what}, got {got!r}; expected {expected}. Mend it in config.json.")
 
 
+def _plain(value):
+    """A whole number of any kind (numpy's, too, which JSON does not know) as an int, also inside a list or tuple; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+
+
 def _require_positive_ints(config: PretrainedConfig, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        _require(is_int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
+        value = _plain(getattr(config, name))
+        setattr(config, name, value)
+        _require(type(value) is int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
 
 
 class MossVLVisionConfig(PretrainedConfig):
@@ -81,7 +89,7 @@ class MossVLVisionConfig(PretrainedConfig):
         self.spatial_merge_size = spatial_merge_size
         self.out_hidden_size = out_hidden_size
         self.num_position_embeddings = num_position_embeddings
-        self.deepstack_visual_indexes = list(deepstack_visual_indexes)
+        self.deepstack_visual_indexes = _plain(list(deepstack_visual_indexes))
         self.hidden_act = hidden_act
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
@@ -165,7 +173,7 @@ class MossVLTextConfig(PretrainedConfig):
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
         if cross_attention_layers is None:
             cross_attention_layers = range(2, num_hidden_layers, 4)
-        self.cross_attention_layers = list(cross_attention_layers)
+        self.cross_attention_layers = _plain(list(cross_attention_layers))
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         self.attention_bias = attention_bias
@@ -185,7 +193,7 @@ class MossVLTextConfig(PretrainedConfig):
         return {
             "rope_type": given.pop("rope_type", given.pop("type", "default")),
             "rope_theta": given.pop("rope_theta", rope_theta if rope_theta is not None else 5_000_000.0),
-            "mrope_section": list(given.pop("mrope_section", [self.head_dim // 2 - 2 * side, side, side])),
+            "mrope_section": _plain(list(given.pop("mrope_section", [self.head_dim // 2 - 2 * side, side, side]))),
             "mrope_interleaved": given.pop("mrope_interleaved", True),
             **{key: value for key, value in given.items() if key != "type"},
         }
@@ -273,11 +281,11 @@ class MossVLConfig(PretrainedConfig):
     ):
         self.text_config = self._sub_config("text_config", text_config)
         self.vision_config = self._sub_config("vision_config", vision_config)
-        self.image_token_id = image_token_id
-        self.video_token_id = video_token_id
-        self.vision_start_token_id = vision_start_token_id
-        self.vision_end_token_id = vision_end_token_id
-        self.vision_seq_pad_multiple = vision_seq_pad_multiple
+        self.image_token_id = _plain(image_token_id)
+        self.video_token_id = _plain(video_token_id)
+        self.vision_start_token_id = _plain(vision_start_token_id)
+        self.vision_end_token_id = _plain(vision_end_token_id)
+        self.vision_seq_pad_multiple = _plain(vision_seq_pad_multiple)
         self._check()
         if tie_word_embeddings is None:
             tie_word_embeddings = self.text_config.tie_word_embeddings

@@ -25,7 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
-from .generation_utils import MossVLGenerationMixin, nearest_name
+from .conversation import PLACEHOLDERS  # noqa: F401 - for generation_utils: transformers 4.57 copies direct imports only
+from .generation_utils import MossVLGenerationMixin
+from .options import nearest_name
 from .patches import normalise
 from .vision_sequence import (
     Span,
