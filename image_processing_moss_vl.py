@@ -4,7 +4,6 @@ The first half is shared with the two video files. Axes: h rows, w columns, p pa
 """
 
 import base64
-import difflib
 import http.client
 import io
 import math
@@ -16,7 +15,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,6 +24,18 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from .conversation import SOURCE_KEYS, file_of, read_medium, scheme_of
+from .options import (
+    FIXED,  # noqa: F401
+    FIXED_SIZE,
+    drop_fixed,
+    layered,
+    names_of,
+    nearest_name,  # noqa: F401
+    read_options,
+    reject_unknown,
+    shorten,
+)
 from .patches import join_patches, patchify
 
 
@@ -43,26 +54,19 @@ STRIP = 64  # rows of a decoded picture that Pillow hands over at once
 # ---------------------------------------------------------------------------------------------------- checking arguments
 
 
-def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
-    """The name of `known` that is spelled most like `name`, None where none is near."""
-    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), None)
-
-
-def reject_unknown(given, known, what: str) -> None:
-    """ValueError for the first name of `given` that is not in `known`; it says the nearest one."""
-    for name in given:
-        if name not in known:
-            near = nearest_name(name, known)
-            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"{what}: unknown keyword {name!r}; {hint}")
-
-
 def positive_int(name: str, value) -> int:
     """`value` as an int of at least 1 (1e6 is one, True is not), else a ValueError that names it."""
     whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not whole or not math.isfinite(value) or value != int(value) or value < 1:
         raise ValueError(f"{name} must be a positive whole number, got {value!r}")
     return int(value)
+
+
+def flag(name: str, value) -> bool:
+    """`value` as a bool, None as False, else a ValueError that names it."""
+    if value not in (None, True, False):
+        raise ValueError(f"{name} must be True or False, got {shorten(value)}")
+    return bool(value)
 
 
 def three_floats(name: str, value) -> tuple[float, float, float]:
@@ -100,6 +104,12 @@ def pixel_limits(default, size=None, min_pixels=None, max_pixels=None, shortest_
     return limits[0], limits[1]
 
 
+def settings_by_name(settings: dict, stored, what: str) -> dict:
+    """A file's settings with the names that this code uses; pixel limits stay as `with_knobs` reads them."""
+    rest = {name: value for name, value in settings.items() if name not in stored or name in SIZES}
+    return {**rest, **read_options({n: v for n, v in settings.items() if n not in rest}, stored, what)}
+
+
 def with_knobs(settings: dict, knobs: dict) -> dict:
     """A processor file's settings under keyword arguments; a pixel limit among these replaces the file's, however it is named."""
     knobs = {name: value for name, value in knobs.items() if value is not None}
@@ -119,27 +129,21 @@ def with_knobs(settings: dict, knobs: dict) -> dict:
 def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, timeout=DOWNLOAD_SECONDS):
     """(file, name): a path string or a seekable binary file of its own, and what to call it in messages.
 
-    `source`: a path (str, pathlib), a `file:`, `data:` or - with `allow_http` - `http(s):` URL, bytes, or a binary file object,
-    which is read from its start and left at the position it had. `max_bytes` bounds what is downloaded or decoded from a
+    `source`: a path (str, pathlib; `~` is the home folder), a `file:`, `data:` or - with `allow_http` - `http(s):` URL, bytes, or a
+    binary file object, which is read from its start and left at the position it had. `max_bytes` bounds what is downloaded or decoded from a
     `data:` URL, `timeout` (seconds) a whole download.
 
     Raises FileNotFoundError where there is no such file, ValueError for anything else that cannot be read.
     """
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
+    source = file_of(source)
     if isinstance(source, str):
-        scheme = source[: source.find(":")].lower() if ":" in source[:6] else ""
+        scheme = scheme_of(source)
         if scheme == "data":
             return _data_url(source, what, max_bytes)
-        if scheme in ("http", "https"):
+        if scheme is not None:
             if not allow_http:
-                raise ValueError(f"{what} {source!r} would be downloaded; pass allow_http=True to allow that")
+                raise ValueError(f"{what} {shorten(source)} would be downloaded; pass allow_http=True to allow that")
             return io.BytesIO(_download(source, what, max_bytes, timeout)), source
-        if scheme == "file":
-            url = urllib.parse.urlsplit(source)
-            if url.netloc not in ("", "localhost"):
-                raise ValueError(f"{what} {source!r}: a file: URL of another machine, {url.netloc!r}; expected file:///path")
-            source = urllib.request.url2pathname(url.path)
         return _path(source, what), repr(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, name = bytes(source), f"{what} of {len(source)} bytes"
@@ -157,9 +161,10 @@ def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, ti
 
 def _path(path: str, what: str) -> str:
     if not path or "\0" in path:
-        raise ValueError(f"{what} has no usable path: {path!r}")
+        raise ValueError(f"{what} has no usable path: {shorten(path)}")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no such {what} file: {path!r}")
+        hint = "; base64 goes under the key 'base64', or into a data: URL" if len(path) > 1000 else ""
+        raise FileNotFoundError(f"no such {what} file: {shorten(path, 500)}{hint}")
     if not os.path.isfile(path):
         raise ValueError(f"{what} {path!r} is not a file")
     if os.path.getsize(path) == 0:
@@ -248,17 +253,18 @@ class SeenImage:
     height: int
     width: int
     read: Callable[[], np.ndarray]  # decodes: uint8 [h, w, 3], upright
+    own: dict = field(default_factory=dict)  # options of this image alone
 
 
 _GIVEN = threading.Lock()  # a caller's PIL image loads itself when it is read first, and may be in a list twice
 
 
-def see_image(source, *, what="image", allow_http=False) -> SeenImage:
+def see_image(source, *, what="image", allow_http=False, unit=None) -> SeenImage:
     """Looks at an image without decoding it, and checks its size.
 
     `source`: what `open_source` takes, a PIL image of any mode, or an array or tensor [h, w], [h, w, 1 | 3 | 4] or
     [1 | 3 | 4, h, w] (a tensor's channels are looked for in front first) of uint8, bool, uint16 (65535 is white), whole numbers
-    0..255, or floats in 0..1 or else 0..255.
+    0..255, or floats in 0..1 or else 0..255. `unit` says which of the two floats are; None: 0..1 if none of this image's is above 1.
 
     Raises FileNotFoundError, or ValueError for anything that is not an image, has no pixels, is over 200:1, or has more than
     `MAX_SOURCE_PIXELS` by its header.
@@ -266,7 +272,7 @@ def see_image(source, *, what="image", allow_http=False) -> SeenImage:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         name = f"{what}, a {type(source).__name__} of shape {tuple(source.shape)}"
         array = _channels_last(source, name)
-        seen = SeenImage(name, array.shape[0], array.shape[1], lambda: _array_rgb(array, name))
+        seen = SeenImage(name, array.shape[0], array.shape[1], lambda: _array_rgb(array, name, unit))
     elif isinstance(source, Image.Image):
         name = repr(getattr(source, "filename", "") or f"{what} of mode {source.mode}")
 
@@ -379,8 +385,30 @@ def _channels_last(source, name: str):
     raise ValueError(f"{name}: expected [h, w], [h, w, channels] or [channels, h, w] with 1, 3 or 4 channels")
 
 
-def _array_rgb(array, name: str) -> np.ndarray:
-    """uint8 [h, w, 3] of an array or tensor [h, w] or [h, w, 1 | 3 | 4]."""
+def float_unit(images) -> bool | None:
+    """Whether floats of pixels that belong together, an array or a list that may hold arrays, are 0..1 (True) or 0..255: 0..1 if none of
+    them all is above 1. None if there are no floats."""
+    if isinstance(images, (list, tuple)):
+        found = [unit for unit in map(float_unit, images) if unit is not None]
+        return all(found) if found else None
+    if isinstance(images, torch.Tensor):
+        return bool((images <= 1).all()) if images.is_floating_point() else None
+    if isinstance(images, np.ndarray):
+        return bool((images <= 1).all()) if images.dtype.kind == "f" else None
+    return None
+
+
+def split_array(array) -> list:
+    """The images or videos of one array or tensor, which have one scale: floats become uint8 here, where all of them are seen."""
+    unit = float_unit(array)
+    if unit is not None and array.ndim > 3 and 0 not in array.shape and float(array.min()) >= 0 and float(array.max()) <= 255:
+        array = array * 255 if unit else array
+        array = array.round().to(torch.uint8) if isinstance(array, torch.Tensor) else np.rint(array).astype(np.uint8)
+    return list(array)
+
+
+def _array_rgb(array, name: str, unit: bool | None = None) -> np.ndarray:
+    """uint8 [h, w, 3] of an array or tensor [h, w] or [h, w, 1 | 3 | 4]. `unit`: as for `see_image`."""
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = (array.float() if array.dtype in (torch.bfloat16, torch.float16) else array).numpy()
@@ -397,7 +425,7 @@ def _array_rgb(array, name: str) -> np.ndarray:
         if not 0 <= low <= high <= 255:
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0..255, or 0..1 as floats")
         if array.dtype.kind == "f":
-            array = np.rint(array * 255 if high <= 1 else array)
+            array = np.rint(array * 255 if (high <= 1 if unit is None else unit) else array)
         array = array.astype(np.uint8)
     if array.shape[2] == 4:
         opaque = Image.fromarray(np.ascontiguousarray(array))
@@ -485,26 +513,33 @@ def check_return_tensors(return_tensors):
 # ---------------------------------------------------------------------------------------------------------- the processor
 
 
-# What transformers' processors write into their files and this one always does: may be named, not changed.
-FIXED = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_convert_rgb": True,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "data_format": "channels_first",
-}
 SERVICE_KEYS = {"auto_map", "image_processor_type", "video_processor_type", "processor_class", "feature_extractor_type"}
 
 
-def drop_fixed(kwargs: dict, what: str) -> dict:
-    """`kwargs` without the steps that are always done; ValueError where one of them is to be left out or done otherwise."""
-    for name in FIXED.keys() & kwargs.keys():
-        value = getattr(kwargs[name], "value", kwargs[name])
-        if value is not None and value != FIXED[name]:
-            raise ValueError(f"{what}: {name} is always {FIXED[name]!r} for MOSS-VL, got {kwargs[name]!r}")
-    return {name: value for name, value in kwargs.items() if name not in FIXED}
+def fixed_size(knobs: dict, factor: int, what: str) -> tuple[int, int] | None:
+    """(h, w) of `resized_height` and `resized_width`, rounded to multiples of `factor`, at least one; None where neither is given.
+
+    ValueError where one is missing, or where limits beside them would be of no effect.
+    """
+    given = {name: positive_int(name, knobs[name]) for name in FIXED_SIZE if name in knobs}
+    if not given:
+        return None
+    if len(given) == 1:
+        raise ValueError(f"{what}: resized_height and resized_width make a size together; got {given} alone")
+    if limits := [name for name in ("min_pixels", "max_pixels", "size") if name in knobs]:
+        raise ValueError(f"{what}: a fixed size of {given} leaves {', '.join(limits)} without effect; give one or the other")
+    height, width = (max(factor, round(side / factor) * factor) for side in given.values())
+    if height * width > MAX_SOURCE_PIXELS:
+        raise ValueError(f"{what}: a fixed size of {given} is over the limit of {MAX_SOURCE_PIXELS} pixels")
+    check_aspect(height, width, f"{what}: the fixed size")
+    return height, width
+
+
+def settings_only(knobs: dict, stored, what: str) -> None:
+    """ValueError for an option among `knobs` that belongs to a call and is no setting of a processor."""
+    for name, value in knobs.items():
+        if value is not None and name not in stored:
+            raise ValueError(f"{what}: {name} is an option of a call, not a setting; pass it to the call")
 
 
 @dataclass(frozen=True)
@@ -517,13 +552,14 @@ class ImageKnobs:
     merge_size: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
+    fixed: tuple[int, int] | None
     allow_http: bool
 
 
 class MossVLImageProcessor(BaseImageProcessor):
     """Images of one sample -> patches.
 
-    Args (each also per call):
+    The options of a call are those of options.py that images take. Args (each also per call):
         size: {"shortest_edge", "longest_edge"}, the least and most *pixels* of a resized image. Other names per call:
             `min_pixels` or `shortest_edge`, `max_pixels` or `longest_edge`.
         multi_image_max_pixels: most pixels of all images of a sample, shared in proportion to their areas.
@@ -533,10 +569,8 @@ class MossVLImageProcessor(BaseImageProcessor):
 
     _auto_class = "AutoImageProcessor"  # save_pretrained takes the code along
     model_input_names = ["pixel_values", "image_grid_thw"]
-    knobs = (
-        *SIZES, "multi_image_max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std",
-        "allow_http",
-    )  # fmt: skip
+    knobs = names_of("image")
+    stored = names_of("image", stored=True)
 
     def __init__(
         self,
@@ -553,7 +587,9 @@ class MossVLImageProcessor(BaseImageProcessor):
         longest_edge=None,
         **kwargs,
     ):
-        kwargs = drop_fixed(kwargs, type(self).__name__)
+        who = type(self).__name__
+        kwargs = drop_fixed(kwargs, who)
+        settings_only({name: value for name, value in kwargs.items() if name in self.knobs}, self.stored, who)
         for name in kwargs.keys() - SERVICE_KEYS:
             if kwargs[name] is not None and not name.startswith("_"):
                 logger.warning_once(f"{type(self).__name__}: {name}={kwargs[name]!r} has no effect")
@@ -571,7 +607,11 @@ class MossVLImageProcessor(BaseImageProcessor):
     @classmethod
     def from_dict(cls, image_processor_dict, **kwargs):
         """Knobs among the keyword arguments take the place of the file's, and are checked with the rest."""
+        kwargs = drop_fixed(kwargs, cls.__name__)
         knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
+        settings_only(knobs, cls.stored, cls.__name__)
+        image_processor_dict = settings_by_name(image_processor_dict, cls.stored, cls.__name__)
+        knobs = read_options(knobs, cls.stored, cls.__name__)
         return super().from_dict(with_knobs(image_processor_dict, knobs), **kwargs)
 
     @property
@@ -584,39 +624,54 @@ class MossVLImageProcessor(BaseImageProcessor):
 
     def resolve(self, knobs: dict) -> ImageKnobs:
         """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError."""
-        knobs = drop_fixed(knobs, type(self).__name__)
-        reject_unknown(knobs, self.knobs, type(self).__name__)
+        who = type(self).__name__
+        knobs = read_options(drop_fixed(knobs, who), self.knobs, who)
 
         def pick(name):
-            value = knobs.get(name)
-            return getattr(self, name) if value is None else value
+            return knobs.get(name, getattr(self, name, None))
 
-        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in SIZES})
+        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")})
         counts = {
             name: positive_int(name, pick(name))
             for name in ("multi_image_max_pixels", "patch_size", "temporal_patch_size", "merge_size")
         }
+        fixed = fixed_size(knobs, counts["patch_size"] * counts["merge_size"], who)
         colours = {name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")}
-        return ImageKnobs(low, high, **counts, **colours, allow_http=bool(knobs.get("allow_http")))
+        return ImageKnobs(low, high, **counts, **colours, fixed=fixed, allow_http=flag("allow_http", knobs.get("allow_http")))
 
     def see(self, images, **knobs) -> list[SeenImage]:
-        """The images of one sample, their sizes checked, nothing decoded: what `extract` also takes. Errors: `see_image`."""
-        allow_http = self.resolve(knobs).allow_http
-        return [image if isinstance(image, SeenImage) else see_image(image, allow_http=allow_http) for image in flat_images(images)]
+        """The images of one sample, their sizes and own options checked, nothing decoded: what `extract` also takes. Errors: `see_image`."""
+        self.resolve(knobs)
+
+        def look(image):
+            if isinstance(image, SeenImage):
+                return image
+            source, own = read_medium("image", image)
+            if source is None:
+                raise ValueError(f"an image given as a dict holds its source under {' or '.join(SOURCE_KEYS['image'])}; got {shorten(image)}")
+            use = self.resolve(layered(knobs, own))
+            seen = see_image(source, allow_http=use.allow_http)
+            return replace(seen, own=own) if own else seen
+
+        return [look(image) for image in flat_images(images)]
 
     def extract(self, images, **knobs) -> list[tuple[torch.Tensor, list[int]]]:
-        """Per image of one sample: levels uint8 [P, 3 * t * p * p], and the grid [1, patch rows, patch columns]."""
-        use = self.resolve(knobs)
+        """Per image of one sample: levels uint8 [P, 3 * t * p * p], and the grid [1, patch rows, patch columns].
+
+        Options that an image has of its own (see `read_medium`) hold for it alone; the shares of the others stay as they are without them.
+        """
         seen = self.see(images, **knobs)
         area = sum(image.height * image.width for image in seen)
-        factor = use.patch_size * use.merge_size
 
         def read(image):
+            use = self.resolve(layered(knobs, image.own))
             pixels = image.read()  # [h, w, 3]
             height, width = pixels.shape[:2]
-            share = use.multi_image_max_pixels * (height * width / area)
+            budget = use.multi_image_max_pixels
+            share = budget if "multi_image_max_pixels" in image.own else budget * (height * width / area)
             share = min(max(share, use.min_pixels), use.max_pixels)
-            height, width = fit_size(height, width, factor, use.min_pixels, share)
+            factor = use.patch_size * use.merge_size
+            height, width = use.fixed or fit_size(height, width, factor, use.min_pixels, share)
             frame = resize_uint8(pixels, height, width)[None]
             patches = patchify(frame, use.patch_size, use.merge_size, use.temporal_patch_size)
             return patches, [1, height // use.patch_size, width // use.patch_size]
@@ -626,8 +681,8 @@ class MossVLImageProcessor(BaseImageProcessor):
     def preprocess(self, images, return_tensors=None, do_normalize=None, **knobs) -> BatchFeature:
         """The images of one sample: `pixel_values` float32 [P, 3 * t * p * p] and `image_grid_thw` [images, 3].
 
-        `images`: one image, or a list; what an image may be is said at `see_image`. Keyword arguments: those of the class,
-        and `allow_http`. `return_tensors`: "pt" (also None) or "np". With `do_normalize=False` `pixel_values` are levels (uint8),
+        `images`: one image, or a list; an image is what `see_image` takes, or a dict {"image": that, options of its own}. Keyword
+        arguments: the options of images (options.py). `return_tensors`: "pt" (also None) or "np". With `do_normalize=False` `pixel_values` are levels (uint8),
         beside their `image_mean` and `image_std`, lists of three numbers for each image.
         """
         check_return_tensors(return_tensors)
@@ -651,7 +706,7 @@ class MossVLImageProcessorFast(MossVLImageProcessor):
 def flat_images(images) -> list:
     """One image, an array [n, h, w, channels] or lists of images -> a flat list, not empty."""
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        images = list(images)
+        images = split_array(images)
     if not isinstance(images, (list, tuple)):
         images = [images]
     flat = [one for image in images for one in (flat_images(image) if isinstance(image, (list, tuple)) else [image])]

@@ -92,7 +92,7 @@ OPTIONS = (
     Option("resized_width", BOTH, "the width after the resize, rounded to the factor; with resized_height", own=True),
     Option("patch_size", BOTH, "side of a patch, as the model has it", stored=True),
     Option("temporal_patch_size", BOTH, "frames of a patch, as the model has it", stored=True),
-    Option("merge_size", BOTH, "patches that become one token, a side", ("spatial_merge_size",), stored=True),
+    Option("merge_size", BOTH, "patches that become one token, a side", stored=True),
     Option("image_mean", BOTH, "three numbers, of levels in 0..1", stored=True),
     Option("image_std", BOTH, "three numbers, of levels in 0..1", stored=True),
     Option("allow_http", BOTH, "True allows downloads from http(s) URLs"),
@@ -145,6 +145,8 @@ FIXED_TEXT = {
     "return_length": False,
     "verbose": True,
 }
+# Arguments of transformers' `apply_chat_template` that ask for what is not there.
+FIXED_TEMPLATE = {"load_audio_from_video": False, "sanitize_control_tokens": False}
 # Names that other software uses for something that is not the same here, and what to write instead.
 REFUSED = {
     "raw_fps": "times follow from sample_fps or video_metadata; leave it out",
@@ -156,6 +158,11 @@ REFUSED = {
     "audio": "MOSS-VL takes no audio; leave it out",
     "audios": "MOSS-VL takes no audio; leave it out",
 }
+
+
+def canonical(name: str) -> str:
+    """The name of an option in this code."""
+    return _NAMES.get(name, name)
 
 
 def names_of(taker: str | None = None, own: bool = False, stored: bool = False) -> tuple[str, ...]:
@@ -197,7 +204,7 @@ def layered(general: Mapping, own: Mapping) -> dict:
     """Options of a call under those of one medium. Where the medium's own choose between alternatives, the call's choice is gone."""
     general = dict(general)
     for group in ALTERNATIVES:
-        if any(name in own for name in group):
+        if any(name in own for name in group if (name, own.get(name)) != ("do_sample_frames", True)):
             for name in group:
                 general.pop(name, None)
     if any(name in own for name in ("min_pixels", "max_pixels")):

@@ -3,6 +3,7 @@
 Axes: B samples, T tokens, F frames of the sample that has most, P patches.
 """
 
+import inspect
 import json
 import os
 import re
@@ -20,15 +21,27 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .conversation import PLACEHOLDER, clips_of, for_template, media_of, read_messages
 from .image_processing_moss_vl import (
-    FIXED,
     MossVLImageProcessor,
     MossVLImageProcessorFast,
     check_return_tensors,
-    nearest_name,
-    reject_unknown,
+    flag,
+    split_array,
     to_format,
     wants_levels,
+)
+from .options import (
+    FIXED,
+    FIXED_TEMPLATE,
+    FIXED_TEXT,
+    REFUSED,
+    canonical,
+    drop_fixed,
+    names_of,
+    nearest_name,
+    read_options,
+    shorten,
 )
 from .patches import join_patches
 from .video_processing_moss_vl import MossVLVideoProcessor
@@ -38,24 +51,28 @@ from .video_reading import is_frames
 logger = logging.get_logger(__name__)
 
 IMAGE_CLASSES = {cls.__name__: cls for cls in (MossVLImageProcessor, MossVLImageProcessorFast)}
-PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")
 BLANK_PIXELS = 128  # a side of the medium that a sample without media gets
-PAD_VALUES = {"attention_mask": 0, "token_type_ids": 0, "offset_mapping": (0, 0)}
-TEXT_KNOBS = (
-    "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "add_special_tokens", "return_token_type_ids",
-    "return_offsets_mapping",
-)  # fmt: skip
-CALL_KNOBS = ("return_tensors", "return_metadata", "do_normalize")
+PAD_VALUES = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "offset_mapping": (0, 0)}
+MM_TYPES = {"image": 1, "video": 2}  # as transformers numbers them
+GRID_NAMES = ("grid_thw", "image_grid_thw")
+TEXT_KNOBS, CALL_KNOBS = names_of("text"), names_of("call")
 TEMPLATE_ARGUMENTS = (
     "chat_template", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
     "return_assistant_tokens_mask", "processor_kwargs",
 )  # fmt: skip
 NESTED_KWARGS = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
-# What from_pretrained takes beside knobs and tokenizer arguments.
+# What from_pretrained takes beside knobs and the arguments of the tokenizer's class: of all tokenizers, and of the hub.
+TOKENIZER_KEYS = {
+    "padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space",
+    "add_bos_token", "add_eos_token", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens", "bos_token",
+    "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "legacy", "from_slow", "gguf_file", "fix_mistral_regex",
+    "model_input_names", "tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "errors", "name_or_path",
+}  # fmt: skip
 HUB_KEYS = {
     "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies", "resume_download", "use_auth_token",
     "_from_auto", "_from_pipeline",
 }  # fmt: skip
+OWN_SETTINGS = {"return_cross_attention_mask": True, "grid_name": "grid_thw"}  # of the processor itself, and their defaults
 NOT_FOR_TOKENIZER = {"trust_remote_code", "code_revision", "use_fast", "backend", "chat_template", "return_unused_kwargs", "_commit_hash"}
 
 
@@ -100,6 +117,11 @@ class MossVLProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer with the special tokens of MOSS-VL; ValueError where one is missing.
         video_processor: MossVLVideoProcessor.
         chat_template: a Jinja template; default the tokenizer's.
+        return_cross_attention_mask: False leaves `cross_attention_mask` out of the output, for software that changes the tokens afterwards;
+            the model tells it from the text.
+        grid_name: the name of the grids in the output, "grid_thw" or "image_grid_thw" (as TRL's GRPO looks for it). The model takes either.
+
+    The last two are also options of a call.
     """
 
     attributes = ["image_processor", "tokenizer", "video_processor"]
@@ -113,7 +135,12 @@ class MossVLProcessor(ProcessorMixin):
     vision_start_token, vision_end_token = "<|vision_start|>", "<|vision_end|>"
     time_start_token, time_end_token = "<|time_start|>", "<|time_end|>"
 
-    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None):
+    def __init__(
+        self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, return_cross_attention_mask=True,
+        grid_name="grid_thw",
+    ):  # fmt: skip
+        self.return_cross_attention_mask = flag("return_cross_attention_mask", return_cross_attention_mask)
+        self.grid_name = _grid_name(grid_name)
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
@@ -147,7 +174,8 @@ class MossVLProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "grid_thw", "media_nums_per_sample", "cross_attention_mask"]
+        mask = ["cross_attention_mask"] if self.return_cross_attention_mask else []
+        return ["input_ids", "attention_mask", "pixel_values", self.grid_name, "media_nums_per_sample", *mask]
 
     # ------------------------------------------------------------------------------------------------------------- the call
 
@@ -163,37 +191,39 @@ class MossVLProcessor(ProcessorMixin):
             encoder: a function of (levels uint8 [P, values], grid [[frames, patch rows, patch columns]], mean, std) that returns
                 features [P / m^2, D], as a model's `get_image_features` gives them. It is called with some frames of a video while others
                 are still decoded. The result then has `image_features` in place of `pixel_values`.
-            **kwargs: padding, padding_side, truncation, max_length, pad_to_multiple_of, add_special_tokens,
-                return_token_type_ids, return_offsets_mapping (of the text with placeholders replaced), return_tensors ("pt",
-                "np" or None: lists), return_metadata (of the videos), do_normalize (see below), and every keyword of the two processors; or these inside
-                `text_kwargs`, `images_kwargs`, `videos_kwargs`, `common_kwargs`. They act for this call alone.
+            **kwargs: the options of text, images, videos and the call (options.py), flat or inside `text_kwargs`, `images_kwargs`,
+                `videos_kwargs`, `common_kwargs`. They act for this call alone. A medium may have options of its own, as a dict:
+                {"image": source, "max_pixels": ...}, {"video_path": source, "fps": ...}. `video_fps` may be a list, one a video.
 
         Returns `input_ids` and `attention_mask` [B, T]; `pixel_values` float32 [P, 3 * t * p * p] and `grid_thw` [media, 3], all
         media in the order of the text; `media_nums_per_sample`, a list of ints; `cross_attention_mask` bool [B, 1, T, F], True =
-        hidden; `labels` [B, T] where `labels_spans` was given. With `do_normalize=False` `pixel_values` are levels (uint8, a quarter
+        hidden, unless it is not wanted, or the rows are lists of unequal lengths; `labels` [B, T] where `labels_spans` was given. With `do_normalize=False` `pixel_values` are levels (uint8, a quarter
         of the bytes) beside `image_mean` and `image_std`, by which the model normalises them on its device.
 
         Raises ValueError or FileNotFoundError, before anything is decoded where the arguments show it.
         """
         text_knobs, image_knobs, video_knobs, call = self._sort_knobs(kwargs)
+        call = {"return_cross_attention_mask": None, "grid_name": self.grid_name, **call}
+        grid_name = _grid_name(call["grid_name"])
         return_tensors, raw = check_return_tensors(call.get("return_tensors")), wants_levels(call.get("do_normalize"))
         if encoder is not None and return_tensors != "pt":
             raise ValueError(f"an encoder gives tensors, and return_tensors is {return_tensors!r}; pass return_tensors='pt'")
         samples = self._read_samples(text, labels_spans)
         self._deal_media(samples, images, videos, video_knobs.pop("video_metadata", None))
+        rates = _deal_rates(samples, video_knobs)
         self._check_text_knobs(text_knobs, with_spans=labels_spans is not None)
         image = self.image_processor.resolve(image_knobs)
         self.video_processor.resolve(video_knobs)
-        self._look(samples, image_knobs, video_knobs)
+        self._look(samples, image_knobs, video_knobs, rates)
         for sample in samples:
             self._extract(sample, image_knobs, video_knobs, encoder)
 
-        data = self._tokenise(samples, text_knobs, ignore_index, rectangular=return_tensors is not None)
+        data = self._tokenise(samples, text_knobs, ignore_index, return_tensors is not None, call["return_cross_attention_mask"])
         data |= self._pixels(samples, image, raw, encoder)
         if return_tensors is not None:
             ids = {name: rows for name, rows in data.items() if isinstance(rows, list) and name not in ("image_mean", "image_std")}
             data.update({name: torch.tensor(rows, dtype=torch.long) for name, rows in ids.items()})
-        data = {name: to_format(x, return_tensors) for name, x in data.items()}
+        data = {grid_name if name == "grid_thw" else name: to_format(x, return_tensors) for name, x in data.items()}
         data["media_nums_per_sample"] = [max(1, len(sample.media)) for sample in samples]
         if call.get("return_metadata"):
             data["video_metadata"] = [m.metadata for sample in samples for m in sample.media if m.metadata is not None]
@@ -203,20 +233,20 @@ class MossVLProcessor(ProcessorMixin):
         """Keyword arguments by who takes them: text, images, videos, the call. None stands for the default."""
         fixed = FIXED.keys() - set(CALL_KNOBS)
         takers = {
-            "text_kwargs": TEXT_KNOBS,
+            "text_kwargs": (*TEXT_KNOBS, *FIXED_TEXT),
             "images_kwargs": (*self.image_processor.knobs, *fixed),
-            "videos_kwargs": (*self.video_processor.knobs, *fixed, "video_metadata"),
+            "videos_kwargs": (*self.video_processor.knobs, *fixed),
             "call": CALL_KNOBS,
         }
-        flat = {name: value for name, value in kwargs.items() if name not in NESTED_KWARGS}
         boxes = {name: kwargs.get(name) or {} for name in (*NESTED_KWARGS, "call")}
         for name, box in boxes.items():
             if not isinstance(box, Mapping):
                 raise ValueError(f"{name} must be a dict of keyword arguments, got a {type(box).__name__}")
-        for name, value in boxes["common_kwargs"].items():
+        flat = {name: value for name, value in kwargs.items() if name not in NESTED_KWARGS}
+        known = {name for names in takers.values() for name in names}
+        flat = read_options(flat, {*known, *NESTED_KWARGS}, "MossVLProcessor")
+        for name, value in read_options(boxes["common_kwargs"], known, "common_kwargs").items():
             _set_once(flat, name, value, "common_kwargs")
-        everything = [name for names in takers.values() for name in names]
-        reject_unknown(flat, [*everything, *NESTED_KWARGS], "MossVLProcessor")
 
         sorted_knobs = {}
         for taker, names in takers.items():
@@ -224,10 +254,10 @@ class MossVLProcessor(ProcessorMixin):
             nested = dict(boxes[taker])
             for name in [name for name in nested if name in CALL_KNOBS]:
                 _set_once(flat, name, nested.pop(name), taker)
-            reject_unknown(nested, names, taker)
-            for name, value in nested.items():
+            for name, value in read_options(nested, names, taker).items():
                 _set_once(own, name, value, taker)
-            sorted_knobs[taker] = {name: value for name, value in own.items() if value is not None}
+            sorted_knobs[taker] = own
+        sorted_knobs["text_kwargs"] = drop_fixed(sorted_knobs["text_kwargs"], "MossVLProcessor", FIXED_TEXT)
         return tuple(sorted_knobs.values())
 
     def _read_samples(self, text, labels_spans) -> list[Sample]:
@@ -248,13 +278,13 @@ class MossVLProcessor(ProcessorMixin):
             sample.videos = [video for video, _ in own]
             sample.video_metadata = None if video_metadata is None else [metadata for _, metadata in own]
 
-    def _look(self, samples: list[Sample], image_knobs: dict, video_knobs: dict) -> None:
-        """Opens all media and checks them, before the first is decoded."""
-        for sample in samples:
+    def _look(self, samples: list[Sample], image_knobs: dict, video_knobs: dict, rates: list[dict]) -> None:
+        """Opens all media and checks them, before the first is decoded. `rates`: per sample, what is not the same for all videos."""
+        for sample, rate in zip(samples, rates):
             if sample.images:
                 sample.images = self.image_processor.see(sample.images, **image_knobs)
             if sample.videos:
-                sample.videos = self.video_processor.plan(sample.videos, sample.video_metadata, **video_knobs)
+                sample.videos = self.video_processor.plan(sample.videos, sample.video_metadata, **video_knobs, **rate)
 
     def _extract(self, sample: Sample, image_knobs: dict, video_knobs: dict, encoder) -> None:
         """Decodes the media of one sample, on their own: what stands beside it in the batch changes nothing."""
@@ -286,6 +316,8 @@ class MossVLProcessor(ProcessorMixin):
             raise ValueError(f"truncation must be True, False, 'longest_first', 'only_first' or 'do_not_truncate', got {truncation!r}")
         if knobs.get("padding_side", "right") not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {knobs['padding_side']!r}")
+        for name in ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids", "return_offsets_mapping"):
+            flag(name, knobs.get(name))
         for name in ("max_length", "pad_to_multiple_of"):
             if name in knobs and not (isinstance(knobs[name], (int, np.integer)) and knobs[name] > 0):
                 raise ValueError(f"{name} must be a positive whole number, got {knobs[name]!r}")
@@ -296,8 +328,10 @@ class MossVLProcessor(ProcessorMixin):
         if (with_spans or knobs.get("return_offsets_mapping")) and not self.tokenizer.is_fast:
             raise ValueError(f"character offsets need a fast tokenizer, got {type(self.tokenizer).__name__}")
 
-    def _tokenise(self, samples: list[Sample], knobs: dict, ignore_index: int, rectangular: bool) -> dict:
+    def _tokenise(self, samples: list[Sample], knobs: dict, ignore_index: int, rectangular: bool, masked: bool | None) -> dict:
         """Per-token rows of the batch, cut and padded, as lists; and the frame mask.
+
+        `masked`: whether the call wants the mask; None leaves that to the processor's setting.
 
         Neither is left to the tokenizer: it would keep both as settings, which another thread's call would then obey.
         """
@@ -314,6 +348,8 @@ class MossVLProcessor(ProcessorMixin):
             verbose=False,
         )
         rows = {name: list(values) for name, values in encoded.items()}
+        if knobs.get("return_mm_token_type_ids"):
+            rows["mm_token_type_ids"] = [self._mm_types(sample, ids) for sample, ids in zip(samples, rows["input_ids"])]
         if with_spans:
             rows["labels"] = [
                 self._labels(ids, offsets, [(move(start), move(end)) for start, end in sample.spans], ignore_index)
@@ -332,10 +368,20 @@ class MossVLProcessor(ProcessorMixin):
         pad_values = {**PAD_VALUES, "input_ids": self.tokenizer.pad_token_id, "labels": ignore_index}
         rows = self._pad(rows, knobs, pad_values)
         lengths = {len(ids) for ids in rows["input_ids"]}
-        if rectangular and len(lengths) > 1:
-            raise ValueError(f"texts of {min(lengths)} to {max(lengths)} tokens do not make one tensor; pass padding=True")
-        frames = max(1, *(sample.frames for sample in samples))
-        return {**rows, "cross_attention_mask": self._frame_mask(rows, frames)}
+        if len(lengths) > 1 and (rectangular or masked):
+            what = "tensor" if rectangular else "cross_attention_mask"
+            raise ValueError(f"texts of {min(lengths)} to {max(lengths)} tokens do not make one {what}; pass padding=True")
+        if len(lengths) == 1 and (self.return_cross_attention_mask if masked is None else flag("return_cross_attention_mask", masked)):
+            frames = max(1, *(sample.frames for sample in samples))
+            rows = {**rows, "cross_attention_mask": self._frame_mask(rows, frames)}
+        if knobs.get("return_attention_mask") is False:
+            rows.pop("attention_mask")
+        return rows
+
+    def _mm_types(self, sample: Sample, ids: list[int]) -> list[int]:
+        """Per token 0, or what its frame belongs to: 1 an image, 2 a video."""
+        kinds = iter([MM_TYPES[kind] for (_, _, kind), medium in zip(sample.places, sample.media) for _ in range(medium.grid[0])])
+        return [next(kinds, 0) if token == self.image_token_id else 0 for token in ids]
 
     def _labels(self, ids: list[int], offsets: list, spans: list[tuple[int, int]], ignore_index: int) -> list[int]:
         """The tokens that overlap a span, without `image_pad` and all from `vision_start` to `vision_end`; else `ignore_index`."""
@@ -460,28 +506,32 @@ class MossVLProcessor(ProcessorMixin):
     ):
         """A conversation, or a list of them, as text; with `tokenize` through the processor, media of the parts included.
 
-        `content` of a message is a string or a list of parts: {"type": "text", "text"}, {"type": "image", "image"},
-        {"type": "video", "video"}; the medium may also lie under "url" or "path", and parts may have the types "image_url" and
-        "video_url" of the OpenAI API. A part without a medium leaves the placeholder, for `images=` or `videos=`.
+        `content` of a message is a string or a list of parts: strings, {"type": "text", "text"}, {"type": "image", "image"}, {"type": "video",
+        "video"}, with the medium also under "url", "path", "base64", "image_url", "video_url", and with options for this medium alone ("fps",
+        "max_pixels", ...; see conversation.py and options.py). A part without a medium leaves the placeholder, for `images=` or `videos=`.
 
         Returns the text (a list for a list); with `tokenize` the `input_ids`, with `return_dict` all that the processor gives, and
-        `assistant_masks` for `return_assistant_tokens_mask`. `processor_kwargs` and keywords that the processor knows go to it,
-        others to the template. Nothing of the conversation is changed.
+        `assistant_masks` for `return_assistant_tokens_mask`. `processor_kwargs` and keywords that the processor knows go to it, those
+        that the template reads to the template; any other is a ValueError. With `add_generation_prompt` or `continue_final_message`
+        padding goes to the left, where `generate` needs it, unless `padding_side` says otherwise. Nothing of the conversation is changed.
         """
         template = self._find_template(chat_template)
         batched = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = list(conversation) if batched else [conversation]
-        plain, images, videos = zip(*(_plain_messages(messages) for messages in conversations))
+        conversations = [read_messages(messages) for messages in (conversation if batched else [conversation])]
+        images, videos = ([media_of(messages, kind) for messages in conversations] for kind in ("image", "video"))
 
-        known = {*self._knob_names(), "images", "videos", "labels_spans", "ignore_index"}
-        call = {name: value for name, value in kwargs.items() if name in known}
+        kwargs = drop_fixed(kwargs, "apply_chat_template", FIXED_TEMPLATE)
+        known = {*self._knob_names(), "images", "videos", "labels_spans", "ignore_index", "encoder"}
+        call = {name: value for name, value in kwargs.items() if name in known or (name in REFUSED and value is None)}
         for name, value in dict(processor_kwargs or {}).items():
             _set_once(call, name, value, "processor_kwargs")
-        variables = {name: value for name, value in kwargs.items() if name not in known}
-        for name in variables:
-            near = nearest_name(name, {*known, *TEMPLATE_ARGUMENTS}, cutoff=0.85)
-            if near:
-                raise ValueError(f"apply_chat_template: unknown keyword {name!r}; did you mean {near!r}?")
+        variables = {name: value for name, value in kwargs.items() if name not in call}
+        _check_variables(template, variables, known, {"tools": tools, "documents": documents})
+        if return_assistant_tokens_mask and not _GENERATION.search(template):
+            raise ValueError(
+                "return_assistant_tokens_mask needs a chat template that marks what the assistant says with {% generation %} and "
+                "{% endgeneration %}; this one does not. Add the marks to chat_template.jinja, or pass chat_template="
+            )
         on_tokens = {"return_dict": return_dict, "return_tensors": return_tensors, **call}
         on_tokens["return_assistant_tokens_mask"] = return_assistant_tokens_mask
         on_tokens = [name for name, value in on_tokens.items() if value is not None and value is not False]
@@ -489,7 +539,7 @@ class MossVLProcessor(ProcessorMixin):
             raise ValueError(f"{', '.join(on_tokens)}: these act on tokens; pass tokenize=True")
 
         texts, answers = render_jinja_template(
-            conversations=plain,
+            conversations=[for_template(messages) for messages in conversations],
             tools=tools,
             documents=documents,
             chat_template=template,
@@ -502,10 +552,13 @@ class MossVLProcessor(ProcessorMixin):
             return texts if batched else texts[0]
         for name, found in (("images", images), ("videos", videos)):
             if any(found):
-                _set_once(call, name, list(found), f"{name} in the parts of the conversation")
+                _set_once(call, name, found, f"{name} in the parts of the conversation")
         if return_assistant_tokens_mask:
             _set_once(call, "labels_spans", [list(spans) for spans in answers], "return_assistant_tokens_mask")
             call["ignore_index"] = -1
+        boxes = [call, *(call.get(name) or {} for name in ("text_kwargs", "common_kwargs"))]
+        if (add_generation_prompt or continue_final_message) and all(box.get("padding_side") is None for box in boxes):
+            call["padding_side"] = "left"
         out = self(text=list(texts), return_tensors=return_tensors, **call)
         if return_assistant_tokens_mask:
             labels = out.data.pop("labels")
@@ -520,7 +573,7 @@ class MossVLProcessor(ProcessorMixin):
         return template
 
     def _knob_names(self) -> set[str]:
-        own = (*TEXT_KNOBS, *CALL_KNOBS, *NESTED_KWARGS, *FIXED, "video_metadata")
+        own = (*TEXT_KNOBS, *FIXED_TEXT, *CALL_KNOBS, *NESTED_KWARGS, *FIXED)
         return {*own, *self.image_processor.knobs, *self.video_processor.knobs}
 
     # ------------------------------------------------------------------------------------------------------ loading and saving
@@ -529,27 +582,35 @@ class MossVLProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """The three parts of a checkpoint folder, without the Auto classes (AutoVideoProcessor wants torchvision).
 
-        Keywords that are knobs of the image or video processor become their settings, others go to the tokenizer.
+        Keywords that are settings of the image or video processor become those, arguments of the tokenizer go to it; any other is a ValueError.
+        Where a pipeline loads the folder, the tokenizer pads on the left and the frame mask is left out: pipelines pad and join what was
+        processed one by one, and generate from it.
         """
         path = pretrained_model_name_or_path
         hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS}
-        image_knobs = {name: value for name, value in kwargs.items() if name in MossVLImageProcessor.knobs}
-        video_knobs = {name: value for name, value in kwargs.items() if name in MossVLVideoProcessor.knobs}
-        others = {k: v for k, v in kwargs.items() if k not in {*hub, *image_knobs, *video_knobs, *NOT_FOR_TOKENIZER}}
-        for name in others:
-            near = nearest_name(name, {*MossVLImageProcessor.knobs, *MossVLVideoProcessor.knobs}, cutoff=0.85)
-            if near:
-                raise ValueError(f"from_pretrained: unknown keyword {name!r}; did you mean {near!r}?")
+        knobs = {name: value for name, value in kwargs.items() if name in {*MossVLImageProcessor.knobs, *MossVLVideoProcessor.knobs, *FIXED}}
+        image_knobs = {name: value for name, value in knobs.items() if name in (*MossVLImageProcessor.knobs, *FIXED)}
+        video_knobs = {name: value for name, value in knobs.items() if name in (*MossVLVideoProcessor.knobs, *FIXED)}
+        others = {k: v for k, v in kwargs.items() if k not in {*hub, *knobs, *NOT_FOR_TOKENIZER, *OWN_SETTINGS}}
+        in_pipeline = hub.get("_from_pipeline") is not None
+        if in_pipeline:
+            others.setdefault("padding_side", "left")
 
         settings, _ = MossVLImageProcessor.get_image_processor_dict(path, **hub)
         named = settings.get("auto_map", {}).get("AutoImageProcessor", "").split(".")[-1]
         image_class = IMAGE_CLASSES.get(named) or IMAGE_CLASSES.get(settings.get("image_processor_type"), MossVLImageProcessorFast)
         video_settings, _ = MossVLVideoProcessor.get_video_processor_dict(path, **hub)
-        return [
+        parts = [
             image_class.from_dict(settings, **image_knobs),
             _load_tokenizer(path, hub, others),
             MossVLVideoProcessor.from_dict(video_settings, **video_knobs),
         ]
+        return [*parts, None, False] if in_pipeline else parts  # no template beside the folder's, no frame mask
+
+    def to_dict(self, *args, **kwargs):
+        """Without the settings that are at their default: folders look as released ones do."""
+        out = super().to_dict(*args, **kwargs)
+        return {name: value for name, value in out.items() if name not in OWN_SETTINGS or value != OWN_SETTINGS[name]}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Writes a folder that transformers 4.57 and 5 load, code included: settings, tokenizer, chat template, .py files."""
@@ -575,18 +636,12 @@ def _is_one(kind: str, x) -> bool:
     return x is not None and (is_frames(x) if isinstance(x, (list, tuple)) else not (_is_array(x) and x.ndim == 5))
 
 
+def _listed(media) -> list:
+    return split_array(media) if _is_array(media) else list(media)
+
+
 def _is_array(x) -> bool:
     return isinstance(x, (np.ndarray, torch.Tensor))
-
-
-def _clips(kind: str, x) -> int:
-    """How many placeholders a medium serves: one, or one for each segment."""
-    segments = x.get("segments") if kind == "video" and isinstance(x, dict) else None
-    if segments is None:
-        return 1
-    if not isinstance(segments, (list, tuple)) or not segments:
-        raise ValueError(f"segments of {x.get('video_path')!r} must be a list with at least one [start, end] or [time], got {segments!r}")
-    return len(segments)
 
 
 def _deal(kind: str, media, metadata, wanted: list[int]) -> list[list[tuple]]:
@@ -595,16 +650,16 @@ def _deal(kind: str, media, metadata, wanted: list[int]) -> list[list[tuple]]:
     `media`: None, one medium, a flat list over the batch, or lists by sample (None for none). `metadata`: None, or for each medium a
     dict or None. ValueError with both numbers where counts differ.
     """
-    media = [] if media is None else [media] if _is_one(kind, media) else list(media)
+    media = [] if media is None else [media] if _is_one(kind, media) else _listed(media)
     by_sample = any(not _is_one(kind, x) for x in media)
-    groups = [[x] if _is_one(kind, x) else [] if x is None else list(x) for x in media] if by_sample else [media]
+    groups = [[x] if _is_one(kind, x) else [] if x is None else _listed(x) for x in media] if by_sample else [media]
     if by_sample and len(groups) != len(wanted):
         raise ValueError(f"{kind}s come in {len(groups)} lists, but there are {len(wanted)} texts; give one list a text, or one flat list")
 
     flat = [x for group in groups for x in group]
     for x in flat:
         if not _is_one(kind, x):
-            raise ValueError(f"{kind}s are nested too deep: {x!r:.200}; give one list a text, or one flat list")
+            raise ValueError(f"{kind}s are nested too deep: {shorten(x)}; give one list a text, or one flat list")
     if metadata is None:
         metadata = [None] * len(flat)
     elif isinstance(metadata, (list, tuple)):
@@ -617,7 +672,7 @@ def _deal(kind: str, media, metadata, wanted: list[int]) -> list[list[tuple]]:
     paired = iter(zip(flat, metadata))
     groups = [[next(paired) for _ in group] for group in groups]
     for index, (group, want) in enumerate(zip(groups, wanted if by_sample else [sum(wanted)])):
-        have = sum(_clips(kind, x) for x, _ in group)
+        have = sum(clips_of(kind, x) for x, _ in group)
         if have != want:
             where = f"text {index} has" if by_sample else "the text has" if len(wanted) == 1 else f"the {len(wanted)} texts have"
             of = " or segments of them" if kind == "video" else ""
@@ -625,11 +680,25 @@ def _deal(kind: str, media, metadata, wanted: list[int]) -> list[list[tuple]]:
     return groups if by_sample else [_take(kind, groups[0], want) for want in wanted]
 
 
+def _deal_rates(samples: list[Sample], video_knobs: dict) -> list[dict]:
+    """Per sample {"video_fps": its videos' rates}, where the call has a list with one for each video of the batch, which is taken out of
+    `video_knobs`; else empty."""
+    rates = video_knobs.get("video_fps")
+    if not isinstance(rates, (list, tuple, np.ndarray, torch.Tensor)):
+        return [{}] * len(samples)
+    del video_knobs["video_fps"]
+    rates, total = [float(rate) if rate is not None else None for rate in rates], sum(len(sample.videos) for sample in samples)
+    if len(rates) != total:
+        raise ValueError(f"video_fps has {len(rates)} entries for {total} videos; give one number, or one a video")
+    queue = iter(rates)
+    return [{"video_fps": [next(queue) for _ in sample.videos]} for sample in samples]
+
+
 def _take(kind: str, queue: list[tuple], want: int) -> list[tuple]:
     """Takes media for `want` placeholders off the queue; the segments of one video may go to two samples."""
     taken = []
     while want:
-        (medium, metadata), have = queue[0], _clips(kind, queue[0][0])
+        (medium, metadata), have = queue[0], clips_of(kind, queue[0][0])
         if have <= want:
             taken.append(queue.pop(0))
         else:
@@ -701,45 +770,40 @@ def _set_once(names: dict, name: str, value, where: str) -> None:
     names[name] = names.get(name) if value is None else value
 
 
-# --------------------------------------------------------------------------------------------------------- conversations
+# -------------------------------------------------------------------------------------------------------------- templates
 
 
-PART_KINDS = {"text": "text", "image": "image", "video": "video", "image_url": "image", "video_url": "video"}
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag, which plain Jinja does not know
 
 
-def _plain_messages(messages) -> tuple[list[dict], list, list]:
-    """The messages with media parts reduced to their type, one for each placeholder, and the images and videos of the parts."""
-    if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise ValueError(f"a conversation is a list of messages, dicts with 'role' and 'content'; got {messages!r:.200}")
-    plain, media = [], {"image": [], "video": []}
-    for message in messages:
-        content = message.get("content")
-        if not isinstance(content, (list, tuple)):
-            if content is not None and not isinstance(content, str):
-                raise ValueError(f"content of a message must be a string or a list of parts, got a {type(content).__name__}")
-            plain.append({key: value for key, value in message.items() if value is not None})
+def _check_variables(template: str, variables: dict, known, own: dict) -> None:
+    """ValueError for a keyword that neither the processor nor the template reads; it names the nearest. `own`: arguments of
+    `apply_chat_template` that only the template may use."""
+    given = [*variables, *(name for name, value in own.items() if value)]
+    if not given:
+        return
+    try:
+        from jinja2 import Environment, meta
+    except ImportError as error:
+        raise ImportError("a chat template needs jinja2: pip install jinja2") from error
+    plain = _GENERATION.sub("", template)
+    read = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    for name in given:
+        if name in read:
             continue
-        parts = []
-        for part in content:
-            kind = _part_kind(part)
-            if kind == "text":
-                parts.append({"type": "text", "text": part["text"]})
-                continue
-            medium = next((part[key] for key in (kind, f"{kind}_url", "url", "path") if part.get(key) is not None), None)
-            if isinstance(medium, dict) and "url" in medium:
-                medium = medium["url"]
-            if medium is not None:
-                media[kind].append(medium)
-            parts += [{"type": kind}] * (1 if medium is None else _clips(kind, medium))
-        plain.append({**message, "content": parts})
-    return plain, media["image"], media["video"]
+        if name in own:
+            raise ValueError(f"apply_chat_template: {name} is given, but the chat template does not read it; leave it out, or pass chat_template=")
+        if name in REFUSED:
+            raise ValueError(f"apply_chat_template: {name} is no option of MOSS-VL: {REFUSED[name]}")
+        near = nearest_name(name, {*known, *TEMPLATE_ARGUMENTS, *read})
+        hint = f"did you mean {near!r}?" if near else "neither the processor nor the chat template reads it"
+        raise ValueError(f"apply_chat_template: unknown keyword {name!r}; {hint}")
 
 
-def _part_kind(part) -> str:
-    name = part.get("type", next((key for key in PART_KINDS if key in part), None)) if isinstance(part, dict) else None
-    if name not in PART_KINDS or (name == "text" and not isinstance(part.get("text"), str)):
-        raise ValueError(f"a part of a message is a dict with 'type' {', '.join(PART_KINDS)}, and its 'text' or medium; got {part!r:.200}")
-    return PART_KINDS[name]
+def _grid_name(name) -> str:
+    if name not in GRID_NAMES:
+        raise ValueError(f"grid_name must be one of {', '.join(GRID_NAMES)}, got {shorten(name)}")
+    return name
 
 
 # ------------------------------------------------------------------------------------------------------------- tokenizers
@@ -750,10 +814,26 @@ def _load_tokenizer(path, hub: dict, kwargs: dict):
     config = get_tokenizer_config(path, **{name: value for name, value in hub.items() if not name.startswith("_")})
     name = (config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast")
     tokenizer_class = getattr(transformers, name + "Fast", None) or getattr(transformers, name, transformers.Qwen2TokenizerFast)
+    known = {*TOKENIZER_KEYS, *inspect.signature(tokenizer_class.__init__).parameters} - {"self", "args", "kwargs"}
+    for name in kwargs:
+        if name not in known:
+            _refuse_keyword(name, known)
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list) and not hasattr(transformers, "TokenizersBackend"):  # 5.x writes a list, 4.57 wants a dict
         kwargs = {"extra_special_tokens": {}, "additional_special_tokens": extra, **kwargs}
     return tokenizer_class.from_pretrained(path, **hub, **kwargs)
+
+
+def _refuse_keyword(name: str, tokenizer_keys: set) -> None:
+    """Raises ValueError for a keyword of `from_pretrained` that nobody takes."""
+    if canonical(name) in {*TEXT_KNOBS, *CALL_KNOBS}:
+        raise ValueError(f"from_pretrained: {name} is an option of a call, not a setting; pass it to the call")
+    if name in REFUSED:
+        raise ValueError(f"from_pretrained: {name} is no option of MOSS-VL: {REFUSED[name]}")
+    settings = {*MossVLImageProcessor.stored, *MossVLVideoProcessor.stored, *OWN_SETTINGS, "chat_template"}
+    near = nearest_name(name, {*settings, *tokenizer_keys, *HUB_KEYS})
+    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(settings))}, and arguments of the tokenizer"
+    raise ValueError(f"from_pretrained: unknown keyword {name!r}; {hint}")
 
 
 def _make_tokenizer_portable(config_file: str) -> None:

@@ -19,32 +19,35 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .conversation import SOURCE_KEYS, read_medium
 from .image_processing_moss_vl import (
     DEFAULT_SIZE,
-    FIXED,
     SERVICE_KEYS,
-    SIZES,
     check_return_tensors,
-    drop_fixed,
+    fixed_size,
+    flag,
     grow,
     in_threads,
-    nearest_name,
     pixel_limits,
     positive_int,
-    reject_unknown,
     resize_uint8,
+    settings_by_name,
+    settings_only,
     shrink,
+    split_array,
     three_floats,
     to_format,
     wants_levels,
     with_knobs,
 )
+from .options import FIXED, drop_fixed, layered, names_of, nearest_name, read_options, reject_unknown, shorten
 from .patches import join_patches, patchify
 from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positive_number
 
 
 logger = logging.get_logger(__name__)
 
+VIDEO_MAX_PIXELS = 201326592  # of all frames of a sample, by default
 GROUP = 8  # frames in a row that are encoded together, once all of them are there
 
 
@@ -115,7 +118,7 @@ def read_segment(segment, name: str) -> tuple[float, ...]:
 def flat_videos(videos) -> list:
     """The videos of a call as a list: one video, a list of videos, or one video as a list of its frames."""
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
-        return list(videos)
+        return split_array(videos)
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if not videos:
@@ -123,23 +126,69 @@ def flat_videos(videos) -> list:
     return [videos] if is_frames(videos) else list(videos)
 
 
-def _split_segments(item) -> tuple:
-    """(video, its segments or None) of what stands in the list of videos."""
-    if not isinstance(item, Mapping):
-        return item, None
-    reject_unknown(item, ("video_path", "segments"), "a video given as a dict")
-    if item.get("video_path") is None:
-        raise ValueError(f"a video given as a dict needs 'video_path', got {sorted(item)}")
-    segments, name = item.get("segments"), _short(item["video_path"])
-    if segments is None:
-        return item["video_path"], None
+def _is_decoded(source) -> bool:
+    return isinstance(source, (list, tuple, np.ndarray, torch.Tensor))
+
+
+def _check_idle(general: Mapping, own: Mapping, name: str) -> None:
+    """ValueError where the level that says how many frames are taken says all, and a number or a rate beside it."""
+    for level in (own, general):
+        idle = [key for key in ("video_fps", "num_frames", "min_frames", "max_frames") if key in level]
+        if level.get("do_sample_frames") is False and idle:
+            raise ValueError(f"{name}: do_sample_frames=False takes every frame, and leaves {', '.join(idle)} without effect; give one or the other")
+        if {"video_fps", "num_frames", "do_sample_frames"} & level.keys():
+            return
+
+
+def _timing(general: Mapping, own: Mapping, metadata, name: str) -> tuple[dict, Mapping | None]:
+    """Options and video_metadata of frames that are decoded already.
+
+    They are shown as video_metadata says, else sample_fps, else at the `fps` of the video itself (or of the call, if nothing is to be
+    sampled): the rate at which they were taken. Frames of which such a rate is known are all looked at, unless the same level says how many.
+    """
+    general, own = dict(general), dict(own)
+    if metadata is not None and ("sample_fps" in own or "sample_fps" in general):
+        raise ValueError("sample_fps and video_metadata both say when decoded frames are shown; give one of them")
+    for level in (own, general) if metadata is None else ():
+        unsampled = level is own or {**general, **own}.get("do_sample_frames") is False
+        rate = level.get("sample_fps")
+        if rate is None and unsampled:
+            rate = level.pop("video_fps", None)
+        if rate is None:
+            continue
+        if isinstance(rate, str):  # as examples of Qwen write it
+            rate = _number("sample_fps", rate)
+        metadata = {"fps": positive_number("sample_fps", rate)}
+        _check_idle(general, own, name)
+        if not {"video_fps", "num_frames", "do_sample_frames"} & level.keys():
+            level |= {"video_fps": rate} if {"min_frames", "max_frames"} & level.keys() else {"do_sample_frames": False}
+        break
+    else:
+        _check_idle(general, own, name)
+    for level in (own, general):
+        level.pop("sample_fps", None)
+    return layered(general, own), metadata
+
+
+def _number(name: str, value) -> float:
+    """`value` as a finite float (a numeric string is one), else a ValueError that names it."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a number, got {shorten(value)}")
+    return number
+
+
+def _read_segments(segments, name: str) -> list[tuple[float, ...]]:
     if not isinstance(segments, (list, tuple, np.ndarray)) or len(segments) == 0:
-        raise ValueError(f"{name}: segments must be a list such as [[0.5, 3.0], [4.2]] (seconds), got {segments!r}")
-    return item["video_path"], [read_segment(segment, name) for segment in segments]
+        raise ValueError(f"{name}: segments must be a list such as [[0.5, 3.0], [4.2]] (seconds), got {shorten(segments)}")
+    return [read_segment(segment, name) for segment in segments]
 
 
 def _short(source) -> str:
-    return repr(source)[:200] if isinstance(source, (str, os.PathLike)) else f"a video in a {type(source).__name__}"
+    return shorten(source, 200) if isinstance(source, (str, os.PathLike)) else f"a video in a {type(source).__name__}"
 
 
 def _check_segments(video: Video, segments):
@@ -162,13 +211,6 @@ def _per_video(metadata, count: int) -> list:
     if len(entries) != count:
         raise ValueError(f"video_metadata has {len(entries)} entries for {count} videos")
     return entries
-
-
-def _one_name(name: str, value, older: str, older_value):
-    """The value of a knob that has two names."""
-    if value is not None and older_value is not None and value != older_value:
-        raise ValueError(f"{older} {older_value!r} is an older name of {name} {value!r}; give one of them")
-    return older_value if value is None else value
 
 
 # ------------------------------------------------------------------------------------------------------------- the clips
@@ -215,6 +257,8 @@ class VideoKnobs:
     merge_size: int
     video_fps: float | None
     num_frames: int | None
+    every: bool  # all frames are taken
+    fixed: tuple[int, int] | None  # (h, w) after the resize
     min_frames: int
     max_frames: int
     num_extract_threads: int
@@ -222,6 +266,50 @@ class VideoKnobs:
     image_std: tuple[float, float, float]
     video_backend: str | None
     allow_http: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """One video of a call, before it is opened, with all that holds for it."""
+
+    source: object
+    knobs: VideoKnobs
+    given: list[tuple[float, ...]] | None  # its segments
+    span: list[float | None]  # video_start, video_end
+    metadata: Mapping | None  # when decoded frames are shown
+    own: Mapping  # the options of this video alone
+    untold: bool  # True if nobody says how many of its decoded frames are taken
+
+    def segments(self, duration: float) -> list[tuple[float, ...]] | None:
+        if self.span == [None, None]:
+            return self.given
+        start, end = self.span
+        return [(0.0 if start is None else start, duration if end is None else end)]
+
+    def size(self, video: Video, frames: int, share: float) -> tuple[int, int]:
+        """(h, w) of the frames of a clip, of which so many pixels are its share."""
+        use = self.knobs
+        low = math.prod(use.fixed) if use.fixed else use.min_pixels
+        if (use.every or use.fixed) and frames * low > use.video_max_pixels:
+            raise ValueError(
+                f"{video.name}: {frames} frames of {'' if use.fixed else 'at least '}{low} pixels are over video_max_pixels "
+                f"{use.video_max_pixels}; take fewer frames, make them smaller, or raise video_max_pixels"
+            )
+        if use.fixed:
+            return use.fixed
+        factor = use.patch_size * use.merge_size
+        return fit_video_size(video.height, video.width, frames, factor, use.min_pixels, use.max_pixels, share)
+
+
+def _every_frame(video: Video, segment) -> tuple[np.ndarray, np.ndarray | None]:
+    """All frames of a video, or all that are on screen in a segment: their numbers, and for a segment the seconds of each."""
+    if segment is None:
+        return np.arange(len(video.times)), None
+    start, end = max(0.0, segment[0]), segment[-1]
+    first = int(video.shown_at(np.array([start]))[0])
+    last = max(first + 1, int(np.searchsorted(video.times, end))) if len(segment) == 2 else first + 1
+    indices = np.arange(first, last)
+    return indices, np.clip(video.times[indices], start, None)
 
 
 class _Assembly:
@@ -337,13 +425,13 @@ def _report(video: Video, problems: list[str], clips: list[tuple[int, Clip | Non
 class MossVLVideoProcessor(BaseVideoProcessor):
     """Videos of one sample -> clips of patches.
 
-    Args (each also per call):
+    The options of a call are those of options.py that videos take. Args (each also per call):
         size: {"shortest_edge", "longest_edge"}, the least and most *pixels* of a resized frame. Other names:
             `min_pixels` or `shortest_edge`, `max_pixels` or `longest_edge`.
         video_max_pixels: most pixels of all frames of a sample, shared in proportion to frames * height * width.
         video_fps, num_frames: frames a second, or how many frames; not both.
         min_frames, max_frames: of a video; `max_frames` is shared by the clips of a sample.
-        num_extract_threads: threads that read and resize frames (`frame_extract_num_threads` is an older name).
+        num_extract_threads: threads that read and resize frames.
         video_backend: "pyav" or "decord"; None takes PyAV, or decord where that alone is installed.
         patch_size, temporal_patch_size (1), merge_size: of the model; sides become multiples of patch_size * merge_size.
         image_mean, image_std: three numbers each, for levels in 0..1.
@@ -351,15 +439,13 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
     _auto_class = "AutoVideoProcessor"  # save_pretrained takes the code along
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
-    knobs = (
-        *SIZES, "video_max_pixels", "patch_size", "temporal_patch_size", "merge_size", "video_fps", "num_frames", "min_frames", "max_frames", "num_extract_threads",
-        "frame_extract_num_threads", "image_mean", "image_std", "video_backend", "allow_http",
-    )  # fmt: skip
+    knobs = names_of("video")
+    stored = names_of("video", stored=True)
 
     def __init__(
         self,
         size=None,
-        video_max_pixels=201326592,
+        video_max_pixels=None,
         patch_size=16,
         temporal_patch_size=1,
         merge_size=2,
@@ -373,18 +459,21 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         video_backend=None,
         min_pixels=None,
         max_pixels=None,
-        shortest_edge=None,
-        longest_edge=None,
-        frame_extract_num_threads=None,
         **kwargs,
     ):
-        kwargs = drop_fixed(kwargs, type(self).__name__)
-        reject_unknown([name for name in kwargs if name not in SERVICE_KEYS and name[:1] != "_"], self.knobs, type(self).__name__)
+        who = type(self).__name__
+        kwargs = drop_fixed(kwargs, who)
+        others = {name: kwargs.pop(name) for name in list(kwargs) if name in self.knobs}
+        settings_only(others, self.stored, who)
+        reject_unknown([name for name in kwargs if name not in SERVICE_KEYS and name[:1] != "_"], self.stored, who)
         BaseImageProcessor.__init__(self, **kwargs)  # past the bases in between, which set the knobs of other models
-        low, high = pixel_limits(DEFAULT_SIZE, size, min_pixels, max_pixels, shortest_edge, longest_edge)
-        threads = _one_name("num_extract_threads", num_extract_threads, "frame_extract_num_threads", frame_extract_num_threads)
+        named = {"video_max_pixels": video_max_pixels, "video_fps": video_fps, "num_frames": num_frames, "video_backend": video_backend}
+        named |= {"num_extract_threads": num_extract_threads, "min_pixels": min_pixels, "max_pixels": max_pixels}
+        named = read_options({**named, **others}, self.stored, who)
+        low, high = pixel_limits(DEFAULT_SIZE, size, named.get("min_pixels"), named.get("max_pixels"))
+        video_fps, num_frames = named.get("video_fps"), named.get("num_frames")
         self.size = {"shortest_edge": low, "longest_edge": high}
-        self.video_max_pixels = video_max_pixels
+        self.video_max_pixels = named.get("video_max_pixels", VIDEO_MAX_PIXELS)
         self.patch_size = patch_size
         self.temporal_patch_size = temporal_patch_size
         self.merge_size = merge_size
@@ -392,27 +481,28 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.num_frames = num_frames
         self.min_frames = min_frames
         self.max_frames = max_frames
-        self.num_extract_threads = 4 if threads is None else threads
+        self.num_extract_threads = named.get("num_extract_threads", 4)
         self.image_mean = list(three_floats("image_mean", image_mean))
         self.image_std = list(three_floats("image_std", image_std))
-        self.video_backend = video_backend
+        self.video_backend = named.get("video_backend")
         self.resolve({})
 
     @classmethod
     def from_dict(cls, video_processor_dict, **kwargs):
         """Knobs among the keyword arguments take the place of the file's; a key of the file that means nothing here is left out."""
+        kwargs = drop_fixed(kwargs, cls.__name__)
         knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
-        knobs = {name: value for name, value in knobs.items() if value is not None}
-        reject_unknown([name for name in kwargs if nearest_name(name, cls.knobs, cutoff=0.8)], cls.knobs, cls.__name__)
+        settings_only(knobs, cls.stored, cls.__name__)
+        knobs = read_options(knobs, cls.stored, cls.__name__)
+        reject_unknown([name for name in kwargs if nearest_name(name, cls.knobs, cutoff=0.8)], cls.stored, cls.__name__)
         settings = {}
-        for name, value in video_processor_dict.items():
-            if name in cls.knobs or name in SERVICE_KEYS or name in FIXED:
+        for name, value in settings_by_name(video_processor_dict, cls.stored, cls.__name__).items():
+            if name in cls.stored or name in SERVICE_KEYS or name in FIXED:
                 settings[name] = value
             elif value is not None:
                 logger.warning_once(f"{cls.__name__}: {name}={value!r} has no effect")
-        for pair in (("num_frames", "video_fps"), ("num_extract_threads", "frame_extract_num_threads")):
-            if knobs.keys() & set(pair):
-                settings.update(dict.fromkeys(pair))
+        if knobs.keys() & {"num_frames", "video_fps"}:
+            settings.update(num_frames=None, video_fps=None)
         return super().from_dict(with_knobs(settings, knobs), **kwargs)
 
     @property
@@ -426,17 +516,12 @@ class MossVLVideoProcessor(BaseVideoProcessor):
     def resolve(self, knobs: dict) -> VideoKnobs:
         """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError."""
         who = type(self).__name__
-        knobs = drop_fixed(knobs, who)
-        reject_unknown(knobs, self.knobs, who)
-        knobs = {name: value for name, value in knobs.items() if value is not None}
-        threads = _one_name(
-            "num_extract_threads", knobs.get("num_extract_threads"), "frame_extract_num_threads", knobs.get("frame_extract_num_threads")
-        )
+        knobs = read_options(drop_fixed(knobs, who), self.knobs, who)
 
         def pick(name):
-            return knobs.get(name, getattr(self, name))
+            return knobs.get(name, getattr(self, name, None))
 
-        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in SIZES})
+        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")})
         whole = ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames")
         counts = {name: positive_int(name, pick(name)) for name in whole}
         if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1:
@@ -447,6 +532,9 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"video_max_pixels {counts['video_max_pixels']} does not hold one frame of shortest_edge {low} pixels")
 
         rate, number = knobs.get("video_fps"), knobs.get("num_frames")
+        every = not flag("do_sample_frames", knobs.get("do_sample_frames", True))
+        if "segments" in knobs:
+            raise ValueError("segments belong to one video; give that as {'video_path': ..., 'segments': [[start, end], [time], ...]}")
         if rate is None and number is None:
             rate, number = self.video_fps, self.num_frames
         if rate is not None and number is not None:
@@ -465,63 +553,120 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             **counts,
             video_fps=rate,
             num_frames=number,
-            num_extract_threads=positive_int("num_extract_threads", self.num_extract_threads if threads is None else threads),
+            every=every,
+            fixed=fixed_size(knobs, counts["patch_size"] * counts["merge_size"], who),
+            num_extract_threads=positive_int("num_extract_threads", pick("num_extract_threads")),
             **{name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")},
             video_backend=backend,
-            allow_http=bool(knobs.get("allow_http")),
+            allow_http=flag("allow_http", knobs.get("allow_http")),
         )
 
     def plan(self, videos, video_metadata=None, **knobs) -> list[ClipPlan]:
         """The clips of one sample: which frames, which size. Reads each file's index and decodes no more than its first frame.
 
-        `videos`: one video or a list; a video is what `open_video` takes, or {"video_path": video, "segments": [[start, end],
-        [time], ...]} with one clip a segment. `video_metadata`: for decoded frames, a mapping or one (or None) per video.
+        `videos`: one video or a list; a video is what `open_video` takes, or {"video_path": that, "segments": [[start, end], [time],
+        ...], options of its own} with one clip a segment. `video_metadata`: for decoded frames, a mapping or one (or None) per video.
+        `video_fps` may be a list, one a video. A video's own options hold for it alone; a budget of its own (`max_frames`,
+        `video_max_pixels`) leaves the shares of the others as they are without it.
 
         Raises ValueError, FileNotFoundError for anything that is wrong with the videos, their segments or the knobs.
         """
+        videos = flat_videos(videos)
+        knobs = read_options(drop_fixed(knobs, type(self).__name__), self.knobs, type(self).__name__)
+        metadata = _per_video(knobs.pop("video_metadata", None) if video_metadata is None else video_metadata, len(videos))
+        rates = knobs.get("video_fps")
+        if isinstance(rates, (list, tuple)):
+            if len(rates) != len(videos):
+                raise ValueError(f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one a video")
+            knobs = {name: value for name, value in knobs.items() if name != "video_fps"}
+            each = [{**knobs, **({} if rate is None else {"video_fps": rate})} for rate in rates]
+        else:
+            each = [knobs] * len(videos)
         use = self.resolve(knobs)
-        sources, segments = zip(*map(_split_segments, flat_videos(videos)))
-        metadata = _per_video(video_metadata, len(sources))
-        names = ["the video" if len(sources) == 1 else f"video {i}" for i in range(len(sources))]
+        asked = [self._ask(*one) for one in zip(videos, each, metadata)]
+        names = ["the video" if len(asked) == 1 else f"video {i}" for i in range(len(asked))]
 
-        def look(source, metadata, name):
-            return open_video(source, metadata, name=name, backend=use.video_backend, allow_http=use.allow_http)
+        def look(one, name):
+            return open_video(one.source, one.metadata, name=name, backend=use.video_backend, allow_http=use.allow_http)
 
-        opened = in_threads(use.num_extract_threads, look, sources, metadata, names)
+        opened = in_threads(use.num_extract_threads, look, asked, names)
 
-        for video, parts in zip(opened, segments):
-            _check_segments(video, parts or ())
-
-        clips = [(video, part) for video, parts in zip(opened, segments) for part in (parts or [None])]
-        if len(clips) > use.max_frames:
-            raise ValueError(f"{len(clips)} clips share max_frames {use.max_frames}; each needs at least one frame")
-        lengths = [video.duration if part is None else part[-1] - part[0] for video, part in clips]
-        most = share_frames(use.max_frames, lengths)
-        at_once = use.video_max_pixels // use.min_pixels
+        clips = []  # (its index in `asked`, video, segment or None)
+        for index, (one, video) in enumerate(zip(asked, opened)):
+            segments = one.segments(video.duration)
+            _check_segments(video, segments or ())
+            clips += [(index, video, segment) for segment in segments or [None]]
+        sharing = [clip for clip in clips if "max_frames" not in asked[clip[0]].own]
+        if len(sharing) > use.max_frames:
+            raise ValueError(f"{len(sharing)} clips share max_frames {use.max_frames}; each needs at least one frame")
+        lengths = [video.duration if part is None else part[-1] - part[0] for _, video, part in clips]
+        most = share_frames(max(use.max_frames, len(clips)), lengths)
         least, wish = [], []
-        for video, parts in zip(opened, segments):
-            spans = [part[-1] - part[0] for part in parts or [(0, 1)]]
-            least += share_frames(max(use.min_frames, len(spans)), spans)
-            wish += [None] * len(spans) if use.num_frames is None else share_frames(max(use.num_frames, len(spans)), spans)
+        for index, (one, video) in enumerate(zip(asked, opened)):
+            spans = [part[-1] - part[0] if part else 1 for i, _, part in clips if i == index]
+            least += share_frames(max(one.knobs.min_frames, len(spans)), spans)
+            number = one.knobs.num_frames
+            wish += [None] * len(spans) if number is None else share_frames(max(number, len(spans)), spans)
+            if "max_frames" in one.own:
+                if len(spans) > one.knobs.max_frames:
+                    raise ValueError(f"{video.name}: {len(spans)} segments share its max_frames {one.knobs.max_frames}; each needs one")
+                first = len(least) - len(spans)
+                most[first : len(least)] = share_frames(one.knobs.max_frames, lengths[first : len(least)])
 
         chosen = []
-        for (video, part), length, low, high, number in zip(clips, lengths, least, most, wish):
-            high = min(high, at_once)
-            if part is None:
-                count = frame_count(length, use.video_fps, number, low, min(high, len(video.times)))
+        for (index, video, part), length, low, high, number in zip(clips, lengths, least, most, wish):
+            mine = asked[index].knobs
+            high = min(high, mine.video_max_pixels // mine.min_pixels)
+            if mine.every:
+                chosen.append(_every_frame(video, part))
+            elif part is None:
+                count = frame_count(length, mine.video_fps, number, low, min(high, len(video.times)))
                 chosen.append((sample_indices(len(video.times), count), None))
+                if asked[index].untold and count < len(video.times):
+                    logger.warning_once(
+                        f"{count} of the {len(video.times)} decoded frames are taken, by video_fps or num_frames of the processor; "
+                        "pass do_sample_frames=False to take all, or fps= or num_frames= to say how many"
+                    )
             else:
-                count = frame_count(length, use.video_fps, number, low, high) if len(part) == 2 else 1
+                count = frame_count(length, mine.video_fps, number, low, high) if len(part) == 2 else 1
                 times = segment_times(part, count, float(video.times[-1]))
                 chosen.append((video.shown_at(times), times))
-        loads = [len(indices) * video.height * video.width for (video, _), (indices, _) in zip(clips, chosen)]
-        factor = use.patch_size * use.merge_size
+        loads = [len(indices) * video.height * video.width for (_, video, _), (indices, _) in zip(clips, chosen)]
         plans = []
-        for (video, _), (indices, times), load in zip(clips, chosen, loads):
-            share = use.video_max_pixels * (load / sum(loads))
-            size = fit_video_size(video.height, video.width, len(indices), factor, use.min_pixels, use.max_pixels, share)
-            plans.append(ClipPlan(video, indices, times, *size, use))
+        for (index, video, _), (indices, times), load in zip(clips, chosen, loads):
+            one = asked[index]
+            whole = sum(loads) if "video_max_pixels" not in one.own else sum(x for (i, _, _), x in zip(clips, loads) if i == index)
+            size = one.size(video, len(indices), one.knobs.video_max_pixels * (load / whole))
+            plans.append(ClipPlan(video, indices, times, *size, one.knobs))
         return plans
+
+    def _ask(self, video, general: dict, metadata) -> "_Asked":
+        """A video of a call with all that holds for it. ValueError for options that are wrong, before anything is opened."""
+        source, own = read_medium("video", video)
+        if source is None:
+            raise ValueError(f"a video given as a dict holds its source under {' or '.join(SOURCE_KEYS['video'])}; got {shorten(video)}")
+        name = _short(source)
+        given = own.get("video_metadata", metadata)
+        untold = False
+        if _is_decoded(source):
+            untold = not {"video_fps", "num_frames", "do_sample_frames", "min_frames", "max_frames"} & {*general, *own}
+            knobs, given = _timing(general, own, given, name)
+        else:
+            if "sample_fps" in general or "sample_fps" in own:
+                raise ValueError(f"{name}: sample_fps is the rate of a list of frames that were sampled before; for a file give fps")
+            _check_idle(general, own, name)
+            knobs = layered(general, own)
+        knobs.pop("video_metadata", None)
+        segments, span = knobs.pop("segments", None), [knobs.pop(name, None) for name in ("video_start", "video_end")]
+        if span != [None, None]:
+            if segments is not None:
+                raise ValueError(f"{name}: segments and video_start or video_end both say which part is looked at; give one of them")
+            span = [None if x is None else _number(key, x) for key, x in zip(("video_start", "video_end"), span)]
+            if None not in span:
+                read_segment(span, name)
+        elif segments is not None:
+            segments = _read_segments(segments, name)
+        return _Asked(source, self.resolve(knobs), segments, span, given, own, untold)
 
     def extract(self, videos, video_metadata=None, encoder=None, **knobs) -> list[Clip]:
         """The clips of one sample, decoded. `videos` may also be what `plan` gave; else as there.
@@ -586,15 +731,15 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         """The videos of one sample: `pixel_values_videos` float32 [P, 3 * p * p], `video_grid_thw` [clips, 3], and with
         `return_metadata` the list `video_metadata` of `ClipMetadata`.
 
-        `videos`, `video_metadata`: as for `plan`. Other keyword arguments: those of the class, and `allow_http`.
+        `videos`, `video_metadata`: as for `plan`. Other keyword arguments: the options of videos (options.py).
         `return_tensors`: "pt" (also None) or "np". With `do_normalize=False` `pixel_values_videos` are levels (uint8), beside their
         `image_mean` and `image_std`, lists of three numbers for each clip.
         """
         check_return_tensors(return_tensors)
         raw = wants_levels(do_normalize)
-        use = self.resolve(knobs)
+        colours = self.resolve({name: value for name, value in knobs.items() if name in ("image_mean", "image_std")})
         clips = self.extract(videos, video_metadata, **knobs)
-        data = join_patches([(clip.patches, use.image_mean, use.image_std) for clip in clips], raw)
+        data = join_patches([(clip.patches, colours.image_mean, colours.image_std) for clip in clips], raw)
         data = {"pixel_values_videos": data.pop("pixel_values"), "video_grid_thw": torch.tensor([clip.grid for clip in clips]), **data}
         out = BatchFeature({name: to_format(x, return_tensors) for name, x in data.items()})
         if return_metadata:

@@ -18,12 +18,14 @@ from transformers.utils import logging
 from .image_processing_moss_vl import (
     MAX_SOURCE_PIXELS,
     check_aspect,
+    float_unit,
     load_image,
     open_source,
     positive_int,
     reject_unknown,
     see_image,
 )
+from .options import shorten
 
 
 logger = logging.get_logger(__name__)
@@ -442,18 +444,21 @@ class DecordVideo(Video):
 
 
 class GivenFrames(Video):
-    """Images in a list, or an array [n, h, w, 3], with the times at which they are shown."""
+    """Images in a list, or an array [n, h, w, 3], with the times at which they are shown.
+
+    Floats of all frames are on one scale: 0..1 if none of them is above 1.
+    """
 
     KEYS = (
         "fps", "timestamps", "actual_timestamps", "frames_indices", "total_num_frames", "duration", "width", "height",
         "video_backend",
     )  # fmt: skip
 
-    def __init__(self, frames, metadata, name: str):
+    def __init__(self, frames, metadata, name: str, allow_http: bool = False):
         if len(frames) == 0:
             raise ValueError(f"{name} has no frames")
-        self._frames = frames
-        seen = see_image(frames[0], what=f"frame 0 of {name}")
+        self._frames, self._reading = frames, {"allow_http": allow_http, "unit": float_unit(frames)}
+        seen = see_image(frames[0], what=f"frame 0 of {name}", **self._reading)
         upright = seen.read().shape[:2] if not isinstance(frames, (np.ndarray, torch.Tensor)) else (seen.height, seen.width)
         times, duration, self.given_times = self._times(metadata, len(frames), f"{name} ({len(frames)} decoded frames)")
         super().__init__(name, times, duration, *upright)
@@ -472,11 +477,14 @@ class GivenFrames(Video):
                 duration = positive_int("total_num_frames", metadata["total_num_frames"]) / fps
         if stamps is None:
             if fps is None:
-                raise ValueError(f"{name}: nothing says when they are shown; pass video_metadata={{'fps': ...}} or {{'timestamps': [...]}}")
+                raise ValueError(
+                    f"{name}: nothing says when they are shown; pass video_metadata={{'fps': ...}} or {{'timestamps': [...]}}, or give the "
+                    "list as {'video': frames, 'fps': the rate at which they were taken}"
+                )
             return np.arange(total) / fps, total / fps, False
         times = np.asarray(stamps, np.float64)
         if times.shape != (total,) or not np.isfinite(times).all() or times[0] < 0 or np.any(np.diff(times) < 0):
-            raise ValueError(f"{name}: expected {total} timestamps, seconds that do not go down, got {stamps!r}")
+            raise ValueError(f"{name}: expected {total} timestamps, seconds that do not go down, got {shorten(stamps)}")
         if duration is None or duration < times[-1]:
             gap = float(times[-1] - times[0]) / (total - 1) if total > 1 else 0.0
             duration = float(times[-1]) + (gap or 1 / (fps or 1.0))
@@ -487,7 +495,7 @@ class GivenFrames(Video):
 
     def frames(self, wanted, problems, from_start=False):
         for number in wanted:
-            image = see_image(self._frames[number], what=f"frame {number} of {self.name}").read()
+            image = see_image(self._frames[number], what=f"frame {number} of {self.name}", **self._reading).read()
             if image.shape[:2] != (self.height, self.width):
                 raise ValueError(
                     f"frame {number} of {self.name} is {image.shape[1]} x {image.shape[0]}, frame 0 is {self.width} x {self.height}; "
@@ -521,7 +529,7 @@ def open_video(source, metadata=None, *, name="video", backend=None, allow_http=
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim != 4:
         raise ValueError(f"{name} is an array of shape {tuple(source.shape)}; expected [frames, height, width, 3]")
     if isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
-        return GivenFrames(source, metadata, name)
+        return GivenFrames(source, metadata, name, allow_http)
     if metadata is not None:
         raise ValueError(f"{name} is a file, which says itself when its frames are shown; video_metadata is for decoded frames")
     kind, module = video_backend(backend)

@@ -45,6 +45,7 @@ QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[
 
 CHAT_TEMPLATE = r"""{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\n' -}}
+{%- set said -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -60,7 +61,13 @@ CHAT_TEMPLATE = r"""{%- for message in messages -%}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{- '<|im_end|>\n' -}}
+{%- endset -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- said + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- said + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\n' -}}

@@ -438,7 +438,9 @@ def test_nested_text_kwargs(processor):
     [
         ({"max_pixel": 1}, "'max_pixel'; did you mean 'max_pixels'"),
         ({"vidoe_fps": 1}, "did you mean 'video_fps'"),
-        ({"fps": 1}, "did you mean 'video_fps'"),
+        ({"fps": 1, "video_fps": 2}, "fps=1 and video_fps=2 name the same option and disagree"),
+        ({"frame_rate": 1}, "unknown keyword 'frame_rate'"),
+        ({"resolution": 64}, "resolution is no option of MOSS-VL: write max_pixels"),
         ({"paddign": True}, "did you mean 'padding'"),
         ({"images_kwarg": {}}, "did you mean 'images_kwargs'"),
         ({"images_kwargs": {"video_fps": 1}}, "images_kwargs: unknown keyword 'video_fps'"),
@@ -510,8 +512,11 @@ def test_calculate_timestamps(processor):
     assert times([0, 1, 2], 3, 1.0, 3.0, 2) == [0.5, 2.0]
     assert times(None, 2, 30.0, 5.0, 1, [0.5, 4.0]) == [0.5, 4.0]
     assert times([0, 300], 151, 30.0, 5.0) == [0.0, 5.0]
-    for arguments in ((None, 5, 30.0, 5.0), ([0], None, None, None), ([0], 5, 0, None), ([0], 5, -1.0, 5.0)):
-        with pytest.raises(ValueError):
+    for arguments, message in (
+        ((None, 5, 30.0, 5.0), "both are None"), (([0], None, None, None), "video_fps=None"), (([0], 5, 0, None), "video_fps=0"),
+        (([0], 5, -1.0, 5.0), "video_fps=-1.0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
             times(*arguments)
 
 
@@ -637,7 +642,7 @@ def test_assistant_mask(processor):
         (["hello"], {}, "a conversation is a list"),
         ([{"content": "x"}], {}, "a conversation is a list"),
         ([{"role": "user", "content": 3}], {}, "must be a string or a list"),
-        ([{"role": "user", "content": ["x"]}], {}, "a part of a message"),
+        ([{"role": "user", "content": [3]}], {}, "a part of a message"),
         ([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], {}, "a part of a message"),
         ([{"role": "user", "content": [{"type": "text"}]}], {}, "a part of a message"),
         ([{"role": "user", "content": "x"}], {"padding": True}, "tokenize=True"),

@@ -584,8 +584,11 @@ def test_not_a_video(backend, tmp_path):
     for name, error in bad_sources(tmp_path).items():
         with pytest.raises(error, match=name):
             processor.plan(tmp_path / name)
-    for source in (b"", b"no video", 7, {"video_path": None}, {"path": "x"}, []):
-        with pytest.raises(ValueError):
+    for source, message in (
+        (b"", "of 0 bytes is empty"), (b"no video", "is not a video that"), (7, "from a int"), ({"video_path": None}, "holds its source under"),
+        ({"pth": "x"}, "did you mean 'path'"), ([], "no video given"), ({"video": []}, "has no frames"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
             processor.plan(source)
 
 
@@ -808,10 +811,23 @@ def test_by_hand_call(processor):
         ({"video_max_pixels": 100}, "video_max_pixels"),
         ({"temporal_patch_size": 2}, "temporal_patch_size"),
         ({"num_extract_threads": 0}, "num_extract_threads"),
-        ({"num_extract_threads": 2, "frame_extract_num_threads": 3}, "older name"),
+        ({"num_extract_threads": 2, "frame_extract_num_threads": 3}, "name the same option and disagree"),
         ({"video_backend": "torchcodec"}, "video_backend"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std"),
-        ({"fps": 2}, "did you mean 'video_fps'"),
+        ({"fps": 2, "video_fps": 3}, "name the same option and disagree"),
+        ({"fps": 2, "nframes": 3}, "both say how many"),
+        ({"fps": 1.0, "num_frames": 8}, "both say how many"),
+        ({"rate": 2}, "unknown keyword 'rate'"),
+        ({"segments": [[0, 1]]}, "segments belong to one video"),
+        ({"sample_fps": 2.0}, "sample_fps is the rate of a list of frames"),
+        ({"do_sample_frames": False, "fps": 2}, "do_sample_frames=False takes every frame, and leaves video_fps"),
+        ({"do_sample_frames": 3}, "do_sample_frames must be True or False"),
+        ({"resized_height": 64}, "make a size together"),
+        ({"resized_height": 64, "resized_width": 64, "max_pixels": 5000}, "leaves max_pixels without effect"),
+        ({"resized_height": 64, "resized_width": 20000}, "200 times"),
+        ({"video_start": 3, "video_end": 2}, "is reversed"),
+        ({"video_start": "soon"}, "video_start must be a number"),
+        ({"raw_fps": 2}, "raw_fps is no option"),
         ({"max_frame": 2}, "did you mean 'max_frames'"),
         ({"do_resize": False}, "do_resize"),
         ({"return_tensors": "tf"}, "return_tensors"),
