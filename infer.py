@@ -42,7 +42,6 @@ CHECKPOINT_KNOBS = dict.fromkeys((
     "num_extract_threads",
 ))  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant"}  # as `conversations` of training records call them
-CACHES = {"HF_MODULES_CACHE": "the code of checkpoints", "HF_HUB_CACHE": "downloaded checkpoints"}
 
 
 def main(argv=None) -> int:
@@ -284,19 +283,27 @@ def load(args):
         processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=args.dtype, **options)
     except OSError as error:
-        check_caches(error)
+        check_caches(error, downloads=not os.path.exists(args.checkpoint))
         raise
     return processor, model if device is None else model.to(device)
 
 
-def check_caches(cause: OSError) -> None:
-    """Raises OSError with the name of the variable to set, if what went wrong while loading is a cache folder that cannot be written to."""
+def check_caches(cause: OSError, downloads: bool) -> None:
+    """Raises OSError with the name of the variable to set, if what went wrong while loading is a cache folder that cannot be written to.
+
+    `downloads`: whether the checkpoint comes from a hub.
+    """
     import tempfile
 
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.utils import HF_MODULES_CACHE
 
-    for (variable, holds), folder in zip(CACHES.items(), (HF_MODULES_CACHE, HF_HUB_CACHE)):
+    if all(getattr(error, "errno", None) is None for error in (cause, cause.__cause__)):
+        return  # the libraries' own words, not those of a file system
+    caches = [("HF_MODULES_CACHE", "the code of checkpoints", HF_MODULES_CACHE)]
+    if downloads:
+        caches.append(("HF_HUB_CACHE", "downloaded checkpoints", HF_HUB_CACHE))
+    for variable, holds, folder in caches:
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

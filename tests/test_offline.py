@@ -558,10 +558,18 @@ def serve(model, processor, *items, stop=True):
     asked, said = queue.Queue(), queue.Queue()
     for item in (*items, *([{"stop_offline_generate": True}] if stop else [])):
         asked.put(item)
-    server = threading.Thread(target=model.offline_generate, args=(processor, asked, said), daemon=True)
+    failures = []
+
+    def run():
+        try:
+            model.offline_generate(processor, asked, said)
+        except BaseException as error:  # which would be a warning, and no more, on a thread
+            failures.append(error)
+
+    server = threading.Thread(target=run, daemon=True)
     server.start()
     server.join(120)
-    assert not server.is_alive()
+    assert not server.is_alive() and not failures, failures
     rounds = [[]]
     while not said.empty():
         piece = said.get()
