@@ -196,6 +196,12 @@ def test_other_names_of_options(model, processor, calls):  # noqa: F811
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"fps": 2, "video_fps": 2}))
 
 
+def test_none_gives_way_to_a_number_of_another_name(model, processor, calls):  # noqa: F811
+    for media in ({"max_pixels": 16384, "longest_edge": None}, {"longest_edge": None, "max_pixels": 16384}):
+        batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"num_frames": 1, **media}))
+    assert [call["grid_thw"].tolist() for call in calls] == [[[1, 6, 8]]] * 2
+
+
 def test_no_message_quotes_a_whole_string(model, processor):  # noqa: F811
     long = "data:image/png;base64," + "A" * 5000
     for query in (
@@ -349,9 +355,16 @@ class PlainQueue:
 @pytest.mark.parametrize("kind", [queue.Queue, queue.SimpleQueue, PlainQueue, lambda: queue.Queue(maxsize=5)],
                          ids=["Queue", "SimpleQueue", "plain", "full"])  # fmt: skip
 def test_nothing_that_comes_after_a_stop_is_lost(model, processor, kind):  # noqa: F811
-    asked, said = kind(), queue.Queue()
     after = [query_of("b"), {"id": "odd"}, {"stop_offline_generate": True}]
-    for query in (query_of("a"), {"stop_offline_generate": True}, *after):  # all are there while the first is answered
+
+    class Said(queue.Queue):
+        def put(self, piece):
+            super().put(piece)
+            if piece == "<|round_end|>":
+                asked.put(after[-1])  # comes in between the last token and the stop
+
+    asked, said = kind(), Said()
+    for query in (query_of("a"), {"stop_offline_generate": True}, *after[:-1]):  # all are there while the first is answered
         asked.put(query)
     start(model, processor, asked, said)()
     assert emptied(said) == [text_of(model, processor, query_of("a")), "<|round_end|>"]
