@@ -2,9 +2,14 @@
 
 Old spellings are normalised here once (`rope_theta` + `rope_scaling` become `rope_parameters`), so that the other files
 read one form.
+
+A config keeps nothing of what it is made from: dicts and config objects that are passed in are copied, and stay as they were.
 """
 
+import copy
 import math
+import numbers
+import os
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
@@ -15,9 +20,11 @@ if TYPE_CHECKING:
     # by its config class, and a config class by the files it imports: without these, a second folder of the same name whose config is
     # the same would get the model of the first one, whatever its own code says.
     from .cache_layers import VisionCacheLayer  # noqa: F401
+    from .conversation import PLACEHOLDERS  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
+    from .options import nearest_name  # noqa: F401
     from .patches import patchify  # noqa: F401
     from .pipeline_moss_vl import MossVLTextGenerationPipeline  # noqa: F401
     from .processing_moss_vl import MossVLProcessor  # noqa: F401
@@ -26,17 +33,29 @@ if TYPE_CHECKING:
     from .vision_sequence import VisionState  # noqa: F401
     from .xrope import rotation  # noqa: F401
 
+# The Auto classes that `auto_map` gives the model to. AutoModelForVision2Seq is of transformers 4 alone, AutoModelForMultimodalLM of 5.
+AUTO_MODELS = (
+    "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq",
+)  # fmt: skip
+
 
 def _require(condition: bool, what: str, got, expected: str) -> None:
     if not condition:
         raise ValueError(f"MOSS-VL config: {what}, got {got!r}; expected {expected}. Mend it in config.json.")
 
 
+def _plain(value):
+    """A whole number of any kind (numpy's, too, which JSON does not know) as an int, also inside a list or tuple; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+
+
 def _require_positive_ints(config: PretrainedConfig, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        _require(is_int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
+        value = _plain(getattr(config, name))
+        setattr(config, name, value)
+        _require(type(value) is int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
 
 
 def check_parts(config: PretrainedConfig, names: dict) -> None:
@@ -56,7 +75,8 @@ class MossVLVisionConfig(PretrainedConfig):
             `in_channels * temporal_patch_size * patch_size**2` values.
         spatial_merge_size: `m`; m x m patches become one vision token.
         out_hidden_size: width of a vision token, the text model's `hidden_size`.
-        num_position_embeddings: learned positions, a square table whose side divides by `spatial_merge_size`.
+        num_position_embeddings: learned positions, a square table. It is interpolated, so its side need not divide by
+            `spatial_merge_size`.
         deepstack_visual_indexes: blocks whose output goes to the merger beside that of the last one.
         layer_norm_eps: epsilon of every LayerNorm.
 
@@ -95,12 +115,12 @@ class MossVLVisionConfig(PretrainedConfig):
         self.spatial_merge_size = spatial_merge_size
         self.out_hidden_size = out_hidden_size
         self.num_position_embeddings = num_position_embeddings
-        self.deepstack_visual_indexes = list(deepstack_visual_indexes)
+        self.deepstack_visual_indexes = _plain(list(deepstack_visual_indexes))
         self.hidden_act = hidden_act
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         self._check()
-        super().__init__(**kwargs)
+        super().__init__(**copy.deepcopy(kwargs))
 
     def _check(self) -> None:
         _require_positive_ints(
@@ -119,12 +139,6 @@ class MossVLVisionConfig(PretrainedConfig):
             "`vision_config.num_position_embeddings`",
             self.num_position_embeddings,
             "a square number (a table of rows x columns)",
-        )
-        _require(
-            side % self.spatial_merge_size == 0,
-            "`vision_config.spatial_merge_size`",
-            self.spatial_merge_size,
-            f"a divisor of the position table's side, {side}",
         )
         indexes = self.deepstack_visual_indexes
         _require(
@@ -188,7 +202,7 @@ class MossVLTextConfig(PretrainedConfig):
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
         if cross_attention_layers is None:
             cross_attention_layers = range(2, num_hidden_layers, 4)
-        self.cross_attention_layers = list(cross_attention_layers)
+        self.cross_attention_layers = _plain(list(cross_attention_layers))
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         self.attention_bias = attention_bias
@@ -199,17 +213,17 @@ class MossVLTextConfig(PretrainedConfig):
         self.cross_attention_implementation = cross_attention_implementation
         self.rope_parameters = self._one_form_of_rope(rope_parameters, rope_theta, rope_scaling)
         self._check()
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **copy.deepcopy(kwargs))
         # Set again: the base class of 4.57 knows it as one of its own arguments, that of 5.x does not.
         self.tie_word_embeddings = tie_word_embeddings
 
     def _one_form_of_rope(self, rope_parameters, rope_theta, rope_scaling) -> dict:
-        given = dict(rope_scaling or {}) | dict(rope_parameters or {})
+        given = copy.deepcopy(dict(rope_scaling or {}) | dict(rope_parameters or {}))
         side = self.head_dim // 2 * 5 // 16  # frequencies of h and of w: the 11B model's share, 20 of 64
         return {
             "rope_type": given.pop("rope_type", given.pop("type", "default")),
             "rope_theta": given.pop("rope_theta", rope_theta if rope_theta is not None else 5_000_000.0),
-            "mrope_section": list(given.pop("mrope_section", [self.head_dim // 2 - 2 * side, side, side])),
+            "mrope_section": _plain(list(given.pop("mrope_section", [self.head_dim // 2 - 2 * side, side, side]))),
             "mrope_interleaved": given.pop("mrope_interleaved", True),
             **{key: value for key, value in given.items() if key != "type"},
         }
@@ -279,7 +293,7 @@ class MossVLConfig(PretrainedConfig):
     """Configuration of `MossVLForConditionalGeneration`.
 
     Args:
-        text_config, vision_config: a dict or a config object each; defaults are those of the 11B model.
+        text_config, vision_config: a dict or a config object each, which is copied; defaults are those of the 11B model.
         image_token_id: `<|image_pad|>`, one a frame in the text. video_token_id: `<|video_pad|>`, which the processor replaces.
         vision_seq_pad_multiple: kept for checkpoints that carry it. It pads the vision sequence with hidden tokens for kernels
             that ask for aligned lengths; ours do not, and it changes no number.
@@ -310,15 +324,16 @@ class MossVLConfig(PretrainedConfig):
     ):
         self.text_config = self._sub_config("text_config", text_config)
         self.vision_config = self._sub_config("vision_config", vision_config)
-        self.image_token_id = image_token_id
-        self.video_token_id = video_token_id
-        self.vision_start_token_id = vision_start_token_id
-        self.vision_end_token_id = vision_end_token_id
-        self.vision_seq_pad_multiple = vision_seq_pad_multiple
+        self.image_token_id = _plain(image_token_id)
+        self.video_token_id = _plain(video_token_id)
+        self.vision_start_token_id = _plain(vision_start_token_id)
+        self.vision_end_token_id = _plain(vision_end_token_id)
+        self.vision_seq_pad_multiple = _plain(vision_seq_pad_multiple)
         self._check()
         if tie_word_embeddings is None:
             tie_word_embeddings = self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = tie_word_embeddings
+        kwargs = copy.deepcopy(kwargs)
         kwargs["auto_map"] = self._whole_auto_map(kwargs.get("auto_map") or {})
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -344,17 +359,27 @@ class MossVLConfig(PretrainedConfig):
 
     @staticmethod
     def _whole_auto_map(given: dict) -> dict:
-        """Released configs do not name the class for image-text-to-text; all model classes are one."""
+        """Released configs name some of the Auto classes that a pipeline asks for; all model classes are one."""
         config, model = "configuration_moss_vl.MossVLConfig", "modeling_moss_vl.MossVLForConditionalGeneration"
         model = given.get("AutoModelForCausalLM", given.get("AutoModel", model))
-        models = dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), model)
+        models = dict.fromkeys(AUTO_MODELS, model)
         return {"AutoConfig": config, **models, **given}
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Names the code that lies in the folder, if it was saved there, in place of the repository that the config was loaded from."""
+
+        def local(reference):
+            own = reference.split("--")[-1] if isinstance(reference, str) else reference
+            return own if own != reference and os.path.isfile(os.path.join(save_directory, f"{own.split('.')[0]}.py")) else reference
+
+        self.auto_map = {name: local(reference) for name, reference in self.auto_map.items()}
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _sub_config(self, name: str, value) -> PretrainedConfig:
         if value is None:
             value = {}
         if isinstance(value, dict):
-            return self.sub_configs[name](**value)
+            return self.sub_configs[name](**value)  # which copies
         # By name, not by class: remote code may hand in the same class from another copy of this module.
         _require(
             getattr(value, "model_type", None) == self.sub_configs[name].model_type,
@@ -362,7 +387,7 @@ class MossVLConfig(PretrainedConfig):
             type(value).__name__,
             f"a dict or a {self.sub_configs[name].__name__}",
         )
-        return value
+        return copy.deepcopy(value)
 
     def _check(self) -> None:
         _require(

@@ -234,6 +234,68 @@ def media_of(messages, kind: str) -> list:
     return [part[kind] for part in parts if part["type"] == kind and part.get(kind) is not None]
 
 
+def fill_places(kind: str, messages: list, media: list) -> None:
+    """Gives parts of messages, changed in place, the `media` of `kind` that came beside the messages, plain and in order.
+
+    Messages have plain parts, without placeholders in their texts. The media fill the parts without one; or name again all media of the
+    messages, and what both say of one is joined; or have one part without a medium for each of their segments, which become one part.
+    Raises ValueError for other numbers, and for a medium that is named again but is another one.
+    """
+    parts = [part for message in messages for part in message["content"] if part["type"] == kind]
+    empty = [part for part in parts if kind not in part]
+    if len(media) == len(empty):
+        for part, medium in zip(empty, media):
+            part[kind] = medium
+        return
+    if len(media) == len(parts):  # named again
+        for number, (part, medium) in enumerate(zip(parts, media)):
+            part[kind] = _same_again(kind, number, part[kind], medium) if kind in part else medium
+        return
+    if len(empty) == len(parts) == sum(clips_of(kind, medium) for medium in media):
+        _fill_clips(kind, messages, media)  # a place for each segment
+        return
+    own = len(parts) - len(empty)
+    also = f", and have {own} of their own ({kind}s may also name all {len(parts)} again)" if own else ""
+    raise ValueError(f"the messages leave places for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they must match")
+
+
+def _same_again(kind: str, number: int, own, again):
+    """A part's medium that `images` or `videos` names again, with the options of both."""
+    (source, options), (other, others) = read_medium(kind, own), read_medium(kind, again)
+    shared = options.keys() & others.keys()
+    mine, theirs = ({name: each[name] for name in shared} for each in (options, others))
+    if not same_source(source, other):
+        raise ValueError(
+            f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(other)} in its place; expected the same, or no "
+            f"{kind}s beside messages that hold their own"
+        )
+    if not same_medium(kind, plain_medium(kind, source, mine), plain_medium(kind, source, theirs)):
+        raise ValueError(f"{kind} {number} of the messages has the options {shorten(mine)}, but in {kind}s {shorten(theirs)}")
+    return plain_medium(kind, source, {**others, **options})
+
+
+def _fill_clips(kind: str, messages: list, media: list) -> None:
+    """Gives the places of messages, one for each segment, to the videos: those of one video stand together, and become one part."""
+    left = iter([(medium, clip) for medium in media for clip in range(clips_of(kind, medium))])
+    for message in messages:
+        parts, whole = [], None  # whole: the medium of which the part before is a segment
+        for part in message["content"]:
+            if part["type"] != kind:
+                parts.append(part)
+                whole = None
+                continue
+            medium, clip = next(left)
+            if clip == 0:
+                parts.append({"type": kind, kind: medium})
+            elif whole is not medium:
+                raise ValueError(
+                    f"the segments of {shorten(medium)} stand apart in the messages; put their {PLACEHOLDERS[kind]} together, or give each "
+                    "segment as a video of its own"
+                )
+            whole = medium
+        message["content"] = parts
+
+
 def for_template(messages) -> list[dict]:
     """Messages of plain parts as a chat template takes them: media parts reduced to their type, one part for each placeholder."""
     out = []

@@ -4,20 +4,20 @@ A query is checked as a whole before anything is decoded, and becomes a `_Turn`.
 share one, left-padded. Nothing of a call stays on the model or the processor: a conversation goes on through the session state
 that a call returns.
 
-A conversation is a list of {"role", "content"}; content is a list of {"type": "text", "text"}, {"type": "image", "image"} and
-{"type": "video", "video"} parts, each medium in its own part.
+A conversation is a list of {"role", "content"}; content is a list of plain parts (conversation.py), each medium in its own part.
 """
 
-import difflib
 import math
 import numbers
+import os
 import queue
-import re
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -27,6 +27,22 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
+
+from .conversation import PLACEHOLDER, PLACEHOLDERS, clips_of, fill_places, media_of, plain_medium, read_medium, read_messages, split_places
+from .options import REFUSED, layered, names_of, nearest_name, read_options, shorten
+
+
+class _Int(int):
+    """The default of an argument that is an int: equal to the number, but no caller gives one of this class."""
+
+
+class _Float(float):
+    """The same for a float."""
+
+
+def _defaults(values: dict) -> dict:
+    kinds = {int: _Int, float: _Float}
+    return {name: kinds[type(value)](value) if type(value) in kinds else value for name, value in values.items()}
 
 
 # Used where a query or call does not say otherwise. None, given for a media knob, leaves it to the processor's own setting.
@@ -49,16 +65,14 @@ GENERATE_DEFAULTS = {
     "do_sample": False,
 }
 VISION_CHUNKED_LENGTH = 64
+# The same numbers as the signatures of the methods have them: what was given is told apart from what was not.
+_MEDIA, _GENERATE = _defaults(MEDIA_DEFAULTS), _defaults(GENERATE_DEFAULTS)
 
 # Facts about the weights: the knob, and its name in `config.vision_config`.
 WEIGHT_KNOBS = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
-BOTH_KNOBS = ("min_pixels", "max_pixels", "image_mean", "image_std", "allow_http", *WEIGHT_KNOBS)
-IMAGE_KNOBS = (*BOTH_KNOBS, "multi_image_max_pixels")
-VIDEO_KNOBS = (
-    *BOTH_KNOBS, "video_max_pixels", "video_fps", "num_frames", "min_frames", "max_frames", "num_extract_threads", "video_backend",
-)  # fmt: skip
-MEDIA_ALIASES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels", "frame_extract_num_threads": "num_extract_threads"}
-MEDIA_KNOBS = {*IMAGE_KNOBS, *VIDEO_KNOBS, *MEDIA_ALIASES}
+# `size` is left to the processor: the limits have arguments of their own here.
+IMAGE_KNOBS, VIDEO_KNOBS = ({*names_of(kind)} - {"size", "segments", "video_metadata"} for kind in ("image", "video"))
+MEDIA_KNOBS = IMAGE_KNOBS | VIDEO_KNOBS
 
 QUERY_KEYS = {
     "prompt", "messages", "images", "videos", "media_kwargs", "generate_kwargs", "use_template", "system_prompt",
@@ -66,6 +80,7 @@ QUERY_KEYS = {
 }  # fmt: skip
 CANCEL_KEYS = ("cancel_current_generate", "stop_generation")
 QUEUE_KEYS = {*QUERY_KEYS, *CANCEL_KEYS, "stop_offline_generate", "stream_output"}
+NEAR = 0.85  # of difflib: "generation_kwargs" is near "generate_kwargs", "prompt_id" is not near "prompt"
 
 # What turns sampling off again where the checkpoint's generation_config.json sets it; transformers warns about any other value.
 GREEDY = {
@@ -98,9 +113,6 @@ THINKING_PROMPT = (
     "then write the answer inside <answer></answer>."
 )
 
-PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>"}
-_PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")
-
 ROUND_START, ROUND_END = "<|round_start|>", "<|round_end|>"
 
 
@@ -121,20 +133,20 @@ class MossVLGenerationMixin:
         prompt="",
         image=None,
         *,
-        shortest_edge=MEDIA_DEFAULTS["min_pixels"],
-        longest_edge=MEDIA_DEFAULTS["max_pixels"],
-        multi_image_max_pixels=MEDIA_DEFAULTS["multi_image_max_pixels"],
+        shortest_edge=_MEDIA["min_pixels"],
+        longest_edge=_MEDIA["max_pixels"],
+        multi_image_max_pixels=_MEDIA["multi_image_max_pixels"],
         patch_size=None,
         temporal_patch_size=None,
         merge_size=None,
         image_mean=None,
         image_std=None,
-        max_new_tokens=GENERATE_DEFAULTS["max_new_tokens"],
-        temperature=GENERATE_DEFAULTS["temperature"],
-        top_k=GENERATE_DEFAULTS["top_k"],
-        top_p=GENERATE_DEFAULTS["top_p"],
-        repetition_penalty=GENERATE_DEFAULTS["repetition_penalty"],
-        do_sample=GENERATE_DEFAULTS["do_sample"],
+        max_new_tokens=_GENERATE["max_new_tokens"],
+        temperature=_GENERATE["temperature"],
+        top_k=_GENERATE["top_k"],
+        top_p=_GENERATE["top_p"],
+        repetition_penalty=_GENERATE["repetition_penalty"],
+        do_sample=_GENERATE["do_sample"],
         vision_chunked_length=VISION_CHUNKED_LENGTH,
         use_template=None,
         system_prompt=None,
@@ -163,25 +175,25 @@ class MossVLGenerationMixin:
         prompt="",
         video=None,
         *,
-        shortest_edge=MEDIA_DEFAULTS["min_pixels"],
-        longest_edge=MEDIA_DEFAULTS["max_pixels"],
-        video_max_pixels=MEDIA_DEFAULTS["video_max_pixels"],
+        shortest_edge=_MEDIA["min_pixels"],
+        longest_edge=_MEDIA["max_pixels"],
+        video_max_pixels=_MEDIA["video_max_pixels"],
         patch_size=None,
         temporal_patch_size=None,
         merge_size=None,
-        video_fps=MEDIA_DEFAULTS["video_fps"],
+        video_fps=_MEDIA["video_fps"],
         num_frames=None,
-        min_frames=MEDIA_DEFAULTS["min_frames"],
-        max_frames=MEDIA_DEFAULTS["max_frames"],
-        num_extract_threads=MEDIA_DEFAULTS["num_extract_threads"],
+        min_frames=_MEDIA["min_frames"],
+        max_frames=_MEDIA["max_frames"],
+        num_extract_threads=_MEDIA["num_extract_threads"],
         image_mean=None,
         image_std=None,
-        max_new_tokens=GENERATE_DEFAULTS["max_new_tokens"],
-        temperature=GENERATE_DEFAULTS["temperature"],
-        top_k=GENERATE_DEFAULTS["top_k"],
-        top_p=GENERATE_DEFAULTS["top_p"],
-        repetition_penalty=GENERATE_DEFAULTS["repetition_penalty"],
-        do_sample=GENERATE_DEFAULTS["do_sample"],
+        max_new_tokens=_GENERATE["max_new_tokens"],
+        temperature=_GENERATE["temperature"],
+        top_k=_GENERATE["top_k"],
+        top_p=_GENERATE["top_p"],
+        repetition_penalty=_GENERATE["repetition_penalty"],
+        do_sample=_GENERATE["do_sample"],
         vision_chunked_length=VISION_CHUNKED_LENGTH,
         use_template=None,
         system_prompt=None,
@@ -208,10 +220,11 @@ class MossVLGenerationMixin:
         Args:
             queries: a list of dicts with, all optional,
                 prompt: text, after the query's images and then videos; or
-                messages: chat messages; content is text or a list of parts. A part of type image or video carries its medium under
-                    that name, "url" or "path", else it (like a placeholder in a text) stands for the next one of `images` or `videos`.
-                images, videos: one medium or a list.
-                media_kwargs: `MEDIA_KNOBS`; generate_kwargs: `GENERATE_KNOBS`.
+                messages: chat messages; content is text or a list of parts. A part of type image or video carries its medium
+                    (conversation.py says how), else it (like a placeholder in a text) stands for the next one of `images` or `videos`.
+                images, videos: one medium or a list. Beside messages they fill the places without a medium, or name again, in their
+                    order, all media of the messages; what both say of a medium is joined.
+                media_kwargs: options of images and of videos, whichever the query has; generate_kwargs: `GENERATE_KNOBS`.
                 use_template: as for `offline_image_generate`; without a template the contents of messages follow each other bare.
                 system_prompt: the system turn. thinking_mode: "deep_thinking" (or "thinking", "reasoning") asks for the reasoning inside
                     <thinking></thinking> and the answer inside <answer></answer>, "no_thinking" ("default", "standard") does not.
@@ -220,11 +233,13 @@ class MossVLGenerationMixin:
                 reset_session (or clear_history): True forgets the session state first.
                 persist_session: False leaves the turn out of the returned session state.
                 append_messages_to_session: False takes the query as the whole conversation instead of its next turn.
+                Other keys (`id`, `metadata`, `response`, ...) are copied into the result, unless it has a key of that name. A key that is
+                one typo away from one of these, or has the name of an option that belongs into a dict of its own, is a ValueError.
             session_states: None, or a list with None or an earlier call's state for each query. `media_kwargs` of earlier turns
                 hold until a query says otherwise.
 
         Returns:
-            {"results": [{"index", "text", "input_text", "messages"}], "session_states": [...]} in the order of the queries:
+            {"results": [{"index", "text", "input_text", "messages", ...}], "session_states": [...]} in the order of the queries:
             `input_text` is the prompt as given to the processor, `messages` the conversation with the answer at its end.
         """
         if not isinstance(queries, (list, tuple)):
@@ -248,7 +263,7 @@ class MossVLGenerationMixin:
         results, session_states = [], []
         for index, (turn, text) in enumerate(zip(turns, _answer(self, processor, turns, inputs))):
             messages, state = turn.closed(text)
-            results.append({"index": index, "text": text, "input_text": turn.text, "messages": messages})
+            results.append({**turn.record, "index": index, "text": text, "input_text": turn.text, "messages": messages})
             session_states.append(state)
         return {"results": results, "session_states": session_states}
 
@@ -260,67 +275,62 @@ class MossVLGenerationMixin:
         (or of the rest of it), and the loop goes on.
 
         A query with `cancel_current_generate` or `stop_generation` ends the answer being generated, if there is one, ahead of
-        the queries that wait; what else it says is served in its turn, as is `stop_offline_generate`.
+        the queries that wait; what else it says is served in its turn, as is `stop_offline_generate`. False and None say nothing.
+        A query of nothing but these flags is no question and gets no round.
 
         Queries stand alone, unless one has `persist_session`: its conversation is continued by those after it, up to one with
-        `reset_session`.
+        `reset_session`. Keys of a record that mean nothing here (`id`, `metadata`, ...) are left alone.
+
+        When the method returns or is interrupted, the queries that came after are on `new_queries`, in their order.
         """
         waiting, state = deque(), None
-        while True:
-            query = waiting.popleft() if waiting else new_queries.get()
-            try:
-                if _is_cancel(query):  # nothing is being generated
+        try:
+            while True:
+                query = waiting.popleft() if waiting else new_queries.get()
+                try:
                     query = _without_cancel(query)
-                    if not query:
+                    if query is None:
                         continue
-                query = {"persist_session": False, **_without_cancel(_check_dict("query", query, QUEUE_KEYS))}
-                if _flag(query, "stop_offline_generate", False):
-                    return
-                query.pop("stop_offline_generate", None)
-                stream = _flag(query, "stream_output", False)
-                query.pop("stream_output", None)
-                turn = _resolve(self, processor, query, state, vision_chunked_length)
-                inputs = _encode(self, processor, turn)
-                cancel = _CancelFromQueue(new_queries, waiting)
-                turn.generate["stopping_criteria"] = [*turn.generate.get("stopping_criteria", []), cancel]
-                if stream:
-                    if "streamer" in turn.generate:
-                        raise ValueError("a query has stream_output or a streamer in its generate_kwargs, got both")
-                    output_text_queue.put(ROUND_START)
-                    turn.generate["streamer"] = _QueueStreamer(processor.tokenizer, output_text_queue)
-                text = _answer(self, processor, [turn], [inputs])[0]
-                _, state = turn.closed(text)
-                if not stream:
-                    output_text_queue.put(text)
-            except Exception as error:  # whatever one query does, the next is served
-                output_text_queue.put(f"[ERROR] {error or type(error).__name__}")
-            output_text_queue.put(ROUND_END)
+                    if _flag(query, "stop_offline_generate", False):
+                        return
+                    stream = _flag(query, "stream_output", False)
+                    query = {name: value for name, value in query.items() if name not in ("stop_offline_generate", "stream_output")}
+                    query["persist_session"] = _flag(query, "persist_session", False)
+                    turn = _resolve(self, processor, query, state, vision_chunked_length)
+                    inputs = _encode(self, processor, turn)
+                    cancel = _CancelFromQueue(new_queries, waiting)
+                    turn.generate["stopping_criteria"] = [*turn.generate.get("stopping_criteria", []), cancel]
+                    if stream:
+                        if "streamer" in turn.generate:
+                            raise ValueError("a query has stream_output or a streamer in its generate_kwargs, got both")
+                        output_text_queue.put(ROUND_START)
+                        turn.generate["streamer"] = _QueueStreamer(processor.tokenizer, output_text_queue)
+                    text = _answer(self, processor, [turn], [inputs])[0]
+                    _, state = turn.closed(text)
+                    if not stream:
+                        output_text_queue.put(text)
+                except Exception as error:  # whatever one query does, the next is served
+                    output_text_queue.put(f"[ERROR] {error or type(error).__name__}")
+                output_text_queue.put(ROUND_END)
+        finally:
+            _put_back(new_queries, waiting)
 
 
 def _answer_one(model, processor, kind: str, call: dict) -> str:
     """The answer of a single method; `call` has its arguments by name."""
     extra = call["generate_kwargs"]
-    knobs = IMAGE_KNOBS if kind == "image" else VIDEO_KNOBS
-    media_knobs = {*knobs, *(alias for alias, name in MEDIA_ALIASES.items() if name in knobs)}
+    media_knobs = IMAGE_KNOBS if kind == "image" else VIDEO_KNOBS
     arguments = call.keys() - {"self", "generate_kwargs"}
     _check_dict(f"offline_{kind}_generate", extra, arguments | media_knobs | GENERATE_KNOBS | NOT_TEXT)
-    media = _as_list(call[kind])
+    media = _as_list(kind, call[kind])
     if not media:
-        raise ValueError(f"{kind} must be one {kind} or a list of at least one, got {call[kind]!r}")
-    media_kwargs = {MEDIA_ALIASES.get(name, name): call[name] for name in arguments & media_knobs}
-    for name in extra.keys() & media_knobs:  # the other name of an argument
-        known = MEDIA_ALIASES.get(name, name)
-        if media_kwargs.get(known) != MEDIA_DEFAULTS.get(known):
-            raise ValueError(f"offline_{kind}_generate: {name} is another name of {known}, and both were given; give one")
-        media_kwargs[known] = extra[name]
-    if media_kwargs.get("num_frames") is not None and media_kwargs["video_fps"] == MEDIA_DEFAULTS["video_fps"]:
-        del media_kwargs["video_fps"]
-    call = {**call, **extra}
+        raise ValueError(f"{kind} must be one {kind} or a list of at least one, got {shorten(call[kind])}")
+    given = {name: call[name] for name in call if name in arguments and not isinstance(call[name], (_Int, _Float))} | extra
     query = {
         "prompt": call["prompt"],
         f"{kind}s": media,
-        "media_kwargs": media_kwargs,
-        "generate_kwargs": {name: call[name] for name in call.keys() & (GENERATE_KNOBS | NOT_TEXT)},
+        "media_kwargs": {name: value for name, value in given.items() if name in media_knobs},
+        "generate_kwargs": {name: value for name, value in given.items() if name in GENERATE_KNOBS | NOT_TEXT},
         **{name: call[name] for name in ("use_template", "system_prompt", "system_prompt_type", "thinking_mode")},
     }
     turn = _resolve(model, processor, query, None, call["vision_chunked_length"])
@@ -344,6 +354,7 @@ class _Turn:
     generate: dict
     state: dict | None  # what the turn continues
     persist: bool
+    record: dict  # what else the query says, which is the caller's
 
     def closed(self, answer: str) -> tuple[list, dict | None]:
         """The conversation with the answer, and the session state after it."""
@@ -353,9 +364,9 @@ class _Turn:
 
 def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
     """The turn of a query after a session state. Raises ValueError or FileNotFoundError; decodes nothing."""
-    _check_dict("query", query, QUERY_KEYS)
+    record = _check_query(query, QUERY_KEYS)
     if state is not None and (not isinstance(state, dict) or set(state) != {"messages", "media_kwargs"}):
-        raise ValueError(f"a session state is None or what an earlier call returned in 'session_states', got {state!r:.200}")
+        raise ValueError(f"a session state is None or what an earlier call returned in 'session_states', got {shorten(state)}")
     if _flag(query, "reset_session", False) or _flag(query, "clear_history", False):
         state = None
     continued = state if _flag(query, "append_messages_to_session", True) else None
@@ -370,22 +381,20 @@ def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
         raise ValueError("use_template=True, but the processor has no chat template; pass use_template=False or add chat_template.jinja")
     text = _render(processor, messages, has_template if use_template is None else use_template)
 
-    media_kwargs = _merge_media_kwargs(media_kwargs, _check_dict("media_kwargs", query.get("media_kwargs"), MEDIA_KNOBS))
-    knobs = {**MEDIA_DEFAULTS, **media_kwargs}
-    if knobs.get("num_frames") is not None and "video_fps" not in media_kwargs:
-        del knobs["video_fps"]
-    knobs = {name: value for name, value in knobs.items() if value is not None}
+    media_kwargs = _merge_media_kwargs(media_kwargs, _check_dict("media_kwargs", query.get("media_kwargs"), MEDIA_KNOBS | REFUSED.keys()))
+    knobs = {name: value for name, value in layered(MEDIA_DEFAULTS, media_kwargs).items() if value is not None}
     turn = _Turn(
         messages=messages,
         text=text,
-        images=_media_of(messages, "image"),
-        videos=_media_of(messages, "video"),
+        images=media_of(messages, "image"),
+        videos=media_of(messages, "video"),
         media_kwargs=media_kwargs,
         images_kwargs={name: value for name, value in knobs.items() if name in IMAGE_KNOBS},
         videos_kwargs={name: value for name, value in knobs.items() if name in VIDEO_KNOBS},
         generate=_generate_kwargs(model, processor.tokenizer, query.get("generate_kwargs"), vision_chunked_length),
         state=state,
         persist=_flag(query, "persist_session", True),
+        record=record,
     )
     _check_media(model, processor, turn)
     return turn
@@ -393,67 +402,40 @@ def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
 
 def _query_messages(query: dict) -> list:
     """The messages that a query adds, each medium in its part."""
-    waiting = {"image": _as_list(query.get("images")), "video": _as_list(query.get("videos"))}
+    given = {kind: _as_list(kind, query.get(f"{kind}s")) for kind in PLACEHOLDERS}
     prompt, messages = query.get("prompt"), query.get("messages")
     if messages is None:
-        if prompt is None and not any(waiting.values()):
+        if prompt is None and not any(given.values()):
             raise ValueError("a query needs a prompt, messages, images or videos; got none of them")
         prompt = "" if prompt is None else prompt
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be a string, got {type(prompt).__name__}; chat messages go under 'messages'")
-        if placeholder := _PLACEHOLDER.search(prompt):
+        if placeholder := PLACEHOLDER.search(prompt):
             raise ValueError(
                 f"prompt holds {placeholder[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
             )
-        media = [{"type": kind, kind: medium} for kind, media in waiting.items() for medium in media]
+        media = [{"type": kind, kind: _plain(kind, medium)} for kind, media in given.items() for medium in media]
         return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
     if prompt is not None:
         raise ValueError("a query has a prompt or messages, got both")
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"messages must be a list of at least one {{'role', 'content'}}, got {messages!r:.100}")
-    asked = {"image": 0, "video": 0}
     filled = []
-    for message in messages:
-        _check_dict("message", message, {"role", "content"})
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
-            raise ValueError(f"a message needs a role (a string) and content (a string or a list of parts), got {message!r:.200}")
-        parts = []
-        for part in _parts(content):
-            kind = part["type"]
-            if kind != "text" and part.get(kind) is None:
-                if asked[kind] < len(waiting[kind]):
-                    part[kind] = waiting[kind][asked[kind]]
-                asked[kind] += 1
-            parts.append(part)
-        filled.append({"role": role, "content": parts})
-    for kind, count in asked.items():
-        if count != len(waiting[kind]):
-            raise ValueError(f"the messages leave places for {count} {kind}s, but {kind}s holds {len(waiting[kind])}; they must match")
+    for message in read_messages(messages, "messages"):
+        _check_keys("message", message, {"role", "content"})
+        content = message.get("content")
+        if not isinstance(message["role"], str) or content is None:
+            raise ValueError(f"a message needs a role (a string) and content (a string or a list of parts), got {shorten(message)}")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        filled.append({**message, "content": list(split_places(parts))})
+    for kind, media in given.items():
+        fill_places(kind, filled, [_plain(kind, medium) for medium in media])
     return filled
 
 
-def _parts(content):
-    """The parts of a message's content, new dicts; placeholders in a text become parts without a medium."""
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image", "video"):
-            raise ValueError(f"a part of a message is a dict with type 'text', 'image' or 'video', got {part!r:.200}")
-        if kind != "text":
-            _check_dict(f"part of type {kind}", part, {"type", kind, "url", "path"})
-            media = [part[name] for name in (kind, "url", "path") if part.get(name) is not None]
-            if len(media) > 1:
-                raise ValueError(f"a part holds one {kind}, got {len(media)}: {part!r:.200}")
-            yield {"type": kind, **{kind: medium for medium in media}}
-            continue
-        _check_dict("part of type text", part, {"type", "text"})
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"a part of type text needs a string under 'text', got {part!r:.200}")
-        for index, piece in enumerate(_PLACEHOLDER.split(part["text"])):  # text, kind, text, kind, ..., text
-            if index % 2:
-                yield {"type": piece}
-            elif piece or piece == part["text"]:
-                yield {"type": "text", "text": piece}
+def _plain(kind: str, medium):
+    source, options = read_medium(kind, medium)
+    if source is None:
+        raise ValueError(f"{kind}s holds no {kind} in {shorten(medium)}; expected a path, a URL or another source of one")
+    return plain_medium(kind, source, options)
 
 
 def _with_system(before: list, new: list, query: dict) -> list:
@@ -470,26 +452,21 @@ def _with_system(before: list, new: list, query: dict) -> list:
     if before and before[0]["role"] == "system":
         before = before[1:]
     if system is None:
-        system = SYSTEM_PROMPTS[kind or ("video" if _media_of(before + new, "video") else "text_image")]
+        system = SYSTEM_PROMPTS[kind or ("video" if media_of(before + new, "video") else "text_image")]
     if mode is not None and THINKING_MODES[mode]:
         system = f"{system}\n{THINKING_PROMPT}".lstrip("\n")
     return [{"role": "system", "content": [{"type": "text", "text": system}]}, *before, *new]
 
 
-def _media_of(messages: list, kind: str) -> list:
-    return [part[kind] for message in messages for part in message["content"] if part["type"] == kind]
-
-
 def _render(processor, messages: list, use_template: bool) -> str:
-    """The prompt of a conversation, a placeholder for each medium (for each segment, where a video has segments)."""
+    """The prompt of a conversation, a placeholder for each medium (for each segment, if a video has segments)."""
 
     def content(parts):
         for part in parts:
-            medium = part[part["type"]]
-            segments = medium.get("segments") if part["type"] == "video" and isinstance(medium, dict) else None
-            yield medium if part["type"] == "text" else PLACEHOLDERS[part["type"]] * (1 if segments is None else len(segments))
+            kind = part["type"]
+            yield part["text"] if kind == "text" else PLACEHOLDERS[kind] * clips_of(kind, part[kind])
 
-    plain = [{"role": message["role"], "content": "".join(content(message["content"]))} for message in messages]
+    plain = [{**message, "content": "".join(content(message["content"]))} for message in messages]
     if use_template:
         return processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     if any(message["role"] == "system" for message in plain):
@@ -504,17 +481,15 @@ def _render(processor, messages: list, use_template: bool) -> str:
 
 
 def _merge_media_kwargs(earlier: dict, given: dict) -> dict:
-    """Earlier turns' knobs under this query's. A rate takes the place of a number of frames, and the other way round."""
-    named = {}
+    """Earlier turns' options under this query's, by the names that this code uses. None is kept: it stands for the processor's own."""
+    named, spelled = {}, {}
     for name, value in given.items():
-        known = MEDIA_ALIASES.get(name, name)
+        [known] = read_options({name: True}, MEDIA_KNOBS, "media_kwargs")
         if value is not None and named.get(known) is not None:
-            raise ValueError(f"media_kwargs: {name!r} and {known!r} are the same knob; give one of them")
-        named[known] = named.get(known) if value is None else value
-    rates = ("video_fps", "num_frames")
-    if any(name in named for name in rates):
-        earlier = {name: value for name, value in earlier.items() if name not in rates}
-    return {**earlier, **named}
+            raise ValueError(f"{name} is another name of {spelled[known]}, the same knob, and both were given; give one of them")
+        if value is not None or known not in named:
+            named[known], spelled[known] = _plain_number(value), name
+    return layered(earlier, named)
 
 
 def _check_media(model, processor, turn: _Turn) -> None:
@@ -535,7 +510,7 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     """Everything that `generate` gets beside the inputs, defaults filled in."""
     if isinstance(given, dict) and (instead := sorted(given.keys() & NOT_TEXT)):
         raise ValueError(f"generate_kwargs: {', '.join(instead)}: the offline methods return one text; call model.generate for more")
-    given = _check_dict("generate_kwargs", given, GENERATE_KNOBS)
+    given = {name: _plain_number(value) for name, value in _check_dict("generate_kwargs", given, GENERATE_KNOBS).items()}
     knobs = {**GENERATE_DEFAULTS, "vision_chunked_length": vision_chunked_length, **given}
     for name in ("max_new_tokens", "vision_chunked_length"):
         _check_number(name, knobs[name], numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
@@ -544,6 +519,7 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     _check_number("top_k", knobs["top_k"], numbers.Integral, "a whole number, 0 for no limit", lambda x: x >= 0)
     _check_number("repetition_penalty", knobs["repetition_penalty"], numbers.Real, "above 0", lambda x: x > 0)
     knobs |= {name: float(knobs[name]) for name in ("temperature", "top_p", "repetition_penalty")}  # transformers wants no ints here
+    knobs |= {name: int(knobs[name]) for name in ("max_new_tokens", "vision_chunked_length", "top_k")}
     if not isinstance(knobs["do_sample"], bool):
         raise ValueError(f"do_sample must be True or False, got {knobs['do_sample']!r}")
 
@@ -663,11 +639,17 @@ class _UnpaddedPenalty(LogitsProcessor):
 
 
 def _is_cancel(query) -> bool:
-    return isinstance(query, dict) and any(query.get(key) for key in CANCEL_KEYS)
+    return isinstance(query, dict) and any(query.get(key) in (True,) for key in CANCEL_KEYS)
 
 
-def _without_cancel(query: dict) -> dict:
-    return {key: value for key, value in query.items() if key not in CANCEL_KEYS}
+def _without_cancel(query) -> dict | None:
+    """The query without its cancel flags, None where nothing else is left of it. ValueError for what is no query."""
+    _check_query(query, QUEUE_KEYS)
+    if not any(key in query for key in CANCEL_KEYS):
+        return query
+    for key in CANCEL_KEYS:
+        _flag(query, key, False)
+    return {key: value for key, value in query.items() if key not in CANCEL_KEYS} or None
 
 
 class _CancelFromQueue(StoppingCriteria):
@@ -686,11 +668,27 @@ class _CancelFromQueue(StoppingCriteria):
                 break
             if _is_cancel(query):
                 self.cancelled = True
-                query = _without_cancel(query)
+                query = {key: value for key, value in query.items() if key not in CANCEL_KEYS}
                 if not query:
                     continue
             self.waiting.append(query)
         return torch.full((len(input_ids),), self.cancelled, dtype=torch.bool, device=input_ids.device)
+
+
+def _put_back(new_queries, waiting: deque) -> None:
+    """Puts the queries that wait back on the queue they came from, ahead of those that came later."""
+    if not waiting:
+        return
+    if isinstance(getattr(new_queries, "queue", None), deque):  # a queue.Queue: at its front, in one step
+        with new_queries.mutex:
+            new_queries.queue.extendleft(reversed(waiting))
+            new_queries.not_empty.notify_all()
+        return
+    with suppress(queue.Empty):  # another kind of queue has no front: all come out, and go in again
+        while True:
+            waiting.append(new_queries.get_nowait())
+    for query in waiting:
+        new_queries.put(query)
 
 
 class _QueueStreamer(TextStreamer):
@@ -719,26 +717,58 @@ def _naming(index: int):
         raise ValueError(f"query {index}: {error}") from error
 
 
-def _check_dict(what: str, value, known) -> dict:
-    """`value`, {} for None; ValueError unless it is a dict whose keys are all known."""
+def _check_dict(what: str, value, known=None) -> dict:
+    """`value`, {} for None; ValueError unless it is a dict whose keys are all known (any, without `known`)."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a dict, got {type(value).__name__}")
-    for name in value:
+    for name in value if known is not None else ():
         if name not in known:
             raise ValueError(f"{what}: unknown key {name!r}; {_nearest(name, known)}")
     return value
 
 
+def _check_query(query, known) -> dict:
+    """What a query says beside the `known` keys, which is left to the caller. ValueError for a key that was meant to be one of them."""
+    _check_dict("query", query)
+    if query is None:
+        raise ValueError("query must be a dict, got None")
+    for name in query.keys() & (QUEUE_KEYS - known):
+        if _flag(query, name, False):
+            raise ValueError(f"query: {name} is for the queue of offline_generate; leave it out")
+    for name in query.keys() - QUEUE_KEYS:
+        for box, options in (("media_kwargs", MEDIA_KNOBS), ("generate_kwargs", GENERATE_KNOBS)):
+            if name in options and query[name] is not None:
+                raise ValueError(f"query: {name!r} belongs into its {box}; write {{{box!r}: {{{name!r}: ...}}}}")
+    _check_keys("query", query, QUEUE_KEYS, {*MEDIA_DEFAULTS, *GENERATE_DEFAULTS})
+    return {name: value for name, value in query.items() if name not in QUEUE_KEYS}
+
+
+def _check_keys(what: str, value: dict, known, elsewhere=()) -> None:
+    """ValueError for a key that is not known, but was meant to be: one typo away from a known one or nearly the same, or one typo away from
+    one that belongs `elsewhere`."""
+    for name in value.keys() - known:
+        spelled = str(name).lower().replace("-", "_").replace(" ", "_")
+        typos = (one for one in (*sorted(known), *sorted(elsewhere)) if _is_typo(spelled, one))
+        near = next(typos, None) or nearest_name(spelled, known, cutoff=NEAR)
+        if near is not None:
+            raise ValueError(f"{what}: unknown key {name!r}; did you mean {near!r}?")
+
+
+def _is_typo(a: str, b: str) -> bool:
+    """Whether two names are the same but for one letter: another one, one too many or too few, or two that are swapped. Names of fewer than
+    five letters are too much alike to tell."""
+    if min(len(a), len(b)) < 5 or abs(len(a) - len(b)) > 1:
+        return False
+    i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    swapped = a[i : i + 2] == b[i : i + 2][::-1] and a[i + 2 :] == b[i + 2 :]
+    return swapped or a[i + 1 :] == b[i + 1 :] or a[i + 1 :] == b[i:] or a[i:] == b[i + 1 :]
+
+
 def _check_choice(what: str, value, known) -> None:
     if value is not None and value not in known:
         raise ValueError(f"{what}: unknown value {value!r}; {_nearest(value, known)}")
-
-
-def nearest_name(name, known) -> str | None:
-    """The name of `known` that is spelled most like `name`, None where none is near."""
-    return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)), None)
 
 
 def _nearest(name, known) -> str:
@@ -751,6 +781,11 @@ def _check_number(name: str, value, kind, expected: str, fits) -> None:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
+def _plain_number(value):
+    """The Python number or bool of a numpy scalar; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _flag(query: dict, name: str, default: bool) -> bool:
     value = query.get(name)
     if value not in (None, True, False):
@@ -758,8 +793,20 @@ def _flag(query: dict, name: str, default: bool) -> bool:
     return default if value is None else bool(value)
 
 
-def _as_list(media) -> list:
-    """One medium, a list of them or None -> a list."""
+def _is_frames(media) -> bool:
+    """Whether a list is one video, of decoded frames or of picture files, as the processor sees it."""
+
+    def is_frame(x):
+        if isinstance(x, (str, os.PathLike)):
+            return os.fspath(x).lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
+        return isinstance(x, Image.Image) or (isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim in (2, 3))
+
+    return len(media) > 0 and all(map(is_frame, media))
+
+
+def _as_list(kind: str, media) -> list:
+    """One medium, a list of them or None -> a list. A list of frames is one video."""
     if media is None:
         return []
-    return list(media) if isinstance(media, (list, tuple)) else [media]
+    one = not isinstance(media, (list, tuple)) or (kind == "video" and _is_frames(media))
+    return [media] if one else list(media)

@@ -4,7 +4,14 @@ import argparse
 import json
 import os
 import sys
+import types
 from pathlib import Path
+
+if "moss_vl" not in sys.modules:  # the project's files, which import each other, as a package
+    sys.modules["moss_vl"] = types.ModuleType("moss_vl")
+    sys.modules["moss_vl"].__path__ = [str(Path(__file__).resolve().parent)]
+from moss_vl.conversation import SOURCE_KEYS, file_of, locate, read_medium, read_messages, scheme_of  # noqa: E402
+from moss_vl.options import ALTERNATIVES, OPTIONS, shorten  # noqa: E402
 
 
 NANO = Path(__file__).resolve().parent / "checkpoints" / "moss-vl-nano"
@@ -13,14 +20,18 @@ examples:
   python infer.py photo.jpg -p "What does the sign say?"
   python infer.py clip.mp4 -p "What happens?" --frames 16
   python infer.py before.jpg after.jpg clip.mp4 -p "Which picture shows the end of the clip?"
+  python infer.py --allow-http https://example.com/photo.jpg -p "What does the sign say?"
   python infer.py --batch queries.jsonl --out results.jsonl
 
-queries.jsonl has a JSON object a line, with the keys of a query of `offline_batch_generate` (prompt or messages, images,
-videos, media_kwargs, generate_kwargs, ...), and
+images and videos are paths, file: or data: URLs, or, with --allow-http, http(s): URLs.
+
+queries.jsonl has a JSON object per line, or is a JSON list of such objects, with the keys of a query of
+`offline_batch_generate` (prompt or messages, images, videos, media_kwargs, generate_kwargs, ...), and
   "media": ["a.jpg", "b.mp4"]   instead of images and videos: any files, in their order
-  "id": ...                     copied into the result
-Paths are relative to queries.jsonl. The options given here hold for every line that does not say otherwise.
-results.jsonl gets a line a query, in their order: {"index": 0, "id": ..., "text": ...}, or "error" in place of "text". Lines
+Any other key ("id", "label", ...) is copied into the result. Training records are queries, too: their `conversations` are
+messages, and the assistant's turns at the end, which answer them, are left out.
+Paths, wherever they stand, are relative to queries.jsonl. The options given here hold for every line that does not say otherwise.
+results.jsonl gets a line per query, in their order: {"index": 0, "id": ..., "text": ...}, or "error" in place of "text". Lines
 that are there already are kept, and the run goes on after them; to try failed queries again, give another --out.
 
 exit codes: 0 all answered, 1 some queries of a batch failed, 2 wrong usage or input, 130 interrupted
@@ -30,6 +41,7 @@ CHECKPOINT_KNOBS = dict.fromkeys((
     "min_pixels", "max_pixels", "multi_image_max_pixels", "video_max_pixels", "video_fps", "min_frames", "max_frames",
     "num_extract_threads",
 ))  # fmt: skip
+ROLES = {"human": "user", "gpt": "assistant"}  # as `conversations` of training records call them
 
 
 def main(argv=None) -> int:
@@ -78,11 +90,12 @@ def parse(argv) -> argparse.Namespace:
 
     seeing = parser.add_argument_group("seeing")
     seeing.add_argument("--frames", metavar="N", type=at_least(int, 1),
-                        help="look at N frames of a video, spread over it; with --fps, at most N")  # fmt: skip
+                        help="look at N frames of each video, spread over it; with --fps, at most N of all videos of a query")  # fmt: skip
     seeing.add_argument("--fps", metavar="RATE", type=above_0, help="look at RATE frames a second (default: the checkpoint's, mostly 1)")
     seeing.add_argument("--min-pixels", metavar="N", type=at_least(int, 1),
                         help="fewest pixels of an image or frame after its resize; smaller ones are enlarged")  # fmt: skip
     seeing.add_argument("--max-pixels", metavar="N", type=at_least(int, 1), help="most pixels of an image or frame after its resize")
+    seeing.add_argument("--allow-http", action="store_true", help="download images and videos from http: and https: URLs")
 
     saying = parser.add_argument_group("answering")
     saying.add_argument("--max-new-tokens", metavar="N", type=at_least(int, 1), default=1024, help="longest answer (default: 1024)")
@@ -152,49 +165,96 @@ above_0.__name__ = share.__name__ = "number"  # what argparse calls them
 def query_from(args, query: dict, processor) -> dict:
     """The query with the options of the command line where it says nothing."""
     own = processor.video_processor
-    limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    frames = {**limits, "video_fps": args.fps}
+    media_kwargs = query.get("media_kwargs") or {}
+    frames = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "video_fps": args.fps}
     if args.frames is not None:
         frames |= {"min_frames": min(args.frames, own.min_frames), "max_frames": args.frames}
-        if args.fps is None:
-            frames |= {"num_frames": args.frames, "max_frames": max(args.frames, own.max_frames)}
-    media_kwargs = query.get("media_kwargs") or {}
-    if {"video_fps", "num_frames"} & media_kwargs.keys():  # its own rate or number of frames, in place of ours
-        frames = limits
+        if args.fps is None:  # max_frames bounds the frames of all videos together
+            frames |= {"num_frames": args.frames, "max_frames": max(args.frames * max(1, count_videos(query)), own.max_frames)}
+    if args.allow_http:
+        frames |= {"allow_http": True}
+    said = {option_of(name) for name in media_kwargs}
+    if said & set(ALTERNATIVES[0]):  # its own rate or number of frames, in place of ours
+        frames = {name: value for name, value in frames.items() if name not in (*ALTERNATIVES[0], "min_frames", "max_frames")}
+    frames = {name: value for name, value in {**CHECKPOINT_KNOBS, **frames}.items() if name not in said}
     sampling = {"temperature": args.temperature, "do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
     options = {name: getattr(args, name) for name in ("top_p", "top_k", "repetition_penalty") if getattr(args, name) is not None}
     chosen = {"use_template": args.template, "system_prompt": args.system, "thinking_mode": args.thinking}
     return {
         **chosen,
         **query,
-        "media_kwargs": {**CHECKPOINT_KNOBS, **frames, **media_kwargs},
+        "media_kwargs": {**frames, **media_kwargs},
         "generate_kwargs": {**sampling, **options, **(query.get("generate_kwargs") or {})},
     }
 
 
-def user_turn(files: list, prompt) -> list:
-    """Messages that show the files in their order, then ask."""
-    media = [(media_kind(file), str(file)) for file in files]
-    content = [{"type": kind, kind: file} for kind, file in media]
+def option_of(name: str) -> str:
+    """The name that the code uses for an option with several names."""
+    return next((option.name for option in OPTIONS if name == option.name or name in option.also), name)
+
+
+def count_videos(query: dict) -> int:
+    """At most so many videos does a query have; those that it names twice are counted twice."""
+    videos = query.get("videos")
+    parts = [part for message in query.get("messages") or () if isinstance(message.get("content"), list) for part in message["content"]]
+    given = len(videos) if isinstance(videos, list) else videos is not None
+    return given + sum(isinstance(part, dict) and "video" in part for part in parts)
+
+
+def user_turn(media: list, prompt, allow_http: bool, folder=None) -> list:
+    """Messages that show the media in their order, then ask. Relative paths are taken from `folder`, if it is given."""
+    content = [{"type": kind, kind: medium} for kind, medium in (told_apart(one, allow_http, folder) for one in media)]
     return [{"role": "user", "content": [*content, {"type": "text", "text": prompt or ""}]}]
 
 
-def media_kind(path) -> str:
-    """"image" for what Pillow opens, animated GIFs apart, else "video". Raises for what can be neither."""
+def told_apart(medium, allow_http: bool, folder=None) -> tuple:
+    """("image" or "video", the medium) of a file, a URL, a list of frames, or a dict that says which it is. What has to be downloaded to
+    tell is kept as its bytes. Raises for what can be neither."""
+    kind = "video" if isinstance(medium, list) else None
+    if isinstance(medium, dict):
+        kind = next((kind for kind, keys in SOURCE_KEYS.items() if any(key in medium for key in keys if kind in key)), None)
+    if kind is None and not isinstance(medium, str):
+        raise ValueError(f"media holds {shorten(medium)}; expected a path, a URL, or a dict with 'image' or 'video'")
+    if folder is not None:
+        medium = locate(kind or "video", medium, folder)
+    check_http(read_medium(kind or "video", medium)[0], allow_http)
+    if kind is not None:
+        return kind, medium
+    if scheme_of(medium) in ("data", "http", "https"):
+        from moss_vl.image_processing_moss_vl import open_source
+        from moss_vl.video_reading import DOWNLOAD_SECONDS, MAX_VIDEO_BYTES
+
+        source, _ = open_source(medium, what="medium", allow_http=allow_http, max_bytes=MAX_VIDEO_BYTES, timeout=DOWNLOAD_SECONDS)
+        return media_kind(source, shorten(medium)), source
+    return media_kind(medium), medium
+
+
+def media_kind(source, name=None) -> str:
+    """"image" for what Pillow opens, animated GIFs apart, else "video". `source`: a path, or a binary file with its `name`. Raises for what
+    can be neither."""
     from PIL import Image
 
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{path} is {'empty' if path.is_file() else 'not a file'}; expected an image or a video")
+    if name is None:
+        source = os.fspath(file_of(source))
+        name = source if len(source) < 1000 else shorten(source)
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"no such file: {name}")
+        if not os.path.isfile(source) or os.path.getsize(source) == 0:
+            raise ValueError(f"{name} is {'empty' if os.path.isfile(source) else 'not a file'}; expected an image or a video")
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return "video" if image.format == "GIF" and image.is_animated else "image"
     except Image.DecompressionBombError:
         return "image"  # the processor says what is wrong with it
     except (OSError, ValueError, SyntaxError):
         return "video"
+
+
+def check_http(source, allow_http: bool) -> None:
+    """ValueError for a URL, also in a list of frames, that may not be downloaded."""
+    for one in source if isinstance(source, list) else [source]:
+        if scheme_of(one) in ("http", "https") and not allow_http:
+            raise ValueError(f"{shorten(one)} would be downloaded; give --allow-http to allow that")
 
 
 # ---------------------------------------------------------------------------------------------------------------- answering
@@ -219,14 +279,42 @@ def load(args):
     options = {"device_map": "auto"} if device is None and torch.cuda.is_available() else {}
     if args.attn is not None:
         options["attn_implementation"] = args.attn
-    processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=args.dtype, **options)
+    try:
+        processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=args.dtype, **options)
+    except OSError as error:
+        check_caches(error, downloads=not os.path.exists(args.checkpoint))
+        raise
     return processor, model if device is None else model.to(device)
+
+
+def check_caches(cause: OSError, downloads: bool) -> None:
+    """Raises OSError with the name of the variable to set, if what went wrong while loading is a cache folder that cannot be written to.
+
+    `downloads`: whether the checkpoint comes from a hub.
+    """
+    import tempfile
+
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from transformers.utils import HF_MODULES_CACHE
+
+    if all(getattr(error, "errno", None) is None for error in (cause, cause.__cause__)):
+        return  # the libraries' own words, not those of a file system
+    caches = [("HF_MODULES_CACHE", "the code of checkpoints", HF_MODULES_CACHE)]
+    if downloads:
+        caches.append(("HF_HUB_CACHE", "downloaded checkpoints", HF_HUB_CACHE))
+    for variable, holds, folder in caches:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = f"{folder}, the folder for {holds}, cannot be written to: {error.strerror or error}"
+            raise OSError(f"{reason}; set {variable} or HF_HOME to a folder that can be") from cause
 
 
 def answer_one(args) -> int:
     """Prints the answer as it comes."""
-    messages = user_turn(args.media, args.prompt)
+    messages = user_turn(args.media, args.prompt, args.allow_http)
     processor, model = load(args)
     query = query_from(args, {"messages": messages}, processor)
     from transformers import TextStreamer
@@ -248,7 +336,7 @@ def answer(processor, model, query: dict, seed) -> str:
 
 def answer_many(args) -> int:
     """Answers the lines of `args.batch` one by one into `args.out`, after those that are there."""
-    lines = [line for line in args.batch.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    lines = read_queries(args.batch)
     if args.out.resolve() == args.batch.resolve():
         raise ValueError(f"--out is the file of the queries, {args.batch}; name another one")
     done, failed = finished(args.out, lines)
@@ -260,8 +348,20 @@ def answer_many(args) -> int:
     return 1 if failed else 0
 
 
+def read_queries(file: Path) -> list[str]:
+    """The queries as lines of JSON: the lines of the file, or the items of the JSON list that it is."""
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip()[:1] == "[":
+        try:
+            return [json.dumps(query) for query in json.loads(text)]
+        except json.JSONDecodeError as error:
+            if file.suffix == ".json":
+                raise ValueError(f"{file} begins like a JSON list, but is not one: {error}") from None
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def answer_lines(args, lines: list, done: int, total: int, out) -> int:
-    """Writes a result a line; returns how many failed."""
+    """Writes a result per line; returns how many failed."""
     from tqdm import tqdm
 
     processor, model = load(args)
@@ -271,8 +371,7 @@ def answer_lines(args, lines: list, done: int, total: int, out) -> int:
             result = {"index": index}
             try:
                 query = parsed(line)
-                if "id" in query:
-                    result["id"] = query.pop("id")
+                result |= record_of(query)
                 seed = None if args.seed is None else args.seed + index
                 result["text"] = answer(processor, model, query_from(args, with_media(query, args), processor), seed)
             except Exception as error:  # whatever one query does, the next is answered
@@ -312,50 +411,67 @@ def parsed(line: str) -> dict:
     try:
         query = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"a line must be a JSON object, got {line:.60}: {error}") from None
+        raise ValueError(f"a query must be a JSON object, got {line:.60}: {error}") from None
     if not isinstance(query, dict):
-        raise ValueError(f"a line must be a JSON object, got {line:.60}")
+        raise ValueError(f"a query must be a JSON object, got {line:.60}")
     return query
+
+
+def record_of(query: dict) -> dict:
+    """What a line says beside its query: copied into its result."""
+    from moss_vl.generation_utils import QUEUE_KEYS
+
+    own = {*QUEUE_KEYS, "media", "conversations", "index", "text", "error"}
+    return {name: value for name, value in query.items() if name not in own}
 
 
 def with_media(query: dict, args) -> dict:
     """The query of a line for `offline_batch_generate`: `media` as messages, paths relative to the file they stand in."""
-    query = dict(query)
+    query = {name: value for name, value in query.items() if value is not None}
+    folder, allow_http = args.batch.parent, args.allow_http or bool((query.get("media_kwargs") or {}).get("allow_http"))
+    if "conversations" in query:
+        if clash := [name for name in ("messages", "prompt", "media") if name in query]:
+            raise ValueError(f"a query has conversations or {clash[0]}, got both")
+        query["messages"] = turns_of(query.pop("conversations"))
     if "prompt" not in query and "messages" not in query and args.prompt is not None:
         query["prompt"] = args.prompt
-    for name in ("images", "videos", "media"):
-        if name in query:
-            query[name] = located(query[name], args.batch.parent)
+
+    def located(kind, medium):
+        medium = locate(kind, medium, folder)
+        check_http(read_medium(kind, medium)[0], allow_http)
+        return medium
+
+    for kind in SOURCE_KEYS:
+        if (media := query.get(f"{kind}s")) is not None:
+            query[f"{kind}s"] = [located(kind, one) for one in media] if isinstance(media, list) else located(kind, media)
     if "media" in query:
         if clash := [name for name in ("messages", "images", "videos") if name in query]:
             raise ValueError(f"a query has media or {clash[0]}, got both")
-        files = query.pop("media")
-        query["messages"] = user_turn(files if isinstance(files, list) else [files], query.pop("prompt", None))
-    elif isinstance(query.get("messages"), list):
-        query["messages"] = [located_parts(message, args.batch.parent) for message in query["messages"]]
+        media = query.pop("media")
+        query["messages"] = user_turn(media if isinstance(media, list) else [media], query.pop("prompt", None), allow_http, folder)
+    elif "messages" in query:
+        messages = read_messages(query["messages"], "messages")
+        while messages and messages[-1]["role"] == "assistant":  # the answer, in a training record
+            messages.pop()
+        if not messages:
+            raise ValueError("the messages are the assistant's alone; expected a question before the answer")
+        for part in [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]:
+            kind = part["type"]
+            if kind != "text" and kind in part:
+                part[kind] = located(kind, part[kind])
+        query["messages"] = messages
     return query
 
 
-def located_parts(message, folder: Path):
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-
-    def part_of(part):
-        kind = part.get("type") if isinstance(part, dict) else None
-        return {**part, kind: located(part[kind], folder)} if kind in ("image", "video") and kind in part else part
-
-    return {**message, "content": [part_of(part) for part in message["content"]]}
-
-
-def located(source, folder: Path):
-    """A path, a dict with `video_path`, or a list of them, with relative paths taken from `folder`."""
-    if isinstance(source, list):
-        return [located(one, folder) for one in source]
-    if isinstance(source, dict) and "video_path" in source:
-        return {**source, "video_path": located(source["video_path"], folder)}
-    if isinstance(source, str) and not source.startswith(("data:", "file:", "http:", "https:")):
-        return str(folder / source)
-    return source
+def turns_of(conversations) -> list:
+    """`conversations` of a training record, {"from", "value"} or {"role", "content"} each, as messages."""
+    if not isinstance(conversations, list) or not all(isinstance(turn, dict) for turn in conversations):
+        raise ValueError(f"conversations must be a list of turns, {{'from', 'value'}} each; got {shorten(conversations)}")
+    turns = [{"role": turn["from"], "content": turn.get("value")} if "from" in turn else dict(turn) for turn in conversations]
+    for turn in turns:
+        if isinstance(turn.get("role"), str):
+            turn["role"] = ROLES.get(turn["role"], turn["role"])
+    return turns
 
 
 if __name__ == "__main__":

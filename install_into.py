@@ -12,15 +12,17 @@ import ast
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
-AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
 
 
 class InstallError(Exception):
@@ -194,6 +196,10 @@ class Transaction:
             put(path, change.content, change.link)
 
     def undo(self):
+        with uninterrupted():
+            self._undo()
+
+    def _undo(self):
         for name, was_there, link in reversed(self.done):
             path = self.folder / name
             if not was_there:
@@ -204,6 +210,18 @@ class Transaction:
                 os.replace(self.backup / name, path)
         if self.backup is not None:
             shutil.rmtree(self.backup)
+
+
+@contextmanager
+def uninterrupted():
+    """Ctrl-C has no effect meanwhile: a second one would leave the folder half undone."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler if handler is not None else signal.SIG_DFL)
 
 
 def put(path, content, link):
@@ -240,8 +258,9 @@ def check_folder(folder):
         transformers.logging.set_verbosity_error()
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-            for name in AUTO_MODELS:
-                get_class_from_dynamic_module(config.auto_map[name], str(folder), local_files_only=True)
+            for name, reference in config.auto_map.items():
+                if name.startswith("AutoModel"):
+                    get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
         except Exception as error:  # whatever the folder's files make the libraries raise

@@ -32,7 +32,9 @@ from transformers.utils import logging
 
 from .cache_layers import cached_length, install_layers, static_length, vision_state
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig, check_parts
-from .generation_utils import MossVLGenerationMixin, nearest_name
+from .conversation import PLACEHOLDERS  # noqa: F401 - for generation_utils: transformers 4.57 copies direct imports only
+from .generation_utils import MossVLGenerationMixin
+from .options import nearest_name
 from .patches import normalise
 from .vision_sequence import (
     Span,

@@ -299,7 +299,8 @@ def test_ctrl_c_in_a_batch_keeps_what_is_done(tmp_path):
     out = tmp_path / "results.jsonl"
     command = [sys.executable, str(ROOT / "infer.py"), "--batch", str(queries), "--out", str(out), "--max-new-tokens", "160"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - whatever the tests were started with
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listening)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and not (out.exists() and out.read_bytes().count(b"\n")):
         time.sleep(0.02)

@@ -8,18 +8,18 @@ A record is an object of one of two forms:
 
 In the first form the images, and then the videos, stand before the prompt; all but `response` may be missing. In the second,
 `messages` may also be called `conversations`, `role` and `content` `from` and `value`, the roles `human` and `gpt`. Content is a
-text in which `<|image|>` and `<|video|>` stand for the media in their order, or a list of parts {"type": "text", "text"},
-{"type": "image"} and {"type": "video"}; a part may hold its medium itself, under "image" or "video", "url" or "path".
+text in which `<|image|>` and `<|video|>` stand for the media in their order, or a list of parts: strings, {"type": "text", "text"},
+{"type": "image"} and {"type": "video"}. A part may hold its medium itself and options of its own, as conversation.py says; `images`
+and `videos` may then name all of them again.
 
 Images and videos are a path or a list of paths, taken from the data file's folder. A video may be {"video_path": path,
-"segments": [[start, end], [time], ...]} (seconds): its segments stand one behind the other for one `<|video|>`, or have one each.
+"segments": [[start, end], [time], ...]} (seconds): its segments stand one after the other for one `<|video|>`, or have one each.
 Keys whose value is null count as missing, and "id" is left to the user.
 """
 
 import json
 import math
 import os
-import re
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,12 @@ from pathlib import Path
 if "moss_vl" not in sys.modules:  # the project's files, which import each other, as a package
     sys.modules["moss_vl"] = types.ModuleType("moss_vl")
     sys.modules["moss_vl"].__path__ = [str(Path(__file__).resolve().parent.parent)]
-from moss_vl.image_processing_moss_vl import nearest_name, open_source, see_image  # noqa: E402
+from moss_vl.conversation import (  # noqa: E402
+    PLACEHOLDER, PLACEHOLDERS, SOURCE_KEYS, clips_of, fill_places, locate, read_medium, read_part, scheme_of, split_places,
+)  # fmt: skip
+from moss_vl.image_processing_moss_vl import open_source, see_image  # noqa: E402
+from moss_vl.options import nearest_name, shorten  # noqa: E402
+from moss_vl.video_reading import is_frames  # noqa: E402
 
 
 logger = getLogger(__name__)
@@ -39,8 +44,6 @@ MEDIA_KEYS = ("images", "videos", "system_prompt", "id")
 PAIR_KEYS = ("prompt", "response")
 CHAT_KEYS = ("messages", "conversations")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-PART_TYPES = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
-PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # the template's own: inside a text they would end a turn
 LOOKING_THREADS = 8  # opening files waits for the disk
 NAMED_RECORDS = 20  # bad ones that a message names
@@ -54,7 +57,7 @@ class Record:
         where: file and index, as messages name it.
         messages: [{"role": "system", "user" or "assistant", "content": text}]; the texts hold `<|image|>` for each image and
             `<|video|>` for each video, or for each segment of one.
-        images: paths or data: URLs. videos: the same, or {"video_path", "segments"}. Both in the order of the text.
+        images, videos: plain media (conversation.py): paths and data: URLs, or dicts of one and its options. In the order of the text.
     """
 
     where: str
@@ -148,10 +151,10 @@ def _conversation(raw, folder: Path) -> tuple[list[dict], list, list]:
     if len(given) + bool(pair) != 1:
         got = ", ".join([*pair, *given]) or "neither"
         raise ValueError(f"expected prompt and response, or else messages or conversations; got {got}")
-    media = {kind: _media(kind, raw.get(f"{kind}s"), folder) for kind in ("image", "video")}
+    media = {kind: _media(kind, raw.get(f"{kind}s"), folder) for kind in SOURCE_KEYS}
     turns = _turns(raw[given[0]], given[0], folder) if given else _pair(raw, media)
-    for index, (role, pieces) in enumerate(turns):
-        if role == "assistant" and not any(piece[0] == "text" and piece[1].strip() for piece in pieces):
+    for index, (role, parts) in enumerate(turns):
+        if role == "assistant" and not any(part["type"] == "text" and part["text"].strip() for part in parts):
             raise ValueError("the response is empty" if pair else f"turn {index}, the assistant's, is empty")
     system = raw.get("system_prompt")
     if system is not None and not isinstance(system, str):
@@ -159,15 +162,17 @@ def _conversation(raw, folder: Path) -> tuple[list[dict], list, list]:
     if system:
         if turns[0][0] == "system":
             raise ValueError("the messages begin with a system turn, and there is a system_prompt; leave out one of them")
-        turns = [("system", [["text", _text("system_prompt", system)]]), *turns]
+        turns = [("system", [{"type": "text", "text": _text("system_prompt", system)}]), *turns]
     _check_roles([role for role, _ in turns])
 
-    images, videos = (_deal(kind, turns, [] if pair else media[kind]) for kind in ("image", "video"))
-    messages = []
-    for role, pieces in turns:
-        content = "".join(value if kind == "text" else f"<|{kind}|>" * _clips(value) for kind, value in pieces)
-        messages.append({"role": role, "content": content})
-    return messages, images, videos
+    messages = [{"role": role, "content": parts} for role, parts in turns]
+    images, videos = (_deal(kind, messages, [] if pair else media[kind]) for kind in SOURCE_KEYS)
+    return [{**message, "content": "".join(map(_written, message["content"]))} for message in messages], images, videos
+
+
+def _written(part: dict) -> str:
+    kind = part["type"]
+    return part["text"] if kind == "text" else PLACEHOLDERS[kind] * clips_of(kind, part.get(kind))
 
 
 def _pair(raw: dict, media: dict) -> list[tuple[str, list]]:
@@ -182,12 +187,13 @@ def _pair(raw: dict, media: dict) -> list[tuple[str, list]]:
             raise ValueError(
                 f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
             )
-    places = [[kind, medium] for kind in ("image", "video") for medium in media[kind]]
-    return [("user", [*places, ["text", _text("prompt", prompt)]]), ("assistant", [["text", _text("response", response)]])]
+    places = [{"type": kind, kind: medium} for kind in SOURCE_KEYS for medium in media[kind]]
+    question, answer = ({"type": "text", "text": _text(*pair)} for pair in (("prompt", prompt), ("response", response)))
+    return [("user", [*places, question]), ("assistant", [answer])]
 
 
 def _turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
-    """(role, pieces) of each message. A piece is ["text", text], or ["image" or "video", its medium or None]."""
+    """(role, plain parts) of each message."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{name} must be a list of at least one {{'role', 'content'}}, got {messages!r:.60}")
     turns = []
@@ -202,31 +208,24 @@ def _turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
             near = nearest_name(role, ROLES)
             hint = f"did you mean {near!r}?" if near else f"known: {', '.join(ROLES)}"
             raise ValueError(f"{what}: unknown role {role!r}; {hint}")
-        turns.append((ROLES[role], _pieces(what, content, folder)))
+        turns.append((ROLES[role], _parts(what, content, folder)))
     return turns
 
 
-def _pieces(what: str, content, folder: Path) -> list[list]:
+def _parts(what: str, content, folder: Path) -> list[dict]:
+    """Plain parts, placeholders in texts as parts of their own, and media taken from `folder`."""
     if not isinstance(content, (str, list)):
         raise ValueError(f"{what}: content must be a string or a list of parts, got {content!r:.60}")
-    pieces = []
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        kind = PART_TYPES.get(part.get("type")) if isinstance(part, dict) and isinstance(part.get("type"), str) else None
-        if kind is None:
-            raise ValueError(f"{what}: a part is an object with type {', '.join(PART_TYPES)}; got {part!r:.100}")
+    parts = []
+    for part in [content] if isinstance(content, str) else content:
+        part = read_part(part, f"{what}: a part")
+        kind = part["type"]
         if kind == "text":
-            part = _keys(f"{what}: a part of type text", part, ("type", "text"))
-            for index, piece in enumerate(PLACEHOLDER.split(_text(what, part.get("text")))):  # text, kind, text, kind, ..., text
-                pieces.append([piece, None] if index % 2 else ["text", piece])
-            continue
-        names = (kind, f"{kind}_url", "url", "path")
-        part = _keys(f"{what}: a part of type {kind}", part, ("type", *names))
-        media = [part[name] for name in names if name in part]
-        media = [medium["url"] if isinstance(medium, dict) and medium.keys() == {"url"} else medium for medium in media]
-        if len(media) > 1:
-            raise ValueError(f"{what}: a part holds one {kind}, got {len(media)}")
-        pieces.append([kind, _medium(kind, media[0], folder) if media else None])
-    return pieces
+            _text(what, part["text"])
+        elif kind in part:
+            part[kind] = _medium(kind, part[kind], folder)
+        parts.append(part)
+    return list(split_places(parts))
 
 
 def _check_roles(roles: list[str]) -> None:
@@ -241,22 +240,24 @@ def _check_roles(roles: list[str]) -> None:
         raise ValueError("the last turn is the user's, and nothing answers it; expected an assistant turn at the end")
 
 
-def _deal(kind: str, turns: list, media: list) -> list:
+def _deal(kind: str, messages: list, media: list) -> list:
     """Gives the places of `kind` without a medium theirs, in order; returns all media in the order of the text."""
-    places = [piece for _, pieces in turns for piece in pieces if piece[0] == kind]
-    empty = [place for place in places if place[1] is None]
-    clips = sum(map(_clips, media))
-    if len(empty) == len(media):
-        for place, medium in zip(empty, media):
-            place[1] = medium
-    elif len(empty) == clips and len(empty) == len(places):
+    places = [part for message in messages for part in message["content"] if part["type"] == kind]
+    empty = [place for place in places if kind not in place]
+    clips = sum(clips_of(kind, medium) for medium in media)
+    if len(empty) == len(places) == clips != len(media):
         return media  # a place for each segment, which stays as it is
-    else:
-        of = " (or one for each of their segments)" if clips != len(media) else ""
-        texts = "".join(piece[1] for _, pieces in turns for piece in pieces if piece[0] == "text")
-        hint = f"; the text says '<{kind}>', write '<|{kind}|>'" if f"<{kind}>" in texts else ""
+    if len(media) not in (len(empty), len(places)):
+        own, of, hint = len(places) - len(empty), "", ""
+        if clips != len(media) and not own:
+            of = " (or one for each of their segments)"
+        if own:
+            of = f"; {own} more have their own, so that either {len(empty)} {kind}s are given, or all {len(places)} again"
+        if any(f"<{kind}>" in part.get("text", "") for message in messages for part in message["content"]):
+            hint = f"; the text says '<{kind}>', write '<|{kind}|>'"
         raise ValueError(f"the text has {len(empty)} places <|{kind}|>, but {len(media)} {kind}s{of} are given{hint}")
-    return [place[1] for place in places]
+    fill_places(kind, messages, media)
+    return [place[kind] for place in places]
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -284,31 +285,27 @@ def _text(what: str, text) -> str:
     return text
 
 
-def _clips(medium) -> int:
-    """How many `<|video|>` stand for a video: one, or one for each segment. One for an image, and for a place without medium."""
-    return len(medium["segments"]) if isinstance(medium, dict) and "segments" in medium else 1
-
-
 def _media(kind: str, given, folder: Path) -> list:
-    given = [] if given is None else given if isinstance(given, list) else [given]
+    given = [] if given is None else given if isinstance(given, list) and not (kind == "video" and is_frames(given)) else [given]
     return [_medium(kind, medium, folder) for medium in given]
 
 
 def _medium(kind: str, medium, folder: Path):
-    """An image's path, or a video's path or {"video_path", "segments"}; relative paths taken from `folder`."""
-    if kind == "video" and isinstance(medium, dict):
-        medium = _keys("a video", medium, ("video_path", "segments"))
-        path = _medium(kind, medium.get("video_path", ""), folder)
-        return path if "segments" not in medium else {"video_path": path, "segments": _segments(path, medium["segments"])}
-    if not isinstance(medium, str) or not medium:
-        expected = "a path" if kind == "image" else "a path, or {'video_path', 'segments'}"
-        raise ValueError(f"expected {expected} for {kind}s, got {medium!r:.100}")
-    if medium.startswith(("http:", "https:")):
-        raise ValueError(f"{kind} {medium!r} would be downloaded at every turn; download it once and give its path")
-    return medium if medium.startswith(("data:", "file:")) else str(folder / medium)
+    """A plain medium: a path, a URL or a list of frames, or a dict of one and its options; relative paths taken from `folder`."""
+    source, options = read_medium(kind, medium)
+    frames = source if kind == "video" and isinstance(source, list) else [source]
+    if not frames or not all(isinstance(one, str) and one for one in frames):
+        expected = "a path" if kind == "image" else "a path, a list of frames, or {'video_path', 'segments'}"
+        raise ValueError(f"expected {expected} for {kind}s, got {shorten(medium)}")
+    for one in frames:
+        if scheme_of(one) in ("http", "https"):
+            raise ValueError(f"{kind} {shorten(one)} would be downloaded at every turn; download it once and give its path")
+    if "segments" in options:
+        _check_segments(source, options["segments"])
+    return locate(kind, medium, folder)
 
 
-def _segments(path: str, segments) -> list:
+def _check_segments(source, segments) -> None:
     def is_time(x):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
@@ -317,23 +314,27 @@ def _segments(path: str, segments) -> list:
 
     if not isinstance(segments, list) or not segments or not all(map(is_segment, segments)):
         raise ValueError(
-            f"segments of {path!r} must be a list of [start, end] with start < end, or [time], in seconds; got {segments!r:.100}"
+            f"segments of {shorten(source)} must be a list of [start, end] with start < end, or [time], in seconds; got {segments!r:.100}"
         )
-    return segments
 
 
 def _look(kind: str, medium, seconds: dict) -> None:
     """Opens a medium and reads its header. Raises FileNotFoundError, or ValueError for what is no image or video, or for a segment
     that lies behind the end by the header. Each path is looked at once."""
-    path = medium["video_path"] if isinstance(medium, dict) else medium
-    if (kind, path) not in seconds:
+    source, options = read_medium(kind, medium)
+    if isinstance(source, list):  # of frames
+        for frame in source:
+            _look("image", frame, seconds)
+        return
+    if (kind, source) not in seconds:
         if kind == "image":
-            see_image(path)
-        seconds[kind, path] = _video_seconds(path) if kind == "video" else None
-    length = seconds[kind, path]
-    for segment in medium["segments"] if isinstance(medium, dict) else ():
+            see_image(source)
+        seconds[kind, source] = _video_seconds(source) if kind == "video" else None
+    length = seconds[kind, source]
+    for segment in options.get("segments") or ():
         if segment[-1] < 0 or (length is not None and segment[0] > length):
-            raise ValueError(f"segment {segment} lies outside {path!r}" + (f", which lasts {length:.1f} s" if length else ""))
+            lasts = f", which lasts {length:.1f} s" if length else ""
+            raise ValueError(f"segment {segment} lies outside {shorten(source)}{lasts}")
 
 
 def _video_seconds(path: str) -> float | None:
