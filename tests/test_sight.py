@@ -110,10 +110,10 @@ def test_a_mask_cannot_show_a_frame_without_a_place(model):
     sample = Sample("FttFt", (1, 4, 4), (1, 4, 4), seed=9)
     visual = {"pixel_values": sample.pixel_values, "grid_thw": sample.grid_thw}
     shown = torch.zeros(1, 1, 3, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="shows frame 1 of sample 0 .* only 1 `image_pad`"):
+    with pytest.raises(ValueError, match="shows frame 1 of sample 0"):
         model(sample.ids[None, :3], **visual, cross_attention_mask=shown, use_cache=True)
     cache = model(sample.ids[None, :2], **visual, use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match="shows frame 1 of sample 0 .* only 1 `image_pad`"):
+    with pytest.raises(ValueError, match="shows frame 1 of sample 0"):
         model(sample.ids[None, 2:3], **{CACHE: cache}, cross_attention_mask=torch.zeros(1, 1, 3, 2, dtype=torch.bool))
     mask = text_mask(sample.ids, 2)[None, None]
     got = model(sample.ids[None, 2:], **{CACHE: cache}, cross_attention_mask=mask).logits[0]
