@@ -28,9 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def pytest_configure(config):
-    """An exception in a thread or a destructor is a failure, not a warning that nobody reads."""
-    for warning in ("PytestUnhandledThreadExceptionWarning", "PytestUnraisableExceptionWarning"):
-        config.addinivalue_line("filterwarnings", f"error::pytest.{warning}")
+    """An exception in a thread is a failure, not a warning that nobody reads."""
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 def pytest_unconfigure(config):
