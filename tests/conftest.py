@@ -1,5 +1,6 @@
 """Imports the project as a package in place, and keeps every test off the network, out of the user's caches, and tidy."""
 
+import atexit
 import os
 import shutil
 import sys
@@ -32,8 +33,10 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-def pytest_unconfigure(config):
-    shutil.rmtree(SCRATCH, ignore_errors=True)
+@atexit.register
+def forget_scratch(process=os.getpid()):
+    if os.getpid() == process:  # and no fork of it
+        shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
