@@ -1,13 +1,19 @@
-"""Imports the project as a package in place, and keeps every test off the network and out of the user's caches."""
+"""Imports the project as a package in place, and keeps every test off the network, out of the user's caches, and tidy."""
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import types
 from pathlib import Path
 
+import pytest
 
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="moss-vl-tests-")
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="moss-vl-tests-"))  # of this process; nothing of it outlives the run
+(SCRATCH / "tmp").mkdir()
+os.environ["HF_HOME"] = str(SCRATCH / "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
@@ -20,3 +26,29 @@ package = types.ModuleType("moss_vl")
 package.__path__ = [str(ROOT)]
 sys.modules.setdefault("moss_vl", package)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def pytest_configure(config):
+    """An exception in a thread is a failure, not a warning that nobody reads."""
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@atexit.register
+def forget_scratch(process=os.getpid()):
+    if os.getpid() == process:  # and no fork of it
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def tidy(monkeypatch, tmp_path_factory):
+    """The temporary directory of a test is its own and empty, and what a test or the code it runs leaves there is a failure."""
+    tmp_path_factory.getbasetemp()  # pytest's own, beside it
+    folder = SCRATCH / "tmp"
+    monkeypatch.setenv("TMPDIR", str(folder))  # of its child processes
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("torch"))  # torch's own caches and logs
+    for name in left:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
+    assert not left, f"left in the temporary directory: {', '.join(left)}"

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import lru_cache
 from itertools import combinations
 
 import av
@@ -22,6 +23,7 @@ PICTURES = [name for name in samples.SCENES if name.endswith(".jpg")]
 CLIPS = [name for name in samples.SCENES if name.endswith(".mp4")]
 
 
+@lru_cache
 def decode(path):
     """Frames [n, h, w, 3] and their times in seconds."""
     with av.open(str(path)) as container:

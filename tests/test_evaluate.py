@@ -49,7 +49,8 @@ BRIEF = (2.0, 3.0)  # seconds of a clip
 
 @pytest.fixture(scope="module")
 def processor():
-    return AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
+    """With a fifth of the checkpoint's pixels: what is examined is who gets which answer, not how good it is."""
+    return AutoProcessor.from_pretrained(NANO, trust_remote_code=True, min_pixels=64 * 64, max_pixels=96 * 96)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -378,7 +379,7 @@ def test_answers_are_those_to_each_item_alone(processor, model, mixed, tmp_path,
 
 def test_what_is_blanked_is_encoded_as_grey(processor, model, mixed):
     examinee = Examinee(model, processor)
-    for item in mixed:
+    for item in (mixed[0], mixed[2], mixed[-1]):  # an image, several, a clip
         inputs = look(processor, item)
         plain, blanked = examinee.rows(0, [item, replace(item, column="blanked")], inputs)
         assert blanked.ids == plain.ids and torch.equal(blanked.grids, plain.grids)

@@ -3,8 +3,10 @@
 import copy
 import gc
 import json
+import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -468,17 +470,36 @@ def test_adapters_are_where_they_are_asked_for(checkpoint, data, tmp_path):
     assert not any("embed" in name for name in everything)
 
 
+def one_of_several(rank, words, processes, port):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})  # what torchrun tells each
+    assert finetune.main(words) == 0
+
+
+def side_by_side(words, processes):
+    """The command in several processes as torchrun starts them, but forked: what takes seconds to import is there already."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    gc.collect()  # as in test_workers_give_what_the_process_itself_gives
+    torch.multiprocessing.start_processes(one_of_several, (words, processes, port), processes, start_method="fork")
+
+
+def test_the_command_as_a_program():
+    """In a process of its own, from another folder than the project's."""
+    command = [sys.executable, str(ROOT / "training/finetune.py"), "--merge", "nowhere", "--output", "nowhere-either"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 2 and "finetune.py: --merge nowhere: there is no adapter_config.json" in done.stderr
+
+
 def test_processes_side_by_side_are_one_with_a_larger_batch(checkpoint, data, tmp_path):
-    """Two of torchrun's, one of which gets texts alone."""
+    """As torchrun starts them; one of the two gets texts alone."""
     records = json.loads(data.read_text())
     picture, text = records[0] | {"images": str(data.parent / "red.png")}, records[4]
     (tmp_path / "two.json").write_text(json.dumps([picture, text]))
     options = ["--steps", "1", "--train", "vision", "cross", *LINEAR]
     words = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "two.json"), *FAST, *options]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*torchrun, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "training/finetune.py")]
-    done = subprocess.run([*command, *words, "--output", str(tmp_path / "two")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    side_by_side([*words, "--output", str(tmp_path / "two")], processes=2)
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *options, "--batch-size", "2") == 0
     assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 

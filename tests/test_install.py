@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers.dynamic_module_utils  # noqa: F401 - before a check of this process points it to a cache of its own
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
@@ -51,7 +52,20 @@ def snapshot(folder):
 
 
 def run_script(*arguments):
+    """The command as a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / "install_into.py"), *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process, which has imported what takes seconds already."""
+    monkeypatch.setenv("HF_MODULES_CACHE", "")  # so that what a check sets is taken back
+
+    def call(*arguments):
+        code = installer.main([str(argument) for argument in arguments])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return call
 
 
 def backups(folder):
@@ -81,13 +95,13 @@ def test_installs_shows_keeps_and_checks(downloaded):
     assert snapshot(downloaded) == before
 
 
-def test_weights_that_do_not_fit_bring_everything_back(downloaded):
+def test_weights_that_do_not_fit_bring_everything_back(downloaded, run):
     weights = load_file(downloaded / "model.safetensors")
     del weights["lm_head.weight"]
     weights["model.separator_token"] = weights["model.separator_token"][:7].contiguous()
     save_file(weights, downloaded / "model.safetensors")
     before = snapshot(downloaded)
-    done = run_script(downloaded)
+    done = run(downloaded)
     assert done.returncode == 1
     assert "missing: lm_head.weight" in done.stderr
     assert "model.separator_token: (7,) in the file, (192,) in the model" in done.stderr
@@ -95,22 +109,22 @@ def test_weights_that_do_not_fit_bring_everything_back(downloaded):
     assert snapshot(downloaded) == before and not backups(downloaded)
 
 
-def test_a_config_that_contradicts_itself_brings_everything_back(downloaded):
+def test_a_config_that_contradicts_itself_brings_everything_back(downloaded, run):
     edit_json(downloaded / "config.json", lambda config: config["text_config"].update(cross_attention_layers=[0, 6]))
     before = snapshot(downloaded)
-    done = run_script(downloaded)
+    done = run(downloaded)
     assert done.returncode == 1 and "does not load" in done.stderr and "Traceback" not in done.stderr
     assert snapshot(downloaded) == before and not backups(downloaded)
 
 
-def test_half_a_download_is_installed_and_said(downloaded):
+def test_half_a_download_is_installed_and_said(downloaded, run):
     """An index whose files are not there yet, no tokenizer and no processor files."""
     names = list(load_file(downloaded / "model.safetensors"))
     for name in ("model.safetensors", *TOKENIZER, "preprocessor_config.json", "video_preprocessor_config.json"):
         (downloaded / name).unlink()
     index = {"weight_map": {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}}
     (downloaded / "model.safetensors.index.json").write_text(json.dumps(index))
-    done = run_script(downloaded)
+    done = run(downloaded)
     assert done.returncode == 0, done.stderr
     assert "2 files are not there, first model-0.safetensors" in done.stdout
     assert "the folder holds no tokenizer" in done.stdout
@@ -118,12 +132,12 @@ def test_half_a_download_is_installed_and_said(downloaded):
         assert (downloaded / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-def test_parts_that_do_not_belong_together_are_said(downloaded):
+def test_parts_that_do_not_belong_together_are_said(downloaded, run):
     edit_json(downloaded / "preprocessor_config.json", lambda settings: settings.update(patch_size=14))
     edit_json(downloaded / "config.json", lambda config: config.update(image_token_id=3))
     weights = load_file(downloaded / "model.safetensors")
     save_file(weights | {"model.of_the_past": weights["model.separator_token"].clone()}, downloaded / "model.safetensors")
-    done = run_script(downloaded)
+    done = run(downloaded)
     assert done.returncode == 0, done.stderr
     assert "warning: patch_size is 14 in MossVLImageProcessor" in done.stdout
     assert "warning: image_token_id is 644 in the tokenizer, 3 in config.json" in done.stdout
@@ -195,7 +209,7 @@ def test_auto_map_entries_are_kept_if_the_code_holds_them(downloaded):
         "AutoImageProcessor": "processing_moss_vl.MossVLImageProcessor", "AutoProcessor": "processing_moss_vl.MossVLProcessor"}
 
 
-def test_processor_config_of_transformers_5_is_mended(downloaded):
+def test_processor_config_of_transformers_5_is_mended(downloaded, run):
     parts = {name: json.loads((downloaded / file).read_text()) for name, file in
              (("image_processor", "preprocessor_config.json"), ("video_processor", "video_preprocessor_config.json"))}
     for part in parts.values():
@@ -203,7 +217,7 @@ def test_processor_config_of_transformers_5_is_mended(downloaded):
     (downloaded / "processor_config.json").write_text(json.dumps({"processor_class": "MossVLProcessor", **parts}))
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (downloaded / name).unlink()
-    done = run_script(downloaded)
+    done = run(downloaded)
     assert done.returncode == 0, done.stderr
     assert "processor: MossVLProcessor" in done.stdout
     assert not (downloaded / "preprocessor_config.json").exists()

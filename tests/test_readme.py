@@ -1,54 +1,68 @@
 """What the README says, done: its code runs as it stands, its commands work, and its files are there."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
 
 from conftest import ROOT
+from scripts import load_script
 
 sys.path[:0] = [str(ROOT / "training")]
 import evaluate  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
+infer = load_script("infer.py")
+
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def run(arguments):
-    """One thread: several that wait for each other while other programs run take many times as long."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """infer.py in this process: what it prints. (A process of its own runs it in test_infer_cli.py.)"""
+
+    def call(*arguments):
+        code = infer.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return call
 
 
 def test_python_runs():
     """All blocks in one program, as a reader would type them one after the other."""
-    checks = """
-assert isinstance(text, str) and len(texts) == 2 and all(isinstance(item, str) for item in texts)
-assert isinstance(answer, str) and loss.item() > 0
-assert [len(item["results"][0]["messages"]) for item in (first, second)] == [2, 4]
-"""
-    done = run(["-c", "\n".join(blocks("python")) + checks])
-    assert done.returncode == 0, done.stderr
+    program = "\n".join(blocks("python"))
+    names = {"__name__": "__main__"}
+    exec(compile(program, "README.md", "exec"), names)
+    found = SimpleNamespace(**names)
+    assert isinstance(found.text, str) and len(found.texts) == 2 and all(isinstance(item, str) for item in found.texts)
+    assert isinstance(found.answer, str) and found.loss.item() > 0
+    assert [len(item["results"][0]["messages"]) for item in (found.first, found.second)] == [2, 4]
 
 
-def test_commands_run():
+def test_commands_run(run):
     """Every `python infer.py` line, without the installation in front of it."""
     commands = [line.split("&&")[-1].strip() for block in blocks("bash") for line in block.splitlines() if "infer.py" in line]
     assert len(commands) >= 2
     for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "python"
-        done = run(arguments)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip(), command
+        program, script, *arguments = shlex.split(command)
+        assert (program, script) == ("python", "infer.py")
+        assert run(*arguments).strip(), command
 
 
-def test_answers_about_the_samples(tmp_path):
+def test_answers_about_the_samples(run, tmp_path):
     """In float32, so that no rounding of one processor or another turns an answer."""
     rows = re.findall(r"^\| `(data/[^`]+)` \| (.*?) \| (.*?) \|$", README, flags=re.MULTILINE)
     samples = {f"data/{path.name}" for path in (ROOT / "data").iterdir() if path.suffix in (".jpg", ".mp4")}
@@ -56,8 +70,7 @@ def test_answers_about_the_samples(tmp_path):
     queries, answers = tmp_path / "queries.jsonl", tmp_path / "answers.jsonl"
     lines = ({"videos" if name.endswith("mp4") else "images": [str(ROOT / name)], "prompt": question} for name, question, _ in rows)
     queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = run(["infer.py", "--batch", str(queries), "--out", str(answers), "--dtype", "float32"])
-    assert done.returncode == 0, done.stderr
+    run("--batch", queries, "--out", answers, "--dtype", "float32")
     given = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
     assert given == [answer for _, _, answer in rows]
 

@@ -60,18 +60,22 @@ def test_walk_goes_on_from_where_it_stopped():
     assert frame_positions(origins, 1, 4).tolist() == [[11] * 4 + [15], [11] * 4 + [15], [11, 12, 13, 14, 15]]
 
 
-@pytest.mark.parametrize("head_dim, section", [(128, [24, 20, 20]), (16, [4, 2, 2]), (20, [4, 3, 3]), (12, [6, 0, 0])])
-def test_rotation_against_a_slow_version(head_dim, section):
+SECTIONS = [(128, [24, 20, 20]), (16, [4, 2, 2]), (20, [4, 3, 3]), (12, [6, 0, 0]), (24, [8, 3, 1]), (24, [8, 1, 3]), (24, [9, 0, 3]), (24, [4, 4, 4])]
+
+
+@pytest.mark.parametrize("theta", [5_000_000.0, 100.0])
+@pytest.mark.parametrize("head_dim, section", SECTIONS)
+def test_rotation_against_a_slow_version(head_dim, section, theta):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, head_dim, generator=generator)
     positions = torch.tensor([[0, 7, 300], [0, 9, 301], [0, 2, 500]])  # (t, h, w) of three tokens
-    cos, sin = rotation(positions, head_dim, 5_000_000.0, section, torch.float32)
+    cos, sin = rotation(positions, head_dim, theta, section, torch.float32)
     got = rotate(x, cos, sin)
     half = head_dim // 2
     for token in range(3):
         for j in range(half):
             axis = 1 if j % 3 == 1 and j < 3 * section[1] else 2 if j % 3 == 2 and j < 3 * section[2] else 0
-            angle = positions[axis, token].item() * 5_000_000.0 ** (-2 * j / head_dim)
+            angle = positions[axis, token].item() * theta ** (-2 * j / head_dim)
             a, b = x[token, j].item(), x[token, j + half].item()
             assert got[token, j].item() == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-4)
             assert got[token, j + half].item() == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-4)
