@@ -703,17 +703,19 @@ class MossVLTextAttention(nn.Module):
         self.k_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, states: torch.Tensor, table) -> torch.Tensor:
-        """[B, T, D] -> [B, H, T, d], normalised and rotated, in the projection's dtype (norms in float32, or those under autocast, would
-        change it)."""
-        projected = self.q_proj(states)
-        query = self.q_norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return rotate(query, *table).to(projected.dtype)
+        """[B, T, D] -> [B, H, T, d], normalised and rotated."""
+        return self._rotated(self.q_proj(states), self.q_norm, table)
 
     def keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated, in the values' dtype."""
-        key = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        value = self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return rotate(key, *table).to(value.dtype), value
+        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated."""
+        key = self._rotated(self.k_proj(states), self.k_norm, table)
+        return key, self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _rotated(self, projected: torch.Tensor, norm: nn.Module, table) -> torch.Tensor:
+        """[B, T, heads * d] -> [B, heads, T, d], in the dtype of the projection: norms in float32, or those under autocast, change it."""
+        dtype, states = projected.dtype, norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        del projected
+        return rotate(states, *table).to(dtype)
 
 
 class MossVLSelfAttention(MossVLTextAttention):
