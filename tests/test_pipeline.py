@@ -26,6 +26,13 @@ def chat(question, image, **options):
     return [{"role": "user", "content": [{"type": "image", "image": image, **options}, {"type": "text", "text": question}]}]
 
 
+def test_settings_of_the_processor_reach_only_its_output(pipe):
+    """The offline methods name the grid themselves."""
+    processor = type(pipe.processor).from_pretrained(NANO, grid_name="image_grid_thw", return_cross_attention_mask=False)
+    answer = pipe.model.offline_image_generate(processor, prompt=QUERIES[0][0], image=PHOTO, max_new_tokens=8)
+    assert answer == ANSWERS[0]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_chats(pipe, batch_size):
     chats = [chat(*query) for query in QUERIES]
