@@ -1,8 +1,8 @@
 """Chat messages, their parts, and media as callers write them: to one plain form. Nothing is opened, and nothing given is changed.
 
-A part of a message is a string or a dict with a `type`. A medium (an image or a video) is a source - a path, a URL, bytes, pixels, ... - or
-a dict that holds a source under one of `SOURCE_KEYS` beside options of its own (options.py, those with `own`). A part of type image or video
-is such a dict too. The plain forms are
+A part of a message is a string or a dict with a `type`. A medium (an image or a video) is a source - a path, a URL, bytes, pixels, ... -
+or a dict that holds a source under one of `SOURCE_KEYS` beside options of its own (options.py, those with `own`). A part of type image or
+video is such a dict too. The plain forms are
 
     part      {"type": "text", "text": text}, {"type": "image", "image": medium}, {"type": "video", "video": medium};
               without its medium, a part holds the place of one that is given elsewhere
@@ -88,8 +88,8 @@ def _from_base64(text) -> str:
 def read_medium(kind: str, given, what: str | None = None) -> tuple:
     """(source, options) of a medium: the bare source with no options, or what its dict says. The source is None where the dict has none.
 
-    `kind`: "image" or "video". `what` names the medium in messages. Raises ValueError for a key that is not known, with the nearest, and for
-    two sources.
+    `kind`: "image" or "video". `what` names the medium in messages. Raises ValueError for a key that is not known, with the nearest, and
+    for two sources.
     """
     if not isinstance(given, Mapping):
         return given, {}
@@ -197,7 +197,8 @@ def read_part(part, what: str = "a part of a message") -> dict:
 
 
 def read_messages(messages, what: str = "a conversation") -> list[dict]:
-    """Messages with content that is a string or a list of plain parts; new dicts, without keys that are None. Other keys of a message stay."""
+    """Messages with content that is a string or a list of plain parts: new dicts, without keys that are None. Other keys of a message
+    stay."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(messages)}")
     out = []

@@ -558,6 +558,7 @@ def _encode(model, processor, turn: _Turn, alone: bool = True):
         images_kwargs=turn.images_kwargs,
         videos_kwargs=turn.videos_kwargs,
         return_tensors="pt",
+        grid_name="grid_thw",  # whatever the processor's own setting is
         do_normalize=False,  # the model does it on its device, chunk by chunk: a quarter of the bytes until there
         encoder=encoder if alone and turn.videos else None,
     )

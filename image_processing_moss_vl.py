@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from .conversation import SOURCE_KEYS, file_of, read_medium, scheme_of
 from .options import (
-    FIXED,  # noqa: F401
+    FIXED,
     FIXED_SIZE,
     drop_fixed,
     layered,
@@ -104,10 +104,29 @@ def pixel_limits(default, size=None, min_pixels=None, max_pixels=None, shortest_
     return limits[0], limits[1]
 
 
-def settings_by_name(settings: dict, stored, what: str) -> dict:
-    """A file's settings with the names that this code uses; pixel limits stay as `with_knobs` reads them."""
-    rest = {name: value for name, value in settings.items() if name not in stored or name in SIZES}
-    return {**rest, **read_options({n: v for n, v in settings.items() if n not in rest}, stored, what)}
+def known_settings(file: dict, cls) -> dict:
+    """The settings of a processor's file by the names that this code uses; pixel limits stay as `with_knobs` reads them. What `cls` does
+    not know is left out, with a warning."""
+    settings, options = {}, {}
+    for name, value in file.items():
+        if name in SIZES or name in SERVICE_KEYS or name in FIXED or name[:1] == "_":
+            settings[name] = value
+        elif name in cls.stored:
+            options[name] = value
+        elif value is not None:
+            logger.warning_once(f"{cls.__name__}: {name}={value!r} has no effect")
+    return {**settings, **read_options(options, cls.stored, cls.__name__)}
+
+
+def split_keywords(kwargs: dict, cls) -> tuple[dict, dict]:
+    """Keyword arguments of a processor's `from_dict`: (those for transformers, settings by the names that this code uses). ValueError for
+    what neither takes."""
+    kwargs = drop_fixed(kwargs, cls.__name__)
+    knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
+    settings_only(knobs, cls.stored, cls.__name__)
+    if not kwargs.get("return_unused_kwargs"):
+        reject_unknown([name for name in kwargs if name not in PASSED_ON and name[:1] != "_"], cls.stored, cls.__name__)
+    return kwargs, read_options(knobs, cls.stored, cls.__name__)
 
 
 def with_knobs(settings: dict, knobs: dict) -> dict:
@@ -130,8 +149,8 @@ def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, ti
     """(file, name): a path string or a seekable binary file of its own, and what to call it in messages.
 
     `source`: a path (str, pathlib; `~` is the home folder), a `file:`, `data:` or - with `allow_http` - `http(s):` URL, bytes, or a
-    binary file object, which is read from its start and left at the position it had. `max_bytes` bounds what is downloaded or decoded from a
-    `data:` URL, `timeout` (seconds) a whole download.
+    binary file object, which is read from its start and left at the position it had. `max_bytes` bounds what is downloaded or decoded
+    from a `data:` URL, `timeout` (seconds) a whole download.
 
     Raises FileNotFoundError where there is no such file, ValueError for anything else that cannot be read.
     """
@@ -513,6 +532,7 @@ def check_return_tensors(return_tensors):
 # ---------------------------------------------------------------------------------------------------------- the processor
 
 
+PASSED_ON = {"return_unused_kwargs", "use_fast", "backend", "trust_remote_code", "code_revision"}  # transformers' own keywords of loading
 SERVICE_KEYS = {"auto_map", "image_processor_type", "video_processor_type", "processor_class", "feature_extractor_type"}
 
 
@@ -590,9 +610,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         who = type(self).__name__
         kwargs = drop_fixed(kwargs, who)
         settings_only({name: value for name, value in kwargs.items() if name in self.knobs}, self.stored, who)
-        for name in kwargs.keys() - SERVICE_KEYS:
-            if kwargs[name] is not None and not name.startswith("_"):
-                logger.warning_once(f"{type(self).__name__}: {name}={kwargs[name]!r} has no effect")
+        given = [name for name, value in kwargs.items() if value is not None]  # transformers writes nulls for what it does not use
+        reject_unknown([name for name in given if name not in SERVICE_KEYS and name[:1] != "_"], self.stored, who)
         super().__init__(**kwargs)
         low, high = pixel_limits(DEFAULT_SIZE, size, min_pixels, max_pixels, shortest_edge, longest_edge)
         self.size = {"shortest_edge": low, "longest_edge": high}
@@ -606,13 +625,9 @@ class MossVLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict, **kwargs):
-        """Knobs among the keyword arguments take the place of the file's, and are checked with the rest."""
-        kwargs = drop_fixed(kwargs, cls.__name__)
-        knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
-        settings_only(knobs, cls.stored, cls.__name__)
-        image_processor_dict = settings_by_name(image_processor_dict, cls.stored, cls.__name__)
-        knobs = read_options(knobs, cls.stored, cls.__name__)
-        return super().from_dict(with_knobs(image_processor_dict, knobs), **kwargs)
+        """Knobs among the keyword arguments take the place of the file's; a key of the file that means nothing here is left out."""
+        kwargs, knobs = split_keywords(kwargs, cls)
+        return super().from_dict(with_knobs(known_settings(image_processor_dict, cls), knobs), **kwargs)
 
     @property
     def min_pixels(self) -> int:
@@ -640,7 +655,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         return ImageKnobs(low, high, **counts, **colours, fixed=fixed, allow_http=flag("allow_http", knobs.get("allow_http")))
 
     def see(self, images, **knobs) -> list[SeenImage]:
-        """The images of one sample, their sizes and own options checked, nothing decoded: what `extract` also takes. Errors: `see_image`."""
+        """The images of one sample, their sizes and own options checked, nothing decoded: what `extract` also takes. Errors: `see_image`.
+        """
         self.resolve(knobs)
 
         def look(image):
@@ -648,7 +664,8 @@ class MossVLImageProcessor(BaseImageProcessor):
                 return image
             source, own = read_medium("image", image)
             if source is None:
-                raise ValueError(f"an image given as a dict holds its source under {' or '.join(SOURCE_KEYS['image'])}; got {shorten(image)}")
+                keys = " or ".join(SOURCE_KEYS["image"])
+                raise ValueError(f"an image given as a dict holds its source under {keys}; got {shorten(image)}")
             use = self.resolve(layered(knobs, own))
             seen = see_image(source, allow_http=use.allow_http)
             return replace(seen, own=own) if own else seen
@@ -682,8 +699,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         """The images of one sample: `pixel_values` float32 [P, 3 * t * p * p] and `image_grid_thw` [images, 3].
 
         `images`: one image, or a list; an image is what `see_image` takes, or a dict {"image": that, options of its own}. Keyword
-        arguments: the options of images (options.py). `return_tensors`: "pt" (also None) or "np". With `do_normalize=False` `pixel_values` are levels (uint8),
-        beside their `image_mean` and `image_std`, lists of three numbers for each image.
+        arguments: the options of images (options.py). `return_tensors`: "pt" (also None) or "np". With `do_normalize=False`
+        `pixel_values` are levels (uint8), beside their `image_mean` and `image_std`, lists of three numbers for each image.
         """
         check_return_tensors(return_tensors)
         raw = wants_levels(do_normalize)

@@ -75,7 +75,8 @@ HUB_KEYS = {
 OWN_SETTINGS = {"return_cross_attention_mask": True, "grid_name": "grid_thw"}  # of the processor itself, and their defaults
 PARTS = ("image_processor", "tokenizer", "video_processor")  # given ready, they take the place of the folder's
 NOT_FOR_TOKENIZER = {
-    *PARTS, "trust_remote_code", "code_revision", "use_fast", "backend", "chat_template", "return_unused_kwargs", "_commit_hash"}
+    *PARTS, "trust_remote_code", "code_revision", "use_fast", "backend", "chat_template", "return_unused_kwargs", "_commit_hash",
+}  # fmt: skip
 
 
 @dataclass
@@ -199,8 +200,8 @@ class MossVLProcessor(ProcessorMixin):
 
         Returns `input_ids` and `attention_mask` [B, T]; `pixel_values` float32 [P, 3 * t * p * p] and `grid_thw` [media, 3], all
         media in the order of the text; `media_nums_per_sample`, a list of ints; `cross_attention_mask` bool [B, 1, T, F], True =
-        hidden, unless it is not wanted, or the rows are lists of unequal lengths; `labels` [B, T] where `labels_spans` was given. With `do_normalize=False` `pixel_values` are levels (uint8, a quarter
-        of the bytes) beside `image_mean` and `image_std`, by which the model normalises them on its device.
+        hidden, unless it is not wanted, or the rows are lists of unequal lengths; `labels` [B, T] where `labels_spans` was given. With
+        `do_normalize=False` `pixel_values` are levels (uint8, a quarter of the bytes) beside `image_mean` and `image_std`, by which the model normalises them on its device.
 
         Raises ValueError or FileNotFoundError, before anything is decoded where the arguments show it.
         """
@@ -318,8 +319,9 @@ class MossVLProcessor(ProcessorMixin):
             raise ValueError(f"truncation must be True, False, 'longest_first', 'only_first' or 'do_not_truncate', got {truncation!r}")
         if knobs.get("padding_side", "right") not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {knobs['padding_side']!r}")
-        for name in ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids", "return_offsets_mapping"):
-            flag(name, knobs.get(name))
+        for name in TEXT_KNOBS:
+            if name == "add_special_tokens" or name.startswith("return_"):
+                flag(name, knobs.get(name))
         for name in ("max_length", "pad_to_multiple_of"):
             if name in knobs and not (isinstance(knobs[name], (int, np.integer)) and knobs[name] > 0):
                 raise ValueError(f"{name} must be a positive whole number, got {knobs[name]!r}")
@@ -508,9 +510,10 @@ class MossVLProcessor(ProcessorMixin):
     ):
         """A conversation, or a list of them, as text; with `tokenize` through the processor, media of the parts included.
 
-        `content` of a message is a string or a list of parts: strings, {"type": "text", "text"}, {"type": "image", "image"}, {"type": "video",
-        "video"}, with the medium also under "url", "path", "base64", "image_url", "video_url", and with options for this medium alone ("fps",
-        "max_pixels", ...; see conversation.py and options.py). A part without a medium leaves the placeholder, for `images=` or `videos=`.
+        `content` of a message is a string or a list of parts: strings, {"type": "text", "text"}, {"type": "image", "image"},
+        {"type": "video", "video"}, with the medium also under "url", "path", "base64", "image_url", "video_url", and with options for
+        this medium alone ("fps", "max_pixels", ...; see conversation.py and options.py). A part without a medium leaves the placeholder,
+        for `images=` or `videos=`.
 
         Returns the text (a list for a list); with `tokenize` the `input_ids`, with `return_dict` all that the processor gives, and
         `assistant_masks` for `return_assistant_tokens_mask`. `processor_kwargs` and keywords that the processor knows go to it, those
@@ -584,16 +587,16 @@ class MossVLProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """The three parts of a checkpoint folder, without the Auto classes (AutoVideoProcessor wants torchvision).
 
-        Keywords that are settings of the image or video processor become those, arguments of the tokenizer go to it; any other is a ValueError.
+        Keywords that are settings of the image or video processor become those, arguments of the tokenizer go to it; any other is a
+        ValueError.
         Where a pipeline loads the folder, the tokenizer pads on the left and the frame mask is left out: pipelines pad and join what was
         processed one by one, and generate from it. They pass what is meant for the model, too.
         """
         path = pretrained_model_name_or_path
         hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS}
-        knobs = {name: value for name, value in kwargs.items() if name in {*MossVLImageProcessor.knobs, *MossVLVideoProcessor.knobs, *FIXED}}
-        image_knobs = {name: value for name, value in knobs.items() if name in (*MossVLImageProcessor.knobs, *FIXED)}
-        video_knobs = {name: value for name, value in knobs.items() if name in (*MossVLVideoProcessor.knobs, *FIXED)}
-        others = {k: v for k, v in kwargs.items() if k not in {*hub, *knobs, *NOT_FOR_TOKENIZER, *OWN_SETTINGS}}
+        image_knobs = {name: value for name, value in kwargs.items() if name in (*MossVLImageProcessor.knobs, *FIXED)}
+        video_knobs = {name: value for name, value in kwargs.items() if name in (*MossVLVideoProcessor.knobs, *FIXED)}
+        others = {k: v for k, v in kwargs.items() if k not in {*hub, *image_knobs, *video_knobs, *NOT_FOR_TOKENIZER, *OWN_SETTINGS}}
         in_pipeline = hub.get("_from_pipeline") is not None
         if in_pipeline:
             others.setdefault("padding_side", "left")
@@ -794,7 +797,9 @@ def _check_variables(template: str, variables: dict, known, own: dict) -> None:
         if name in read:
             continue
         if name in own:
-            raise ValueError(f"apply_chat_template: {name} is given, but the chat template does not read it; leave it out, or pass chat_template=")
+            raise ValueError(
+                f"apply_chat_template: {name} is given, but the chat template does not read it; leave it out, or pass chat_template="
+            )
         if name in REFUSED:
             raise ValueError(f"apply_chat_template: {name} is no option of MOSS-VL: {REFUSED[name]}")
         near = nearest_name(name, {*known, *TEMPLATE_ARGUMENTS, *read})
@@ -812,8 +817,8 @@ def _grid_name(name) -> str:
 
 
 def _load_tokenizer(path, hub: dict, kwargs: dict, strict: bool = True):
-    """The fast tokenizer that the folder names, whichever transformers saved it. Keywords that it does not take are an error if `strict`, else
-    left out."""
+    """The fast tokenizer that the folder names, whichever transformers saved it. Keywords that it does not take are an error if `strict`,
+    else left out."""
     config = get_tokenizer_config(path, **{name: value for name, value in hub.items() if not name.startswith("_")})
     name = (config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast")
     tokenizer_class = getattr(transformers, name + "Fast", None) or getattr(transformers, name, transformers.Qwen2TokenizerFast)

@@ -28,19 +28,20 @@ from .image_processing_moss_vl import (
     flag,
     grow,
     in_threads,
+    known_settings,
     pixel_limits,
     positive_int,
     resize_uint8,
-    settings_by_name,
     settings_only,
     shrink,
     split_array,
+    split_keywords,
     three_floats,
     to_format,
     wants_levels,
     with_knobs,
 )
-from .options import FIXED, drop_fixed, layered, names_of, nearest_name, read_options, reject_unknown, shorten
+from .options import drop_fixed, layered, names_of, read_options, reject_unknown, shorten
 from .patches import join_patches, patchify
 from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positive_number
 
@@ -135,7 +136,8 @@ def _check_idle(general: Mapping, own: Mapping, name: str) -> None:
     for level in (own, general):
         idle = [key for key in ("video_fps", "num_frames", "min_frames", "max_frames") if key in level]
         if level.get("do_sample_frames") is False and idle:
-            raise ValueError(f"{name}: do_sample_frames=False takes every frame, and leaves {', '.join(idle)} without effect; give one or the other")
+            idle = ", ".join(idle)
+            raise ValueError(f"{name}: do_sample_frames=False takes every frame, and leaves {idle} without effect; give one or the other")
         if {"video_fps", "num_frames", "do_sample_frames"} & level.keys():
             return
 
@@ -144,7 +146,8 @@ def _timing(general: Mapping, own: Mapping, metadata, name: str) -> tuple[dict, 
     """Options and video_metadata of frames that are decoded already.
 
     They are shown as video_metadata says, else sample_fps, else at the `fps` of the video itself (or of the call, if nothing is to be
-    sampled): the rate at which they were taken. Frames of which such a rate is known are all looked at, unless the same level says how many.
+    sampled): the rate at which they were taken. Frames of which such a rate is known are all looked at, unless the same level says how
+    many.
     """
     general, own = dict(general), dict(own)
     if metadata is not None and ("sample_fps" in own or "sample_fps" in general):
@@ -490,17 +493,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
     @classmethod
     def from_dict(cls, video_processor_dict, **kwargs):
         """Knobs among the keyword arguments take the place of the file's; a key of the file that means nothing here is left out."""
-        kwargs = drop_fixed(kwargs, cls.__name__)
-        knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
-        settings_only(knobs, cls.stored, cls.__name__)
-        knobs = read_options(knobs, cls.stored, cls.__name__)
-        reject_unknown([name for name in kwargs if nearest_name(name, cls.knobs, cutoff=0.8)], cls.stored, cls.__name__)
-        settings = {}
-        for name, value in settings_by_name(video_processor_dict, cls.stored, cls.__name__).items():
-            if name in cls.stored or name in SERVICE_KEYS or name in FIXED:
-                settings[name] = value
-            elif value is not None:
-                logger.warning_once(f"{cls.__name__}: {name}={value!r} has no effect")
+        kwargs, knobs = split_keywords(kwargs, cls)
+        settings = known_settings(video_processor_dict, cls)
         if knobs.keys() & {"num_frames", "video_fps"}:
             settings.update(num_frames=None, video_fps=None)
         return super().from_dict(with_knobs(settings, knobs), **kwargs)

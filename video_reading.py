@@ -483,7 +483,8 @@ class GivenFrames(Video):
             return np.arange(total) / fps, total / fps, False
         times = np.asarray(stamps, np.float64)
         if times.shape != (total,):
-            raise ValueError(f"{name}: expected {total} timestamps, one a frame, got {len(times) if times.ndim == 1 else f'shape {times.shape}'}")
+            got = len(times) if times.ndim == 1 else f"shape {times.shape}"
+            raise ValueError(f"{name}: expected {total} timestamps, one a frame, got {got}")
         if not np.isfinite(times).all() or times[0] < 0 or np.any(np.diff(times) < 0):
             at = int(np.flatnonzero(~np.isfinite(times) | (times < 0) | (np.diff(times, prepend=0) < 0))[0])
             before = f" after {times[at - 1]:g}" if at else ""

@@ -587,7 +587,8 @@ def count_media(grid: list[list[int]], media_nums_per_sample, pads: list[int]) -
     """How many media each sample has. Where the caller does not say, each takes what its `image_pad` tokens ask for, and a text
     without any the processor's one blank frame, if there is one for each such text."""
     if media_nums_per_sample is not None:
-        nums = [int(n) for n in media_nums_per_sample]
+        listed = (row if isinstance(row, (list, tuple)) else [row] for row in media_nums_per_sample)  # lists: as pipelines join calls
+        nums = [int(n) for row in listed for n in row]
     elif len(pads) == 1:
         nums = [len(grid)]
     else:

@@ -448,11 +448,25 @@ def test_names_in_settings_files(tmp_path):
     assert (loaded.num_frames, loaded.video_fps, loaded.video_max_pixels) == (6, None, 10**6)
     assert MossVLVideoProcessor.from_pretrained(tmp_path, fps=3).resolve({}).video_fps == 3
     assert MossVLVideoProcessor(fps=3, total_pixels=10**6, max_pixels=9999).to_dict()["video_fps"] == 3
-    for knobs, message in (({"fps": 3, "nframes": 3}, "both say"), ({"fps": 3, "video_fps": 2}, "disagree"), ({"sample_fps": 3}, "an option of a call"),
+    loaded = MossVLVideoProcessor.from_pretrained(tmp_path, return_unused_kwargs=True, frame_rate=3)
+    assert loaded[1] == {"frame_rate": 3}
+    for knobs, message in (({"frame_rate": 3}, "unknown keyword 'frame_rate'"), ({"fsp": 3}, "did you mean 'fps'"), ({"fps": 3, "nframes": 3}, "both say"), ({"fps": 3, "video_fps": 2}, "disagree"), ({"sample_fps": 3}, "an option of a call"),
                            ({"do_resize": False}, "always True"), ({"allow_http": True}, "an option of a call")):  # fmt: skip
         for make in (MossVLVideoProcessor, lambda **knobs: MossVLVideoProcessor.from_pretrained(tmp_path, **knobs)):
             with pytest.raises(ValueError, match=message):
                 make(**knobs)
+
+
+def test_names_of_an_image_processor(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 8, "crop_margin": 3, "do_resize": True, "image_processor_type": "x"}))
+    assert MossVLImageProcessor.from_pretrained(tmp_path).patch_size == 8  # what the file says beyond is left out
+    for knobs, message in (({"max_pixel": 3}, "did you mean 'max_pixels'"), ({"crop_margin": 3}, "unknown keyword 'crop_margin'"),
+                           ({"resized_height": 3}, "an option of a call"), ({"do_rescale": False}, "always True")):  # fmt: skip
+        for make in (MossVLImageProcessor, lambda **knobs: MossVLImageProcessor.from_pretrained(tmp_path, **knobs)):
+            with pytest.raises(ValueError, match=message):
+                make(**knobs)
+    with pytest.raises(ValueError, match="unknown keyword 'fps'"):
+        MossVLImageProcessor()(Image.new("RGB", (40, 40)), fps=3)
 
 
 @pytest.mark.parametrize("size", [{"shortest_edge": 2048, "longest_edge": 9999}, None])

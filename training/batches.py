@@ -92,6 +92,7 @@ def encode(
         labels_spans=[moved],
         ignore_index=IGNORED,
         return_tensors="pt",
+        grid_name="grid_thw",  # whatever the processor's own setting is
         **knobs,
     )
     ids, labels = inputs["input_ids"][0], inputs["labels"][0]
