@@ -6,7 +6,7 @@ is such a dict too. The plain forms are
 
     part      {"type": "text", "text": text}, {"type": "image", "image": medium}, {"type": "video", "video": medium};
               without its medium, a part holds the place of one that is given elsewhere
-    medium    the bare source, or if it has options {"image": source, **options}, {"video_path": source, **options}
+    medium    the bare source; if it has options, or is a list of frames, {"image": source, **options}, {"video_path": source, **options}
 """
 
 import os
@@ -110,6 +110,8 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
             value = _from_base64(value)
         if found is not None and not same_source(found[1], value):
             raise ValueError(f"{what} holds one {kind}, got two: {found[0]}={shorten(found[1])} and {key}={shorten(value)}")
+        if kind == "image" and isinstance(value, (list, tuple)):
+            raise ValueError(f"{what} holds one image, got a list of {len(value)}; give each its own")
         found = (key, value)
     own = {name: value for name, value in given.items() if name not in SOURCE_KEYS[kind] and not (kind == "image" and name == "detail")}
     options = _joined(options, read_options(own, (*SOURCE_KEYS[kind], *OWN_OPTIONS[kind]), what), what)
@@ -124,8 +126,8 @@ def _joined(options: dict, more: dict, what: str) -> dict:
 
 
 def plain_medium(kind: str, source, options: Mapping):
-    """The medium as one object: the bare source, or a dict if it has options."""
-    return {PLAIN_KEY[kind]: source, **options} if options else source
+    """The medium as one object: the bare source, or a dict if it has options or is a list (of a video's frames)."""
+    return {PLAIN_KEY[kind]: source, **options} if options or isinstance(source, (list, tuple)) else source
 
 
 def clips_of(kind: str, medium) -> int:

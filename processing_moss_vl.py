@@ -73,7 +73,9 @@ HUB_KEYS = {
     "_from_auto", "_from_pipeline",
 }  # fmt: skip
 OWN_SETTINGS = {"return_cross_attention_mask": True, "grid_name": "grid_thw"}  # of the processor itself, and their defaults
-NOT_FOR_TOKENIZER = {"trust_remote_code", "code_revision", "use_fast", "backend", "chat_template", "return_unused_kwargs", "_commit_hash"}
+PARTS = ("image_processor", "tokenizer", "video_processor")  # given ready, they take the place of the folder's
+NOT_FOR_TOKENIZER = {
+    *PARTS, "trust_remote_code", "code_revision", "use_fast", "backend", "chat_template", "return_unused_kwargs", "_commit_hash"}
 
 
 @dataclass
@@ -584,7 +586,7 @@ class MossVLProcessor(ProcessorMixin):
 
         Keywords that are settings of the image or video processor become those, arguments of the tokenizer go to it; any other is a ValueError.
         Where a pipeline loads the folder, the tokenizer pads on the left and the frame mask is left out: pipelines pad and join what was
-        processed one by one, and generate from it.
+        processed one by one, and generate from it. They pass what is meant for the model, too.
         """
         path = pretrained_model_name_or_path
         hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS}
@@ -602,7 +604,7 @@ class MossVLProcessor(ProcessorMixin):
         video_settings, _ = MossVLVideoProcessor.get_video_processor_dict(path, **hub)
         parts = [
             image_class.from_dict(settings, **image_knobs),
-            _load_tokenizer(path, hub, others),
+            _load_tokenizer(path, hub, others, strict=not in_pipeline),
             MossVLVideoProcessor.from_dict(video_settings, **video_knobs),
         ]
         return [*parts, None, False] if in_pipeline else parts  # no template beside the folder's, no frame mask
@@ -809,15 +811,16 @@ def _grid_name(name) -> str:
 # ------------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def _load_tokenizer(path, hub: dict, kwargs: dict):
-    """The fast tokenizer that the folder names, whichever transformers saved it."""
+def _load_tokenizer(path, hub: dict, kwargs: dict, strict: bool = True):
+    """The fast tokenizer that the folder names, whichever transformers saved it. Keywords that it does not take are an error if `strict`, else
+    left out."""
     config = get_tokenizer_config(path, **{name: value for name, value in hub.items() if not name.startswith("_")})
     name = (config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast")
     tokenizer_class = getattr(transformers, name + "Fast", None) or getattr(transformers, name, transformers.Qwen2TokenizerFast)
     known = {*TOKENIZER_KEYS, *inspect.signature(tokenizer_class.__init__).parameters} - {"self", "args", "kwargs"}
-    for name in kwargs:
-        if name not in known:
-            _refuse_keyword(name, known)
+    for name in [name for name in kwargs if name not in known] if strict else ():
+        _refuse_keyword(name, known)
+    kwargs = {name: value for name, value in kwargs.items() if name in known}
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list) and not hasattr(transformers, "TokenizersBackend"):  # 5.x writes a list, 4.57 wants a dict
         kwargs = {"extra_special_tokens": {}, "additional_special_tokens": extra, **kwargs}

@@ -616,7 +616,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         chosen = []
         for (index, video, part), length, low, high, number in zip(clips, lengths, least, most, wish):
             mine = asked[index].knobs
-            high = min(high, mine.video_max_pixels // mine.min_pixels)
+            if mine.fixed is None:
+                high = min(high, mine.video_max_pixels // mine.min_pixels)
             if mine.every:
                 chosen.append(_every_frame(video, part))
             elif part is None:

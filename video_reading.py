@@ -25,7 +25,6 @@ from .image_processing_moss_vl import (
     reject_unknown,
     see_image,
 )
-from .options import shorten
 
 
 logger = logging.get_logger(__name__)
@@ -483,8 +482,12 @@ class GivenFrames(Video):
                 )
             return np.arange(total) / fps, total / fps, False
         times = np.asarray(stamps, np.float64)
-        if times.shape != (total,) or not np.isfinite(times).all() or times[0] < 0 or np.any(np.diff(times) < 0):
-            raise ValueError(f"{name}: expected {total} timestamps, seconds that do not go down, got {shorten(stamps)}")
+        if times.shape != (total,):
+            raise ValueError(f"{name}: expected {total} timestamps, one a frame, got {len(times) if times.ndim == 1 else f'shape {times.shape}'}")
+        if not np.isfinite(times).all() or times[0] < 0 or np.any(np.diff(times) < 0):
+            at = int(np.flatnonzero(~np.isfinite(times) | (times < 0) | (np.diff(times, prepend=0) < 0))[0])
+            before = f" after {times[at - 1]:g}" if at else ""
+            raise ValueError(f"{name}: timestamp {at} is {times[at]:g}{before}; expected seconds from 0 on that do not go down")
         if duration is None or duration < times[-1]:
             gap = float(times[-1] - times[0]) / (total - 1) if total > 1 else 0.0
             duration = float(times[-1]) + (gap or 1 / (fps or 1.0))

@@ -556,7 +556,7 @@ def test_playlists_reach_nothing(tmp_path):
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/video.ts\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.m3u8").write_text(playlist)
     for source in (tmp_path / "list.m3u8", playlist.encode(), playlist.replace("http://127.0.0.1:9/video.ts", CLIP.as_posix()).encode()):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="is not a video that PyAV can read"):
             open_video(source)
 
 
@@ -619,8 +619,11 @@ def test_gigantic_and_thin_frames(make, tmp_path):
 def test_all_videos_are_looked_at_before_one_is_decoded(make, processor, monkeypatch):
     monkeypatch.setattr(video_reading.PyAVVideo, "frames", lambda *args: pytest.fail("decoded"))
     good = make("h264.mp4")
-    for bad in ("missing.mp4", {"video_path": good, "segments": [[9.0, 10.0]]}):
-        with pytest.raises((ValueError, FileNotFoundError)):
+    for bad, error, message in (
+        ("missing.mp4", FileNotFoundError, "no such video file: 'missing.mp4'"),
+        ({"video_path": good, "segments": [[9.0, 10.0]]}, ValueError, "lies outside the video"),
+    ):
+        with pytest.raises(error, match=message):
             processor([good, bad])
 
 
@@ -770,8 +773,8 @@ def test_decoded_frames_that_do_not_fit(processor):
     frames = [draw(0), draw(1, 64, 64)]
     with pytest.raises(ValueError, match="frame 1 .*one size"):
         processor.extract([frames], video_metadata={"fps": 1})
-    for bad in (np.zeros((3, 8)), np.zeros((0, 8, 8, 3)), [[]]):
-        with pytest.raises(ValueError):
+    for bad, message in ((np.zeros((3, 8)), "expected .frames, height"), (np.zeros((0, 8, 8, 3)), "has no frames"), ([[]], "has no frames")):
+        with pytest.raises(ValueError, match=message):
             processor.plan(bad, video_metadata={"fps": 1})
     with pytest.raises(ValueError, match="video_metadata is for decoded frames"):
         processor.plan(CLIP, video_metadata={"fps": 1})
