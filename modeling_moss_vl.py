@@ -856,11 +856,11 @@ class MossVLModelOutput(BaseModelOutputWithPastAndCrossAttentions):
         cross_attentions: weights of the cross-attention layers, in order, [B, H, T, V of the longest sample] each; empty where no
             token sees any frame.
         rope_deltas: [B]; the token at cache index i has position i + rope_delta.
-        text_starts: bool [B, T], of packed rows the first token of each text.
+        starts_text: bool [B, T], of packed rows where each text begins; None where each row is one text.
     """
 
     rope_deltas: Optional[torch.LongTensor] = None
-    text_starts: Optional[torch.BoolTensor] = None
+    starts_text: Optional[torch.BoolTensor] = None
 
 
 @dataclass
@@ -1260,7 +1260,7 @@ class MossVLModel(MossVLPreTrainedModel):
         )
         if cache is not None:
             vision_layer.state = replace(state, waiting=waiting)
-        outputs.rope_deltas, outputs.text_starts = rope_deltas, starts_text
+        outputs.rope_deltas, outputs.starts_text = rope_deltas, starts_text
         return outputs
 
     def _encode_media(self, request: VisionRequest, vision_chunked_length: Optional[int]) -> torch.Tensor:
@@ -1406,28 +1406,32 @@ def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[sl
     )
 
 
-def row_targets(labels: torch.Tensor, attention_mask: Optional[torch.Tensor], shape) -> torch.Tensor:
-    """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding.
-
-    Args:
-        labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
-        shape: (B, T).
-
-    Raises:
-        ValueError: for labels of another shape.
-    """
-    if tuple(labels.shape) != tuple(shape):
+def check_labels(labels: Optional[torch.Tensor], shape) -> None:
+    """ValueError unless there is a label for each of [B, T] tokens, or no labels."""
+    if labels is not None and tuple(labels.shape) != tuple(shape):
         raise ValueError(
             f"`labels` has shape {list(labels.shape)}; expected {list(shape)}: a label for each token of this call, -100 where there "
             f"is none, whatever `logits_to_keep` leaves out."
         )
-    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] < shape[1]:  # the last is an error, told later
+
+
+def row_targets(labels: torch.Tensor, attention_mask: Optional[torch.Tensor], starts_text: Optional[torch.Tensor]) -> torch.Tensor:
+    """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding.
+
+    Args:
+        labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
+        starts_text: bool [B, T], of packed rows where each text begins: the text before it does not predict that token.
+    """
+    if starts_text is not None:
+        labels = labels.masked_fill(starts_text.to(labels.device), IGNORED)
+    if attention_mask is None or attention_mask.ndim != 2:
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    is_token = attention_mask[:, attention_mask.shape[1] - shape[1] :].to(labels.device).bool()
-    places = torch.arange(shape[1], device=labels.device).expand(*shape)
+    length = labels.shape[1]
+    is_token = attention_mask[:, attention_mask.shape[1] - length :].to(labels.device).bool()
+    places = torch.arange(length, device=labels.device).expand(*labels.shape)
     # is_token [0 1 1 0 1] -> next token, from each place on [1 1 2 4 4] -> after each place [1 2 4 4 -]
-    following = places.masked_fill(~is_token, shape[1]).flip(1).cummin(1).values.flip(1)
-    targets = F.pad(labels, (0, 1), value=IGNORED).gather(1, F.pad(following[:, 1:], (0, 1), value=shape[1]))
+    following = places.masked_fill(~is_token, length).flip(1).cummin(1).values.flip(1)
+    targets = F.pad(labels, (0, 1), value=IGNORED).gather(1, F.pad(following[:, 1:], (0, 1), value=length))
     return targets.masked_fill(~is_token, IGNORED)
 
 
@@ -1541,12 +1545,10 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
         """
-        text = input_ids if input_ids is not None else inputs_embeds
-        kept, targets = slice(None), None
+        text, kept = input_ids if input_ids is not None else inputs_embeds, slice(None)
         if text is not None:
             kept = kept_rows(logits_to_keep, text.shape[1])
-        if text is not None and labels is not None:
-            targets = row_targets(labels, attention_mask, text.shape[:2])
+            check_labels(labels, text.shape[:2])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1570,9 +1572,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         )
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if targets is not None and outputs.text_starts is not None:  # the text before does not predict the first token of a text
-            targets = row_targets(labels.masked_fill(outputs.text_starts.to(labels.device), IGNORED), attention_mask, text.shape[:2])
-        if targets is not None:
+        if labels is not None:
+            targets = row_targets(labels, attention_mask, outputs.starts_text)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 import transformers
+from PIL import Image
 from tiny import assorted_samples, make_model
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, pipeline
 
 from conftest import ROOT
@@ -126,3 +128,39 @@ def test_a_pipeline_is_made_more_than_once_and_leaves_no_trace_in_the_config(tex
     again.model.config.save_pretrained(tmp_path)
     assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
     assert (tmp_path / "pipeline_moss_vl.py").is_file(), "the code goes with it"
+
+
+# Text joined after the processor, as TRL does for SFT with prompt and completion, DPO, KTO and GRPO
+
+
+@pytest.mark.parametrize("grid_name", ["grid_thw", "image_grid_thw"])
+def test_prompts_and_completions_joined_after_the_processor_are_each_sample_alone(grid_name):
+    """Prompts padded left, completions right, then both moved to the left; the model without its head is called, and the head's
+    weights by hand."""
+    settings = {"return_cross_attention_mask": False, "grid_name": grid_name}
+    processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True, **settings)
+    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).train()
+    images = [Image.open(ROOT / f"data/{name}.jpg").resize(size) for name, size in (("example_image", (96, 64)), ("sample_a", (64, 96)))]
+    prompts, answers = ["<|image|>What color is the star?", "<|image|>How many objects are there, please?"], [" It is a blue one.", " 3"]
+    asked = processor(text=prompts, images=[[image] for image in images], padding=True, padding_side="left", return_tensors="pt")
+    answered = processor.tokenizer(answers, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = (torch.cat([asked[name], answered[name]], 1) for name in ("input_ids", "attention_mask"))
+    is_answer = torch.cat([torch.zeros_like(asked["attention_mask"]), answered["attention_mask"]], 1)
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    ids, mask, is_answer = (each.gather(1, order) for each in (ids, mask, is_answer))
+    labels = ids.masked_fill(is_answer == 0, -100)
+    media = {name: value for name, value in asked.items() if name not in ("input_ids", "attention_mask")}
+    assert "cross_attention_mask" not in media and grid_name in media
+
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **media).last_hidden_state
+        found = cross_entropy((hidden @ model.lm_head.weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        total = count = 0
+        for prompt, answer, image in zip(prompts, answers, images):
+            alone, answer = processor(text=[prompt], images=[image], return_tensors="pt"), processor.tokenizer(answer)["input_ids"]
+            joined = torch.cat([alone["input_ids"], torch.tensor([answer])], 1)
+            logits = model.eval()(joined, pixel_values=alone["pixel_values"], **{grid_name: alone[grid_name]}).logits
+            total += cross_entropy(logits[0, -len(answer) - 1 : -1], torch.tensor(answer), reduction="sum")
+            count += len(answer)
+        assert torch.allclose(found, total / count, atol=1e-4)
+        assert torch.allclose(model(ids, mask, labels=labels, use_cache=False, **media).loss, total / count, atol=1e-4)
