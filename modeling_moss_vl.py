@@ -703,17 +703,19 @@ class MossVLTextAttention(nn.Module):
         self.k_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def queries(self, states: torch.Tensor, table) -> torch.Tensor:
-        """[B, T, D] -> [B, H, T, d], normalised and rotated, in the projection's dtype (norms in float32, or those under autocast, would
-        change it)."""
-        projected = self.q_proj(states)
-        query = self.q_norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        return rotate(query, *table).to(projected.dtype)
+        """[B, T, D] -> [B, H, T, d], normalised and rotated."""
+        return self._rotated(self.q_proj(states), self.q_norm, table)
 
     def keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated, in the values' dtype."""
-        key = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        value = self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return rotate(key, *table).to(value.dtype), value
+        """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated."""
+        key = self._rotated(self.k_proj(states), self.k_norm, table)
+        return key, self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _rotated(self, projected: torch.Tensor, norm: nn.Module, table) -> torch.Tensor:
+        """[B, T, heads * d] -> [B, heads, T, d], in the dtype of the projection: norms in float32, or those under autocast, change it."""
+        dtype, states = projected.dtype, norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        del projected
+        return rotate(states, *table).to(dtype)
 
 
 class MossVLSelfAttention(MossVLTextAttention):
@@ -854,9 +856,11 @@ class MossVLModelOutput(BaseModelOutputWithPastAndCrossAttentions):
         cross_attentions: weights of the cross-attention layers, in order, [B, H, T, V of the longest sample] each; empty where no
             token sees any frame.
         rope_deltas: [B]; the token at cache index i has position i + rope_delta.
+        text_starts: bool [B, T], of packed rows the first token of each text.
     """
 
     rope_deltas: Optional[torch.LongTensor] = None
+    text_starts: Optional[torch.BoolTensor] = None
 
 
 @dataclass
@@ -1256,7 +1260,7 @@ class MossVLModel(MossVLPreTrainedModel):
         )
         if cache is not None:
             vision_layer.state = replace(state, waiting=waiting)
-        outputs.rope_deltas = rope_deltas
+        outputs.rope_deltas, outputs.text_starts = rope_deltas, starts_text
         return outputs
 
     def _encode_media(self, request: VisionRequest, vision_chunked_length: Optional[int]) -> torch.Tensor:
@@ -1402,14 +1406,11 @@ def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[sl
     )
 
 
-def row_targets(
-    labels: torch.Tensor, attention_mask: Optional[torch.Tensor], starts_text: Optional[torch.Tensor], shape
-) -> torch.Tensor:
+def row_targets(labels: torch.Tensor, attention_mask: Optional[torch.Tensor], shape) -> torch.Tensor:
     """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding.
 
     Args:
         labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
-        starts_text: bool [B, T], of packed rows where each text begins: the text before it does not predict that token.
         shape: (B, T).
 
     Raises:
@@ -1420,8 +1421,6 @@ def row_targets(
             f"`labels` has shape {list(labels.shape)}; expected {list(shape)}: a label for each token of this call, -100 where there "
             f"is none, whatever `logits_to_keep` leaves out."
         )
-    if starts_text is not None:
-        labels = labels.masked_fill(starts_text.to(labels.device), IGNORED)
     if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] < shape[1]:  # the last is an error, told later
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     is_token = attention_mask[:, attention_mask.shape[1] - shape[1] :].to(labels.device).bool()
@@ -1547,9 +1546,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         if text is not None:
             kept = kept_rows(logits_to_keep, text.shape[1])
         if text is not None and labels is not None:
-            past_length = cached_length(cache_of(cache, past_key_values))
-            starts_text = self.model._packed_texts(text, attention_mask, position_ids, past_length)
-            targets = row_targets(labels, attention_mask, starts_text, text.shape[:2])
+            targets = row_targets(labels, attention_mask, text.shape[:2])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1573,6 +1570,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         )
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
+        if targets is not None and outputs.text_starts is not None:  # the text before does not predict the first token of a text
+            targets = row_targets(labels.masked_fill(outputs.text_starts.to(labels.device), IGNORED), attention_mask, text.shape[:2])
         if targets is not None:
             loss = self.loss_function(
                 logits=logits,

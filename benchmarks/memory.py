@@ -12,13 +12,14 @@ from measuring import ROOT, allocation_peak, load_package, machine, table, write
 from model import add_model_flags, add_prompt_flags, make_config
 
 load_package()
+from moss_vl.cache_layers import TEXT_ROOM  # noqa: E402
 from moss_vl.configuration_moss_vl import MossVLConfig  # noqa: E402
 from moss_vl.modeling_moss_vl import (  # noqa: E402
     CPU_PATCHES,
     DEFAULT_VISION_CHUNK,
     GPU_PATCHES,
     MLP_ROWS,
-    TEXT_ROOM,
+
     VISION_ROWS,
     MossVLForConditionalGeneration,
 )
