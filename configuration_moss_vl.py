@@ -198,8 +198,10 @@ class MossVLTextConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        _require_positive_ints(self, "hidden_size", "num_hidden_layers", "num_attention_heads")  # from which others follow
         self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_attention_heads
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
+        _require_positive_ints(self, "head_dim")
         if cross_attention_layers is None:
             cross_attention_layers = range(2, num_hidden_layers, 4)
         self.cross_attention_layers = _plain(list(cross_attention_layers))

@@ -47,7 +47,7 @@ def tidy(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TMPDIR", str(folder))  # of its child processes
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
-    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("torch"))  # torch's own caches and logs
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("torch", "pytorch")))  # its own caches and logs
     for name in left:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)

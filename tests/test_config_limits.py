@@ -15,11 +15,19 @@ VISION_SIZES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, True], ids=repr)
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "4"], ids=repr)
 @pytest.mark.parametrize("part, name", [*[("text", name) for name in TEXT_SIZES], *[("vision", name) for name in VISION_SIZES]])
 def test_sizes_are_positive_whole_numbers(part, name, value):
     with pytest.raises(ValueError, match=f"`{part}_config.{name}`.*a positive integer"):
         make_config(**{part: {name: value}})
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"])
+@pytest.mark.parametrize("value", [0, "4"], ids=repr)
+def test_sizes_from_which_others_follow_are_checked_first(name, value):
+    """Also where nothing but defaults stands beside them: no division by zero, no sum of words."""
+    with pytest.raises(ValueError, match=f"`text_config.{name}`.*a positive integer"):
+        MossVLTextConfig(**{name: value})
 
 
 # (change, the words of its error or None)

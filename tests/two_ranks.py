@@ -1,11 +1,5 @@
-"""Two processes of a distributed run, of which one gets texts alone, without pixels: `python two_ranks.py FOLDER`.
+"""What each of two processes of a distributed run does, of which one gets texts alone, without pixels."""
 
-Each writes the averaged gradients of one step to FOLDER/rank.pt; no parameter may be left out.
-"""
-
-import sys
-
-import conftest  # noqa: F401
 import torch
 from tiny import Sample, make_model
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +15,7 @@ def inputs_of(rank: int) -> dict:
 
 
 def step(rank: int, folder: str) -> None:
+    """Writes the averaged gradients of one step to FOLDER/rank.pt; no parameter may be left out."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = DistributedDataParallel(make_model().train())
     for _ in range(2):  # the second step fails if the first one left a parameter out
@@ -28,7 +23,3 @@ def step(rank: int, folder: str) -> None:
         model(**inputs_of(rank)).loss.backward()
     torch.save({name: parameter.grad for name, parameter in model.module.named_parameters()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.multiprocessing.start_processes(step, args=(sys.argv[1],), nprocs=2, start_method="fork")

@@ -1,0 +1,70 @@
+"""Settings files in all the forms they come in: limits under each of their names, tokenizers of either transformers, foreign classes."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+from moss_vl.processing_moss_vl import _make_tokenizer_portable
+from scripts import load_script
+
+
+IN_FILE = {
+    "size": {"size": {"shortest_edge": 5000, "longest_edge": 90000}},
+    "top level": {"shortest_edge": 5000, "longest_edge": 90000},
+    "top level, the other names": {"min_pixels": 5000, "max_pixels": 90000},
+}
+GIVEN = {
+    "nothing": ({}, (5000, 90000)),
+    "the least": ({"shortest_edge": 6000}, (6000, 90000)),
+    "the least by its other name": ({"min_pixels": 6000}, (6000, 90000)),
+    "the most": ({"longest_edge": 80000}, (5000, 80000)),
+    "the most by its other name": ({"max_pixels": 80000}, (5000, 80000)),
+    "the most in a size": ({"size": {"longest_edge": 80000}}, (5000, 80000)),
+    "both in a size": ({"size": {"shortest_edge": 6000, "longest_edge": 80000}}, (6000, 80000)),
+    "one that is None": ({"max_pixels": None, "min_pixels": 6000}, (6000, 90000)),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("in_file", IN_FILE)
+def test_a_limit_that_is_given_replaces_that_of_the_file_by_whatever_name(in_file, given):
+    knobs, expected = GIVEN[given]
+    file = json.loads(json.dumps(IN_FILE[in_file]))
+    made = MossVLImageProcessor.from_dict(file, **json.loads(json.dumps(knobs)))
+    assert (made.min_pixels, made.max_pixels) == expected
+    assert file == IN_FILE[in_file], "the caller's settings stay as they are"
+    again = MossVLImageProcessor.from_dict(made.to_dict())
+    assert (again.min_pixels, again.max_pixels) == expected
+
+
+@pytest.mark.parametrize("config, expected", [
+    ({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]},
+     {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<a>"]}),
+    ({"tokenizer_class": "Qwen2Tokenizer"}, None),
+    ({"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image": "<a>"}}, None),
+    ({"extra_special_tokens": []}, {"additional_special_tokens": []}),
+])  # fmt: skip
+def test_a_tokenizer_s_file_is_put_so_that_both_versions_read_it(tmp_path, config, expected):
+    """What both read already stays to the letter."""
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(config | {"model_max_length": 7, "unk": "\u00e9"}), encoding="utf-8")
+    _make_tokenizer_portable(str(path))
+    assert json.loads(path.read_text(encoding="utf-8")) == (config if expected is None else expected) | {"model_max_length": 7, "unk": "\u00e9"}
+
+
+@pytest.mark.parametrize("foreign", ["modeling_of_the_past.MossVLModel", "modeling_moss_vl.OfThePast", "a.b.C", "C", "hub/x--modeling_moss_vl.C", None])
+def test_classes_that_the_code_does_not_hold_are_replaced(tmp_path, foreign, capsys):
+    """Whether their file, the class in it, or the form of the name is not ours."""
+    installer = load_script("install_into.py")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+        shutil.copyfile(ROOT / name, folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    ours = dict(config["auto_map"])
+    config["auto_map"]["AutoModel"] = foreign
+    (folder / "config.json").write_text(json.dumps(config))
+    assert installer.main([str(folder), "--no-check"]) == 0, capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == ours
