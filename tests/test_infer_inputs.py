@@ -239,7 +239,14 @@ def test_a_line_s_own_options_come_first_by_any_name(batch, grids):
     )
     assert code == 1 and "another name of" in results[4]["error"], results
     assert grids == [[2], [3], [5], [2]]
+    assert batch({"videos": "b.mp4", "media_kwargs": {"nframes": 3}}, options=("--fps", 1))[0] == 0 and grids[-1] == [3]
     assert asked[3]["media_kwargs"]["longest_edge"] == 9000 and "max_pixels" not in asked[3]["media_kwargs"]
+
+
+def test_null_says_nothing(batch):
+    code, _, results, asked = batch({"prompt": None, "system_prompt": None, "images": None, "generate_kwargs": None},
+                                    options=("-p", "By default?", "--system", "Be short."))
+    assert code == 0 and asked[0]["prompt"] == "By default?" and asked[0]["system_prompt"] == "Be short.", results
 
 
 # --------------------------------------------------------------------------------------------------------------------- caches

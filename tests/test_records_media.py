@@ -2,7 +2,8 @@
 
 import pytest
 
-from test_records import folder, read_one, turns, write  # noqa: F401 - folder is a fixture
+from test_records import folder, read_one, turns  # noqa: F401 - folder is a fixture
+from records import _look
 
 
 def asked(*parts):
@@ -90,3 +91,10 @@ def test_a_moment_at_the_last_second_and_one_that_has_no_length(folder):  # noqa
         read_one(folder, video([1, 1]))
     with pytest.raises(ValueError, match=r"segment \[2.1\] lies outside"):
         read_one(folder, video([2.1]))
+
+
+def test_a_file_that_was_seen_as_a_video_is_no_image(folder):  # noqa: F811
+    seconds, path = {}, str(folder / "v.mp4")
+    _look("video", path, seconds)
+    with pytest.raises(ValueError, match="not an image that Pillow can read"):
+        _look("image", path, seconds)
