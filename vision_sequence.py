@@ -26,7 +26,10 @@ from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # The frames that a token sees: consecutive ones, or any, as a bool array over the frames of its sample.
 Visible = Union[range, np.ndarray]
@@ -654,8 +657,11 @@ def visible_rows(
             raise ValueError(
                 f"`cross_attention_mask` has {tokens.stop} rows for {len(reached)} tokens of packed texts; expected a row for each, or no mask."
             )
-        row_runs = by_text(state.seen[row], placed, slice(0, tokens.start))
         shown = masked_frames(request, row, total, reached[tokens], first_seen[tokens], is_token[row, tokens])
+        if shown is None:
+            runs.append(by_text(state.seen[row], placed, slice(0, len(reached))))
+            continue
+        row_runs = by_text(state.seen[row], placed, slice(0, tokens.start))
         edges = [0, *(np.flatnonzero((shown[1:] != shown[:-1]).any(axis=1)) + 1).tolist(), len(shown)]
         row_runs += [(tokens.start + start, tokens.start + end, as_visible(shown[start])) for start, end in zip(edges, edges[1:]) if end > start]
         seen = last_seen(row_runs, is_token[row, : tokens.stop], state.seen[row])
@@ -666,11 +672,15 @@ def visible_rows(
 
 def masked_frames(
     request: VisionRequest, row: int, total: list[int], reached: np.ndarray, first_seen: np.ndarray, is_token: np.ndarray
-) -> np.ndarray:
-    """bool [m, frames of the sample], True = seen, for the tokens of a row that the caller's mask is about.
+) -> Optional[np.ndarray]:
+    """bool [m, frames of the sample], True = seen, for the tokens of a row that the caller's mask is about; None if the mask is a
+    processor's, but of other padding than the text has now: then the text says what is seen.
 
     Args:
         reached, first_seen: [m], frames placed up to each token, and where the frames of its text begin.
+
+    Raises:
+        ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text in another way.
     """
     state, mask, sample = request.state, request.mask, request.state.row_sample[row]
     count, hidden = total[sample], mask.hidden[row]
@@ -680,12 +690,21 @@ def masked_frames(
             f"`cross_attention_mask` has {hidden.shape[1]} frame columns and shows sample {sample} some that it does not have, or lacks "
             f"some of its {count - first}; expected [B, 1, T, {max(total)}], True = hidden."
         )
-    frame = np.arange(count)
-    shown = np.tile(as_array(state.seen[row], count), (len(reached), 1))
-    shown |= (frame >= state.placed[sample]) & (frame < reached[:, None])
-    shown &= is_token[:, None]
-    shown[:, first:] = ~hidden[:, : count - first]
-    wrong = shown & ~((frame >= np.where(first_seen > state.placed[sample], first_seen, 0)[:, None]) & (frame < reached[:, None]) & is_token[:, None])
+    given = ~hidden[:, : count - first]
+    frame, real = np.arange(count), is_token[:, None]
+    placed = (frame >= np.where(first_seen > state.placed[sample], first_seen, 0)[:, None]) & (frame < reached[:, None]) & real
+    by_text = (as_array(state.seen[row], count) | (frame >= state.placed[sample])) & placed
+    shown = by_text.copy()
+    shown[:, first:] = given
+    wrong = shown & ~placed
+    is_short = len(shown) < request.is_token.shape[1]  # text was joined to it, and may have been moved
+    if wrong.any() or (is_short and (shown != by_text).any()):
+        if (mask.new_frames_only or not request.past_length) and is_of_processor(given):
+            logger.warning_once(
+                "`cross_attention_mask` is that of a text before it was padded, cut or joined anew, so the text says what is seen. "
+                "Leave it out: load the processor with return_cross_attention_mask=False."
+            )
+            return None
     if wrong.any():
         token, frame = (int(x) for x in np.argwhere(wrong)[0])
         why = "which is padding" if not is_token[token] else "before the frame's `image_pad`, or in another packed text"
@@ -695,6 +714,16 @@ def masked_frames(
             f"text says what is seen."
         )
     return shown
+
+
+def is_of_processor(shown: np.ndarray) -> bool:
+    """Whether bool [m, F], True = seen, is what a processor makes of some text with F frames: the frames so far, from one `image_pad` to
+    the next, in the end all of them; none at padding."""
+    counts = shown.sum(axis=1)
+    rising = counts[counts > 0]
+    return bool(
+        (shown == (np.arange(shown.shape[1]) < counts[:, None])).all() and (np.diff(rising) >= 0).all() and counts.max(initial=0) == shown.shape[1]
+    )
 
 
 def whole_mask(request: VisionRequest) -> Optional[torch.Tensor]:

@@ -124,17 +124,41 @@ def test_a_mask_shorter_than_the_text(model, oracle):
 
 
 @pytest.mark.parametrize("text", ["Ftt", "tFt"])
-def test_a_mask_of_other_padding_is_an_error(model, text):
-    """Ids that somebody padded on the left, beside the mask of an unpadded row: it fits in shape."""
+def test_a_processors_mask_of_other_padding(model, text):
+    """Ids that somebody padded on the other side after the processor: the mask fits in shape, and the text says what is seen."""
     samples = [Sample(text, (1, 4, 4), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)]
     left, right = batch(samples, "left"), batch(samples, "right")
     for inputs, mask in ((left, right), (right, left)):
-        with pytest.raises(ValueError, match="which is padding: it does not belong to these `input_ids`"):
-            model(**inputs | {"cross_attention_mask": mask["cross_attention_mask"]})
-    early = left["cross_attention_mask"].clone()
-    early[1, 0, 1, 1] = False
-    with pytest.raises(ValueError, match="shows frame 1 of sample 1 to token 1 of this call, before the frame's `image_pad`"):
-        model(**left | {"cross_attention_mask": early})
+        real = inputs["attention_mask"].bool()
+        got = model(**inputs | {"cross_attention_mask": mask["cross_attention_mask"]}).logits[real]
+        assert torch.equal(got, model(**inputs | {"cross_attention_mask": None}).logits[real])
+
+
+@pytest.mark.parametrize("text", ["Ftt", "tFt"])
+def test_completions_joined_and_rows_moved_to_the_left(model, oracle, text):
+    """A batch of left-padded prompts gets completions, and its rows are moved to the left: the mask is shorter, and of other places."""
+    samples, more = [Sample(text, (1, 4, 4), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)], [[7, 8, 9, 10, 11], [12]]
+    inputs = batch(samples, "left")
+    length = max(len(sample.ids) + len(new) for sample, new in zip(samples, more))
+    ids, real = torch.zeros(2, length, dtype=torch.long), torch.zeros(2, length, dtype=torch.long)
+    for row, (sample, new) in enumerate(zip(samples, more)):
+        tokens = [*sample.ids.tolist(), *new]
+        ids[row, : len(tokens)], real[row, : len(tokens)] = torch.tensor(tokens), 1
+    logits = model(**inputs | {"input_ids": ids, "attention_mask": real}).logits
+    for row, (sample, new) in enumerate(zip(samples, more)):
+        close(logits[row, real[row].bool()], expected(oracle, sample, more=new))
+
+
+def test_a_mask_that_contradicts_the_text_is_an_error(model):
+    samples = [Sample("FtF", (1, 4, 4), (1, 2, 2), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)]
+    inputs = batch(samples, "left")
+    mask = inputs["cross_attention_mask"]
+    for row, token, frame, why in ((1, 1, 1, "before the frame's `image_pad`"), (0, 0, 0, "which is padding")):
+        other = mask.clone()
+        other[row, 0, -1, 0] = True  # not a processor's
+        other[row, 0, token, frame] = False
+        with pytest.raises(ValueError, match=f"shows frame {frame} of sample {row} to token {token} of this call, {why}"):
+            model(**inputs | {"cross_attention_mask": other})
 
 
 # ------------------------------------------------------------------------------------------------------ padding and waiting
