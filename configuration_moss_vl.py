@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     # Never run: they tell transformers, which reads these lines, that the code of a folder is one. transformers 5 keeps a model class
     # by its config class, and a config class by the files it imports: without these, a second folder of the same name whose config is
     # the same would get the model of the first one, whatever its own code says.
+    from .attention import attend  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 import transformers.modeling_flash_attention_utils as glue
-from moss_vl import modeling_moss_vl as modeling
+from moss_vl import attention
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -80,7 +80,7 @@ def install(monkeypatch, exact=True) -> FlashKernels:
     reset_glue(monkeypatch)
     for name in NAMES:
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash_attention_forward)
-    monkeypatch.setattr(modeling, "flash_can_run", lambda device, dtype: exact or dtype in modeling.HALF)
+    monkeypatch.setattr(attention, "flash_can_run", lambda device, dtype: exact or dtype in attention.HALF)
     return kernels
 
 

@@ -1,7 +1,6 @@
 """Caches in random conversations against the float64 model, and the float64 model against the golden numbers."""
 
 import pytest
-import torch
 from conftest import GOLDEN
 from conversation_fuzzer import converse, make_pair
 from moss_vl.configuration_moss_vl import MossVLConfig

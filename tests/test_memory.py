@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from moss_vl import modeling_moss_vl
+from moss_vl import attention
 from tiny import make_model
 
 
@@ -39,7 +39,7 @@ IN_HALF = ("short", "small chunks")  # many CPUs are slow at it
 @pytest.mark.parametrize("case, dtype", [*[(case, torch.float32) for case in CASES], *[(case, torch.bfloat16) for case in IN_HALF]])
 def test_the_formula_holds(case, dtype, monkeypatch):
     """Never less than what is measured, and at most a fifth more."""
-    monkeypatch.setattr(modeling_moss_vl, "CPU_BFLOAT16", False)  # where it is, up to CPU_SCORES scores come on top
+    monkeypatch.setattr(attention, "CPU_BFLOAT16", False)  # where it is, up to CPU_SCORES scores come on top
     sizes, *numbers, chunk = CASES[case]
     model = sized_model(dtype, **sizes)
     formula = prefill_bytes(model.config, *numbers, dtype, chunk=chunk)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN, ROOT
-from moss_vl import cache_layers, modeling_moss_vl
+from moss_vl import attention, cache_layers, modeling_moss_vl
 from moss_vl.cache_layers import VisionCacheLayer
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
@@ -236,7 +236,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", [*MASKS, "causal"])
 @torch.no_grad()
 def test_attention_by_blocks_equals_attention_at_once(monkeypatch, mask, scores):
-    monkeypatch.setattr(modeling_moss_vl, "CPU_SCORES", scores)
+    monkeypatch.setattr(attention, "CPU_SCORES", scores)
     generator, length = torch.Generator().manual_seed(0), 7 if mask == "causal" else 11
     query = torch.randn(3, 8, 7, 16, generator=generator)
     key, value = (torch.randn(3, 2, length, 16, generator=generator) for _ in range(2))
@@ -245,8 +245,8 @@ def test_attention_by_blocks_equals_attention_at_once(monkeypatch, mask, scores)
     given = None if mask == "causal" else MASKS[mask](keep)
     module = make_model().model.language_model.layers[0].self_attn
     expected = torch.ones(7, 7, dtype=torch.bool).tril()[None, None] if mask == "causal" else given
-    expected, _ = modeling_moss_vl.eager_attention_forward(module, query, key, value, expected, 0.25)
-    got = modeling_moss_vl.blockwise_attention_forward(module, query, key, value, given, 0.25, causal=mask == "causal")
+    expected, _ = attention.eager_attention_forward(module, query, key, value, expected, 0.25)
+    got = attention.blockwise_attention_forward(module, query, key, value, given, 0.25, causal=mask == "causal")
     close(got, expected)
 
 
@@ -667,7 +667,7 @@ def test_two_threads_share_a_model(model):
 @torch.no_grad()
 def test_bfloat16_follows_float32(monkeypatch, products):
     """On CPUs with products in bfloat16, and without."""
-    monkeypatch.setattr(modeling_moss_vl, "CPU_BFLOAT16", products)
+    monkeypatch.setattr(attention, "CPU_BFLOAT16", products)
     inputs = batch(assorted_samples(), "left")
     real = inputs["attention_mask"].bool()
     full = make_model("sdpa")(**inputs).logits[real]

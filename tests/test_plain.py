@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from moss_vl import modeling_moss_vl
+from moss_vl import attention, modeling_moss_vl
 from tiny import IMAGE_PAD, PATCH, make_model
 
 
@@ -148,11 +148,11 @@ def test_dropout_takes_the_share_it_is_given():
     query, key = torch.randn(1, 8, 40, 16, generator=generator), torch.randn(1, 2, 40, 16, generator=generator)
     value = torch.eye(40).expand(1, 2, 40, 40)  # so that what comes out are the weights that were used
     torch.manual_seed(0)
-    out, weights = modeling_moss_vl.eager_attention_forward(module, query, key, value, None, 0.25, dropout=0.25)
+    out, weights = attention.eager_attention_forward(module, query, key, value, None, 0.25, dropout=0.25)
     used = out.transpose(1, 2)
     kept = used != 0
     assert 0.7 < kept.float().mean() < 0.8
     assert torch.allclose(used[kept], (weights / 0.75)[kept], atol=1e-6)
     module.eval()
-    out, weights = modeling_moss_vl.eager_attention_forward(module, query, key, value, None, 0.25, dropout=0.25)
+    out, weights = attention.eager_attention_forward(module, query, key, value, None, 0.25, dropout=0.25)
     assert torch.allclose(out.transpose(1, 2), weights, atol=1e-6)
