@@ -13,7 +13,7 @@ import transformers.integrations.hub_kernels as hub_kernels
 import transformers.modeling_utils as modeling_utils
 from conftest import ROOT
 from flash_kernels import NAMES, FlashKernels, install, reset_glue, use
-from moss_vl import attention
+from moss_vl import attention as attention_module
 from moss_vl import modeling_moss_vl as modeling
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 from peft import LoraConfig, get_peft_model
@@ -227,7 +227,7 @@ def test_a_kernel_of_the_kernels_package(monkeypatch, hub, name):
     if name == "flash_attention_2" and is_flash_attn_2_available():
         pytest.skip("flash-attn is installed")
     reset_glue(monkeypatch)
-    monkeypatch.setattr(attention, "flash_can_run", lambda device, dtype: True)
+    monkeypatch.setattr(attention_module, "flash_can_run", lambda device, dtype: True)
     hub.kernel = kernels = FlashKernels(exact=True)
     model, inputs = make_model(name), batch(assorted_samples(), "left")
     expected, real = logits(eager(), **inputs), inputs["attention_mask"].bool()
@@ -415,7 +415,7 @@ def test_functions_of_users(monkeypatch):
 
 def test_functions_of_users_that_know_masks_alone(monkeypatch):
     def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-        return attention.eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+        return attention_module.eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", attention)
     for inputs in (assorted_samples()[3].inputs(), batch(assorted_samples(), "right")):
