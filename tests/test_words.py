@@ -10,7 +10,9 @@ from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+import finetune  # noqa: E402
 from records import NAMED_RECORDS, read_records  # noqa: E402
+from scripts import load_script  # noqa: E402
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 
@@ -66,3 +68,33 @@ def test_whether_to_use_a_template_is_yes_no_or_nothing(loaded, wrong):
     processor, model = loaded
     with pytest.raises(ValueError, match="use_template must be True, False or None"):
         model.offline_batch_generate(processor, [{"prompt": "Say", "use_template": wrong}])
+
+
+ENDS = [
+    (MemoryError(), 1, "out of memory; try"),
+    (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "out of memory; try"),
+    (RuntimeError("shapes cannot be multiplied"), None, ""),
+    (KeyboardInterrupt(), 130, "interrupted"),
+]
+
+
+@pytest.mark.parametrize("error, code, words", ENDS, ids=repr)
+@pytest.mark.parametrize("program", ["infer", "finetune"])
+def test_how_the_commands_end(program, error, code, words, monkeypatch, capsys):
+    """Where memory runs out a line says what to try; any other failure inside keeps its traceback."""
+    module, worker, arguments = {
+        "infer": (load_script("infer.py"), "answer_one", ["-p", "a"]),
+        "finetune": (finetune, "finetune", ["--checkpoint", "c", "--data", "d", "--output", "o"]),
+    }[program]
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(module, worker, fail)
+    if code is None:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            module.main(arguments)
+        return
+    assert module.main(arguments) == code
+    err = capsys.readouterr().err
+    assert f"{program}.py: {words}" in err and len(err.splitlines()) == 1
