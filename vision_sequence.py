@@ -717,13 +717,12 @@ def masked_frames(
 
 
 def is_of_processor(shown: np.ndarray) -> bool:
-    """Whether bool [m, F], True = seen, is what a processor makes of some text with F frames: the frames so far, from one `image_pad` to
-    the next, in the end all of them; none at padding."""
+    """Whether bool [m, F], True = seen, is what a processor makes of some text with F frames: the frames so far, one more at each
+    `image_pad`, in the end all of them; none at padding."""
     counts = shown.sum(axis=1)
-    rising = counts[counts > 0]
-    return bool(
-        (shown == (np.arange(shown.shape[1]) < counts[:, None])).all() and (np.diff(rising) >= 0).all() and counts.max(initial=0) == shown.shape[1]
-    )
+    steps = np.diff(counts[counts > 0], prepend=0)
+    first_frames = (shown == (np.arange(shown.shape[1]) < counts[:, None])).all()
+    return bool(first_frames and ((steps == 0) | (steps == 1)).all() and steps.sum() == shown.shape[1])
 
 
 def whole_mask(request: VisionRequest) -> Optional[torch.Tensor]:

@@ -194,7 +194,7 @@ class Conversation:
             columns, first_row = total, start
         else:
             columns, first_row = own if form == "own" and start else total, 0
-        mask = torch.ones(len(self.rows), 1, first_row + rows, columns, dtype=torch.bool)
+        mask, by_text = torch.ones(len(self.rows), 1, first_row + rows, columns, dtype=torch.bool), [list(row) for row in seen]
         for i, row in enumerate(self.rows):
             first = before[i] if form == "own" and start else 0
             previous = row.visible[-1] if row.visible else frozenset()
@@ -213,6 +213,15 @@ class Conversation:
                     late = {f for f in placed if row.at[row.places[f]] >= start + rows}
                     seen[i][at] = frozenset(previous | late)
                 previous = seen[i][at]
+            # A mask that ends early and shows one frame after the other, all in the end, is taken for a processor's mask of other padding.
+            shown = [[f for f in range(total - first) if not mask[i, 0, first_row + at, f]] for at in range(rows)] if columns >= total - first else []
+            shown = [frames for frames in shown if frames]
+            count = len(row.frames) + len(row.waiting) - first
+            rises = shown and shown[-1] == list(range(count)) and all(
+                frames == list(range(len(frames))) and len(frames) - len(last) in (0, 1) for last, frames in zip([[], *shown], shown)
+            )  # fmt: skip
+            if rows < length and (form == "own" or not start) and (rises or not count):
+                seen[i] = by_text[i]
         return mask
 
     # ----------------------------------------------------------------------------------------------- what is done to a cache
