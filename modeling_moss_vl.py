@@ -1388,6 +1388,15 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
+    def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
+        """Of transformers 4, which takes up the conversation from its first token, whatever the cache holds."""
+        if length := cached_length(model_kwargs.get(CACHE)):
+            raise ValueError(
+                f"`prefill_chunk_size` came with a cache that holds {length} tokens; expected an empty one: transformers 4 prefills in chunks "
+                f"from the first token on. Leave `prefill_chunk_size` out, or use transformers 5."
+            )
+        return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
+
     def _get_candidate_generator(self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs):
         """The assistant gets what belongs to the prompt under its public names, as far as it takes them, but for the frame mask: without
         it some candidates may be rejected, and none is wrong."""

@@ -398,6 +398,14 @@ def test_a_second_turn_in_chunks(model, oracle, size, with_mask):
     assert got[0, ids.shape[1] :].tolist() == greedy(oracle, [first, written, second])
 
 
+@pytest.mark.skipif(V5, reason="transformers 5 prefills a kept cache in chunks")
+def test_a_second_turn_in_chunks_is_refused_by_transformers_4(model):
+    cache = DynamicCache()
+    out = model.generate(**Sample("tFt", (1, 4, 4)).inputs(), **{CACHE: cache}, **GENERATE)
+    with pytest.raises(ValueError, match="`prefill_chunk_size` came with a cache that holds 6 tokens; expected an empty one"):
+        model.generate(torch.cat([out, torch.tensor([[5, 6]])], dim=1), **{CACHE: cache}, **GENERATE, prefill_chunk_size=2)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_only_left_padding_is_generated_from(model, side):
     inputs = batch([Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)], side)
