@@ -187,12 +187,12 @@ def same_frames(one: Visible, other: Visible) -> bool:
 
 
 def as_array(frames: Visible, count: int) -> np.ndarray:
-    """bool over `count` frames."""
+    """bool over `count` frames, among which are all that are seen."""
     out = np.zeros(count, dtype=bool)
     if isinstance(frames, range):
         out[frames.start : frames.stop] = True
     else:
-        out[: len(frames)] = frames
+        out[: len(frames)] = frames[:count]  # frames that waited may be forgotten since
     return out
 
 
@@ -718,9 +718,12 @@ def masked_frames(
 
 def is_of_processor(shown: np.ndarray) -> bool:
     """Whether bool [m, F], True = seen, is what a processor makes of some text with F frames: the frames so far, one more at each
-    `image_pad`, in the end all of them; none at padding."""
+    `image_pad`, in the end all of them; none at padding, which is on a side."""
     counts = shown.sum(axis=1)
-    steps = np.diff(counts[counts > 0], prepend=0)
+    seeing = np.flatnonzero(counts)
+    if not len(seeing) or len(seeing) <= seeing[-1] - seeing[0]:  # nothing is seen, or nothing in between
+        return False
+    steps = np.diff(counts[seeing], prepend=0)
     first_frames = (shown == (np.arange(shown.shape[1]) < counts[:, None])).all()
     return bool(first_frames and ((steps == 0) | (steps == 1)).all() and steps.sum() == shown.shape[1])
 

@@ -214,9 +214,11 @@ class Conversation:
                     seen[i][at] = frozenset(previous | late)
                 previous = seen[i][at]
             # A mask that ends early and shows one frame after the other, all in the end, is taken for a processor's mask of other padding.
-            shown = [[f for f in range(total - first) if not mask[i, 0, first_row + at, f]] for at in range(rows)] if columns >= total - first else []
-            shown = [frames for frames in shown if frames]
             count = len(row.frames) + len(row.waiting) - first
+            shown = [[f for f in range(count) if f < columns and not mask[i, 0, first_row + at, f]] for at in range(rows)]
+            while shown and not shown[-1]:
+                shown.pop()
+            shown = shown[next((at for at, frames in enumerate(shown) if frames), 0) :]
             rises = shown and shown[-1] == list(range(count)) and all(
                 frames == list(range(len(frames))) and len(frames) - len(last) in (0, 1) for last, frames in zip([[], *shown], shown)
             )  # fmt: skip
