@@ -494,8 +494,12 @@ def _merge_media_kwargs(earlier: dict, given: dict) -> dict:
 
 def _check_media(model, processor, turn: _Turn) -> None:
     """Knobs and media of a turn, as far as can be told without decoding."""
-    for knobs, own in ((turn.images_kwargs, processor.image_processor), (turn.videos_kwargs, processor.video_processor)):
-        own.resolve(knobs)
+    for media, knobs, own in (
+        (turn.images, turn.images_kwargs, processor.image_processor), (turn.videos, turn.videos_kwargs, processor.video_processor),
+    ):  # fmt: skip
+        limits = ("min_pixels", "max_pixels")
+        alone = not media and len(knobs.keys() & limits) == 1  # it is meant for the other kind, and may not fit this one's other limit
+        own.resolve({name: value for name, value in knobs.items() if name not in limits} if alone else knobs)
         for name, config_name in WEIGHT_KNOBS.items():
             expected = getattr(model.config.vision_config, config_name)
             got = knobs.get(name, getattr(own, name))
@@ -555,8 +559,8 @@ def _encode(model, processor, turn: _Turn, alone: bool = True):
         text=turn.text,
         images=turn.images or None,
         videos=turn.videos or None,
-        images_kwargs=turn.images_kwargs,
-        videos_kwargs=turn.videos_kwargs,
+        images_kwargs=turn.images_kwargs if turn.images else {},
+        videos_kwargs=turn.videos_kwargs if turn.videos else {},
         return_tensors="pt",
         grid_name="grid_thw",  # whatever the processor's own setting is
         do_normalize=False,  # the model does it on its device, chunk by chunk: a quarter of the bytes until there

@@ -1234,7 +1234,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             prompt_length: tokens of the whole prompt; `image_pad` ids after it are text that the model wrote.
             num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
             past_key_values: the older name of `cache`.
-            image_features: [P / m^2, D], what `get_image_features` gives for the media, in place of `pixel_values`.
+            image_features: what `get_image_features` gives for the media, or its `pooler_output` [P / m^2, D], in place of `pixel_values`.
             image_mean, image_std: three numbers for each medium, by which levels are normalised on the encoder's device.
             image_grid_thw: another name of `grid_thw`, by which generic trainers look for it.
             token_type_ids, mm_token_type_ids: taken from processors that return them; they say nothing that `input_ids` do not.
@@ -1487,6 +1487,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             new: [B, T], the text of the new turn.
         """
         pads = pads_of_samples(state, (new == self.config.image_token_id).sum(1).tolist())
+        if "image_features" in prompt:
+            prompt = prompt | {"image_features": getattr(prompt["image_features"], "pooler_output", prompt["image_features"])}
         media = {name: prompt[name] for name in ("pixel_values", "image_features", "image_mean", "image_std") if name in prompt}
         statistics = (prompt.get(name) for name in ("pixel_values", "grid_thw"))
         grid = read_grid(*statistics, self.config.vision_config, prompt.get("image_mean"), prompt.get("image_std"))

@@ -395,6 +395,7 @@ def read_request(
     if prompt_length is not None:
         whole_prompt = known >= prompt_length
 
+    image_features = getattr(image_features, "pooler_output", image_features)  # or the whole output of `get_image_features`
     pixel_values, grid_thw, image_features = without_empty_media(pixel_values, grid_thw, image_features)
     is_frame = torch.zeros_like(is_token)
     in_prompt = length if prompt_length is None else min(length, max(prompt_length - past_length, 0))

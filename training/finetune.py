@@ -474,7 +474,7 @@ def training_arguments(args) -> TrainingArguments:
         bf16=args.bf16,
         deepspeed=None if args.deepspeed is None else str(args.deepspeed),
         ddp_find_unused_parameters=False,  # every parameter gets a gradient, of a batch of texts too
-        use_cpu=args.cpu,
+        use_cpu=args.cpu or not torch.accelerator.is_available(),  # else several processes without a GPU would each train by itself
         dataloader_num_workers=args.workers,
         dataloader_pin_memory=not args.cpu and torch.cuda.is_available(),
         remove_unused_columns=False,
