@@ -74,12 +74,18 @@ def append(past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torc
     length = 0 if past is None else past.shape[-2]
     total = length + new.shape[-2]
     in_room = room is not None and past is not None and past.data_ptr() == room.data_ptr() and past.shape[:-2] == room.shape[:-2]
+    in_room = in_room and room.dtype == new.dtype and is_writable(room)
     if not in_room or room.shape[-2] < total:
         room = new.new_empty(*new.shape[:-2], total + max(TEXT_ROOM, total // 8), new.shape[-1])
         if length:
             room[..., :length, :] = past
     room[..., length:total, :] = new
     return room[..., :total, :], room
+
+
+def is_writable(memory: torch.Tensor) -> bool:
+    """Whether it may be written to here: what was made in inference mode only there."""
+    return torch.is_inference_mode_enabled() or not memory.is_inference()
 
 
 class VisionCacheLayer(OwnMemoryLayer):
@@ -108,8 +114,11 @@ class VisionCacheLayer(OwnMemoryLayer):
         self._cache = weakref.ref(cache)
         return True
 
-    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
-        """Takes in the keys and values of the new vision tokens, returns those of the whole packed sequence."""
+    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall, dtype: torch.dtype):
+        """Takes in the keys and values of the new vision tokens, returns those of the whole packed sequence in `dtype`, that of the
+        queries: a call under autocast may have another than the one before."""
+        if self.keys is not None and self.keys.dtype != dtype:
+            self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
         if call.writes:
             self.keys = write_packed(self.keys, keys, call, self.shared)
             self.values = write_packed(self.values, values, call, self.shared)
@@ -145,10 +154,11 @@ class VisionCacheLayer(OwnMemoryLayer):
 
 def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCall, shared: bool) -> torch.Tensor:
     """Puts new keys or values [1, K, v, d] into the packed ones; no copy if the new ones are all there is. `shared`: whether something
-    else reads `old`, which is then left as it is."""
+    else reads `old`, which is then left as it is, as it is when gradients flow."""
     if call.writes == ((slice(0, call.length), slice(0, call.length)),):
         return new
-    if old is None or call.moves is not None or shared:
+    in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
+    if old is None or call.moves is not None or shared or in_graph or not is_writable(old):
         grown = new.new_empty(*new.shape[:-2], call.length, new.shape[-1])
         for source, destination in [(slice(0, call.length),) * 2] if call.moves is None and old is not None else call.moves or ():
             grown[..., destination, :] = old[..., source, :]

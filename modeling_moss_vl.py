@@ -34,7 +34,7 @@ from .attention import (
     self_attention_mask,
     usable_implementation,
 )
-from .cache_layers import cached_length, install_layers, vision_state
+from .cache_layers import cached_length, install_layers, static_length, vision_state
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig, check_parts
 from .conversation import PLACEHOLDERS  # noqa: F401 - for generation_utils: transformers 4.57 copies direct imports only
 from .generation_utils import MossVLGenerationMixin
@@ -190,6 +190,7 @@ class MossVLVisionAttention(nn.Module):
         self.config = config
         self.num_heads = config.num_heads
         self.head_dim = config.hidden_size // config.num_heads
+        self.num_key_value_groups = 1  # functions that users register may ask for it
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -554,12 +555,12 @@ class MossVLCrossAttention(MossVLTextAttention):
         Returns:
             [B, T, D], and where they are asked for (eager alone has them) the weights [B, H, T, longest sample's V], else None.
         """
+        query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
         key = value = None
         if vision_states is not None:
             key, value = self.vision_keys_values(vision_states, vision_table)
         if cache is not None:
-            key, value = cache.layers[self.layer_idx].store(key, value, call)
-        query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+            key, value = cache.layers[self.layer_idx].store(key, value, call, query.dtype)
         with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
         outs, weights, row = [], [], 0
         for span in call.spans:
@@ -788,7 +789,10 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
             f"The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of this transformers "
             f"calls it `{CACHE}`."
         )
-    return past_key_values if cache is None else cache
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not hasattr(cache, "layers"):
+        raise ValueError(f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or StaticCache.")
+    return cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -885,7 +889,12 @@ class MossVLModel(MossVLPreTrainedModel):
         text = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and attention_mask.ndim == 4:
             check_ready_mask(attention_mask, self.config.text_config.num_attention_heads, *text.shape[:2], cache)
-        past_length = cached_length(cache)
+        past_length, slots = cached_length(cache), static_length(cache)
+        if slots is not None and past_length + text.shape[1] > slots:
+            raise ValueError(
+                f"The static cache has {slots} slots and holds {past_length} tokens, and the call has {text.shape[1]}; expected a cache of at "
+                f"least {past_length + text.shape[1]} slots."
+            )
         incremental = use_cache is True or cache is not None
         request = read_request(
             self.config,
@@ -915,7 +924,7 @@ class MossVLModel(MossVLPreTrainedModel):
             use_cache = self.config.text_config.use_cache and not self.training and starts_text is None
         cache = DynamicCache() if use_cache and cache is None else cache
         walked, vision_position_ids, rope_deltas = self._place(request, starts_text, position_ids)
-        position_ids, rope_deltas, own_positions = self._text_positions(request, position_ids, walked, rope_deltas, starts_text)
+        position_ids, rope_deltas, own_positions = self._text_positions(request, position_ids, walked, rope_deltas, starts_text, attention_mask)
         text_index = None if starts_text is None else starts_text.cumsum(1)
         highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
         state, call = plan_call(
@@ -956,7 +965,7 @@ class MossVLModel(MossVLPreTrainedModel):
             output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         if cache is not None:
-            vision_layer.state = replace(state, waiting=waiting)
+            vision_layer.state = replace(state, waiting=waiting, last_ids=None if input_ids is None else input_ids[:, -1].clone())
         outputs.rope_deltas, outputs.starts_text = rope_deltas, starts_text
         return outputs
 
@@ -989,8 +998,9 @@ class MossVLModel(MossVLPreTrainedModel):
         extents = [max(grid) for sample in request.state.row_sample for grid in request.frames_placed(sample)]
         return torch.tensor(extents, dtype=torch.long, device=request.is_token.device)
 
-    def _text_positions(self, request: VisionRequest, position_ids, walked, rope_deltas, starts_text):
-        """Positions of the text [B, T] or [3, B, T], rope_deltas [B], and whether they are the caller's."""
+    def _text_positions(self, request: VisionRequest, position_ids, walked, rope_deltas, starts_text, attention_mask):
+        """Positions of the text [B, T] or [3, B, T], rope_deltas [B], and whether they are the caller's. Rows whose positions only count
+        their tokens, as generic code makes them, get XRoPE's."""
         if position_ids is None:
             return walked, rope_deltas, False
         shape, given = request.is_token.shape, position_ids.shape
@@ -1010,8 +1020,17 @@ class MossVLModel(MossVLPreTrainedModel):
                     "text) nor XRoPE's positions; expected one of these, or a row per text."
                 )
             return walked, rope_deltas, False
+        length = request.past_length + shape[1]
+        counted = torch.arange(length, device=walked.device)[None]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            counted = attention_mask.to(walked.device).cumsum(1) - 1
+        counts = ((position_ids == counted[:, request.past_length :]) | ~request.is_token).all(-1)  # [B] or [3, B]
+        counts = counts if counts.ndim == 1 else counts.all(0)
+        if counts.all():
+            return walked, rope_deltas, False
         highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
-        return position_ids, highest.amax(1) + 1 - request.past_length - shape[1], True
+        position_ids = torch.where(counts[:, None], walked, position_ids)
+        return position_ids, torch.where(counts, rope_deltas, highest.amax(1) + 1 - length), True
 
     def _place(self, request: VisionRequest, starts_text: Optional[torch.Tensor] = None, position_ids: Optional[torch.Tensor] = None):
         """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B].
@@ -1215,8 +1234,9 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             input_ids: [B, T], one `image_pad` for each frame. `inputs_embeds` [B, T, D] may replace the embeddings; frames need
                 `input_ids` as well, for their places.
             attention_mask: [B, S], cache included, 0 at padding on either side; or a ready 4D mask for self-attention.
-            position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions. If they start again within a row, the row holds several
-                packed texts, each of which sees itself and its own frames alone.
+            position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions; positions that only count the tokens of a row mean
+                XRoPE's. If they start again within a row, the row holds several packed texts, each of which sees itself and its own
+                frames alone.
             cache: any transformers cache, empty or filled by this model.
             labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside. Each token is predicted by the token before it
                 that is no padding, so that a sample's loss is the same in every batch; labels of padding are ignored.
@@ -1227,7 +1247,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             grid_thw: [media, 3], (frames, patch rows, patch columns).
             media_nums_per_sample: media of each sample; told from the text where it is missing.
             cross_attention_mask: bool [B, 1, T, F], True = hidden; default: what the text says. It may hide any frame, and shows none to
-                padding or before its `image_pad`. Fewer rows than tokens leave the later tokens to the text. On a filled cache, a mask of
+                padding or before its `image_pad`. Fewer rows than tokens leave the later tokens to the text, and all of them if the rows are those
+                of a processor for other padding. On a filled cache, a mask of
                 at most T rows is about the frames that come with the call, if it has as many columns as these are; else about all.
             vision_chunked_length: frames that the vision encoder takes at once, default 64 (in training: all).
             rows_per_sample: text rows that share each sample's media, as beams do.
@@ -1370,6 +1391,14 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
                     f"at least one token that the cache does not hold."
                 )
         state = vision_state(cache, self.config.text_config)
+        if state is not None and new is not input_ids and state.last_ids is not None:
+            last = input_ids[:, past_length - 1].to(state.last_ids.device)
+            if (last != state.last_ids).any():
+                raise ValueError(
+                    f"`input_ids` is not the conversation that the cache holds: token {past_length - 1} is {last.tolist()}, and the cache's "
+                    f"{state.last_ids.tolist()}; expected the whole conversation, or with transformers 5 the tokens of the new turn and an "
+                    f"`attention_mask` for the whole."
+                )
         given = {name: prompt[name] for name in MEDIA_KWARGS if name in prompt}
         length = prompt.setdefault("prompt_length", past_length + new.shape[1])
         if state is not None and "grid_thw" in prompt:

@@ -458,7 +458,8 @@ class MossVLProcessor(ProcessorMixin):
                 if encoder is None:
                     parts.append((medium.patches, medium.image_mean, medium.image_std))
                 elif medium.features is None:
-                    features.append(encoder(medium.patches, [medium.grid], medium.image_mean, medium.image_std))
+                    encoded = encoder(medium.patches, [medium.grid], medium.image_mean, medium.image_std)
+                    features.append(encoded if sample.media else torch.zeros_like(encoded))  # the model knows a blank medium by its zeros
                 else:
                     features.append(medium.features)
                 medium.patches = medium.features = None

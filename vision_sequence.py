@@ -74,8 +74,9 @@ class VisionState:
         rope_delta: long [B]; the token at cache index i has position i + rope_delta. None before the first call.
         length: text tokens in the cache.
         starts, stored: where each sample begins in the packed keys and values, and their length.
-        unplaced: for each sample the medium of zeros that came without an `image_pad`, as named rows of the call's media, or None. It is
-            the blank medium of a processor, or a black image whose text has not come yet.
+        unplaced: for each sample the media of zeros that came without an `image_pad`, as named rows, in their order. Each is the blank
+            medium of a processor, or an image of zeros whose text has not come yet.
+        last_ids: long [B], the last token of the cache; None if it is not known.
         step: the plan of a call with one more generated token in every row, once there was one.
         past_calls: the latest calls that changed `seen`, `placed` or how positions count, oldest first.
         remembered: the text length from which on `past_calls` has every such call.
@@ -90,7 +91,8 @@ class VisionState:
     length: int
     starts: list[int]
     stored: int
-    unplaced: list[Optional[dict]]
+    unplaced: list[list[dict]]
+    last_ids: Optional[torch.Tensor] = None
     step: Optional["VisionCall"] = None
     past_calls: tuple[PastCall, ...] = ()
     remembered: int = 0
@@ -108,7 +110,7 @@ class VisionState:
             length=0,
             starts=[0] * samples,
             stored=0,
-            unplaced=[None] * samples,
+            unplaced=[[]] * samples,
         )
 
     def first_rows(self) -> list[int]:
@@ -131,7 +133,8 @@ class VisionState:
             self,
             row_sample=row_sample,
             seen=seen,
-            rope_delta=None if self.rope_delta is None else self.rope_delta[torch.tensor(rows, device=self.rope_delta.device)],
+            rope_delta=rows_of(self.rope_delta, rows),
+            last_ids=rows_of(self.last_ids, rows),
             **{name: [getattr(self, name)[sample] for sample in samples] for name in ("grids", "placed", "waiting", "starts", "unplaced")},
             step=self.step if same_plan else None,
             past_calls=tuple(replace(call, rows=[call.rows[row] for row in rows]) for call in self.past_calls),
@@ -146,7 +149,7 @@ class VisionState:
         """
         undone = [call for call in self.past_calls if call.end > length]
         if not undone:
-            return replace(self, length=length)
+            return replace(self, length=length, last_ids=None)
         if length < self.remembered:
             raise ValueError(
                 f"The cache was cropped to {length} tokens; expected at least {self.remembered}, as only the last {PAST_CALLS} calls with "
@@ -167,19 +170,23 @@ class VisionState:
             cut = replace(call, end=length, is_token=call.is_token[:, :kept], is_frame=call.is_frame[:, :kept])
             earlier = (*earlier, replace(cut, positions=call.positions[:, :kept]))
         whole = placed == self.placed and list(map(len, base.grids)) == list(map(len, self.grids))
-        nothing = [None] * len(placed)
         return replace(
             self,
             grids=self.grids if whole else [grids[:count] for grids, count in zip(self.grids, placed)],
             placed=placed,
-            waiting=self.waiting if whole else nothing,
-            unplaced=self.unplaced if whole else nothing,
+            waiting=self.waiting if whole else [None] * len(placed),
+            unplaced=self.unplaced if whole else [[]] * len(placed),
+            last_ids=None,
             seen=seen,
             rope_delta=rope_delta,
             length=length,
             step=None,
             past_calls=earlier,
         )
+
+
+def rows_of(values: Optional[torch.Tensor], rows: list[int]) -> Optional[torch.Tensor]:
+    return None if values is None else values[torch.tensor(rows, device=values.device)]
 
 
 def same_frames(one: Visible, other: Visible) -> bool:
@@ -310,7 +317,7 @@ class VisionRequest:
         media: the call's media as named rows: `pixel_values` or `image_features`, `image_mean`, `image_std`; empty without any.
         grid: (frames, patch rows, patch columns) of the call's media. media_nums: how many of them each sample has.
         new: merged (H, W) of each sample's new frames; a blank medium counts as none.
-        unplaced: for each sample its blank medium, which may be an image whose text has not come yet, or None.
+        unplaced: as in `VisionState`, after the call.
         pads: frames of each sample that the text of this call places.
         mask: the caller's mask, or None.
     """
@@ -325,7 +332,7 @@ class VisionRequest:
     grid: list[list[int]]
     media_nums: list[int]
     new: list[list[tuple[int, int]]]
-    unplaced: list[Optional[dict]]
+    unplaced: list[list[dict]]
     pads: list[int]
     mask: Optional[FrameMask]
 
@@ -400,7 +407,7 @@ def read_request(
     is_frame = torch.zeros_like(is_token)
     in_prompt = length if prompt_length is None else min(length, max(prompt_length - past_length, 0))
     # If the cache waits for no frame, a single new token is text that the model wrote, whatever its id is.
-    expects_frames = state.is_waiting() or any(medium is not None for medium in state.unplaced)
+    expects_frames = state.is_waiting() or any(state.unplaced)
     written = past_length > 0 and length == 1 and grid_thw is None and not expects_frames
     pads = [0] * len(state.grids)
     if text.ndim == 2 and in_prompt and not written:
@@ -431,17 +438,15 @@ def read_request(
         new[sample] = [(h // merge, w // merge) for t, h, w in own for _ in range(t)]
         if pads[sample] == 0 and [t for t, _, _ in own] == [1]:  # the processor's blank medium stands for no frame
             medium = take_media(media, grid, [number], merge)
-            hidden = mask is not None and whole_prompt and mask.hidden[state.row_sample.index(sample)].all()
-            if hidden or is_blank(medium):
+            hidden = mask is not None and mask.hidden[state.row_sample.index(sample)].all()
+            if is_blank(medium) or (whole_prompt and (hidden or "pixel_values" not in medium)):
                 new[sample] = []
-                unplaced[sample] = {**medium, "grid_thw": own}
-        elif pads[sample]:
-            left = pads[sample] - (len(state.grids[sample]) - state.placed[sample])
-            is_next = unplaced[sample] is not None and state.waiting[sample] is None
-            if is_next and left == len(new[sample]) + 1:  # it was no blank medium, but an image of zeros
-                recalled[sample], (_, h, w) = unplaced[sample], unplaced[sample]["grid_thw"][0]
-                new[sample] = [(h // merge, w // merge), *new[sample]]
-            unplaced[sample] = None
+                unplaced[sample] = [*unplaced[sample], {**medium, "grid_thw": own}]
+        elif pads[sample] and unplaced[sample]:
+            found, unplaced[sample] = images_of_zeros(state, sample, pads[sample] - len(new[sample]), unplaced[sample])
+            if found:
+                recalled[sample] = found
+                new[sample] = [(h // merge, w // merge) for medium in found for _, h, w in medium["grid_thw"]] + new[sample]
         number += len(own)
     if recalled:
         media, grid, media_nums = with_recalled(media, grid, media_nums, recalled, merge)
@@ -454,7 +459,7 @@ def read_request(
                 f"`image_pad` token per frame. Pass `input_ids`, `pixel_values`, `grid_thw` and `media_nums_per_sample` as one "
                 f"processor call returned them, untruncated."
             )
-    unplaced = [None] * len(pads) if whole_prompt else unplaced
+    unplaced = [[] for _ in pads] if whole_prompt else unplaced
     return VisionRequest(
         state, past_length, is_token, is_frame, padded, any_padded, media, grid, media_nums, new, unplaced, pads, mask
     )
@@ -486,9 +491,32 @@ def split_by(items: list, counts: list[int]) -> list[list]:
 
 
 def is_blank(medium: dict) -> bool:
-    """Whether a medium is of zeros, once it is normalised; True if its pixels are not there."""
-    pixels = medium.get("pixel_values")
-    return pixels is None or not (pixels.any() or any(number != 0 for number in medium.get("image_mean", [[]])[0]))
+    """Whether a medium is of zeros, once it is normalised or encoded."""
+    values = medium["pixel_values"] if "pixel_values" in medium else medium["image_features"]
+    return not (values.any() or any(number != 0 for number in medium.get("image_mean", [[]])[0]))
+
+
+def images_of_zeros(state: VisionState, sample: int, wanted: int, unplaced: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Those media of zeros that a call's text places, and those that stay unplaced. If the other frames suffice, they were blank.
+
+    Args:
+        wanted: `image_pad` tokens of the call for which no medium comes with it.
+
+    Raises:
+        ValueError: if the text does not tell which of them are images.
+    """
+    waiting = len(state.grids[sample]) - state.placed[sample]
+    missing = wanted - waiting
+    if missing <= 0:
+        return [], []
+    sizes = {tuple(medium["grid_thw"][0]) for medium in unplaced}
+    if waiting or (len(sizes) > 1 and missing != len(unplaced)):
+        raise ValueError(
+            f"Sample {sample} has {len(unplaced)} media of zeros that came before any `image_pad` for them: they may be images, or the "
+            f"processor's blank medium of a text without any. Now its text asks for {wanted} frames that came before, of which {waiting} "
+            f"wait. Leave blank media out, or give images with the text that places them."
+        )
+    return unplaced[:missing], unplaced[missing:]
 
 
 def take_media(media: dict, grid: list[list[int]], numbers: list[int], merge_size: int) -> dict:
@@ -504,12 +532,12 @@ def take_media(media: dict, grid: list[list[int]], numbers: list[int], merge_siz
     return out
 
 
-def with_recalled(media: dict, grid: list[list[int]], media_nums: list[int], recalled: dict[int, dict], merge_size: int):
-    """Media, grid and numbers with the recalled medium of a sample before its new ones."""
+def with_recalled(media: dict, grid: list[list[int]], media_nums: list[int], recalled: dict[int, list[dict]], merge_size: int):
+    """Media, grid and numbers with the recalled media of a sample before its new ones."""
     parts, number = [], 0
     for sample, count in enumerate(media_nums):
         own = list(range(number, number + count))
-        parts += [recalled[sample]] if sample in recalled else []
+        parts += recalled.get(sample, [])
         parts += [{**take_media(media, grid, own, merge_size), "grid_thw": [grid[i] for i in own]}] if own else []
         number += count
     names = parts[0].keys()
@@ -520,7 +548,7 @@ def with_recalled(media: dict, grid: list[list[int]], media_nums: list[int], rec
         for name in names
     }
     grid = joined.pop("grid_thw")
-    return joined, grid, [count + (sample in recalled) for sample, count in enumerate(media_nums)]
+    return joined, grid, [count + len(recalled.get(sample, ())) for sample, count in enumerate(media_nums)]
 
 
 def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config, image_mean=None, image_std=None) -> list[list[int]]:
@@ -812,8 +840,8 @@ def remember(after: VisionState, request: VisionRequest, positions: torch.Tensor
     if plan is None:
         runs = [[(0, length, seen)] for seen in state.seen]
         plan = np.ones((rows, length), dtype=bool), np.zeros((rows, length), dtype=bool), runs
-    nothing = [None] * len(state.grids)
-    before = replace(state, waiting=nothing, unplaced=nothing, step=None, past_calls=())
+    count = len(state.grids)
+    before = replace(state, waiting=[None] * count, unplaced=[[]] * count, last_ids=None, step=None, past_calls=())
     calls = (*state.past_calls, PastCall(request.past_length, after.length, before, list(range(rows)), *plan, positions))
     forgotten = calls[:-PAST_CALLS]
     return replace(after, past_calls=calls[-PAST_CALLS:], remembered=forgotten[-1].end if forgotten else state.remembered)

@@ -11,7 +11,7 @@ from moss_vl.modeling_moss_vl import CACHE
 from moss_vl.vision_sequence import PAST_CALLS
 from oracle import Oracle
 from tiny import IMAGE_PAD, Sample, batch, make_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 
 V5 = transformers.__version__ >= "5"
@@ -208,6 +208,35 @@ def test_an_image_of_zeros_whose_text_comes_later(model, oracle, size):
     close(torch.cat(rows, dim=1)[0], expected(oracle, sample))
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_frames_that_come_one_by_one_before_their_text(model, oracle, encoded):
+    """As pixels or encoded; each waits for its `image_pad` in the order in which it came."""
+    frames, cache = [Sample("F", (1, 4, 4), seed=1), Sample("F", (1, 4, 8), seed=2)], DynamicCache()
+    for token, frame in zip((5, 6), frames):
+        visual = media_of(frame)
+        if encoded:
+            visual["image_features"] = model.get_image_features(visual.pop("pixel_values"), frame.grid_thw)
+        model(torch.tensor([[token]]), past_key_values=cache, **visual)
+    logits = model(torch.tensor([[IMAGE_PAD, 7, IMAGE_PAD, 8]]), past_key_values=cache).logits[0]
+    close(logits, oracle.logits([5, 6, IMAGE_PAD, 7, IMAGE_PAD, 8], frames_of(oracle, *frames))[2:])
+
+
+def test_images_of_zeros_of_several_sizes_that_wait(model, oracle):
+    """Placed together they are known; one of them alone is not, beside what may be a blank medium."""
+    frames = [Sample("F", grid, seed=1) for grid in ((1, 4, 4), (1, 2, 6))]
+    for text in ([IMAGE_PAD, 7, IMAGE_PAD], [IMAGE_PAD, 7]):
+        cache = DynamicCache()
+        for frame in frames:
+            frame.pixel_values = torch.zeros_like(frame.pixel_values)
+            model(torch.tensor([[5]]), past_key_values=cache, **media_of(frame))
+        if len(text) == 3:
+            got = model(torch.tensor([text]), past_key_values=cache).logits[0]
+            close(got, oracle.logits([5, 5, *text], frames_of(oracle, *frames))[2:])
+        else:
+            with pytest.raises(ValueError, match="has 2 media of zeros that came before any `image_pad`"):
+                model(torch.tensor([text]), past_key_values=cache)
+
+
 def test_a_blank_medium_is_no_frame_of_a_later_turn(model, oracle):
     blank, image = Sample("ttt", seed=1), Sample("tFt", (1, 4, 6), seed=2)
     cache = model(**blank.inputs(), use_cache=True)[CACHE]
@@ -363,13 +392,52 @@ def test_a_cache_half_filled_by_a_failed_call(model, oracle, layer):
 def test_an_offloading_cache_fetches_past_the_vision_layers():
     """`prefetch` of a vision layer is that of the layer after it, at the end of the first."""
     fetched, cache = [], DynamicCache()
-    cache.layers = [cache.layer_class_to_replicate(), VisionCacheLayer(1), VisionCacheLayer(2)]
-    cache.layers[0].prefetch = lambda: fetched.append(0)
+    text = cache.layer_class_to_replicate
+    cache.layers = [text(), VisionCacheLayer(1), VisionCacheLayer(2), text(), VisionCacheLayer(4)]
+    for index in (0, 3):
+        cache.layers[index].prefetch = lambda index=index: fetched.append(index)
     cache.layers[1].prefetch()
     assert not fetched  # of no cache yet
-    assert all(layer.belongs_to(cache) for layer in cache.layers[1:])
-    cache.layers[1].prefetch()
-    assert fetched == [0]
+    assert all(cache.layers[index].belongs_to(cache) for index in (1, 2, 4))
+    for index in (1, 2, 4):
+        cache.layers[index].prefetch()
+    assert fetched == [3, 3, 0]
+
+
+def test_a_cache_goes_on_outside_inference_mode_and_autocast(model, oracle):
+    sample = Sample("tFt", (1, 4, 4), seed=1)
+    want = expected(oracle, sample, more=[7])[-1:]
+    with torch.inference_mode():
+        cache = model(**sample.inputs(), use_cache=True)[CACHE]
+    close(model(torch.tensor([[7]]), past_key_values=cache).logits[0], want)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model(**sample.inputs(), use_cache=True)[CACHE]
+    got = model(torch.tensor([[7]]), past_key_values=cache).logits[0]
+    assert got.dtype == torch.float32 and (got - want).abs().max() < 0.03 * want.abs().max()  # the prompt was read in bfloat16
+
+
+def test_gradients_through_a_conversation(model):
+    """Both frames come with the first call, and are placed one by one."""
+    sample = Sample("tFtF", (1, 4, 4), (1, 4, 4), seed=3)
+    with torch.enable_grad():
+        weight = model.model.visual.blocks[0].mlp.linear_fc1.weight
+        first = model(sample.ids[None, :2], **media_of(sample), use_cache=True)
+        second = model(sample.ids[None, 2:], past_key_values=first[CACHE])
+        gradient = torch.autograd.grad(first.logits.sum() + second.logits.sum(), weight)[0]
+        whole = torch.autograd.grad(model(**sample.inputs()).logits.sum(), weight)[0]
+    assert torch.allclose(gradient, whole, atol=1e-4 * whole.abs().max())
+
+
+def test_a_static_cache_that_is_too_short(model):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=4)
+    model(**Sample("tFt", (1, 4, 4)).inputs(), past_key_values=cache)
+    with pytest.raises(ValueError, match="has 4 slots and holds 3 tokens, and the call has 2; expected a cache of at least 5 slots"):
+        model(torch.tensor([[7, 8]]), past_key_values=cache)
+
+
+def test_what_is_no_cache(model):
+    with pytest.raises(ValueError, match="The cache is a tuple; expected a transformers cache"):
+        model(torch.tensor([[7]]), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 
 # -------------------------------------------------------------------------------------------------------------- generate
@@ -427,6 +495,30 @@ def test_a_turn_without_anything_new_is_an_error(model):
         with pytest.raises(ValueError, match="those of the whole conversation"):
             mask = torch.ones(1, ids.shape[1] + 2, dtype=torch.long)
             model.generate(torch.tensor([[5, 6]]), attention_mask=mask, **{CACHE: cache}, **GENERATE)
+
+
+def test_a_new_turn_taken_for_the_conversation_is_an_error(model):
+    """Given alone, and longer than the cache: its beginning would be cut off."""
+    cache = model(**Sample("tFt", (1, 4, 4), seed=1).inputs(), use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match="is not the conversation that the cache holds: token 2 is"):
+        model.generate(Sample("tttttt", seed=2).ids[None], **{CACHE: cache}, **GENERATE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_that_count_tokens_mean_xrope(model, oracle, side):
+    """As trainers and servers make them of the mask, in a prompt and in a decode step."""
+    samples = [Sample("tFtt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)]
+    inputs = batch(samples, side)
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    out = model(**inputs, position_ids=positions, use_cache=True)
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    step = model(torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=out[CACHE], position_ids=mask.sum(1, keepdim=True) - 1)
+    for row, sample in enumerate(samples):
+        want = expected(oracle, sample, more=[7 + row])
+        close(torch.cat([out.logits[row, inputs["attention_mask"][row].bool()], step.logits[row]]), want)
+    alone = samples[0].inputs() | {"position_ids": torch.arange(4)[None]}
+    close(model(**alone).logits[0], expected(oracle, samples[0]))
 
 
 # ------------------------------------------------------------------------------------------------------ empty and renamed
