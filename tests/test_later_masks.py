@@ -8,17 +8,12 @@ import copy
 import pytest
 import torch
 from moss_vl.modeling_moss_vl import CACHE
-from tiny import Sample, batch, make_model
+from tiny import Sample, batch, close, make_model
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def model(request):
     return make_model(request.param)
-
-
-def close(got, expected, what=""):
-    off = (got - expected).abs().max() / expected.abs().max().clamp(min=1)
-    assert got.shape == expected.shape and off < 1e-5, f"{what}: off by {off:.2e}"
 
 
 def whole(model, ids, media):

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from tiny import Sample, make_model
+from tiny import Sample, close, make_model
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def model(request):
     return make_model(request.param)
-
-
-def close(got, expected, what=""):
-    off = (got - expected).abs().max() / expected.abs().max().clamp(min=1)
-    assert got.shape == expected.shape and off < 1e-5, f"{what}: off by {off:.2e}"
 
 
 TEXTS = {

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration, usable_implementation
-from tiny import IMAGE_PAD, Sample, batch, frame_mask, make_model
+from tiny import IMAGE_PAD, Sample, batch, close, frame_mask, make_model
 from transformers import DynamicCache
 
 
@@ -18,11 +18,6 @@ NEW = 5
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def model(request):
     return make_model(request.param)
-
-
-def close(got, expected, what=""):
-    off = (got - expected).abs().max() / expected.abs().max().clamp(min=1)
-    assert got.shape == expected.shape and off < 1e-5, f"{what}: off by {off:.2e}"
 
 
 def whole(model, ids, media, hidden=None):
