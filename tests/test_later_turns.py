@@ -466,6 +466,20 @@ def test_a_second_turn_in_chunks(model, oracle, size, with_mask):
     assert got[0, ids.shape[1] :].tolist() == greedy(oracle, [first, written, second])
 
 
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_second_turn_as_the_processor_returns_it(model, oracle, kind):
+    """With its mask, and its blank medium if it has no image: the image of the first turn stays seen."""
+    first, cache = Sample("tFt", (1, 4, 4), seed=1), DynamicCache()
+    second = Sample("tttt", seed=2) if kind == "text" else Sample("tFtt", (1, 4, 6), seed=2)
+    out = model.generate(**first.inputs(), **{CACHE: cache}, **GENERATE)
+    written = Sample("t", seed=0)
+    written.ids = out[0, 3:]
+    inputs = second.inputs() | {"input_ids": torch.cat([out, second.ids[None]], dim=1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    got = model.generate(**inputs, **{CACHE: cache}, **GENERATE)
+    assert got[0, inputs["input_ids"].shape[1] :].tolist() == greedy(oracle, [first, written, second])
+
+
 @pytest.mark.skipif(V5, reason="transformers 5 prefills a kept cache in chunks")
 def test_a_second_turn_in_chunks_is_refused_by_transformers_4(model):
     cache = DynamicCache()
