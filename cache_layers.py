@@ -119,6 +119,8 @@ class VisionCacheLayer(OwnMemoryLayer):
         queries: a call under autocast may have another than the one before."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
+        if self.keys is not None and not is_writable(self.keys):  # nor can gradients flow past it
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         if call.writes:
             self.keys = write_packed(self.keys, keys, call, self.shared)
             self.values = write_packed(self.values, values, call, self.shared)
@@ -158,7 +160,7 @@ def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCal
     if call.writes == ((slice(0, call.length), slice(0, call.length)),):
         return new
     in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
-    if old is None or call.moves is not None or shared or in_graph or not is_writable(old):
+    if old is None or call.moves is not None or shared or in_graph:
         grown = new.new_empty(*new.shape[:-2], call.length, new.shape[-1])
         for source, destination in [(slice(0, call.length),) * 2] if call.moves is None and old is not None else call.moves or ():
             grown[..., destination, :] = old[..., source, :]

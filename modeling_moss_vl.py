@@ -889,6 +889,8 @@ class MossVLModel(MossVLPreTrainedModel):
         text = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and attention_mask.ndim == 4:
             check_ready_mask(attention_mask, self.config.text_config.num_attention_heads, *text.shape[:2], cache)
+        if grid_thw is not None and len(grid_thw) and pixel_values is None and image_features is None:
+            raise ValueError("`grid_thw` came without `pixel_values` or `image_features`; expected one of them, as the processor returns it.")
         past_length, slots = cached_length(cache), static_length(cache)
         if slots is not None and past_length + text.shape[1] > slots:
             raise ValueError(
@@ -913,8 +915,8 @@ class MossVLModel(MossVLPreTrainedModel):
             image_mean=image_mean,
             image_std=image_std,
         )
-        ready_mask = attention_mask is not None and attention_mask.ndim == 4  # it says which text a token belongs to
-        starts_text = None if position_ids is None or past_length or ready_mask else self._packed_texts(request, position_ids)
+        ready_mask = attention_mask is not None and attention_mask.ndim == 4
+        starts_text = None if position_ids is None or past_length else self._packed_texts(request, position_ids, ready_mask)
         if starts_text is not None and incremental:
             raise ValueError(
                 "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; expected "
@@ -978,18 +980,23 @@ class MossVLModel(MossVLPreTrainedModel):
         runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
         return with_separators(media["image_features"].to(request.is_token.device), runs, merge, self.separator_token)
 
-    def _packed_texts(self, request: VisionRequest, position_ids) -> Optional[torch.Tensor]:
-        """Where packed texts begin: bool [B, T], or None unless the caller's `position_ids` start again within a row. They are counts of
-        tokens, or XRoPE's positions, in which an `image_pad` stands after its frame."""
+    def _packed_texts(self, request: VisionRequest, position_ids, ready_mask: bool) -> Optional[torch.Tensor]:
+        """Where packed texts begin: bool [B, T], or None unless the caller's `position_ids` start again within a row. Those of a row are
+        counts of tokens, or XRoPE's positions, in which an `image_pad` stands after its frame. Beside a ready mask, positions may also go
+        back to where a part of one text goes on; only those that start again from 0 begin another text."""
         shape, is_token = request.is_token.shape, request.is_token
         if position_ids.shape[-2:] not in (shape, (1, shape[1])):
             return None  # an error later on
         positions = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(is_token.device).expand(shape)
-        starts = text_starts(positions, positions, is_token)
-        if any(request.pads) and not ((count_tokens(is_token, starts, positions) == positions) | ~is_token).all():
+        begins, starts = positions, text_starts(positions, positions, is_token)
+        if any(request.pads):
+            counts = ((count_tokens(is_token, starts, positions) == positions) | ~is_token).all(1, keepdim=True)
             begins = positions.clone()
             begins[request.is_frame] -= self._extents(request)
+            begins = torch.where(counts, positions, begins)
             starts = text_starts(positions, begins, is_token)
+        if ready_mask and (begins[starts] != 0).any():
+            return None
         return starts if (starts.sum(1) > 1).any() else None
 
     @staticmethod
@@ -1009,28 +1016,30 @@ class MossVLModel(MossVLPreTrainedModel):
                 f"`position_ids` has shape {list(given)}; expected {list(shape)}, or the same after a "
                 f"leading 3 for (t, h, w): one position for each token of this call."
             )
-        position_ids = position_ids.to(walked.device).expand(*given[:-2], *shape)
-        if starts_text is not None and any(request.pads):
-            # Positions that count tokens say where texts begin, and XRoPE's say the same; of others, frames cannot follow.
-            own = position_ids if position_ids.ndim == 3 else position_ids[None]
-            counted, is_token = count_tokens(request.is_token, starts_text, own[0]), request.is_token
-            if not any(((own == known) | ~is_token).all() for known in (walked, counted)):
+        position_ids, is_token = position_ids.to(walked.device).expand(*given[:-2], *shape), request.is_token
+        own, length = (position_ids if position_ids.ndim == 3 else position_ids[None]), request.past_length + shape[1]
+
+        def equal(positions):  # [B]
+            return ((own == positions) | ~is_token).all(-1).all(0)
+
+        index = torch.arange(length, device=walked.device)[None]
+        counted = [index]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            counted.append(attention_mask.to(walked.device).cumsum(1) - 1)
+        counts = torch.stack([equal(positions[:, request.past_length :]) for positions in counted]).any(0)
+        if starts_text is not None:
+            counts |= equal(walked) | equal(count_tokens(is_token, starts_text, own[0]))
+            if any(request.pads) and (~counts & (starts_text.sum(1) > 1)).any():
                 raise ValueError(
                     "`position_ids` start again within a row that has frames, but are neither counts of tokens (0, 1, 2, ... in each "
                     "text) nor XRoPE's positions; expected one of these, or a row per text."
                 )
-            return walked, rope_deltas, False
-        length = request.past_length + shape[1]
-        counted = torch.arange(length, device=walked.device)[None]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            counted = attention_mask.to(walked.device).cumsum(1) - 1
-        counts = ((position_ids == counted[:, request.past_length :]) | ~request.is_token).all(-1)  # [B] or [3, B]
-        counts = counts if counts.ndim == 1 else counts.all(0)
         if counts.all():
             return walked, rope_deltas, False
-        highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
+        highest = own.amax(0).masked_fill(~is_token, torch.iinfo(own.dtype).min).amax(1)
         position_ids = torch.where(counts[:, None], walked, position_ids)
-        return position_ids, torch.where(counts, rope_deltas, highest.amax(1) + 1 - length), True
+        own_deltas = torch.where(is_token.any(1), highest + 1 - length, rope_deltas)
+        return position_ids, torch.where(counts, rope_deltas, own_deltas), True
 
     def _place(self, request: VisionRequest, starts_text: Optional[torch.Tensor] = None, position_ids: Optional[torch.Tensor] = None):
         """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B].
@@ -1042,6 +1051,8 @@ class MossVLModel(MossVLPreTrainedModel):
         start = torch.full((len(state.row_sample),), request.past_length, device=device)
         if state.rope_delta is not None:
             start = start + state.rope_delta.to(device)
+        if request.dropped is not None:
+            start = start - request.dropped
         if request.is_token.shape[1] == 1 and not any(request.pads):
             end = start + request.is_token[:, 0]
             return start[:, None].masked_fill(~request.is_token, 0), start.new_zeros(3, 0), end - request.past_length - 1
@@ -1362,7 +1373,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             else:
                 prompt["rows_per_sample"] = expand_size
             for name, axis in (("cross_attention_mask", 0), ("position_ids", -2)):
-                if name in prompt:
+                if name in prompt and prompt[name].shape[axis] == len(input_ids):  # else one for all rows
                     prompt[name] = prompt[name].repeat_interleave(expand_size, dim=axis)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -1393,7 +1404,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         state = vision_state(cache, self.config.text_config)
         if state is not None and new is not input_ids and state.last_ids is not None:
             last = input_ids[:, past_length - 1].to(state.last_ids.device)
-            if (last != state.last_ids).any():
+            seen = True if attention_mask is None else attention_mask[:, past_length - 1].to(last.device).bool()  # what padding is says nothing
+            if ((last != state.last_ids) & seen).any():
                 raise ValueError(
                     f"`input_ids` is not the conversation that the cache holds: token {past_length - 1} is {last.tolist()}, and the cache's "
                     f"{state.last_ids.tolist()}; expected the whole conversation, or with transformers 5 the tokens of the new turn and an "
@@ -1497,8 +1509,8 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             prompt = {name: value for name, value in prompt.items() if name not in MEDIA_KWARGS or name == "cross_attention_mask"}
         if past_length:
             prompt.pop("rows_per_sample", None)
-        if "position_ids" in prompt and prompt["position_ids"].shape[-1] > length:
-            prompt["position_ids"] = prompt["position_ids"][..., past_length : past_length + length]
+        if "position_ids" in prompt and prompt["position_ids"].shape[-1] != length:
+            prompt["position_ids"] = counted_on(prompt["position_ids"], past_length + length)[..., past_length : past_length + length]
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, : past_length + length]
         return {
@@ -1558,10 +1570,14 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             model_kwargs["prompt_kwargs"] = {name: value for name, value in prompt.items() if name == "prompt_length"}
         elif "position_ids" in prompt:
             positions = prompt["position_ids"]
-            steps = torch.arange(1, num_new_tokens + 1, device=positions.device)
-            last = positions.flatten(0, -2).amax(1).view(*positions.shape[:-1], 1)
-            model_kwargs["prompt_kwargs"] = prompt | {"position_ids": torch.cat([positions, last + steps], dim=-1)}
+            model_kwargs["prompt_kwargs"] = prompt | {"position_ids": counted_on(positions, positions.shape[-1] + num_new_tokens)}
         return model_kwargs
+
+
+def counted_on(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Positions [..., T] of a prompt and, one by one from its last, of what is written after it: [..., length] if that is longer."""
+    steps = torch.arange(1, max(0, length - positions.shape[-1]) + 1, device=positions.device, dtype=positions.dtype)
+    return torch.cat([positions, positions[..., -1:] + steps], dim=-1)
 
 
 def grid_of(grid_thw, image_grid_thw):

@@ -77,6 +77,7 @@ class VisionState:
         unplaced: for each sample the media of zeros that came without an `image_pad`, as named rows, in their order. Each is the blank
             medium of a processor, or an image of zeros whose text has not come yet.
         last_ids: long [B], the last token of the cache; None if it is not known.
+        tokens: long [B], how many tokens of the cache are no padding; None if none is.
         step: the plan of a call with one more generated token in every row, once there was one.
         past_calls: the latest calls that changed `seen`, `placed` or how positions count, oldest first.
         remembered: the text length from which on `past_calls` has every such call.
@@ -93,6 +94,7 @@ class VisionState:
     stored: int
     unplaced: list[list[dict]]
     last_ids: Optional[torch.Tensor] = None
+    tokens: Optional[torch.Tensor] = None
     step: Optional["VisionCall"] = None
     past_calls: tuple[PastCall, ...] = ()
     remembered: int = 0
@@ -124,6 +126,10 @@ class VisionState:
         """long [B]: the position of the next token of each row."""
         return self.rope_delta + self.length
 
+    def _tokens_of(self, length: int) -> Optional[torch.Tensor]:
+        """`tokens` after the last tokens, none of them padding, were taken back."""
+        return None if self.tokens is None else self.tokens - (self.length - length)
+
     def select_rows(self, rows: list[int]) -> "VisionState":
         """The state after text rows were repeated, dropped or reordered. A sample without rows is forgotten."""
         samples = list(dict.fromkeys(self.row_sample[row] for row in rows))
@@ -135,6 +141,7 @@ class VisionState:
             seen=seen,
             rope_delta=rows_of(self.rope_delta, rows),
             last_ids=rows_of(self.last_ids, rows),
+            tokens=rows_of(self.tokens, rows),
             **{name: [getattr(self, name)[sample] for sample in samples] for name in ("grids", "placed", "waiting", "starts", "unplaced")},
             step=self.step if same_plan else None,
             past_calls=tuple(replace(call, rows=[call.rows[row] for row in rows]) for call in self.past_calls),
@@ -149,7 +156,7 @@ class VisionState:
         """
         undone = [call for call in self.past_calls if call.end > length]
         if not undone:
-            return replace(self, length=length, last_ids=None)
+            return replace(self, length=length, last_ids=None, tokens=self._tokens_of(length))
         if length < self.remembered:
             raise ValueError(
                 f"The cache was cropped to {length} tokens; expected at least {self.remembered}, as only the last {PAST_CALLS} calls with "
@@ -157,7 +164,7 @@ class VisionState:
             )
         call, earlier = undone[0], self.past_calls[: -len(undone)]
         base, kept = call.before.select_rows(call.rows), max(0, length - call.start)
-        placed, seen, rope_delta = base.placed, base.seen, base.rope_delta
+        placed, seen, rope_delta, tokens = base.placed, base.seen, base.rope_delta, base._tokens_of(min(length, call.start))
         if kept:
             is_token, is_frame = call.is_token[call.rows, :kept], call.is_frame[call.rows, :kept]
             placed = [count + int(is_frame[row].sum()) for count, row in zip(placed, base.first_rows())]
@@ -167,6 +174,7 @@ class VisionState:
             if rope_delta is not None:
                 counters = torch.where(real.any(1), counters, base.counters())
             rope_delta = counters - length
+            tokens = real.sum(1) + (call.start if tokens is None else tokens)
             cut = replace(call, end=length, is_token=call.is_token[:, :kept], is_frame=call.is_frame[:, :kept])
             earlier = (*earlier, replace(cut, positions=call.positions[:, :kept]))
         whole = placed == self.placed and list(map(len, base.grids)) == list(map(len, self.grids))
@@ -179,6 +187,7 @@ class VisionState:
             last_ids=None,
             seen=seen,
             rope_delta=rope_delta,
+            tokens=tokens,
             length=length,
             step=None,
             past_calls=earlier,
@@ -314,6 +323,9 @@ class VisionRequest:
         state: before the call. past_length: text tokens in the cache.
         is_token, is_frame: bool [B, T], False at padding; True where an `image_pad` stands for a frame.
         padded, any_padded: whether padding is among the tokens of this call; among these or those of the cache.
+        dropped: long [B], tokens of the cache that the caller's mask has as padding since, such as what was written to a row that had
+            ended; None if there are none. The text counts on without them.
+        tokens: as in `VisionState`, after the call.
         media: the call's media as named rows: `pixel_values` or `image_features`, `image_mean`, `image_std`; empty without any.
         grid: (frames, patch rows, patch columns) of the call's media. media_nums: how many of them each sample has.
         new: merged (H, W) of each sample's new frames; a blank medium counts as none.
@@ -328,6 +340,8 @@ class VisionRequest:
     is_frame: torch.Tensor
     padded: bool
     any_padded: bool
+    dropped: Optional[torch.Tensor]
+    tokens: Optional[torch.Tensor]
     media: dict
     grid: list[list[int]]
     media_nums: list[int]
@@ -346,7 +360,7 @@ class VisionRequest:
 
     def changes_nothing(self) -> bool:
         """Whether the tokens only go on from the last: they see what it saw and count on."""
-        return not (self.padded or any(self.pads) or any(self.new) or self.mask is not None)
+        return not (self.padded or any(self.pads) or any(self.new) or self.mask is not None or self.dropped is not None)
 
 
 def read_request(
@@ -394,11 +408,18 @@ def read_request(
         )
     is_token = torch.ones(rows, length, dtype=torch.bool, device=text.device)
     padded = any_padded = False
+    dropped = tokens = None
     if attention_mask is not None and attention_mask.ndim == 2:
         is_real = attention_mask.to(text.device).bool()
-        is_token = is_real[:, past_length:]
-        whole = int(is_token.all().long() + is_real.all())  # one question to the device: the second implies the first
-        padded, any_padded = whole == 0, whole < 2
+        is_token, tokens = is_real[:, past_length:], is_real.sum(1)
+        before = past_length if state.tokens is None else state.tokens.to(text.device)
+        dropped = (before - is_real[:, :past_length].sum(1)).clamp(min=0)
+        # One question to the device.
+        answers = int(is_token.all() + 2 * is_real.all() + 4 * (dropped > 0).any())
+        padded, any_padded, dropped = not answers & 1, not answers & 2, dropped if answers & 4 else None
+        tokens = tokens if any_padded else None
+    elif state.tokens is not None:  # the padding of the cache is not said again: its tokens stay what they were
+        tokens = state.tokens + length
     if prompt_length is not None:
         whole_prompt = known >= prompt_length
 
@@ -439,7 +460,7 @@ def read_request(
         if pads[sample] == 0 and [t for t, _, _ in own] == [1]:  # the processor's blank medium stands for no frame
             medium = take_media(media, grid, [number], merge)
             hidden = mask is not None and mask.hidden[state.row_sample.index(sample)].all()
-            if is_blank(medium) or (whole_prompt and (hidden or "pixel_values" not in medium)):
+            if (whole_prompt and (hidden or "pixel_values" not in medium)) or is_blank(medium):
                 new[sample] = []
                 unplaced[sample] = [*unplaced[sample], {**medium, "grid_thw": own}]
         elif pads[sample] and unplaced[sample]:
@@ -461,7 +482,7 @@ def read_request(
             )
     unplaced = [[] for _ in pads] if whole_prompt else unplaced
     return VisionRequest(
-        state, past_length, is_token, is_frame, padded, any_padded, media, grid, media_nums, new, unplaced, pads, mask
+        state, past_length, is_token, is_frame, padded, any_padded, dropped, tokens, media, grid, media_nums, new, unplaced, pads, mask
     )
 
 
@@ -794,7 +815,7 @@ def plan_call(
     rows, length = request.is_token.shape
     end = request.past_length + length
     goes_on = request.changes_nothing() and text_index is None
-    after = replace(state, rope_delta=rope_delta, length=end, unplaced=request.unplaced)
+    after = replace(state, rope_delta=rope_delta, length=end, unplaced=request.unplaced, tokens=request.tokens)
     if goes_on and length == 1 and state.step is not None:
         return remember(after, request, positions, None) if own_positions else after, state.step
     if goes_on:  # asks the device nothing

@@ -1,5 +1,5 @@
 """Random conversations on a cache, held to the float64 model: chunks, padding anywhere, media early and late, masks, forks, repeats,
-selections, reorders and crops. By hand, for many seeds: `python tests/conversation_fuzzer.py --seeds 0 5000`.
+selections, reorders, crops and tokens that become padding. By hand, for many seeds: `python tests/conversation_fuzzer.py --seeds 0 5000`.
 
 A conversation is a batch of rows over one cache. Whatever is done to it, the logits of every real token of a row must be those that the
 oracle gives for the row's tokens, frames and visibility alone.
@@ -266,9 +266,18 @@ class Conversation:
         self.mask = self.mask[:, :length]
         self.calls = [(min(end, length), gave) for end, gave in self.calls]
 
+    def take_back(self):
+        """The mask has the last tokens of a row as padding from now on, as of a row that had ended: the row goes on without them."""
+        index = self.rng.randrange(len(self.rows))
+        row, count = self.rows[index], self.rng.randint(1, 2)
+        if len(row.ids) > count and not any(place >= len(row.ids) - count for place in row.places) and len(set(row.visible[-count - 1 :])) == 1:
+            self.mask[index, row.at[-count:]] = 0
+            for name in ("ids", "at", "visible", "logits"):
+                setattr(row, name, getattr(row, name)[:-count])
+
     def fork(self) -> "Conversation":
         other = copy.copy(self)
-        other.rows, other.calls = [row.copy() for row in self.rows], list(self.calls)
+        other.rows, other.calls, other.mask = [row.copy() for row in self.rows], list(self.calls), self.mask.clone()
         if self.static or self.rng.random() < 0.5:
             other.cache = copy.deepcopy(self.cache)
         else:
@@ -301,7 +310,7 @@ def converse(seed: int, model, oracle) -> int:
     for _ in range(rng.randint(3, 9)):
         at = rng.randrange(len(branches))
         talk = branches[at]
-        names = ["call"] * 6 + ["reorder", "fork"] + ([] if static else ["repeat", "select", "crop", "crop"])
+        names = ["call"] * 6 + ["reorder", "fork", "take_back"] + ([] if static else ["repeat", "select", "crop", "crop"])
         name = rng.choice(names)
         if talk.length > SLOTS - 8:
             break

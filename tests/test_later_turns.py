@@ -183,6 +183,31 @@ def test_a_row_of_padding_alone_keeps_its_frames(model, oracle):
     close(logits[1], expected(oracle, samples[1], more=[8, 9, 5])[-1:])
 
 
+def test_rows_that_ended_go_on_without_their_padding(model, oracle):
+    """What was written to a row after its end is padding in the next turn's mask: it counts no more, as if it had never been there."""
+    firsts, seconds = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtt", (1, 4, 6), seed=2)], [Sample("ttt", seed=3), Sample("tFt", (1, 2, 4), seed=4)]
+    inputs = batch(firsts, "left")
+    cache = model(**inputs, use_cache=True)[CACHE]
+    written, mask = torch.tensor([[7, 0, 0], [7, 8, 9]]), inputs["attention_mask"]
+    mask = torch.cat([mask, torch.ones_like(written)], dim=1)
+    for step in range(3):
+        model(written[:, step : step + 1], attention_mask=mask[:, : 6 + step], past_key_values=cache)
+    mask[0, -2:] = 0
+    more = batch(seconds, "left")
+    mask = torch.cat([mask, more["attention_mask"]], dim=1)
+    logits = model(**more | {"attention_mask": mask}, past_key_values=cache).logits
+    for row, kept in enumerate((1, 3)):
+        said = Sample("t", seed=0)
+        said.ids = written[row, :kept]
+        close(logits[row], expected(oracle, firsts[row], said, seconds[row])[-3:])
+    step = torch.tensor([[5], [6]])
+    logits = model(step, attention_mask=torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1), past_key_values=cache).logits
+    for row, kept in enumerate((1, 3)):
+        said = Sample("t", seed=0)
+        said.ids = written[row, :kept]
+        close(logits[row], expected(oracle, firsts[row], said, seconds[row], more=step[row].tolist())[-1:])
+
+
 def test_frames_that_wait_move_nobody_else(model, oracle):
     samples, late = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFttt", (1, 4, 6), seed=2)], Sample("F", (1, 4, 8), seed=3)
     inputs = batch(samples, "left")
@@ -407,9 +432,11 @@ def test_an_offloading_cache_fetches_past_the_vision_layers():
 def test_a_cache_goes_on_outside_inference_mode_and_autocast(model, oracle):
     sample = Sample("tFt", (1, 4, 4), seed=1)
     want = expected(oracle, sample, more=[7])[-1:]
-    with torch.inference_mode():
-        cache = model(**sample.inputs(), use_cache=True)[CACHE]
-    close(model(torch.tensor([[7]]), past_key_values=cache).logits[0], want)
+    for gradients in (False, True):
+        with torch.inference_mode():
+            cache = model(**sample.inputs(), use_cache=True)[CACHE]
+        with torch.set_grad_enabled(gradients):
+            close(model(torch.tensor([[7]]), past_key_values=cache).logits[0].detach(), want)
     with torch.autocast("cpu", torch.bfloat16):
         cache = model(**sample.inputs(), use_cache=True)[CACHE]
     got = model(torch.tensor([[7]]), past_key_values=cache).logits[0]
@@ -531,8 +558,49 @@ def test_positions_that_count_tokens_mean_xrope(model, oracle, side):
     for row, sample in enumerate(samples):
         want = expected(oracle, sample, more=[7 + row])
         close(torch.cat([out.logits[row, inputs["attention_mask"][row].bool()], step.logits[row]]), want)
+    by_index = model(**inputs, position_ids=torch.arange(mask.shape[1] - 1)[None]).logits  # places in the row instead
+    assert torch.allclose(by_index[mask[:, :-1].bool()], out.logits[mask[:, :-1].bool()], atol=1e-5)
     alone = samples[0].inputs() | {"position_ids": torch.arange(4)[None]}
     close(model(**alone).logits[0], expected(oracle, samples[0]))
+
+
+def test_rows_of_counts_beside_rows_of_other_positions(model, oracle):
+    """Each row is read by itself: XRoPE's positions, counts, and positions of the caller's own."""
+    samples = [Sample("ttFtttt", (1, 4, 6), seed=1), Sample("ttFFFttttt", (3, 4, 4), seed=2), Sample("tttt", seed=3)]
+    inputs = batch(samples, "right")
+    del inputs["cross_attention_mask"]
+    positions = torch.arange(10)[None].repeat(3, 1)
+    positions[0] = model.get_rope_index(**{name: inputs[name] for name in ("input_ids", "grid_thw", "attention_mask", "media_nums_per_sample")})[0][0, 0]
+    positions[2, :4], positions[2, 4:] = torch.tensor([2, 5, 6, 9]), 500  # what padding has does not count
+    out = model(**inputs, position_ids=positions, use_cache=True)
+    for row in range(2):
+        close(out.logits[row, : len(samples[row].ids)], expected(oracle, samples[row]))
+    assert out.rope_deltas.tolist()[2] == 10 - 10
+    moved = model(samples[2].ids[None], position_ids=positions[2:, :4]).logits[0]
+    close(out.logits[2, :4], moved.double())
+
+
+def test_positions_of_texts_alone_with_the_processors_blank_medium(model):
+    samples = [Sample("ttttttt", seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)]
+    inputs = batch(samples, "left")
+    names = ("input_ids", "grid_thw", "attention_mask", "media_nums_per_sample")
+    positions, vision, deltas = model.get_rope_index(**{name: inputs[name] for name in names})
+    assert positions[0, 0].tolist() == list(range(7)) and deltas.tolist() == [0, 3] and vision.shape[2] == 7
+    with pytest.raises(ValueError, match="`grid_thw` came without `pixel_values` or `image_features`"):
+        model(inputs["input_ids"], grid_thw=inputs["grid_thw"])
+
+
+@pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"num_beams": 2}, {"use_cache": False}])
+def test_generate_with_positions(model, kwargs):
+    """Those of the prompt count on over candidates, beams and steps."""
+    sample, kwargs = Sample("tFtttFt", (1, 4, 6), (1, 4, 4), seed=5), dict(kwargs) | {"eos_token_id": 199}
+    if kwargs.pop("assistant", False):
+        kwargs["assistant_model"] = copy.deepcopy(model)
+    positions = model.get_rope_index(sample.ids[None], sample.grid_thw)[0][:, 0]
+    want = model.generate(**sample.inputs(), **GENERATE, **kwargs)
+    for given in (positions, torch.arange(7)[None]):
+        got = model.generate(**sample.inputs(), position_ids=given if given.ndim == 2 and len(given) == 1 else given[0][None], **GENERATE, **kwargs)
+        assert torch.equal(got[:, : want.shape[1]], want)
 
 
 # ------------------------------------------------------------------------------------------------------ empty and renamed

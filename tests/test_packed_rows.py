@@ -58,6 +58,38 @@ def test_packed_texts_are_each_alone(expected, implementation, positions):
         close(model(**inputs).logits[0], expected)
 
 
+def test_packed_texts_beside_a_ready_mask(expected):
+    """A block-diagonal mask says the same once more."""
+    model, inputs = make_model(), packed()
+    lengths = torch.tensor([len(sample.ids) for sample in SAMPLES])
+    text = torch.arange(len(SAMPLES)).repeat_interleave(lengths)
+    inputs["attention_mask"] = ((text[:, None] == text) & torch.ones(len(text), len(text), dtype=torch.bool).tril())[None, None]
+    with torch.no_grad():
+        close(model(**inputs).logits[0], expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_packed_by_counts_and_by_xrope(expected, order):
+    """Each row is read by itself."""
+    model, halves = make_model(), [packed(SAMPLES[:3]), packed(SAMPLES[2:])]
+    walked = [model.get_rope_index(sample.ids[None], sample.grid_thw if sample.grids else None)[0][0] for sample in SAMPLES[:3]]
+    halves[0]["position_ids"] = torch.cat(walked, dim=-1)
+    halves = [halves[i] for i in order]
+    length = max(half["input_ids"].shape[1] for half in halves)
+    inputs = {
+        name: torch.cat([torch.nn.functional.pad(half[name], (0, length - half[name].shape[1])) for half in halves])
+        for name in ("input_ids", "position_ids")
+    }
+    inputs["attention_mask"] = torch.cat([(torch.arange(length) < half["input_ids"].shape[1])[None].long() for half in halves])
+    inputs |= {name: torch.cat([half[name] for half in halves]) for name in ("pixel_values", "grid_thw")}
+    numbers = [len(half["grid_thw"]) for half in halves]
+    with torch.no_grad():
+        logits = model(**inputs, media_nums_per_sample=numbers).logits
+    for row, half in enumerate(order):
+        want = expected[:11] if half == 0 else expected[7:]
+        close(logits[row, inputs["attention_mask"][row].bool()], want)
+
+
 def test_packed_rows_beside_padding(expected):
     """Two rows, each with padding on a side of its own, and in the middle of a text."""
     model, halves = make_model(), [packed(SAMPLES[:2]), packed(SAMPLES[2:])]
