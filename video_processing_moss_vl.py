@@ -21,6 +21,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from .conversation import SOURCE_KEYS, read_medium
 from .image_processing_moss_vl import (
+    ANY_SIZE,
     DEFAULT_SIZE,
     SERVICE_KEYS,
     check_return_tensors,
@@ -34,6 +35,7 @@ from .image_processing_moss_vl import (
     resize_uint8,
     settings_only,
     shrink,
+    size_edge,
     split_array,
     split_keywords,
     three_floats,
@@ -43,7 +45,7 @@ from .image_processing_moss_vl import (
 )
 from .options import drop_fixed, layered, names_of, read_options, reject_unknown, shorten
 from .patches import join_patches, patchify
-from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positive_number
+from .video_reading import UntrueKeyframes, Video, is_frames, is_pair, open_video, positive_number
 
 
 logger = logging.get_logger(__name__)
@@ -120,7 +122,7 @@ def flat_videos(videos) -> list:
     """The videos of a call as a list: one video, a list of videos, or one video as a list of its frames."""
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
         return split_array(videos)
-    if not isinstance(videos, (list, tuple)):
+    if not isinstance(videos, (list, tuple)) or is_pair(videos):
         return [videos]
     if not videos:
         raise ValueError("no video given; expected at least one")
@@ -159,8 +161,6 @@ def _timing(general: Mapping, own: Mapping, metadata, name: str) -> tuple[dict, 
             rate = level.pop("video_fps", None)
         if rate is None:
             continue
-        if isinstance(rate, str):  # as examples of Qwen write it
-            rate = _number("sample_fps", rate)
         metadata = {"fps": positive_number("sample_fps", rate)}
         _check_idle(general, own, name)
         if not {"video_fps", "num_frames", "do_sample_frames"} & level.keys():
@@ -284,10 +284,13 @@ class _Asked:
     untold: bool  # True if nobody says how many of its decoded frames are taken
 
     def segments(self, duration: float) -> list[tuple[float, ...]] | None:
+        """Its segments in a video of so many seconds. `video_start` and `video_end` are moved into it, as qwen-vl-utils does; of a segment
+        the times of its frames are."""
         if self.span == [None, None]:
             return self.given
         start, end = self.span
-        return [(0.0 if start is None else start, duration if end is None else end)]
+        start, end = 0.0 if start is None else start, duration if end is None else end
+        return [(max(start, 0.0), min(end, duration)) if start < duration and end > 0 else (start, end)]
 
     def size(self, video: Video, frames: int, share: float) -> tuple[int, int]:
         """(h, w) of the frames of a clip, of which so many pixels are its share."""
@@ -438,12 +441,14 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         video_backend: "pyav" or "decord"; None takes PyAV, or decord where that alone is installed.
         patch_size, temporal_patch_size (1), merge_size: of the model; sides become multiples of patch_size * merge_size.
         image_mean, image_std: three numbers each, for levels in 0..1.
+        allow_http: True allows downloads from http(s) URLs. It is not saved, and a file that says so has no effect.
     """
 
     _auto_class = "AutoVideoProcessor"  # save_pretrained takes the code along
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
     knobs = names_of("video")
     stored = names_of("video", stored=True)
+    settings = (*stored, *names_of("video", trusted=True))
 
     def __init__(
         self,
@@ -462,17 +467,18 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         video_backend=None,
         min_pixels=None,
         max_pixels=None,
+        allow_http=None,
         **kwargs,
     ):
         who = type(self).__name__
         kwargs = drop_fixed(kwargs, who)
         others = {name: kwargs.pop(name) for name in list(kwargs) if name in self.knobs}
-        settings_only(others, self.stored, who)
-        reject_unknown([name for name in kwargs if name not in SERVICE_KEYS and name[:1] != "_"], self.stored, who)
+        settings_only(others, self.settings, who)
+        reject_unknown([name for name in kwargs if name not in SERVICE_KEYS and name[:1] != "_"], self.settings, who)
         BaseImageProcessor.__init__(self, **kwargs)  # past the bases in between, which set the knobs of other models
         named = {"video_max_pixels": video_max_pixels, "video_fps": video_fps, "num_frames": num_frames, "video_backend": video_backend}
         named |= {"num_extract_threads": num_extract_threads, "min_pixels": min_pixels, "max_pixels": max_pixels}
-        named = read_options({**named, **others}, self.stored, who)
+        named = read_options({**named, **others}, self.settings, who)
         low, high = pixel_limits(DEFAULT_SIZE, size, named.get("min_pixels"), named.get("max_pixels"))
         video_fps, num_frames = named.get("video_fps"), named.get("num_frames")
         self.size = {"shortest_edge": low, "longest_edge": high}
@@ -488,6 +494,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.image_mean = list(three_floats("image_mean", image_mean))
         self.image_std = list(three_floats("image_std", image_std))
         self.video_backend = named.get("video_backend")
+        self.allow_http = flag("allow_http", allow_http)
         self.resolve({})
 
     @classmethod
@@ -499,30 +506,31 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             settings.update(num_frames=None, video_fps=None)
         return super().from_dict(with_knobs(settings, knobs), **kwargs)
 
-    @property
-    def min_pixels(self) -> int:
-        return self.size["shortest_edge"]
+    def to_dict(self):
+        return {name: value for name, value in super().to_dict().items() if name != "allow_http"}
 
-    @property
-    def max_pixels(self) -> int:
-        return self.size["longest_edge"]
+    min_pixels, max_pixels = size_edge("shortest_edge"), size_edge("longest_edge")
 
-    def resolve(self, knobs: dict) -> VideoKnobs:
-        """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError."""
+    def resolve(self, knobs: dict, used: bool = True) -> VideoKnobs:
+        """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError.
+
+        `used` is False for a call without videos: what images take as well is not held against the settings of the processor.
+        """
         who = type(self).__name__
         knobs = read_options(drop_fixed(knobs, who), self.knobs, who)
 
         def pick(name):
             return knobs.get(name, getattr(self, name, None))
 
-        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")})
+        named = {name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")}
+        low, high = pixel_limits(self.size if used else ANY_SIZE, **named)
         whole = ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames")
         counts = {name: positive_int(name, pick(name)) for name in whole}
-        if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1:
+        if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1 and used:
             raise ValueError(f"temporal_patch_size must be 1, got {pick('temporal_patch_size')!r}: every frame has a time of its own")
         if counts["min_frames"] > counts["max_frames"]:
             raise ValueError(f"min_frames {counts['min_frames']} is above max_frames {counts['max_frames']}")
-        if counts["video_max_pixels"] < low:
+        if used and counts["video_max_pixels"] < low:
             raise ValueError(f"video_max_pixels {counts['video_max_pixels']} does not hold one frame of shortest_edge {low} pixels")
 
         rate, number = knobs.get("video_fps"), knobs.get("num_frames")
@@ -552,7 +560,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             num_extract_threads=positive_int("num_extract_threads", pick("num_extract_threads")),
             **{name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")},
             video_backend=backend,
-            allow_http=flag("allow_http", knobs.get("allow_http")),
+            allow_http=flag("allow_http", pick("allow_http")),
         )
 
     def plan(self, videos, video_metadata=None, **knobs) -> list[ClipPlan]:
@@ -637,6 +645,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
     def _ask(self, video, general: dict, metadata) -> "_Asked":
         """A video of a call with all that holds for it. ValueError for options that are wrong, before anything is opened."""
+        if is_pair(video):
+            video = {"video": video[0], "video_metadata": video[1]}
         source, own = read_medium("video", video)
         if source is None:
             raise ValueError(f"a video given as a dict holds its source under {' or '.join(SOURCE_KEYS['video'])}; got {shorten(video)}")
