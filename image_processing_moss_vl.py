@@ -684,6 +684,12 @@ class MossVLImageProcessor(BaseImageProcessor):
         colours = {name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")}
         return ImageKnobs(low, high, **counts, **colours, fixed=fixed, allow_http=flag("allow_http", pick("allow_http")))
 
+    def check(self, images, **knobs) -> None:
+        """Raises ValueError for options of a call, or of one of its images (a list), that are wrong or do not fit. Nothing is opened."""
+        self.resolve(knobs)
+        for image in images:
+            self.resolve(layered(knobs, read_medium("image", image)[1]))
+
     def see(self, images, **knobs) -> list[SeenImage]:
         """The images of one sample, their sizes and own options checked, nothing decoded: what `extract` also takes. Errors: `see_image`.
         """

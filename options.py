@@ -21,9 +21,9 @@ def reject_unknown(given, known, what: str) -> None:
     """ValueError for the first name of `given` that is not in `known`; it says the nearest one."""
     for name in given:
         if name not in known:
-            known = known if isinstance(known, Mapping) else set(known) - FIXED.keys() - FIXED_TEXT.keys()  # those may not be changed
-            near = nearest_name(name, known)
-            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(known))}"
+            free = set(known) - FIXED.keys() - FIXED_TEXT.keys()  # no hint at what may not be changed
+            near = nearest_name(name, free)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(free))}"
             raise ValueError(f"{what}: unknown keyword {name!r}; {hint}")
 
 

@@ -45,7 +45,7 @@ from .image_processing_moss_vl import (
 )
 from .options import drop_fixed, layered, names_of, read_options, reject_unknown, shorten
 from .patches import join_patches, patchify
-from .video_reading import UntrueKeyframes, Video, is_frames, is_pair, open_video, positive_number
+from .video_reading import GivenFrames, UntrueKeyframes, Video, is_frames, is_pair, open_video, positive_number
 
 
 logger = logging.get_logger(__name__)
@@ -194,16 +194,13 @@ def _short(source) -> str:
     return shorten(source, 200) if isinstance(source, (str, os.PathLike)) else f"a video in a {type(source).__name__}"
 
 
-def _check_segments(video: Video, segments):
-    """ValueError for a segment wholly outside the video; one warning where some reach outside."""
+def _check_segments(name: str, duration: float, segments):
+    """ValueError for a segment wholly outside a video of so many seconds."""
     for segment in segments:
         start, end = segment[0], segment[-1]
-        outside = end < 0 or start > video.duration
-        if outside or (len(segment) == 2 and (end == 0 or start == video.duration)):
-            raise ValueError(f"{video.name}: segment {list(segment)} lies outside the video, which lasts {video.duration:g} s")
-    beyond = [list(segment) for segment in segments if segment[0] < 0 or segment[-1] > video.duration]
-    if beyond:
-        logger.warning(f"{video.name} lasts {video.duration:g} s; the times of {beyond} are moved into it")
+        outside = end < 0 or start > duration
+        if outside or (len(segment) == 2 and (end == 0 or start == duration)):
+            raise ValueError(f"{name}: segment {list(segment)} lies outside the video, which lasts {duration:g} s")
 
 
 def _per_video(metadata, count: int) -> list:
@@ -573,19 +570,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
         Raises ValueError, FileNotFoundError for anything that is wrong with the videos, their segments or the knobs.
         """
-        videos = flat_videos(videos)
-        knobs = read_options(drop_fixed(knobs, type(self).__name__), self.knobs, type(self).__name__)
-        metadata = _per_video(knobs.pop("video_metadata", None) if video_metadata is None else video_metadata, len(videos))
-        rates = knobs.get("video_fps")
-        if isinstance(rates, (list, tuple)):
-            if len(rates) != len(videos):
-                raise ValueError(f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one a video")
-            knobs = {name: value for name, value in knobs.items() if name != "video_fps"}
-            each = [{**knobs, **({} if rate is None else {"video_fps": rate})} for rate in rates]
-        else:
-            each = [knobs] * len(videos)
-        use = self.resolve(knobs)
-        asked = [self._ask(*one) for one in zip(videos, each, metadata)]
+        asked, use = self._ask_all(videos, video_metadata, knobs)
         names = ["the video" if len(asked) == 1 else f"video {i}" for i in range(len(asked))]
 
         def look(one, name):
@@ -595,12 +580,12 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
         clips = []  # (its index in `asked`, video, segment or None)
         for index, (one, video) in enumerate(zip(asked, opened)):
-            segments = one.segments(video.duration)
-            _check_segments(video, segments or ())
+            segments = one.segments(video.duration) or ()
+            _check_segments(video.name, video.duration, segments)
+            beyond = [list(segment) for segment in segments if segment[0] < 0 or segment[-1] > video.duration]
+            if beyond:
+                logger.warning(f"{video.name} lasts {video.duration:g} s; the times of {beyond} are moved into it")
             clips += [(index, video, segment) for segment in segments or [None]]
-        sharing = [clip for clip in clips if "max_frames" not in asked[clip[0]].own]
-        if len(sharing) > use.max_frames:
-            raise ValueError(f"{len(sharing)} clips share max_frames {use.max_frames}; each needs at least one frame")
         lengths = [video.duration if part is None else part[-1] - part[0] for _, video, part in clips]
         most = share_frames(max(use.max_frames, len(clips)), lengths)
         least, wish = [], []
@@ -610,8 +595,6 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             number = one.knobs.num_frames
             wish += [None] * len(spans) if number is None else share_frames(max(number, len(spans)), spans)
             if "max_frames" in one.own:
-                if len(spans) > one.knobs.max_frames:
-                    raise ValueError(f"{video.name}: {len(spans)} segments share its max_frames {one.knobs.max_frames}; each needs one")
                 first = len(least) - len(spans)
                 most[first : len(least)] = share_frames(one.knobs.max_frames, lengths[first : len(least)])
 
@@ -643,11 +626,49 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             plans.append(ClipPlan(video, indices, times, *size, one.knobs))
         return plans
 
+    def check(self, videos, video_metadata=None, seconds=None, **knobs) -> None:
+        """Raises ValueError for what `plan` refuses and what shows without opening a file: options that are wrong, that do not fit each
+        other or the processor's settings, segments outside the video. Arguments: as for `plan`; `seconds`: how long each video lasts, None
+        if unknown. Decoded frames say so themselves."""
+        asked = self._ask_all(videos, video_metadata, knobs)[0]
+        for one, duration in zip(asked, seconds or [None] * len(asked)):
+            name = _short(one.source)
+            if _is_decoded(one.source):
+                duration = GivenFrames.read_times(one.metadata, len(one.source), name)[1]
+            if duration is not None:
+                _check_segments(name, duration, one.segments(duration) or ())
+
+    def _ask_all(self, videos, video_metadata, knobs: dict) -> tuple[list["_Asked"], VideoKnobs]:
+        """The videos of a call with what holds for each, and what holds for the call. ValueError for options that are wrong."""
+        videos = flat_videos(videos)
+        knobs = read_options(drop_fixed(knobs, type(self).__name__), self.knobs, type(self).__name__)
+        metadata = _per_video(knobs.pop("video_metadata", None) if video_metadata is None else video_metadata, len(videos))
+        rates = knobs.get("video_fps")
+        if isinstance(rates, (list, tuple)):
+            if len(rates) != len(videos):
+                raise ValueError(f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one a video")
+            knobs = {name: value for name, value in knobs.items() if name != "video_fps"}
+            each = [{**knobs, **({} if rate is None else {"video_fps": rate})} for rate in rates]
+        else:
+            each = [knobs] * len(videos)
+        use = self.resolve(knobs)
+        asked = [self._ask(*one) for one in zip(videos, each, metadata)]
+        clips = [(one, len(one.given or [None])) for one in asked]
+        sharing = sum(count for one, count in clips if "max_frames" not in one.own)
+        if sharing > use.max_frames:
+            raise ValueError(f"{sharing} clips share max_frames {use.max_frames}; each needs at least one frame")
+        for one, count in clips:
+            if "max_frames" in one.own and count > one.knobs.max_frames:
+                raise ValueError(f"{_short(one.source)}: {count} segments share its max_frames {one.knobs.max_frames}; each needs one")
+        return asked, use
+
     def _ask(self, video, general: dict, metadata) -> "_Asked":
         """A video of a call with all that holds for it. ValueError for options that are wrong, before anything is opened."""
-        if is_pair(video):
-            video = {"video": video[0], "video_metadata": video[1]}
         source, own = read_medium("video", video)
+        if is_pair(source):
+            if "video_metadata" in own or metadata is not None:
+                raise ValueError("a video given as (frames, metadata) has its metadata, and there is video_metadata; give one of them")
+            source, metadata = source
         if source is None:
             raise ValueError(f"a video given as a dict holds its source under {' or '.join(SOURCE_KEYS['video'])}; got {shorten(video)}")
         name = _short(source)

@@ -460,11 +460,11 @@ class GivenFrames(Video):
         self._frames, self._reading = frames, {"allow_http": allow_http, "unit": float_unit(frames)}
         seen = see_image(frames[0], what=f"frame 0 of {name}", **self._reading)
         upright = seen.read().shape[:2] if not isinstance(frames, (np.ndarray, torch.Tensor)) else (seen.height, seen.width)
-        times, duration, self.given_times = self._times(metadata, len(frames), f"{name} ({len(frames)} decoded frames)")
+        times, duration, self.given_times = self.read_times(metadata, len(frames), f"{name} ({len(frames)} decoded frames)")
         super().__init__(name, times, duration, *upright)
 
     @classmethod
-    def _times(cls, metadata, total: int, name: str) -> tuple[np.ndarray, float, bool]:
+    def read_times(cls, metadata, total: int, name: str) -> tuple[np.ndarray, float, bool]:
         """(seconds of each frame, duration, whether the seconds are the caller's own)."""
         metadata = dict(metadata or {})
         reject_unknown(metadata, cls.KEYS, f"video_metadata of {name}")
