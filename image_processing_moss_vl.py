@@ -126,13 +126,15 @@ def known_settings(file: dict, cls) -> dict:
 
 def split_keywords(kwargs: dict, cls) -> tuple[dict, dict]:
     """Keyword arguments of a processor's `from_dict`: (those for transformers, settings by the names that this code uses). ValueError for
-    what neither takes."""
+    what neither takes; a pipeline passes what is meant for the model, too, and that is left out."""
     kwargs = drop_fixed(kwargs, cls.__name__)
     knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
     settings_only(knobs, cls.settings, cls.__name__)
-    if not kwargs.get("return_unused_kwargs"):
-        passed_on = PASSED_ON | HUB_KEYS
-        reject_unknown([name for name in kwargs if name not in passed_on and name[:1] != "_"], cls.settings, cls.__name__)
+    others = [name for name in kwargs if name not in PASSED_ON | HUB_KEYS and name[:1] != "_"]
+    if kwargs.get("_from_pipeline") is not None:
+        kwargs = {name: value for name, value in kwargs.items() if name not in others}
+    elif not kwargs.get("return_unused_kwargs"):
+        reject_unknown(others, cls.settings, cls.__name__)
     return kwargs, read_options(knobs, cls.settings, cls.__name__)
 
 
@@ -168,7 +170,10 @@ def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, ti
             return _data_url(source, what, max_bytes)
         if scheme is not None:
             if not allow_http:
-                raise ValueError(f"{what} {shorten(source)} would be downloaded; pass allow_http=True to allow that, in the call or to the processor's from_pretrained")
+                raise ValueError(
+                    f"{what} {shorten(source)} would be downloaded; pass allow_http=True to allow that, in the call or to the processor's "
+                    "from_pretrained"
+                )
             return io.BytesIO(_download(source, what, max_bytes, timeout)), source
         return _path(source, what), repr(source)
     if isinstance(source, (bytes, bytearray, memoryview)):

@@ -78,9 +78,11 @@ NOT_FOR_TOKENIZER = {
 
 
 class ProcessedBatch(BatchFeature):
-    """What a call returns. Of its entries the frame mask alone cannot be joined with others of unequal length, as transformers' pipelines do
-    with what was processed one by one: it is left out of an output to which a pipeline adds its input as "text", and the model tells it
-    from the tokens."""
+    """What a call returns.
+
+    transformers' pipelines process samples one by one and join the outputs. A frame mask cannot be joined with one of another length, so it
+    is left out once a pipeline adds its input as "text"; the model then tells the mask from the tokens.
+    """
 
     def __setitem__(self, name, value):
         if name == "text":

@@ -19,9 +19,10 @@ from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.options import names_of
 from moss_vl.processing_moss_vl import MossVLProcessor
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
-from test_records import folder, read_one, turns  # noqa: F401 - folder is a fixture
+from test_records import folder, read_one, turns, write  # noqa: F401 - folder is a fixture
 
 sys.path[:0] = [str(ROOT / "training")]
+import finetune  # noqa: E402
 from records import check_options  # noqa: E402
 
 
@@ -60,6 +61,14 @@ def test_arguments_of_the_hub_reach_no_processor(given):
         assert not given.keys() & vars(loaded).keys() - {"max_pixels"}
         with pytest.raises(ValueError, match="unknown keyword 'revison'"):
             load(NANO, revison="main")
+
+
+@pytest.mark.parametrize("make", [MossVLImageProcessor, MossVLVideoProcessor])
+def test_what_a_pipeline_passes_for_the_model_reaches_no_processor(make):
+    loaded = make.from_dict({"patch_size": 16}, _from_pipeline="image-to-text", dtype="auto", revision="main", max_pixels=60000)
+    assert loaded.max_pixels == 60000 and not hasattr(loaded, "dtype") and not hasattr(loaded, "revision")
+    with pytest.raises(ValueError, match="unknown keyword 'dtype'"):
+        make.from_dict({"patch_size": 16}, dtype="auto")
 
 
 def test_downloads_are_allowed_by_who_loads_and_by_no_file(tmp_path):
@@ -342,3 +351,14 @@ def test_options_of_records_are_checked_with_those_of_the_command(folder, proces
             check_options(one, *parts, **options)
     check_options(many, *parts, max_frames=300)
     check_options(small, *parts, min_pixels=1024, video_fps=2.0, num_extract_threads=1)
+
+
+@pytest.mark.parametrize("options, bad", [([], True), (["--max-frames", "300"], False), (["--max-frames", "200"], True)])
+def test_finetune_refuses_such_records_before_it_loads_the_model(folder, processor, tmp_path, options, bad):  # noqa: F811
+    path = write(folder, {"response": "x", "videos": [{"video": "v.mp4", "nframes": 300}]})
+    args = finetune.parse(["--checkpoint", str(NANO), "--data", str(path), "--output", str(tmp_path), "--cpu", *options])
+    if bad:
+        with pytest.raises(ValueError, match="record 0: num_frames 300 lies outside min_frames 1 to max_frames"):
+            finetune.make_datasets(args, processor)
+    else:
+        assert len(finetune.make_datasets(args, processor)[0]) == 1
