@@ -26,8 +26,8 @@ KINDS = {
     "video": "video", "video_url": "video", "input_video": "video",
 }  # fmt: skip
 SOURCE_KEYS = {
-    "image": ("image", "image_url", "url", "path", "base64"),
-    "video": ("video", "video_path", "video_url", "url", "path", "base64"),
+    "image": ("image", "image_url", "url", "path", "base64", "bytes"),
+    "video": ("video", "video_path", "video_url", "url", "path", "base64", "bytes"),
 }
 PLAIN_KEY = {"image": "image", "video": "video_path"}
 OWN_OPTIONS = {kind: names_of(kind, own=True) for kind in SOURCE_KEYS}
@@ -89,7 +89,7 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
     """(source, options) of a medium: the bare source with no options, or what its dict says. The source is None where the dict has none.
 
     `kind`: "image" or "video". `what` names the medium in messages. Raises ValueError for a key that is not known, with the nearest, and
-    for two sources.
+    for two sources. A path beside bytes says where these were, as in an undecoded image of datasets.
     """
     if not isinstance(given, Mapping):
         return given, {}
@@ -99,8 +99,10 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
         raise ValueError(f"{what}: detail={shorten(detail)} is no option of MOSS-VL; give max_pixels, or leave it out")
     for key in SOURCE_KEYS[kind]:
         value = given.get(key)
-        if value is None:
+        if value is None or (key == "path" and given.get("bytes") is not None):
             continue
+        if key == "bytes" and not isinstance(value, (bytes, bytearray, memoryview)):
+            raise ValueError(f"{what}: its 'bytes' must be bytes, got {shorten(value)}; a path goes under 'path'")
         if isinstance(value, Mapping):
             value, inner = read_medium(kind, value, f"{what}, its {key!r}")
             if value is None:

@@ -28,6 +28,7 @@ from .conversation import SOURCE_KEYS, file_of, read_medium, scheme_of
 from .options import (
     FIXED,
     FIXED_SIZE,
+    canonical,
     drop_fixed,
     layered,
     names_of,
@@ -43,6 +44,7 @@ logger = logging.get_logger(__name__)
 
 SIZES = ("size", "min_pixels", "max_pixels", "shortest_edge", "longest_edge")  # the names that a pixel limit goes by
 DEFAULT_SIZE = {"shortest_edge": 4096, "longest_edge": 16777216}  # pixels of an image or frame
+ANY_SIZE = {"shortest_edge": 1, "longest_edge": 2**63}
 MAX_ASPECT = 200  # longer side : shorter side
 MAX_SOURCE_PIXELS = 178_956_970  # of one picture before the resize; what Pillow refuses by default
 MAX_IMAGE_BYTES = 64 * 2**20  # of one picture that is downloaded, or inside a data: URL
@@ -106,13 +108,17 @@ def pixel_limits(default, size=None, min_pixels=None, max_pixels=None, shortest_
 
 def known_settings(file: dict, cls) -> dict:
     """The settings of a processor's file by the names that this code uses; pixel limits stay as `with_knobs` reads them. What `cls` does
-    not know is left out, with a warning."""
+    not know is left out, with a warning, and so is an option's other name if the file has its own name too and they disagree."""
     settings, options = {}, {}
     for name, value in file.items():
         if name in SIZES or name in SERVICE_KEYS or name in FIXED or name[:1] == "_":
             settings[name] = value
         elif name in cls.stored:
-            options[name] = value
+            own = file.get(canonical(name))
+            if value is not None and own is not None and value != own:
+                logger.warning_once(f"{cls.__name__}: {name}={value!r} has no effect, since {canonical(name)}={own!r} is there too")
+            else:
+                options[name] = value
         elif value is not None:
             logger.warning_once(f"{cls.__name__}: {name}={value!r} has no effect")
     return {**settings, **read_options(options, cls.stored, cls.__name__)}
@@ -120,13 +126,16 @@ def known_settings(file: dict, cls) -> dict:
 
 def split_keywords(kwargs: dict, cls) -> tuple[dict, dict]:
     """Keyword arguments of a processor's `from_dict`: (those for transformers, settings by the names that this code uses). ValueError for
-    what neither takes."""
+    what neither takes; a pipeline passes what is meant for the model, too, and that is left out."""
     kwargs = drop_fixed(kwargs, cls.__name__)
     knobs = {name: kwargs.pop(name) for name in cls.knobs if name in kwargs}
-    settings_only(knobs, cls.stored, cls.__name__)
-    if not kwargs.get("return_unused_kwargs"):
-        reject_unknown([name for name in kwargs if name not in PASSED_ON and name[:1] != "_"], cls.stored, cls.__name__)
-    return kwargs, read_options(knobs, cls.stored, cls.__name__)
+    settings_only(knobs, cls.settings, cls.__name__)
+    others = [name for name in kwargs if name not in PASSED_ON | HUB_KEYS and name[:1] != "_"]
+    if kwargs.get("_from_pipeline") is not None:
+        kwargs = {name: value for name, value in kwargs.items() if name not in others}
+    elif not kwargs.get("return_unused_kwargs"):
+        reject_unknown(others, cls.settings, cls.__name__)
+    return kwargs, read_options(knobs, cls.settings, cls.__name__)
 
 
 def with_knobs(settings: dict, knobs: dict) -> dict:
@@ -161,7 +170,10 @@ def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, ti
             return _data_url(source, what, max_bytes)
         if scheme is not None:
             if not allow_http:
-                raise ValueError(f"{what} {shorten(source)} would be downloaded; pass allow_http=True to allow that")
+                raise ValueError(
+                    f"{what} {shorten(source)} would be downloaded; pass allow_http=True to allow that, in the call or to the processor's "
+                    "from_pretrained"
+                )
             return io.BytesIO(_download(source, what, max_bytes, timeout)), source
         return _path(source, what), repr(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -533,6 +545,11 @@ def check_return_tensors(return_tensors):
 
 
 PASSED_ON = {"return_unused_kwargs", "use_fast", "backend", "trust_remote_code", "code_revision"}  # transformers' own keywords of loading
+# Those that say where a checkpoint's files are. transformers 4.57 hands them to `from_dict` too, which has no use for them.
+HUB_KEYS = {
+    "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies", "resume_download", "use_auth_token",
+    "_from_auto", "_from_pipeline",
+}  # fmt: skip
 SERVICE_KEYS = {"auto_map", "image_processor_type", "video_processor_type", "processor_class", "feature_extractor_type"}
 
 
@@ -562,6 +579,19 @@ def settings_only(knobs: dict, stored, what: str) -> None:
             raise ValueError(f"{what}: {name} is an option of a call, not a setting; pass it to the call")
 
 
+def size_edge(edge: str) -> property:
+    """The attribute `min_pixels` or `max_pixels` of a processor: a limit of its `size` by another name. Setting it leaves dicts alone that
+    others hold."""
+
+    def get(processor) -> int:
+        return processor.size[edge]
+
+    def put(processor, value):
+        processor.size = {**processor.size, edge: positive_int(edge, value)}
+
+    return property(get, put)
+
+
 @dataclass(frozen=True)
 class ImageKnobs:
     min_pixels: int
@@ -585,12 +615,14 @@ class MossVLImageProcessor(BaseImageProcessor):
         multi_image_max_pixels: most pixels of all images of a sample, shared in proportion to their areas.
         patch_size, temporal_patch_size, merge_size: of the model; sides become multiples of patch_size * merge_size.
         image_mean, image_std: three numbers each, for levels in 0..1.
+        allow_http: True allows downloads from http(s) URLs. It is not saved, and a file that says so has no effect.
     """
 
     _auto_class = "AutoImageProcessor"  # save_pretrained takes the code along
     model_input_names = ["pixel_values", "image_grid_thw"]
     knobs = names_of("image")
     stored = names_of("image", stored=True)
+    settings = (*stored, *names_of("image", trusted=True))
 
     def __init__(
         self,
@@ -605,13 +637,14 @@ class MossVLImageProcessor(BaseImageProcessor):
         max_pixels=None,
         shortest_edge=None,
         longest_edge=None,
+        allow_http=None,
         **kwargs,
     ):
         who = type(self).__name__
         kwargs = drop_fixed(kwargs, who)
-        settings_only({name: value for name, value in kwargs.items() if name in self.knobs}, self.stored, who)
+        settings_only({name: value for name, value in kwargs.items() if name in self.knobs}, self.settings, who)
         given = [name for name, value in kwargs.items() if value is not None]  # transformers writes nulls for what it does not use
-        reject_unknown([name for name in given if name not in SERVICE_KEYS and name[:1] != "_"], self.stored, who)
+        reject_unknown([name for name in given if name not in SERVICE_KEYS and name[:1] != "_"], self.settings, who)
         super().__init__(**kwargs)
         low, high = pixel_limits(DEFAULT_SIZE, size, min_pixels, max_pixels, shortest_edge, longest_edge)
         self.size = {"shortest_edge": low, "longest_edge": high}
@@ -621,6 +654,7 @@ class MossVLImageProcessor(BaseImageProcessor):
         self.merge_size = merge_size
         self.image_mean = list(three_floats("image_mean", image_mean))
         self.image_std = list(three_floats("image_std", image_std))
+        self.allow_http = flag("allow_http", allow_http)
         self.resolve({})
 
     @classmethod
@@ -629,30 +663,37 @@ class MossVLImageProcessor(BaseImageProcessor):
         kwargs, knobs = split_keywords(kwargs, cls)
         return super().from_dict(with_knobs(known_settings(image_processor_dict, cls), knobs), **kwargs)
 
-    @property
-    def min_pixels(self) -> int:
-        return self.size["shortest_edge"]
+    def to_dict(self):
+        return {name: value for name, value in super().to_dict().items() if name != "allow_http"}
 
-    @property
-    def max_pixels(self) -> int:
-        return self.size["longest_edge"]
+    min_pixels, max_pixels = size_edge("shortest_edge"), size_edge("longest_edge")
 
-    def resolve(self, knobs: dict) -> ImageKnobs:
-        """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError."""
+    def resolve(self, knobs: dict, used: bool = True) -> ImageKnobs:
+        """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError.
+
+        `used` is False for a call without images: its limits are not held against those of the processor, which may be meant for videos.
+        """
         who = type(self).__name__
         knobs = read_options(drop_fixed(knobs, who), self.knobs, who)
 
         def pick(name):
             return knobs.get(name, getattr(self, name, None))
 
-        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")})
+        named = {name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")}
+        low, high = pixel_limits(self.size if used else ANY_SIZE, **named)
         counts = {
             name: positive_int(name, pick(name))
             for name in ("multi_image_max_pixels", "patch_size", "temporal_patch_size", "merge_size")
         }
         fixed = fixed_size(knobs, counts["patch_size"] * counts["merge_size"], who)
         colours = {name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")}
-        return ImageKnobs(low, high, **counts, **colours, fixed=fixed, allow_http=flag("allow_http", knobs.get("allow_http")))
+        return ImageKnobs(low, high, **counts, **colours, fixed=fixed, allow_http=flag("allow_http", pick("allow_http")))
+
+    def check(self, images, **knobs) -> None:
+        """Raises ValueError for options of a call, or of one of its images (a list), that are wrong or do not fit. Nothing is opened."""
+        self.resolve(knobs)
+        for image in images:
+            self.resolve(layered(knobs, read_medium("image", image)[1]))
 
     def see(self, images, **knobs) -> list[SeenImage]:
         """The images of one sample, their sizes and own options checked, nothing decoded: what `extract` also takes. Errors: `see_image`.

@@ -21,8 +21,9 @@ def reject_unknown(given, known, what: str) -> None:
     """ValueError for the first name of `given` that is not in `known`; it says the nearest one."""
     for name in given:
         if name not in known:
-            near = nearest_name(name, known)
-            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(known))}"
+            free = set(known) - FIXED.keys() - FIXED_TEXT.keys()  # no hint at what may not be changed
+            near = nearest_name(name, free)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(free))}"
             raise ValueError(f"{what}: unknown keyword {name!r}; {hint}")
 
 
@@ -54,7 +55,8 @@ class Option:
         meaning: what it says, in one clause.
         also: other names of the same option.
         own: True if one medium may have it for itself, as a key of its part or of its dict.
-        stored: True if it is also a setting of the image or video processor.
+        stored: True if it is also a setting of the image or video processor, which its file holds.
+        trusted: True if `from_pretrained` and the constructors take it, and no file: what a checkpoint may not decide for its user.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Option:
     also: tuple[str, ...] = ()
     own: bool = False
     stored: bool = False
+    trusted: bool = False
 
 
 BOTH = ("image", "video")
@@ -95,7 +98,7 @@ OPTIONS = (
     Option("merge_size", BOTH, "patches that become one token, a side", stored=True),
     Option("image_mean", BOTH, "three numbers, of levels in 0..1", stored=True),
     Option("image_std", BOTH, "three numbers, of levels in 0..1", stored=True),
-    Option("allow_http", BOTH, "True allows downloads from http(s) URLs"),
+    Option("allow_http", BOTH, "True allows downloads from http(s) URLs", trusted=True),
     # ---- images
     Option("multi_image_max_pixels", ("image",), "most pixels of all images of a sample", own=True, stored=True),
     # ---- videos
@@ -151,7 +154,7 @@ FIXED_TEMPLATE = {"load_audio_from_video": False, "sanitize_control_tokens": Fal
 REFUSED = {
     "raw_fps": "times follow from sample_fps or video_metadata; leave it out",
     "max_num_frames": "write max_frames",
-    "frames": "write num_frames",
+    "frames": "write num_frames to say how many are taken; a list of frames is {'video': frames, 'fps': the rate at which they were taken}",
     "resolution": "write max_pixels, or resized_height and resized_width",
     "image_size": "write max_pixels, or resized_height and resized_width",
     "crop_size": "nothing is cropped; leave it out",
@@ -165,9 +168,9 @@ def canonical(name: str) -> str:
     return _NAMES.get(name, name)
 
 
-def names_of(taker: str | None = None, own: bool = False, stored: bool = False) -> tuple[str, ...]:
-    """All names of the options of a taker (None: of any), other names included; with `own` or `stored` of those options only."""
-    chosen = [o for o in OPTIONS if (taker is None or taker in o.takers) and (o.own or not own) and (o.stored or not stored)]
+def names_of(taker: str | None = None, **having: bool) -> tuple[str, ...]:
+    """All names of the options of a taker (None: of any), other names included; with `own`, `stored` or `trusted` of those options only."""
+    chosen = [o for o in OPTIONS if (taker is None or taker in o.takers) and all(getattr(o, name) for name, on in having.items() if on)]
     return tuple(name for option in chosen for name in (option.name, *option.also))
 
 

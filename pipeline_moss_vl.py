@@ -1,5 +1,7 @@
 """`pipeline("text-generation")` for MOSS-VL: text alone."""
 
+from copy import copy
+
 from transformers import TextGenerationPipeline
 
 
@@ -7,8 +9,20 @@ PLACEHOLDERS = ("<|image|>", "<|video|>", "<|image_pad|>", "<|video_pad|>")
 
 
 class MossVLTextGenerationPipeline(TextGenerationPipeline):
-    """transformers' own, but for media: it has a tokenizer and no processor, so that of an image only the placeholder's text would
-    reach the model, which would guess. `MossVLConfig.custom_pipelines` names this class."""
+    """transformers' own, but for two things. `MossVLConfig.custom_pipelines` names this class.
+
+    It refuses media: it has a tokenizer and no processor, so that of an image only the placeholder's text would reach the model, which
+    would guess. It pads batches on the left, as `generate` needs them, with a tokenizer of its own: transformers 4.57 keeps the side of
+    the tokenizer that it is given, transformers 5 writes the side into it.
+    """
+
+    def __init__(self, model, tokenizer=None, *args, **kwargs):
+        if tokenizer is None:
+            tokenizer = getattr(kwargs.get("processor"), "tokenizer", None)
+        if tokenizer is not None and tokenizer.padding_side != "left":
+            tokenizer = copy(tokenizer)
+            tokenizer.padding_side = "left"
+        super().__init__(model, tokenizer, *args, **kwargs)
 
     def preprocess(self, prompt_text, *args, **kwargs):
         """The tokens of a text or chat. Raises ValueError where it has media."""

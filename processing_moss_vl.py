@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import transformers
+from transformers import GenerationConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ProcessorMixin
@@ -23,6 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .conversation import PLACEHOLDER, clips_of, for_template, media_of, read_messages
 from .image_processing_moss_vl import (
+    HUB_KEYS,
     MossVLImageProcessor,
     MossVLImageProcessorFast,
     check_return_tensors,
@@ -45,7 +47,7 @@ from .options import (
 )
 from .patches import join_patches
 from .video_processing_moss_vl import MossVLVideoProcessor
-from .video_reading import is_frames
+from .video_reading import is_frames, is_pair
 
 
 logger = logging.get_logger(__name__)
@@ -61,22 +63,31 @@ TEMPLATE_ARGUMENTS = (
     "return_assistant_tokens_mask", "processor_kwargs",
 )  # fmt: skip
 NESTED_KWARGS = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
-# What from_pretrained takes beside knobs and the arguments of the tokenizer's class: of all tokenizers, and of the hub.
+# What from_pretrained takes of all tokenizers, beside knobs and the arguments of the tokenizer's class.
 TOKENIZER_KEYS = {
     "padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space",
     "add_bos_token", "add_eos_token", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens", "bos_token",
     "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "legacy", "from_slow", "gguf_file", "fix_mistral_regex",
     "model_input_names", "tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "errors", "name_or_path",
 }  # fmt: skip
-HUB_KEYS = {
-    "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies", "resume_download", "use_auth_token",
-    "_from_auto", "_from_pipeline",
-}  # fmt: skip
 OWN_SETTINGS = {"return_cross_attention_mask": True, "grid_name": "grid_thw"}  # of the processor itself, and their defaults
 PARTS = ("image_processor", "tokenizer", "video_processor")  # given ready, they take the place of the folder's
 NOT_FOR_TOKENIZER = {
     *PARTS, "trust_remote_code", "code_revision", "use_fast", "backend", "chat_template", "return_unused_kwargs", "_commit_hash",
 }  # fmt: skip
+
+
+class ProcessedBatch(BatchFeature):
+    """What a call returns.
+
+    transformers' pipelines process samples one by one and join the outputs. A frame mask cannot be joined with one of another length, so it
+    is left out once a pipeline adds its input as "text"; the model then tells the mask from the tokens.
+    """
+
+    def __setitem__(self, name, value):
+        if name == "text":
+            self.data.pop("cross_attention_mask", None)
+        super().__setitem__(name, value)
 
 
 @dataclass
@@ -207,6 +218,7 @@ class MossVLProcessor(ProcessorMixin):
         """
         text_knobs, image_knobs, video_knobs, call = self._sort_knobs(kwargs)
         call = {"return_cross_attention_mask": None, "grid_name": self.grid_name, **call}
+        output = BatchFeature if call["return_cross_attention_mask"] else ProcessedBatch  # a mask that is asked for stays
         grid_name = _grid_name(call["grid_name"])
         return_tensors, raw = check_return_tensors(call.get("return_tensors")), wants_levels(call.get("do_normalize"))
         if encoder is not None and return_tensors != "pt":
@@ -215,8 +227,8 @@ class MossVLProcessor(ProcessorMixin):
         self._deal_media(samples, images, videos, video_knobs.pop("video_metadata", None))
         rates = _deal_rates(samples, video_knobs)
         self._check_text_knobs(text_knobs, with_spans=labels_spans is not None)
-        image = self.image_processor.resolve(image_knobs)
-        self.video_processor.resolve(video_knobs)
+        image = self.image_processor.resolve(image_knobs, used=any(sample.images for sample in samples))
+        self.video_processor.resolve(video_knobs, used=any(sample.videos for sample in samples))
         self._look(samples, image_knobs, video_knobs, rates)
         for sample in samples:
             self._extract(sample, image_knobs, video_knobs, encoder)
@@ -230,7 +242,7 @@ class MossVLProcessor(ProcessorMixin):
         data["media_nums_per_sample"] = [max(1, len(sample.media)) for sample in samples]
         if call.get("return_metadata"):
             data["video_metadata"] = [m.metadata for sample in samples for m in sample.media if m.metadata is not None]
-        return BatchFeature(data)
+        return output(data)
 
     def _sort_knobs(self, kwargs: dict) -> tuple[dict, dict, dict, dict]:
         """Keyword arguments by who takes them: text, images, videos, the call. None stands for the default."""
@@ -247,6 +259,9 @@ class MossVLProcessor(ProcessorMixin):
                 raise ValueError(f"{name} must be a dict of keyword arguments, got a {type(box).__name__}")
         flat = {name: value for name, value in kwargs.items() if name not in NESTED_KWARGS}
         known = {name for names in takers.values() for name in names}
+        for name in flat:
+            if name not in known and name not in REFUSED and (hint := _of_generate(name)):
+                raise ValueError(f"MossVLProcessor: {hint}")
         flat = read_options(flat, {*known, *NESTED_KWARGS}, "MossVLProcessor")
         for name, value in read_options(boxes["common_kwargs"], known, "common_kwargs").items():
             _set_once(flat, name, value, "common_kwargs")
@@ -325,6 +340,8 @@ class MossVLProcessor(ProcessorMixin):
         for name in ("max_length", "pad_to_multiple_of"):
             if name in knobs and not (isinstance(knobs[name], (int, np.integer)) and knobs[name] > 0):
                 raise ValueError(f"{name} must be a positive whole number, got {knobs[name]!r}")
+        if padding in (False, "do_not_pad") and (idle := [name for name in ("padding_side", "pad_to_multiple_of") if name in knobs]):
+            raise ValueError(f"{', '.join(idle)}: no effect without padding; pass padding=True, or leave it out")
         if padding not in (False, "do_not_pad") and self.tokenizer.pad_token_id is None:
             raise ValueError("padding needs a tokenizer with a pad_token; set tokenizer.pad_token")
         if padding == "max_length" and "max_length" not in knobs and self.tokenizer.model_max_length > 1e20:
@@ -563,7 +580,9 @@ class MossVLProcessor(ProcessorMixin):
             _set_once(call, "labels_spans", [list(spans) for spans in answers], "return_assistant_tokens_mask")
             call["ignore_index"] = -1
         boxes = [call, *(call.get(name) or {} for name in ("text_kwargs", "common_kwargs"))]
-        if (add_generation_prompt or continue_final_message) and all(box.get("padding_side") is None for box in boxes):
+        said = {name: next((box[name] for box in boxes if box.get(name) is not None), None) for name in ("padding", "padding_side")}
+        padded = _strategy(said["padding"]) not in (False, "do_not_pad")
+        if padded and (add_generation_prompt or continue_final_message) and said["padding_side"] is None:
             call["padding_side"] = "left"
         out = self(text=list(texts), return_tensors=return_tensors, **call)
         if return_assistant_tokens_mask:
@@ -639,7 +658,7 @@ def _is_one(kind: str, x) -> bool:
     """Whether `x` is one image or video rather than a list of them."""
     if kind == "image":
         return x is not None and not isinstance(x, (list, tuple)) and not (_is_array(x) and x.ndim == 4)
-    return x is not None and (is_frames(x) if isinstance(x, (list, tuple)) else not (_is_array(x) and x.ndim == 5))
+    return x is not None and (is_pair(x) or is_frames(x) if isinstance(x, (list, tuple)) else not (_is_array(x) and x.ndim == 5))
 
 
 def _listed(media) -> list:
@@ -803,9 +822,18 @@ def _check_variables(template: str, variables: dict, known, own: dict) -> None:
             )
         if name in REFUSED:
             raise ValueError(f"apply_chat_template: {name} is no option of MOSS-VL: {REFUSED[name]}")
-        near = nearest_name(name, {*known, *TEMPLATE_ARGUMENTS, *read})
+        if hint := _of_generate(name):
+            raise ValueError(f"apply_chat_template: {hint}")
+        near = nearest_name(name, {*known, *TEMPLATE_ARGUMENTS, *read} - FIXED.keys())
         hint = f"did you mean {near!r}?" if near else "neither the processor nor the chat template reads it"
         raise ValueError(f"apply_chat_template: unknown keyword {name!r}; {hint}")
+
+
+def _of_generate(name: str) -> str | None:
+    """What is wrong with a keyword that `generate` takes."""
+    if name not in vars(GenerationConfig()):
+        return None
+    return f"{name} is an argument of generate, not of the processor; a pipeline takes it as generate_kwargs={{{name!r}: ...}}"
 
 
 def _grid_name(name) -> str:
@@ -839,7 +867,7 @@ def _refuse_keyword(name: str, tokenizer_keys: set) -> None:
         raise ValueError(f"from_pretrained: {name} is an option of a call, not a setting; pass it to the call")
     if name in REFUSED:
         raise ValueError(f"from_pretrained: {name} is no option of MOSS-VL: {REFUSED[name]}")
-    settings = {*MossVLImageProcessor.stored, *MossVLVideoProcessor.stored, *OWN_SETTINGS, "chat_template"}
+    settings = {*MossVLImageProcessor.settings, *MossVLVideoProcessor.settings, *OWN_SETTINGS, "chat_template"}
     near = nearest_name(name, {*settings, *tokenizer_keys, *HUB_KEYS})
     hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(settings))}, and arguments of the tokenizer"
     raise ValueError(f"from_pretrained: unknown keyword {name!r}; {hint}")

@@ -21,6 +21,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from .conversation import SOURCE_KEYS, read_medium
 from .image_processing_moss_vl import (
+    ANY_SIZE,
     DEFAULT_SIZE,
     SERVICE_KEYS,
     check_return_tensors,
@@ -34,6 +35,7 @@ from .image_processing_moss_vl import (
     resize_uint8,
     settings_only,
     shrink,
+    size_edge,
     split_array,
     split_keywords,
     three_floats,
@@ -43,7 +45,7 @@ from .image_processing_moss_vl import (
 )
 from .options import drop_fixed, layered, names_of, read_options, reject_unknown, shorten
 from .patches import join_patches, patchify
-from .video_reading import UntrueKeyframes, Video, is_frames, open_video, positive_number
+from .video_reading import GivenFrames, UntrueKeyframes, Video, is_frames, is_pair, open_video, positive_number
 
 
 logger = logging.get_logger(__name__)
@@ -120,7 +122,7 @@ def flat_videos(videos) -> list:
     """The videos of a call as a list: one video, a list of videos, or one video as a list of its frames."""
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
         return split_array(videos)
-    if not isinstance(videos, (list, tuple)):
+    if not isinstance(videos, (list, tuple)) or is_pair(videos):
         return [videos]
     if not videos:
         raise ValueError("no video given; expected at least one")
@@ -159,8 +161,6 @@ def _timing(general: Mapping, own: Mapping, metadata, name: str) -> tuple[dict, 
             rate = level.pop("video_fps", None)
         if rate is None:
             continue
-        if isinstance(rate, str):  # as examples of Qwen write it
-            rate = _number("sample_fps", rate)
         metadata = {"fps": positive_number("sample_fps", rate)}
         _check_idle(general, own, name)
         if not {"video_fps", "num_frames", "do_sample_frames"} & level.keys():
@@ -194,16 +194,13 @@ def _short(source) -> str:
     return shorten(source, 200) if isinstance(source, (str, os.PathLike)) else f"a video in a {type(source).__name__}"
 
 
-def _check_segments(video: Video, segments):
-    """ValueError for a segment wholly outside the video; one warning where some reach outside."""
+def _check_segments(name: str, duration: float, segments):
+    """ValueError for a segment wholly outside a video of so many seconds."""
     for segment in segments:
         start, end = segment[0], segment[-1]
-        outside = end < 0 or start > video.duration
-        if outside or (len(segment) == 2 and (end == 0 or start == video.duration)):
-            raise ValueError(f"{video.name}: segment {list(segment)} lies outside the video, which lasts {video.duration:g} s")
-    beyond = [list(segment) for segment in segments if segment[0] < 0 or segment[-1] > video.duration]
-    if beyond:
-        logger.warning(f"{video.name} lasts {video.duration:g} s; the times of {beyond} are moved into it")
+        outside = end < 0 or start > duration
+        if outside or (len(segment) == 2 and (end == 0 or start == duration)):
+            raise ValueError(f"{name}: segment {list(segment)} lies outside the video, which lasts {duration:g} s")
 
 
 def _per_video(metadata, count: int) -> list:
@@ -284,10 +281,13 @@ class _Asked:
     untold: bool  # True if nobody says how many of its decoded frames are taken
 
     def segments(self, duration: float) -> list[tuple[float, ...]] | None:
+        """Its segments in a video of so many seconds. `video_start` and `video_end` are moved into it, as qwen-vl-utils does; of a segment
+        the times of its frames are."""
         if self.span == [None, None]:
             return self.given
         start, end = self.span
-        return [(0.0 if start is None else start, duration if end is None else end)]
+        start, end = 0.0 if start is None else start, duration if end is None else end
+        return [(max(start, 0.0), min(end, duration)) if start < duration and end > 0 else (start, end)]
 
     def size(self, video: Video, frames: int, share: float) -> tuple[int, int]:
         """(h, w) of the frames of a clip, of which so many pixels are its share."""
@@ -438,12 +438,14 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         video_backend: "pyav" or "decord"; None takes PyAV, or decord where that alone is installed.
         patch_size, temporal_patch_size (1), merge_size: of the model; sides become multiples of patch_size * merge_size.
         image_mean, image_std: three numbers each, for levels in 0..1.
+        allow_http: True allows downloads from http(s) URLs. It is not saved, and a file that says so has no effect.
     """
 
     _auto_class = "AutoVideoProcessor"  # save_pretrained takes the code along
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
     knobs = names_of("video")
     stored = names_of("video", stored=True)
+    settings = (*stored, *names_of("video", trusted=True))
 
     def __init__(
         self,
@@ -462,17 +464,18 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         video_backend=None,
         min_pixels=None,
         max_pixels=None,
+        allow_http=None,
         **kwargs,
     ):
         who = type(self).__name__
         kwargs = drop_fixed(kwargs, who)
         others = {name: kwargs.pop(name) for name in list(kwargs) if name in self.knobs}
-        settings_only(others, self.stored, who)
-        reject_unknown([name for name in kwargs if name not in SERVICE_KEYS and name[:1] != "_"], self.stored, who)
+        settings_only(others, self.settings, who)
+        reject_unknown([name for name in kwargs if name not in SERVICE_KEYS and name[:1] != "_"], self.settings, who)
         BaseImageProcessor.__init__(self, **kwargs)  # past the bases in between, which set the knobs of other models
         named = {"video_max_pixels": video_max_pixels, "video_fps": video_fps, "num_frames": num_frames, "video_backend": video_backend}
         named |= {"num_extract_threads": num_extract_threads, "min_pixels": min_pixels, "max_pixels": max_pixels}
-        named = read_options({**named, **others}, self.stored, who)
+        named = read_options({**named, **others}, self.settings, who)
         low, high = pixel_limits(DEFAULT_SIZE, size, named.get("min_pixels"), named.get("max_pixels"))
         video_fps, num_frames = named.get("video_fps"), named.get("num_frames")
         self.size = {"shortest_edge": low, "longest_edge": high}
@@ -488,6 +491,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.image_mean = list(three_floats("image_mean", image_mean))
         self.image_std = list(three_floats("image_std", image_std))
         self.video_backend = named.get("video_backend")
+        self.allow_http = flag("allow_http", allow_http)
         self.resolve({})
 
     @classmethod
@@ -499,30 +503,31 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             settings.update(num_frames=None, video_fps=None)
         return super().from_dict(with_knobs(settings, knobs), **kwargs)
 
-    @property
-    def min_pixels(self) -> int:
-        return self.size["shortest_edge"]
+    def to_dict(self):
+        return {name: value for name, value in super().to_dict().items() if name != "allow_http"}
 
-    @property
-    def max_pixels(self) -> int:
-        return self.size["longest_edge"]
+    min_pixels, max_pixels = size_edge("shortest_edge"), size_edge("longest_edge")
 
-    def resolve(self, knobs: dict) -> VideoKnobs:
-        """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError."""
+    def resolve(self, knobs: dict, used: bool = True) -> VideoKnobs:
+        """What a call works with: its own knobs where given and not None, else the processor's. Raises ValueError.
+
+        `used` is False for a call without videos: what images take as well is not held against the settings of the processor.
+        """
         who = type(self).__name__
         knobs = read_options(drop_fixed(knobs, who), self.knobs, who)
 
         def pick(name):
             return knobs.get(name, getattr(self, name, None))
 
-        low, high = pixel_limits(self.size, **{name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")})
+        named = {name: knobs.get(name) for name in ("size", "min_pixels", "max_pixels")}
+        low, high = pixel_limits(self.size if used else ANY_SIZE, **named)
         whole = ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames")
         counts = {name: positive_int(name, pick(name)) for name in whole}
-        if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1:
+        if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1 and used:
             raise ValueError(f"temporal_patch_size must be 1, got {pick('temporal_patch_size')!r}: every frame has a time of its own")
         if counts["min_frames"] > counts["max_frames"]:
             raise ValueError(f"min_frames {counts['min_frames']} is above max_frames {counts['max_frames']}")
-        if counts["video_max_pixels"] < low:
+        if used and counts["video_max_pixels"] < low:
             raise ValueError(f"video_max_pixels {counts['video_max_pixels']} does not hold one frame of shortest_edge {low} pixels")
 
         rate, number = knobs.get("video_fps"), knobs.get("num_frames")
@@ -552,7 +557,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             num_extract_threads=positive_int("num_extract_threads", pick("num_extract_threads")),
             **{name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")},
             video_backend=backend,
-            allow_http=flag("allow_http", knobs.get("allow_http")),
+            allow_http=flag("allow_http", pick("allow_http")),
         )
 
     def plan(self, videos, video_metadata=None, **knobs) -> list[ClipPlan]:
@@ -565,19 +570,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
         Raises ValueError, FileNotFoundError for anything that is wrong with the videos, their segments or the knobs.
         """
-        videos = flat_videos(videos)
-        knobs = read_options(drop_fixed(knobs, type(self).__name__), self.knobs, type(self).__name__)
-        metadata = _per_video(knobs.pop("video_metadata", None) if video_metadata is None else video_metadata, len(videos))
-        rates = knobs.get("video_fps")
-        if isinstance(rates, (list, tuple)):
-            if len(rates) != len(videos):
-                raise ValueError(f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one a video")
-            knobs = {name: value for name, value in knobs.items() if name != "video_fps"}
-            each = [{**knobs, **({} if rate is None else {"video_fps": rate})} for rate in rates]
-        else:
-            each = [knobs] * len(videos)
-        use = self.resolve(knobs)
-        asked = [self._ask(*one) for one in zip(videos, each, metadata)]
+        asked, use = self._ask_all(videos, video_metadata, knobs)
         names = ["the video" if len(asked) == 1 else f"video {i}" for i in range(len(asked))]
 
         def look(one, name):
@@ -587,12 +580,12 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
         clips = []  # (its index in `asked`, video, segment or None)
         for index, (one, video) in enumerate(zip(asked, opened)):
-            segments = one.segments(video.duration)
-            _check_segments(video, segments or ())
+            segments = one.segments(video.duration) or ()
+            _check_segments(video.name, video.duration, segments)
+            beyond = [list(segment) for segment in segments if segment[0] < 0 or segment[-1] > video.duration]
+            if beyond:
+                logger.warning(f"{video.name} lasts {video.duration:g} s; the times of {beyond} are moved into it")
             clips += [(index, video, segment) for segment in segments or [None]]
-        sharing = [clip for clip in clips if "max_frames" not in asked[clip[0]].own]
-        if len(sharing) > use.max_frames:
-            raise ValueError(f"{len(sharing)} clips share max_frames {use.max_frames}; each needs at least one frame")
         lengths = [video.duration if part is None else part[-1] - part[0] for _, video, part in clips]
         most = share_frames(max(use.max_frames, len(clips)), lengths)
         least, wish = [], []
@@ -602,8 +595,6 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             number = one.knobs.num_frames
             wish += [None] * len(spans) if number is None else share_frames(max(number, len(spans)), spans)
             if "max_frames" in one.own:
-                if len(spans) > one.knobs.max_frames:
-                    raise ValueError(f"{video.name}: {len(spans)} segments share its max_frames {one.knobs.max_frames}; each needs one")
                 first = len(least) - len(spans)
                 most[first : len(least)] = share_frames(one.knobs.max_frames, lengths[first : len(least)])
 
@@ -635,9 +626,49 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             plans.append(ClipPlan(video, indices, times, *size, one.knobs))
         return plans
 
+    def check(self, videos, video_metadata=None, seconds=None, **knobs) -> None:
+        """Raises ValueError for what `plan` refuses and what shows without opening a file: options that are wrong, that do not fit each
+        other or the processor's settings, segments outside the video. Arguments: as for `plan`; `seconds`: how long each video lasts, None
+        if unknown. Decoded frames say so themselves."""
+        asked = self._ask_all(videos, video_metadata, knobs)[0]
+        for one, duration in zip(asked, seconds or [None] * len(asked)):
+            name = _short(one.source)
+            if _is_decoded(one.source):
+                duration = GivenFrames.read_times(one.metadata, len(one.source), name)[1]
+            if duration is not None:
+                _check_segments(name, duration, one.segments(duration) or ())
+
+    def _ask_all(self, videos, video_metadata, knobs: dict) -> tuple[list["_Asked"], VideoKnobs]:
+        """The videos of a call with what holds for each, and what holds for the call. ValueError for options that are wrong."""
+        videos = flat_videos(videos)
+        knobs = read_options(drop_fixed(knobs, type(self).__name__), self.knobs, type(self).__name__)
+        metadata = _per_video(knobs.pop("video_metadata", None) if video_metadata is None else video_metadata, len(videos))
+        rates = knobs.get("video_fps")
+        if isinstance(rates, (list, tuple)):
+            if len(rates) != len(videos):
+                raise ValueError(f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one a video")
+            knobs = {name: value for name, value in knobs.items() if name != "video_fps"}
+            each = [{**knobs, **({} if rate is None else {"video_fps": rate})} for rate in rates]
+        else:
+            each = [knobs] * len(videos)
+        use = self.resolve(knobs)
+        asked = [self._ask(*one) for one in zip(videos, each, metadata)]
+        clips = [(one, len(one.given or [None])) for one in asked]
+        sharing = sum(count for one, count in clips if "max_frames" not in one.own)
+        if sharing > use.max_frames:
+            raise ValueError(f"{sharing} clips share max_frames {use.max_frames}; each needs at least one frame")
+        for one, count in clips:
+            if "max_frames" in one.own and count > one.knobs.max_frames:
+                raise ValueError(f"{_short(one.source)}: {count} segments share its max_frames {one.knobs.max_frames}; each needs one")
+        return asked, use
+
     def _ask(self, video, general: dict, metadata) -> "_Asked":
         """A video of a call with all that holds for it. ValueError for options that are wrong, before anything is opened."""
         source, own = read_medium("video", video)
+        if is_pair(source):
+            if "video_metadata" in own or metadata is not None:
+                raise ValueError("a video given as (frames, metadata) has its metadata, and there is video_metadata; give one of them")
+            source, metadata = source
         if source is None:
             raise ValueError(f"a video given as a dict holds its source under {' or '.join(SOURCE_KEYS['video'])}; got {shorten(video)}")
         name = _short(source)

@@ -7,7 +7,7 @@ import bisect
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -25,6 +25,7 @@ from .image_processing_moss_vl import (
     reject_unknown,
     see_image,
 )
+from .options import shorten
 
 
 logger = logging.get_logger(__name__)
@@ -459,26 +460,42 @@ class GivenFrames(Video):
         self._frames, self._reading = frames, {"allow_http": allow_http, "unit": float_unit(frames)}
         seen = see_image(frames[0], what=f"frame 0 of {name}", **self._reading)
         upright = seen.read().shape[:2] if not isinstance(frames, (np.ndarray, torch.Tensor)) else (seen.height, seen.width)
-        times, duration, self.given_times = self._times(metadata, len(frames), f"{name} ({len(frames)} decoded frames)")
+        times, duration, self.given_times = self.read_times(metadata, len(frames), f"{name} ({len(frames)} decoded frames)")
         super().__init__(name, times, duration, *upright)
 
     @classmethod
-    def _times(cls, metadata, total: int, name: str) -> tuple[np.ndarray, float, bool]:
+    def read_times(cls, metadata, total: int, name: str) -> tuple[np.ndarray, float, bool]:
         """(seconds of each frame, duration, whether the seconds are the caller's own)."""
         metadata = dict(metadata or {})
         reject_unknown(metadata, cls.KEYS, f"video_metadata of {name}")
         metadata = {key: value for key, value in metadata.items() if value is not None}
         fps, duration = (positive_number(key, metadata[key]) if key in metadata else None for key in ("fps", "duration"))
         stamps = metadata.get("timestamps", metadata.get("actual_timestamps"))
+        whole = positive_int("total_num_frames", metadata.get("total_num_frames", total))
+        indices = np.asarray(metadata.get("frames_indices", range(total)))
+        if indices.shape != (total,):
+            raise ValueError(f"{name}: expected {total} frames_indices, one per frame, got {shorten(metadata['frames_indices'])}")
+        if "total_num_frames" in metadata and "frames_indices" in metadata and indices.max() >= whole:
+            raise ValueError(f"{name}: frames_indices go up to {indices.max()}, beyond total_num_frames {whole}")
         if stamps is None and "frames_indices" in metadata and fps is not None:
-            stamps = np.asarray(metadata["frames_indices"], np.float64) / fps
+            stamps = indices.astype(np.float64) / fps
             if duration is None and "total_num_frames" in metadata:
-                duration = positive_int("total_num_frames", metadata["total_num_frames"]) / fps
+                duration = whole / fps
         if stamps is None:
+            if whole != total and "frames_indices" not in metadata:
+                raise ValueError(
+                    f"{name}: video_metadata says total_num_frames {whole}, and not which of them these are; expected frames_indices or "
+                    f"timestamps beside it, or total_num_frames {total} and the fps at which they were taken"
+                )
             if fps is None:
                 raise ValueError(
                     f"{name}: nothing says when they are shown; pass video_metadata={{'fps': ...}} or {{'timestamps': [...]}}, or give the "
                     "list as {'video': frames, 'fps': the rate at which they were taken}"
+                )
+            if duration is not None and abs(duration - total / fps) > 1 / fps:
+                raise ValueError(
+                    f"{name}: video_metadata says duration {duration:g}, but {total} frames at fps {fps:g} last {total / fps:g} s; expected "
+                    "the fps at which these were taken, or frames_indices or timestamps beside it"
                 )
             return np.arange(total) / fps, total / fps, False
         times = np.asarray(stamps, np.float64)
@@ -520,6 +537,11 @@ def is_frames(x) -> bool:
         return isinstance(frame, Image.Image) or (isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim in (2, 3))
 
     return len(x) > 0 and all(map(is_frame, x))
+
+
+def is_pair(x) -> bool:
+    """Whether `x` is (decoded frames, their metadata), as `load_video` of transformers gives a video."""
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Mapping) and isinstance(x[0], (list, tuple, np.ndarray, torch.Tensor))
 
 
 def open_video(source, metadata=None, *, name="video", backend=None, allow_http=False) -> Video:
@@ -578,8 +600,13 @@ def video_backend(name: str | None):
 
 
 def positive_number(name: str, value) -> float:
-    """`value` as a float above 0, else a ValueError that names it."""
+    """`value` (a numeric string is one) as a float above 0, else a ValueError that names it."""
     number = isinstance(value, (int, float, np.integer, np.floating, Fraction)) and not isinstance(value, bool)
+    if isinstance(value, str):  # as examples of Qwen write it
+        try:
+            value, number = float(value), True
+        except ValueError:
+            pass
     if not number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
     return float(value)

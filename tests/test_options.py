@@ -451,7 +451,7 @@ def test_names_in_settings_files(tmp_path):
     loaded = MossVLVideoProcessor.from_pretrained(tmp_path, return_unused_kwargs=True, frame_rate=3)
     assert loaded[1] == {"frame_rate": 3}
     for knobs, message in (({"frame_rate": 3}, "unknown keyword 'frame_rate'"), ({"fsp": 3}, "did you mean 'fps'"), ({"fps": 3, "nframes": 3}, "both say"), ({"fps": 3, "video_fps": 2}, "disagree"), ({"sample_fps": 3}, "an option of a call"),
-                           ({"do_resize": False}, "always True"), ({"allow_http": True}, "an option of a call")):  # fmt: skip
+                           ({"do_resize": False}, "always True")):  # fmt: skip
         for make in (MossVLVideoProcessor, lambda **knobs: MossVLVideoProcessor.from_pretrained(tmp_path, **knobs)):
             with pytest.raises(ValueError, match=message):
                 make(**knobs)

@@ -801,7 +801,7 @@ def test_by_hand_call(processor):
         ({"video_fps": 0}, "video_fps"),
         ({"video_fps": -1.0}, "video_fps"),
         ({"video_fps": float("nan")}, "video_fps"),
-        ({"video_fps": "2"}, "video_fps"),
+        ({"video_fps": "two"}, "video_fps"),
         ({"video_fps": True}, "video_fps"),
         ({"video_fps": 1.0, "num_frames": 4}, "both"),
         ({"num_frames": 0}, "num_frames"),

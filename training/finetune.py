@@ -25,7 +25,7 @@ from transformers import (  # noqa: E402
 
 from batches import BadRecord, Collator, RecordDataset, render  # noqa: E402
 from infer import above_0, at_least, message_of, share  # noqa: E402
-from records import read_records  # noqa: E402
+from records import check_options, read_records  # noqa: E402
 
 
 logger = logging.getLogger("finetune")
@@ -433,8 +433,12 @@ def make_datasets(args, processor) -> tuple[RecordDataset, RecordDataset | None]
         knobs["num_extract_threads"] = 1  # the workers are side by side already
     options = {"template": template, "max_length": args.max_length, "pixel_dtype": torch.bfloat16 if args.bf16 else torch.float32}
 
+    def check(record):
+        render(record, processor, template)
+        check_options(record, processor.image_processor, processor.video_processor, **knobs)
+
     def read(files):
-        return read_records(files, args.skip_bad, check=lambda record: render(record, processor, template))
+        return read_records(files, args.skip_bad, check=check)
 
     records, held_out = read(args.data), read(args.eval_data) if args.eval_data else []
     if args.eval_share is not None:

@@ -33,8 +33,9 @@ if "moss_vl" not in sys.modules:  # the project's files, which import each other
 from moss_vl.conversation import (  # noqa: E402
     PLACEHOLDER, PLACEHOLDERS, SOURCE_KEYS, clips_of, fill_places, locate, read_medium, read_part, scheme_of, split_places,
 )  # fmt: skip
-from moss_vl.image_processing_moss_vl import open_source, see_image  # noqa: E402
+from moss_vl.image_processing_moss_vl import ANY_SIZE, MossVLImageProcessor, open_source, see_image  # noqa: E402
 from moss_vl.options import nearest_name, shorten  # noqa: E402
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor  # noqa: E402
 from moss_vl.video_reading import is_frames  # noqa: E402
 
 
@@ -47,6 +48,9 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # the template's own: inside a text they would end a turn
 LOOKING_THREADS = 8  # opening files waits for the disk
 NAMED_RECORDS = 20  # bad ones that a message names
+# Processors that set no limits of their own: what they refuse, every checkpoint's refuse.
+ANY_IMAGES = MossVLImageProcessor(size=ANY_SIZE)
+ANY_VIDEOS = MossVLVideoProcessor(size=ANY_SIZE, video_max_pixels=ANY_SIZE["longest_edge"], max_frames=2**31)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
             for kind, media in (("image", record.images), ("video", record.videos)):
                 for medium in media:
                     _look(kind, medium, seconds)
+            sources = [read_medium("video", video)[0] for video in record.videos]
+            lengths = [None if isinstance(source, list) else seconds["video", source] for source in sources]
+            check_options(record, ANY_IMAGES, ANY_VIDEOS, lengths)
             if check is not None:
                 check(record)
             return record
@@ -113,6 +120,16 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
     if not records:
         raise ValueError(f"{names}: no {'good ' if bad else ''}record; expected a JSON list of objects, or a JSON object a line")
     return records
+
+
+def check_options(record: Record, images, videos, seconds=None, **options) -> None:
+    """ValueError for options of a record's media that are wrong, or that do not fit each other, the settings of the processors of `images`
+    and `videos`, or the `options` of a call to these. `seconds`: how long each video is, None if unknown."""
+    images_options, videos_options = ({n: x for n, x in options.items() if n in processor.knobs} for processor in (images, videos))
+    if record.images:
+        images.check(record.images, **images_options)
+    if record.videos:
+        videos.check(record.videos, seconds=seconds, **videos_options)
 
 
 def _rows(file: Path) -> list[tuple]:
