@@ -31,6 +31,7 @@ SOURCE_KEYS = {
     "image": ("image", "image_url", "url", "path", "base64"),
     "video": ("video", "video_path", "video_url", "url", "path", "base64"),
 }
+AXES = {"image": 3, "video": 4}  # of an array
 PLAIN_KEY = {"image": "image", "video": "video_path"}
 OWN_OPTIONS = {kind: names_of(kind, own=True) for kind in SOURCE_KEYS}
 SCHEMES = ("data", "file", "http", "https")
@@ -226,6 +227,8 @@ def read_part(part, what: str = "a part of a message") -> dict:
         if options:
             raise ValueError(f"{what} of type {name} has {', '.join(options)}, but no {kind}; give both in one part, or neither")
         return {"type": kind}
+    if (shape := getattr(source, "shape", None)) is not None and len(shape) > AXES[kind]:
+        raise ValueError(f"{what} of type {name} holds one {kind}, got an array of shape {list(shape)}; give each its own part")
     return {"type": kind, kind: plain_medium(kind, source, options)}
 
 

@@ -96,6 +96,11 @@ GREEDY = {
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 GENERATE_OBJECTS = {"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"}
+LISTS = {"stopping_criteria", "logits_processor"}
+WHOLE_NUMBERS = {  # the least value of each
+    "num_beams": 1, "num_beam_groups": 1, "max_length": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "prompt_lookup_num_tokens": 1,
+}  # fmt: skip
 # Fields of GenerationConfig that belong to `model.generate`: they ask for something else than one text, or for nothing at all.
 NOT_TEXT = {
     "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
@@ -373,6 +378,8 @@ class _Turn:
 
 def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
     """The turn of a query after a session state. Raises ValueError or FileNotFoundError; decodes nothing."""
+    if lacks := [name for name in ("tokenizer", "image_processor", "video_processor") if not hasattr(processor, name)]:
+        raise ValueError(f"processor must be a MossVLProcessor, got a {type(processor).__name__} without {lacks[0]}")
     record = _check_query(query, QUERY_KEYS)
     _check_state(state)
     if _flag(query, "reset_session", False) or _flag(query, "clear_history", False):
@@ -469,6 +476,8 @@ def _plain(kind: str, medium):
     source, options = read_medium(kind, medium)
     if source is None:
         raise ValueError(f"{kind}s holds no {kind} in {shorten(medium)}; expected a path, a URL or another source of one")
+    if kind == "image" and isinstance(source, (list, tuple)):
+        raise ValueError(f"images is nested too deep: {shorten(source)} stands for one image; give one flat list")
     return plain_medium(kind, source, options)
 
 
@@ -602,11 +611,9 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     if not isinstance(knobs["do_sample"], bool):
         raise ValueError(f"do_sample must be True or False, got {shorten(knobs['do_sample'])}")
 
+    _check_others(given)
     if not knobs["do_sample"] or knobs["temperature"] <= 0:
         knobs |= {name: value for name, value in GREEDY.items() if name in CONFIG_FIELDS}
-    for name in ("stopping_criteria", "logits_processor"):
-        if not isinstance(knobs.get(name, []), list):
-            raise ValueError(f"{name} must be a list, got {type(knobs[name]).__name__}")
     if "max_length" in given and "max_new_tokens" not in given:
         del knobs["max_new_tokens"]
     if given.get("eos_token_id") is None and model.generation_config.eos_token_id is None:
@@ -617,6 +624,26 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
         knobs["tokenizer"] = tokenizer
     GenerationConfig(**{name: value for name, value in knobs.items() if name in CONFIG_FIELDS})  # its own checks
     return knobs
+
+
+def _check_others(given: dict) -> None:
+    """ValueError for a knob whose kind `generate` would find out about only in the middle of its work."""
+    given = {name: value for name, value in given.items() if value is not None or name in LISTS}
+    for name in given.keys() & WHOLE_NUMBERS.keys():
+        least = WHOLE_NUMBERS[name]
+        _check_number(name, given[name], numbers.Integral, f"a whole number of at least {least}", lambda x: x >= least)
+    for name in given.keys() & {"eos_token_id", "pad_token_id"}:
+        ids = given[name].tolist() if isinstance(given[name], (np.ndarray, torch.Tensor)) else given[name]
+        for one in ids if isinstance(ids, (list, tuple)) and name == "eos_token_id" else [ids]:
+            _check_number(name, one, numbers.Integral, "a token's number (or, for the end, a list of them)", lambda x: True)
+    strings = given.get("stop_strings", "")
+    if not isinstance(strings, str) and not (isinstance(strings, (list, tuple)) and all(isinstance(one, str) for one in strings)):
+        raise ValueError(f"stop_strings must be a string or a list of strings, got {shorten(strings)}")
+    for name in given.keys() & LISTS:
+        if not isinstance(given[name], list) or not all(map(callable, given[name])):
+            raise ValueError(f"{name} must be a list of functions, got {shorten(given[name])}")
+    if "streamer" in given and not all(hasattr(given["streamer"], name) for name in ("put", "end")):
+        raise ValueError(f"streamer must have put and end, as a TextStreamer has, got {shorten(given['streamer'])}")
 
 
 # ---------------------------------------------------------------------------------------------- from turns to their answers
@@ -806,7 +833,7 @@ def _check_dict(what: str, value, known=None) -> dict:
     for name in value if known is not None else ():
         if name not in known:
             place = None if name in MEDIA_KNOBS | GENERATE_KNOBS and what not in BOXES else _place_of(name, value[name])
-            raise ValueError(f"{what}: {place}" if place else f"{what}: unknown key {name!r}; {_nearest(name, known)}")
+            raise ValueError(f"{what}: {place}" if place else f"{what}: unknown key {name!r}; {_nearest(name, known - REFUSED.keys())}")
     return value
 
 

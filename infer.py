@@ -402,7 +402,10 @@ def answer_many(args) -> int:
 
 def read_queries(file: Path) -> list[str]:
     """The queries as lines of JSON: the lines of the file, or the items of the JSON list that it is, or the one object that it is."""
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}; expected a JSON object per line, or a JSON list") from None
     if file.suffix == ".json" and text.lstrip()[:1] == "{":
         try:
             return [json.dumps(json.loads(text))]
@@ -494,6 +497,9 @@ def record_of(query: dict) -> dict:
 def with_media(query: dict, args) -> dict:
     """The query of a line for `offline_batch_generate`: `media` as messages, paths relative to the file they stand in."""
     query = {name: value for name, value in query.items() if value is not None}
+    for name in ("media_kwargs", "generate_kwargs"):
+        if not isinstance(query.get(name, {}), dict):
+            raise ValueError(f"{name} must be an object, got {shorten(query[name])}")
     folder, allow_http = args.batch.parent, args.allow_http or bool((query.get("media_kwargs") or {}).get("allow_http"))
     if "conversations" in query:
         if clash := [name for name in ("messages", "prompt", "media") if query.get(name, "") != ""]:

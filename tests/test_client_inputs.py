@@ -263,6 +263,42 @@ def test_arrays_of_several(model, processor, nothing_is_encoded):  # noqa: F811
         model.offline_image_generate(processor, "a", images)
 
 
+def test_arrays_and_lists_where_one_is_expected(model, processor, pictures, nothing_is_encoded):  # noqa: F811
+    for part, message in (
+        ({"type": "image", "image": np.zeros((2, 64, 64, 3), np.uint8)}, "of type image holds one image, got an array of shape .2, 64, 64, 3."),
+        ({"type": "video", "video": torch.zeros(2, 3, 3, 64, 64)}, "of type video holds one video, got an array of shape .2, 3, 3, 64, 64."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batch(model, processor, {"messages": user(part, "x")})
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(user(part, "x"), tokenize=True)
+    with pytest.raises(ValueError, match="images is nested too deep"):
+        batch(model, processor, {"prompt": "x", "images": [[pictures[0], pictures[1]]]})
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_beams", "2"), ("num_beams", 0), ("num_beams", True), ("max_length", "9"), ("min_new_tokens", -1), ("no_repeat_ngram_size", 1.5),
+    ("eos_token_id", "a"), ("eos_token_id", [1, "a"]), ("pad_token_id", [1]), ("stop_strings", 3), ("stop_strings", ["a", 3]), ("streamer", 3),
+    ("logits_processor", [3]), ("logits_processor", 3), ("stopping_criteria", [None]), ("stopping_criteria", None),
+])  # fmt: skip
+def test_knobs_of_odd_kinds(model, processor, nothing_is_encoded, name, value):  # noqa: F811
+    with pytest.raises(ValueError, match=f"query 0: {name} must"):
+        batch(model, processor, query_of("a", generate={name: value}))
+
+
+def test_knobs_of_every_kind(model, processor):  # noqa: F811
+    knobs = {"num_beams": 2, "max_length": np.int64(40), "eos_token_id": [3, np.int64(4)], "pad_token_id": 0, "stop_strings": ["a", "b"]}
+    for extra in ({}, {"stop_strings": "a"}, {"eos_token_id": torch.tensor([3, 4])}, {"eos_token_id": None, "stop_strings": None, "num_beams": None}):
+        given = {**knobs, **extra}
+        taken = generation_utils._generate_kwargs(model, processor.tokenizer, given, 64)
+        assert all(taken[name] is value or taken[name] == value for name, value in given.items() if value is not None)
+
+
+def test_a_processor_of_another_kind(model, processor):  # noqa: F811
+    with pytest.raises(ValueError, match="processor must be a MossVLProcessor, got a .*Tokenizer"):
+        batch(model, processor.tokenizer, {"prompt": "a"})
+
+
 @pytest.mark.parametrize("state", [
     {"messages": [{"role": "user", "content": "a"}], "media_kwargs": {}}, {"messages": "a", "media_kwargs": {}}, {"messages": [3], "media_kwargs": {}},
     {"messages": [{"role": "user", "content": [{"type": "image"}]}], "media_kwargs": {}}, {"messages": [], "media_kwargs": None},
@@ -349,6 +385,15 @@ def test_messages_with_from_and_value(lines):  # noqa: F811
     )  # fmt: skip
     assert len({result["text"] for result in results[:3]}) == 1 and asked[0]["messages"] == asked[1]["messages"] == asked[2]["messages"]
     assert code == 1 and "got from and role" in results[3]["error"] and "messages must be a list of turns" in results[4]["error"]
+
+
+def test_lines_with_options_of_odd_kinds(lines, tmp_path, run):  # noqa: F811
+    code, _, results, asked = lines({"prompt": "a", "media_kwargs": 3}, {"prompt": "a", "generate_kwargs": "b"})  # noqa: F811
+    assert code == 1 and not asked
+    assert [result["error"] for result in results] == ["media_kwargs must be an object, got 3", "generate_kwargs must be an object, got 'b'"]
+    (tmp_path / "odd.jsonl").write_bytes(b"\xff")
+    code, _, err = run("--batch", tmp_path / "odd.jsonl", "--out", tmp_path / "r.jsonl")
+    assert code == 2 and "odd.jsonl is not UTF-8" in err
 
 
 def test_damaged_images_are_called_images(run, tmp_path):  # noqa: F811
