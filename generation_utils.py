@@ -536,12 +536,11 @@ def _template_of(processor) -> str:
 
 def _defaults_beside(given: dict) -> dict:
     """`MEDIA_DEFAULTS` without those that would contradict what was given: a default is no choice of the caller's."""
-    given = {name for name, value in given.items() if value is not None and (name, value) != ("do_sample_frames", True)}
-    without = set()
-    if "do_sample_frames" in given or ("sample_fps" in given and not FRAME_OPTIONS & given):
+    said, without = {name for name, value in given.items() if value is not None}, set()
+    if given.get("do_sample_frames") is False:
         without = FRAME_OPTIONS
-    elif "sample_fps" in given:
-        without = {"video_fps"}
+    elif "sample_fps" in said and "do_sample_frames" not in said:  # frames that were sampled before are all taken, or bounded
+        without = {"video_fps"} if FRAME_OPTIONS & said else FRAME_OPTIONS
     return {name: value for name, value in MEDIA_DEFAULTS.items() if name not in without}
 
 

@@ -30,7 +30,7 @@ def frames_of(calls):  # noqa: F811
 
 
 @pytest.mark.parametrize("knobs, frames", [
-    ({"sample_fps": 2}, 6), ({"sample_fps": 2, "max_frames": 3}, 3), ({"sample_fps": 2, "num_frames": 2}, 2), ({"sample_fps": 2, "fps": 1}, 3),
+    ({"sample_fps": 2}, 6), ({"sample_fps": 2, "max_frames": 5}, 5), ({"sample_fps": 2, "min_frames": 2}, 6), ({"sample_fps": 2, "num_frames": 2}, 2), ({"sample_fps": 2, "fps": 1}, 3),
     ({"sample_fps": 2, "do_sample_frames": True}, 3), ({"sample_fps": 2, "video_fps": None}, 6), ({"do_sample_frames": False, "fps": 2}, 6),
     ({"do_sample_frames": False, "sample_fps": 2}, 6), ({"do_sample_frames": None, "sample_fps": 2}, 6),
 ])  # fmt: skip
@@ -42,6 +42,18 @@ def test_frames_are_those_of_the_processor(model, processor, pictures, calls, kn
     batch(model, processor, query_of("x", videos=[video], media={"max_pixels": 16384, **knobs}))
     model.offline_video_generate(processor, "x", video, longest_edge=16384, max_new_tokens=1, **knobs)
     assert frames_of(calls) == [[frames]] * 2
+
+
+def test_defaults_that_stay():
+    """Those that contradict nothing hold, whatever the processor's own settings are."""
+    every = generation_utils.MEDIA_DEFAULTS
+    rate = {name: value for name, value in every.items() if name != "video_fps"}
+    none = {name: value for name, value in rate.items() if name not in ("min_frames", "max_frames")}
+    for given, left in (
+        ({}, every), ({"max_frames": 3}, every), ({"do_sample_frames": True}, every), ({"sample_fps": None}, every), ({"do_sample_frames": False}, none),
+        ({"sample_fps": 2}, none), ({"sample_fps": 2, "max_frames": 3}, rate), ({"sample_fps": 2, "do_sample_frames": True}, every),
+    ):  # fmt: skip
+        assert generation_utils._defaults_beside(given) == left, given
 
 
 def test_every_frame_of_a_file(model, processor, calls):  # noqa: F811
@@ -139,6 +151,9 @@ def test_copies_of_a_pillow_image(tmp_path, pictures, model, processor, calls): 
     turned.getexif()[0x0112] = 6
     for one, colours in zip(palette, ([0, 0, 0], [9, 9, 9])):
         one.putpalette(colours)
+    clear = [one.copy() for one in palette[:1] * 2]
+    clear[0].info["transparency"] = 0
+    assert not same_medium("image", *clear)
     for a, b in ((opened, changed), (opened, turned), (opened, opened.convert("L")), (opened, opened.resize((64, 64))), palette, (opened, str(path))):
         assert not same_medium("image", a, b) and not same_medium("image", b, a)
 
@@ -376,6 +391,12 @@ def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
     assert code == 0 and grids == [[4], [3], [3], [1], [2]], results
 
 
+def test_limits_of_the_command_line_give_way_to_size(lines, asked):  # noqa: F811
+    code, _, results, _ = lines({"images": "a.jpg", "media_kwargs": {"size": {"longest_edge": 60000}}}, {"images": "a.jpg"}, options=("--max-pixels", 50176))
+    assert code == 0, results
+    assert "max_pixels" in asked[1]["media_kwargs"] and asked[0]["media_kwargs"].get("max_pixels") is None
+
+
 def test_messages_with_from_and_value(lines):  # noqa: F811
     human, answer = {"from": "human", "value": "<|image|>What color is the star?"}, {"from": "gpt", "value": "a star"}
     code, _, results, asked = lines(  # noqa: F811
@@ -402,6 +423,12 @@ def test_damaged_images_are_called_images(run, tmp_path):  # noqa: F811
     for medium, kind in ((tmp_path / "cut.jpg", "image"), ("data:image/jpeg;base64,/9j/4AAQSkZJRg==", "image"), (tmp_path / "cut.mp4", "video")):
         code, out, err = run(medium, "-p", "a")
         assert (code, out) == (2, "") and f"{kind}" in err and {"image": "video", "video": "an image"}[kind] not in err.replace(str(tmp_path), ""), err
+
+
+def test_damaged_files_are_what_they_are_called(tmp_path):
+    for name, kind in (("a.PNG", "image"), ("a.webp", "image"), ("a.gif", "video"), ("a.mkv", "video"), ("a", "video")):
+        (tmp_path / name).write_bytes(b"damaged")
+        assert infer.media_kind(tmp_path / name) == kind, name
 
 
 def test_a_json_file_may_hold_one_object(run, asked, tmp_path):  # noqa: F811
