@@ -15,6 +15,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 
+from PIL import Image
+
 from .options import names_of, nearest_name, read_options, shorten
 
 
@@ -29,9 +31,17 @@ SOURCE_KEYS = {
     "image": ("image", "image_url", "url", "path", "base64", "bytes"),
     "video": ("video", "video_path", "video_url", "url", "path", "base64", "bytes"),
 }
+AXES = {"image": 3, "video": 4}  # of an array
 PLAIN_KEY = {"image": "image", "video": "video_path"}
 OWN_OPTIONS = {kind: names_of(kind, own=True) for kind in SOURCE_KEYS}
 SCHEMES = ("data", "file", "http", "https")
+# Keys of a message in which other software puts media beside the content. Nothing here reads them, so they are errors.
+MESSAGE_MEDIA = {
+    "image": "image", "images": "image", "image_url": "image", "image_urls": "image", "image_path": "image",
+    "video": "video", "videos": "video", "video_url": "video", "video_urls": "video", "video_path": "video",
+    "media": "image", "audio": "audio", "audios": "audio",
+}  # fmt: skip
+ORIENTATION = 0x0112  # the EXIF tag that says how an image is turned
 
 
 # ------------------------------------------------------------------------------------------------------------------ sources
@@ -60,18 +70,31 @@ def file_of(source):
 
 
 def same_source(a, b) -> bool:
-    """Whether two sources are the same one: the same object, path, URL, bytes, or lists of such."""
+    """Whether two sources are the same one: the same object, file, URL, bytes, pixels, or lists of such. A relative path is taken from the
+    working directory."""
     if a is b:
         return True
-    a, b = (os.path.normpath(x) if isinstance(x, str) and scheme_of(x) is None else x for x in map(file_of, (a, b)))
+    a, b = (os.path.abspath(x) if isinstance(x, str) and scheme_of(x) is None else x for x in map(file_of, (a, b)))
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same_source, a, b))
+    if isinstance(a, Image.Image) and isinstance(b, Image.Image):  # of any classes: a copy of a JpegImageFile is an Image
+        return _same_image(a, b)
     if type(a) is not type(b):
         return False
     try:
         return bool(a == b)
     except (ValueError, TypeError, RuntimeError):  # arrays and tensors, whose == has many answers
         return a.shape == b.shape and bool((a == b).all())
+
+
+def _same_image(a: Image.Image, b: Image.Image) -> bool:
+    """Whether two Pillow images have the same mode, colours, pixels and orientation."""
+    if (a.mode, a.size) != (b.mode, b.size):
+        return False
+    turned, transparent = ([one.getexif().get(ORIENTATION, 1) for one in (a, b)], [one.info.get("transparency") for one in (a, b)])
+    if turned[0] != turned[1] or transparent[0] != transparent[1] or a.getpalette() != b.getpalette():
+        return False
+    return a.tobytes() == b.tobytes()
 
 
 def _from_base64(text) -> str:
@@ -85,16 +108,28 @@ def _from_base64(text) -> str:
 # ------------------------------------------------------------------------------------------------------------------- media
 
 
+def kind_of(name) -> str | None:
+    """"text", "image" or "video", the kind of a part whose `type` is this name; None if no part has such a type."""
+    return KINDS.get(name) if isinstance(name, str) else None
+
+
 def read_medium(kind: str, given, what: str | None = None) -> tuple:
     """(source, options) of a medium: the bare source with no options, or what its dict says. The source is None where the dict has none.
 
-    `kind`: "image" or "video". `what` names the medium in messages. Raises ValueError for a key that is not known, with the nearest, and
-    for two sources. A path beside bytes says where these were, as in an undecoded image of datasets.
+    `kind`: "image" or "video". `what` names the medium in messages. A dict may have the `type` of a part, which must be of this kind. Raises
+    ValueError for a key that is not known, with the nearest, and for two sources. A path beside bytes says where these were, as in an
+    undecoded image of datasets.
     """
     if not isinstance(given, Mapping):
         return given, {}
     what = what or f"{'an' if kind == 'image' else 'a'} {kind} given as a dict"
+    if given.get("type") is not None:
+        if kind_of(given["type"]) != kind:
+            raise ValueError(f"{what} is of type {shorten(given['type'])}; expected {kind}")
+        given = {key: value for key, value in given.items() if key != "type"}
     found, options, detail = None, {}, given.get("detail")
+    if kind == "video" and isinstance(given.get("frames"), (list, tuple)):
+        raise ValueError(f"{what}: a list of frames goes under 'video', as in {{'video': frames, 'fps': rate}}; got it under 'frames'")
     if kind == "image" and detail not in (None, "auto"):
         raise ValueError(f"{what}: detail={shorten(detail)} is no option of MOSS-VL; give max_pixels, or leave it out")
     for key in SOURCE_KEYS[kind]:
@@ -195,12 +230,14 @@ def read_part(part, what: str = "a part of a message") -> dict:
         if options:
             raise ValueError(f"{what} of type {name} has {', '.join(options)}, but no {kind}; give both in one part, or neither")
         return {"type": kind}
+    if (shape := getattr(source, "shape", None)) is not None and len(shape) > AXES[kind]:
+        raise ValueError(f"{what} of type {name} holds one {kind}, got an array of shape {list(shape)}; give each its own part")
     return {"type": kind, kind: plain_medium(kind, source, options)}
 
 
 def read_messages(messages, what: str = "a conversation") -> list[dict]:
     """Messages with content that is a string or a list of plain parts: new dicts, without keys that are None. Other keys of a message
-    stay."""
+    stay, unless they hold media: those have their place in the content, and elsewhere are a ValueError."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(messages)}")
     out = []
@@ -210,11 +247,25 @@ def read_messages(messages, what: str = "a conversation") -> list[dict]:
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list, tuple)):
             raise ValueError(f"content of message {index} must be a string or a list of parts, got a {type(content).__name__}")
+        for key in message.keys() & MESSAGE_MEDIA.keys():
+            _check_beside(f"message {index}", key, message[key])
         message = {key: value for key, value in message.items() if value is not None}
         if isinstance(content, (list, tuple)):
             message["content"] = [read_part(part) for part in content]
         out.append(message)
     return out
+
+
+def _check_beside(what: str, key: str, value) -> None:
+    """ValueError for media that stand in a message, but not in its content. An empty value says nothing."""
+    if value is None or (isinstance(value, (str, bytes, Sequence, Mapping)) and not value):
+        return
+    if (kind := MESSAGE_MEDIA[key]) == "audio":
+        raise ValueError(f"{what} has {key!r}; MOSS-VL takes no audio, leave it out")
+    raise ValueError(
+        f"{what} has {key!r} beside its content, {shorten(value)}; put each medium into the content, as a part "
+        f"{{'type': {kind!r}, {kind!r}: ...}}"
+    )
 
 
 def split_places(parts) -> Iterator[dict]:
@@ -241,7 +292,8 @@ def fill_places(kind: str, messages: list, media: list) -> None:
     """Gives parts of messages, changed in place, the `media` of `kind` that came beside the messages, plain and in order.
 
     Messages have plain parts, without placeholders in their texts. The media fill the parts without one; or name again all media of the
-    messages, and what both say of one is joined; or have one part without a medium for each of their segments, which become one part.
+    messages, and what both say of one is joined; or name again all their segments, otherwise divided into media; or have one part without a
+    medium for each of their segments, which become one part.
     Raises ValueError for other numbers, and for a medium that is named again but is another one.
     """
     parts = [part for message in messages for part in message["content"] if part["type"] == kind]
@@ -256,6 +308,9 @@ def fill_places(kind: str, messages: list, media: list) -> None:
         return
     if len(empty) == len(parts) == sum(clips_of(kind, medium) for medium in media):
         _fill_clips(kind, messages, media)  # a place for each segment
+        return
+    if not empty and sum(clips_of(kind, part[kind]) for part in parts) == sum(clips_of(kind, medium) for medium in media):
+        _check_clips(kind, parts, media)
         return
     own = len(parts) - len(empty)
     also = f", and have {own} of their own ({kind}s may also name all {len(parts)} again)" if own else ""
@@ -275,6 +330,26 @@ def _same_again(kind: str, number: int, own, again):
     if not same_medium(kind, plain_medium(kind, source, mine), plain_medium(kind, source, theirs)):
         raise ValueError(f"{kind} {number} of the messages has the options {shorten(mine)}, but in {kind}s {shorten(theirs)}")
     return plain_medium(kind, source, {**others, **options})
+
+
+def _check_clips(kind: str, parts: list, media: list) -> None:
+    """ValueError unless `media` are the parts' own again, their segments otherwise divided: two parts with a segment each are one video with
+    both. The parts stay as they are."""
+
+    def clips(medium):
+        source, options = read_medium(kind, medium)
+        for segment in options.get("segments", [None]):
+            yield source, {**options, **({} if segment is None else {"segments": [segment]})}
+
+    again = [clip for medium in media for clip in clips(medium)]
+    for number, (own, other) in enumerate(zip([clip for part in parts for clip in clips(part[kind])], again)):
+        own, other = plain_medium(kind, *own), plain_medium(kind, *other)
+        _same_again(kind, number, own, other)
+        if more := read_medium(kind, other)[1].keys() - read_medium(kind, own)[1].keys():
+            raise ValueError(
+                f"{kind}s names {len(media)} {kind}s, of which the messages show the segments in {len(parts)} parts, and says their "
+                f"{', '.join(sorted(more))}; say it in the parts"
+            )
 
 
 def _fill_clips(kind: str, messages: list, media: list) -> None:

@@ -12,6 +12,7 @@ import numbers
 import os
 import queue
 from collections import deque
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ from transformers import (
     TextStreamer,
 )
 
-from .conversation import PLACEHOLDER, PLACEHOLDERS, clips_of, fill_places, media_of, plain_medium, read_medium, read_messages, split_places
-from .options import REFUSED, layered, names_of, nearest_name, read_options, shorten
+from .conversation import PLACEHOLDER, PLACEHOLDERS, clips_of, fill_places, kind_of, media_of, plain_medium, read_medium, read_messages, split_places
+from .options import REFUSED, drop_fixed, layered, names_of, nearest_name, read_options, reject_unknown, shorten
 
 
 class _Int(int):
@@ -70,9 +71,11 @@ _MEDIA, _GENERATE = _defaults(MEDIA_DEFAULTS), _defaults(GENERATE_DEFAULTS)
 
 # Facts about the weights: the knob, and its name in `config.vision_config`.
 WEIGHT_KNOBS = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
-# `size` is left to the processor: the limits have arguments of their own here.
-IMAGE_KNOBS, VIDEO_KNOBS = ({*names_of(kind)} - {"size", "segments", "video_metadata"} for kind in ("image", "video"))
+OF_ONE_VIDEO = {"segments", "video_metadata"}  # options that a video has for itself alone
+IMAGE_KNOBS, VIDEO_KNOBS = ({*names_of(kind)} - OF_ONE_VIDEO for kind in ("image", "video"))
 MEDIA_KNOBS = IMAGE_KNOBS | VIDEO_KNOBS
+CALL_OPTIONS = {*names_of("text"), *names_of("call")}  # of a call of the processor, which the offline methods make themselves
+FRAME_OPTIONS = {"video_fps", "num_frames", "do_sample_frames", "min_frames", "max_frames"}  # they say how many frames are taken
 
 QUERY_KEYS = {
     "prompt", "messages", "images", "videos", "media_kwargs", "generate_kwargs", "use_template", "system_prompt",
@@ -81,6 +84,11 @@ QUERY_KEYS = {
 CANCEL_KEYS = ("cancel_current_generate", "stop_generation")
 QUEUE_KEYS = {*QUERY_KEYS, *CANCEL_KEYS, "stop_offline_generate", "stream_output"}
 NEAR = 0.85  # of difflib: "generation_kwargs" is near "generate_kwargs", "prompt_id" is not near "prompt"
+HINT = 0.7  # of difflib, where the name is wrong for sure and only a hint is looked for: "seed" is not near "streamer"
+# Names of other software that a record may have for facts about its media; beside a query's keys they ask for nothing.
+RECORD_FACTS = {"frames", "resolution", "image_size", "raw_fps"}
+# Keys in which a chat template may show what the model did. One that nothing reads would vanish.
+TOOL_KEYS = ("tool_calls", "function_call")
 
 # What turns sampling off again where the checkpoint's generation_config.json sets it; transformers warns about any other value.
 GREEDY = {
@@ -88,6 +96,11 @@ GREEDY = {
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 GENERATE_OBJECTS = {"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"}
+LISTS = {"stopping_criteria", "logits_processor"}
+WHOLE_NUMBERS = {  # the least value of each
+    "num_beams": 1, "num_beam_groups": 1, "max_length": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "prompt_lookup_num_tokens": 1,
+}  # fmt: skip
 # Fields of GenerationConfig that belong to `model.generate`: they ask for something else than one text, or for nothing at all.
 NOT_TEXT = {
     "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
@@ -95,6 +108,7 @@ NOT_TEXT = {
 }  # fmt: skip
 CONFIG_FIELDS = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
 GENERATE_KNOBS = (CONFIG_FIELDS | GENERATE_OBJECTS | {"vision_chunked_length", *GENERATE_DEFAULTS}) - NOT_TEXT
+BOXES = {"media_kwargs": MEDIA_KNOBS, "generate_kwargs": GENERATE_KNOBS}  # the dicts of a query that hold options
 # These mean the same for a prompt with padding in front. (`repetition_penalty` is made to: see `_UnpaddedPenalty`.)
 PADDING_BLIND = {
     *GREEDY, *GENERATE_DEFAULTS, "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "eos_token_id", "pad_token_id",
@@ -219,11 +233,11 @@ class MossVLGenerationMixin:
 
         Args:
             queries: a list of dicts with, all optional,
-                prompt: text, after the query's images and then videos; or
+                prompt: text, after the query's images and then videos (an empty one may stand beside messages); or
                 messages: chat messages; content is text or a list of parts. A part of type image or video carries its medium
                     (conversation.py says how), else it (like a placeholder in a text) stands for the next one of `images` or `videos`.
                 images, videos: one medium or a list. Beside messages they fill the places without a medium, or name again, in their
-                    order, all media of the messages; what both say of a medium is joined.
+                    order, all media of the messages (or all segments, otherwise divided into videos); what both say of a medium is joined.
                 media_kwargs: options of images and of videos, whichever the query has; generate_kwargs: `GENERATE_KNOBS`.
                 use_template: as for `offline_image_generate`; without a template the contents of messages follow each other bare.
                 system_prompt: the system turn. thinking_mode: "deep_thinking" (or "thinking", "reasoning") asks for the reasoning inside
@@ -234,7 +248,7 @@ class MossVLGenerationMixin:
                 persist_session: False leaves the turn out of the returned session state.
                 append_messages_to_session: False takes the query as the whole conversation instead of its next turn.
                 Other keys (`id`, `metadata`, `response`, ...) are copied into the result, unless it has a key of that name. A key that is
-                one typo away from one of these, or has the name of an option that belongs into a dict of its own, is a ValueError.
+                one typo away from one of these, or has the name of an option, which would have no effect there, is a ValueError.
             session_states: None, or a list with None or an earlier call's state for each query. `media_kwargs` of earlier turns
                 hold until a query says otherwise.
 
@@ -318,7 +332,7 @@ class MossVLGenerationMixin:
 
 def _answer_one(model, processor, kind: str, call: dict) -> str:
     """The answer of a single method; `call` has its arguments by name."""
-    extra = call["generate_kwargs"]
+    extra = {name: value for name, value in call["generate_kwargs"].items() if value is not None or name not in REFUSED}
     media_knobs = IMAGE_KNOBS if kind == "image" else VIDEO_KNOBS
     arguments = call.keys() - {"self", "generate_kwargs"}
     _check_dict(f"offline_{kind}_generate", extra, arguments | media_knobs | GENERATE_KNOBS | NOT_TEXT)
@@ -364,25 +378,24 @@ class _Turn:
 
 def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
     """The turn of a query after a session state. Raises ValueError or FileNotFoundError; decodes nothing."""
+    if lacks := [name for name in ("tokenizer", "image_processor", "video_processor") if not hasattr(processor, name)]:
+        raise ValueError(f"processor must be a MossVLProcessor, got a {type(processor).__name__} without {lacks[0]}")
     record = _check_query(query, QUERY_KEYS)
-    if state is not None and (not isinstance(state, dict) or set(state) != {"messages", "media_kwargs"}):
-        raise ValueError(f"a session state is None or what an earlier call returned in 'session_states', got {shorten(state)}")
+    _check_state(state)
     if _flag(query, "reset_session", False) or _flag(query, "clear_history", False):
         state = None
     continued = state if _flag(query, "append_messages_to_session", True) else None
     before, media_kwargs = (continued["messages"], continued["media_kwargs"]) if continued else ([], {})
 
     messages = _with_system([*before], _query_messages(query), query)
-    use_template = query.get("use_template")
+    use_template = _flag(query, "use_template", None)
     has_template = bool(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
-    if use_template not in (None, True, False):
-        raise ValueError(f"use_template must be True, False or None, got {use_template!r}")
     if use_template and not has_template:
         raise ValueError("use_template=True, but the processor has no chat template; pass use_template=False or add chat_template.jinja")
     text = _render(processor, messages, has_template if use_template is None else use_template)
 
     media_kwargs = _merge_media_kwargs(media_kwargs, _check_dict("media_kwargs", query.get("media_kwargs"), MEDIA_KNOBS | REFUSED.keys()))
-    knobs = {name: value for name, value in layered(MEDIA_DEFAULTS, media_kwargs).items() if value is not None}
+    knobs = {name: value for name, value in layered(_defaults_beside(media_kwargs), media_kwargs).items() if value is not None}
     turn = _Turn(
         messages=messages,
         text=text,
@@ -398,6 +411,34 @@ def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
     )
     _check_media(model, processor, turn)
     return turn
+
+
+def _check_state(state) -> None:
+    """ValueError for what no call returned as a session state."""
+    if state is None:
+        return
+    expected = "a session state is None or what an earlier call returned in 'session_states'"
+    if not isinstance(state, dict) or set(state) != {"messages", "media_kwargs"}:
+        raise ValueError(f"{expected}, got {shorten(state)}")
+    _check_dict("media_kwargs of the session state", state["media_kwargs"], MEDIA_KNOBS)
+    if not isinstance(state["messages"], list) or state["media_kwargs"] is None:
+        raise ValueError(f"{expected}, got {shorten(state)}")
+    for index, message in enumerate(state["messages"]):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and _are_plain_parts(message.get("content"))):
+            raise ValueError(
+                f"{expected}; message {index} of its messages needs a role and a list of parts as content, each with its text or medium, "
+                f"got {shorten(message)}"
+            )
+
+
+def _are_plain_parts(content) -> bool:
+    """Whether this is a list of plain parts, each with its text or medium."""
+
+    def is_plain(part):
+        kind = part.get("type") if isinstance(part, dict) else None
+        return kind_of(kind) == kind is not None and (isinstance(part.get(kind), str) if kind == "text" else part.get(kind) is not None)
+
+    return isinstance(content, list) and all(map(is_plain, content))
 
 
 def _query_messages(query: dict) -> list:
@@ -416,7 +457,7 @@ def _query_messages(query: dict) -> list:
             )
         media = [{"type": kind, kind: _plain(kind, medium)} for kind, media in given.items() for medium in media]
         return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
-    if prompt is not None:
+    if prompt is not None and not (isinstance(prompt, str) and prompt == ""):  # clients send an empty one beside messages
         raise ValueError("a query has a prompt or messages, got both")
     filled = []
     for message in read_messages(messages, "messages"):
@@ -435,6 +476,8 @@ def _plain(kind: str, medium):
     source, options = read_medium(kind, medium)
     if source is None:
         raise ValueError(f"{kind}s holds no {kind} in {shorten(medium)}; expected a path, a URL or another source of one")
+    if kind == "image" and isinstance(source, (list, tuple)):
+        raise ValueError(f"images is nested too deep: {shorten(source)} stands for one image; give one flat list")
     return plain_medium(kind, source, options)
 
 
@@ -467,6 +510,11 @@ def _render(processor, messages: list, use_template: bool) -> str:
             yield part["text"] if kind == "text" else PLACEHOLDERS[kind] * clips_of(kind, part[kind])
 
     plain = [{**message, "content": "".join(content(message["content"]))} for message in messages]
+    template = _template_of(processor) if use_template else ""
+    for index, message in enumerate(plain):
+        if unread := [name for name in TOOL_KEYS if message.get(name) and name not in template]:
+            why = "the chat template does not read it" if use_template else "there is no template to read it"
+            raise ValueError(f"message {index} has {unread[0]!r}, but {why}; leave it out, or write it into the content")
     if use_template:
         return processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     if any(message["role"] == "system" for message in plain):
@@ -477,19 +525,54 @@ def _render(processor, messages: list, use_template: bool) -> str:
     return text
 
 
+def _template_of(processor) -> str:
+    """The text of the chat template that `apply_chat_template` renders."""
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    return template.get("default", "") if isinstance(template, dict) else template
+
+
 # -------------------------------------------------------------------------------------------------------------- the knobs
+
+
+def _defaults_beside(given: dict) -> dict:
+    """`MEDIA_DEFAULTS` without those that would contradict what was given: a default is no choice of the caller's."""
+    said, without = {name for name, value in given.items() if value is not None}, set()
+    if given.get("do_sample_frames") is False:
+        without = FRAME_OPTIONS
+    elif "sample_fps" in said and "do_sample_frames" not in said:  # frames that were sampled before are all taken, or bounded
+        without = {"video_fps"} if FRAME_OPTIONS & said else FRAME_OPTIONS
+    return {name: value for name, value in MEDIA_DEFAULTS.items() if name not in without}
 
 
 def _merge_media_kwargs(earlier: dict, given: dict) -> dict:
     """Earlier turns' options under this query's, by the names that this code uses. None is kept: it stands for the processor's own."""
     named, spelled = {}, {}
-    for name, value in given.items():
+    for name, value in _without_size(given).items():
+        if value is None and name in REFUSED:
+            continue
         [known] = read_options({name: True}, MEDIA_KNOBS, "media_kwargs")
         if value is not None and named.get(known) is not None:
             raise ValueError(f"{name} is another name of {spelled[known]}, the same knob, and both were given; give one of them")
         if value is not None or known not in named:
             named[known], spelled[known] = _plain_number(value), name
     return layered(earlier, named)
+
+
+def _without_size(given: dict) -> dict:
+    """Media options with the two limits that `size` holds under names of their own."""
+    size = given.get("size")
+    given = {name: value for name, value in given.items() if name != "size"}
+    if size is None:
+        return given
+    if not isinstance(size, Mapping):
+        raise ValueError(f"size must be {{'shortest_edge': pixels, 'longest_edge': pixels}}, got {shorten(size)}")
+    reject_unknown(size, ("shortest_edge", "longest_edge"), "size")
+    for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        if size.get(edge) is not None:
+            if also := next((one for one in (edge, name) if given.get(one) is not None), None):
+                raise ValueError(f"size has {edge!r}, and {also}, the same knob, was given beside it; give one of them")
+            given[name] = size[edge]
+    return given
 
 
 def _check_media(model, processor, turn: _Turn) -> None:
@@ -525,13 +608,11 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     knobs |= {name: float(knobs[name]) for name in ("temperature", "top_p", "repetition_penalty")}  # transformers wants no ints here
     knobs |= {name: int(knobs[name]) for name in ("max_new_tokens", "vision_chunked_length", "top_k")}
     if not isinstance(knobs["do_sample"], bool):
-        raise ValueError(f"do_sample must be True or False, got {knobs['do_sample']!r}")
+        raise ValueError(f"do_sample must be True or False, got {shorten(knobs['do_sample'])}")
 
+    _check_others(given)
     if not knobs["do_sample"] or knobs["temperature"] <= 0:
         knobs |= {name: value for name, value in GREEDY.items() if name in CONFIG_FIELDS}
-    for name in ("stopping_criteria", "logits_processor"):
-        if not isinstance(knobs.get(name, []), list):
-            raise ValueError(f"{name} must be a list, got {type(knobs[name]).__name__}")
     if "max_length" in given and "max_new_tokens" not in given:
         del knobs["max_new_tokens"]
     if given.get("eos_token_id") is None and model.generation_config.eos_token_id is None:
@@ -542,6 +623,26 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
         knobs["tokenizer"] = tokenizer
     GenerationConfig(**{name: value for name, value in knobs.items() if name in CONFIG_FIELDS})  # its own checks
     return knobs
+
+
+def _check_others(given: dict) -> None:
+    """ValueError for a knob whose kind `generate` would find out about only in the middle of its work."""
+    given = {name: value for name, value in given.items() if value is not None or name in LISTS}
+    for name in given.keys() & WHOLE_NUMBERS.keys():
+        least = WHOLE_NUMBERS[name]
+        _check_number(name, given[name], numbers.Integral, f"a whole number of at least {least}", lambda x: x >= least)
+    for name in given.keys() & {"eos_token_id", "pad_token_id"}:
+        ids = given[name].tolist() if isinstance(given[name], (np.ndarray, torch.Tensor)) else given[name]
+        for one in ids if isinstance(ids, (list, tuple)) and name == "eos_token_id" else [ids]:
+            _check_number(name, one, numbers.Integral, "a token's number (or, for the end, a list of them)", lambda x: True)
+    strings = given.get("stop_strings", "")
+    if not isinstance(strings, str) and not (isinstance(strings, (list, tuple)) and all(isinstance(one, str) for one in strings)):
+        raise ValueError(f"stop_strings must be a string or a list of strings, got {shorten(strings)}")
+    for name in given.keys() & LISTS:
+        if not isinstance(given[name], list) or not all(map(callable, given[name])):
+            raise ValueError(f"{name} must be a list of functions, got {shorten(given[name])}")
+    if "streamer" in given and not all(hasattr(given["streamer"], name) for name in ("put", "end")):
+        raise ValueError(f"streamer must have put and end, as a TextStreamer has, got {shorten(given['streamer'])}")
 
 
 # ---------------------------------------------------------------------------------------------- from turns to their answers
@@ -644,7 +745,7 @@ class _UnpaddedPenalty(LogitsProcessor):
 
 
 def _is_cancel(query) -> bool:
-    return isinstance(query, dict) and any(query.get(key) in (True,) for key in CANCEL_KEYS)
+    return isinstance(query, dict) and any(_is_flag(query.get(key)) and query.get(key) for key in CANCEL_KEYS)
 
 
 def _without_cancel(query) -> dict | None:
@@ -692,7 +793,7 @@ def _put_back(new_queries, waiting: deque) -> None:
     with suppress(queue.Empty):  # another kind of queue has no front: all come out, and go in again
         while True:
             waiting.append(new_queries.get_nowait())
-    for query in waiting:
+    for query in reversed(waiting) if isinstance(new_queries, queue.LifoQueue) else waiting:
         new_queries.put(query)
 
 
@@ -730,8 +831,26 @@ def _check_dict(what: str, value, known=None) -> dict:
         raise ValueError(f"{what} must be a dict, got {type(value).__name__}")
     for name in value if known is not None else ():
         if name not in known:
-            raise ValueError(f"{what}: unknown key {name!r}; {_nearest(name, known)}")
+            place = None if name in MEDIA_KNOBS | GENERATE_KNOBS and what not in BOXES else _place_of(name, value[name])
+            raise ValueError(f"{what}: {place}" if place else f"{what}: unknown key {name!r}; {_nearest(name, known - REFUSED.keys())}")
     return value
+
+
+def _place_of(name, value) -> str | None:
+    """What to say about an option that stands where it has no effect: where it goes. None for what is no option."""
+    if box := next((box for box, options in BOXES.items() if name in options), None):
+        return f"{name!r} belongs into its {box}; write {{{box!r}: {{{name!r}: ...}}}}"
+    if name in OF_ONE_VIDEO:
+        return f"{name!r} belongs to one video; write {{'video_path': ..., {name!r}: {shorten(value)}}} in place of its path"
+    if name in NOT_TEXT:
+        return f"{name!r}: the offline methods return one text; call model.generate for more"
+    if name in CALL_OPTIONS:
+        return f"{name!r} is an option of the processor's call, which the offline methods make themselves; leave it out"
+    if name in REFUSED:
+        return f"{name} is no option of MOSS-VL: {REFUSED[name]}"
+    if name == "seed":
+        return "'seed' is no option of generate; call torch.manual_seed before"
+    return None
 
 
 def _check_query(query, known) -> dict:
@@ -742,10 +861,16 @@ def _check_query(query, known) -> dict:
     for name in query.keys() & (QUEUE_KEYS - known):
         if _flag(query, name, False):
             raise ValueError(f"query: {name} is for the queue of offline_generate; leave it out")
-    for name in query.keys() - QUEUE_KEYS:
-        for box, options in (("media_kwargs", MEDIA_KNOBS), ("generate_kwargs", GENERATE_KNOBS)):
-            if name in options and query[name] is not None:
-                raise ValueError(f"query: {name!r} belongs into its {box}; write {{{box!r}: {{{name!r}: ...}}}}")
+    for name in query.keys() - QUEUE_KEYS - RECORD_FACTS - {"seed"}:
+        if query[name] is None:
+            continue
+        if place := _place_of(name, query[name]):
+            raise ValueError(f"query: {place}")
+        drop_fixed({name: query[name]}, "query")
+        if name in ("session_state", "session_states"):
+            raise ValueError(f"query: {name!r} goes beside the queries; write offline_batch_generate(..., session_states=[...])")
+        if name == "media" and isinstance(query[name], (list, tuple, dict)):
+            raise ValueError("query: 'media' is a key of lines for infer.py; write 'images' and 'videos', or parts of messages")
     _check_keys("query", query, QUEUE_KEYS, {*MEDIA_DEFAULTS, *GENERATE_DEFAULTS})
     return {name: value for name, value in query.items() if name not in QUEUE_KEYS}
 
@@ -755,6 +880,8 @@ def _check_keys(what: str, value: dict, known, elsewhere=()) -> None:
     one that belongs `elsewhere`."""
     for name in value.keys() - known:
         spelled = str(name).lower().replace("-", "_").replace(" ", "_")
+        if any(letter.isdigit() for letter in spelled):  # no known name has a digit: "prompt_2" is one of a row of names
+            continue
         typos = (one for one in (*sorted(known), *sorted(elsewhere)) if _is_typo(spelled, one))
         near = next(typos, None) or nearest_name(spelled, known, cutoff=NEAR)
         if near is not None:
@@ -772,18 +899,18 @@ def _is_typo(a: str, b: str) -> bool:
 
 
 def _check_choice(what: str, value, known) -> None:
-    if value is not None and value not in known:
-        raise ValueError(f"{what}: unknown value {value!r}; {_nearest(value, known)}")
+    if value is not None and (not isinstance(value, str) or value not in known):
+        raise ValueError(f"{what}: unknown value {shorten(value)}; {_nearest(value, known)}")
 
 
 def _nearest(name, known) -> str:
-    near = nearest_name(name, known)
+    near = nearest_name(name, known, HINT) if isinstance(name, str) else None
     return f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def _check_number(name: str, value, kind, expected: str, fits) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not fits(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {shorten(value)}")
 
 
 def _plain_number(value):
@@ -791,10 +918,16 @@ def _plain_number(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _flag(query: dict, name: str, default: bool) -> bool:
+def _is_flag(value) -> bool:
+    """Whether this is True, False, or one of the numbers that equal them."""
+    return isinstance(value, (bool, np.bool_)) or (isinstance(value, (numbers.Real, np.number)) and value in (0, 1))
+
+
+def _flag(query: dict, name: str, default: bool | None) -> bool | None:
     value = query.get(name)
-    if value not in (None, True, False):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+    if value is not None and not _is_flag(value):
+        expected = "True, False or None" if default is None else "True or False"
+        raise ValueError(f"{name} must be {expected}, got {shorten(value)}")
     return default if value is None else bool(value)
 
 
@@ -810,8 +943,12 @@ def _is_frames(media) -> bool:
 
 
 def _as_list(kind: str, media) -> list:
-    """One medium, a list of them or None -> a list. A list of frames is one video."""
+    """One medium, a list of them or None -> a list. A list of frames is one video. ValueError for an array of several."""
     if media is None:
         return []
+    if isinstance(media, (np.ndarray, torch.Tensor)) and media.ndim == {"image": 4, "video": 5}[kind]:
+        raise ValueError(
+            f"{kind}s must be one {kind} or a list, got an array of shape {list(media.shape)}: {len(media)} {kind}s in one; pass list(array)"
+        )
     one = not isinstance(media, (list, tuple)) or (kind == "video" and _is_frames(media))
     return [media] if one else list(media)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import mimetypes
 import os
 import sys
 import types
@@ -10,7 +11,9 @@ from pathlib import Path
 if "moss_vl" not in sys.modules:  # the project's files, which import each other, as a package
     sys.modules["moss_vl"] = types.ModuleType("moss_vl")
     sys.modules["moss_vl"].__path__ = [str(Path(__file__).resolve().parent)]
-from moss_vl.conversation import SOURCE_KEYS, file_of, locate, read_medium, read_messages, scheme_of  # noqa: E402
+from moss_vl.conversation import (  # noqa: E402
+    SOURCE_KEYS, file_of, kind_of, locate, plain_medium, read_medium, read_messages, scheme_of,
+)  # fmt: skip
 from moss_vl.options import ALTERNATIVES, OPTIONS, shorten  # noqa: E402
 
 
@@ -41,6 +44,7 @@ CHECKPOINT_KNOBS = dict.fromkeys((
     "min_pixels", "max_pixels", "multi_image_max_pixels", "video_max_pixels", "video_fps", "min_frames", "max_frames",
     "num_extract_threads",
 ))  # fmt: skip
+OWN_RATE = (*ALTERNATIVES[0], "sample_fps")  # options that say how many frames are taken; one of them is in place of another
 ROLES = {"human": "user", "gpt": "assistant"}  # as `conversations` of training records call them
 
 
@@ -164,28 +168,73 @@ above_0.__name__ = share.__name__ = "number"  # what argparse calls them
 
 def query_from(args, query: dict, processor) -> dict:
     """The query with the options of the command line where it says nothing."""
-    own = processor.video_processor
     media_kwargs = query.get("media_kwargs") or {}
-    frames = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "video_fps": args.fps}
-    if args.frames is not None:
-        frames |= {"min_frames": min(args.frames, own.min_frames), "max_frames": args.frames}
-        if args.fps is None:  # max_frames bounds the frames of all videos together
-            frames |= {"num_frames": args.frames, "max_frames": max(args.frames * max(1, count_videos(query)), own.max_frames)}
+    said = {option_of(name): value for name, value in media_kwargs.items()}
+    frames = {} if "size" in said else {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    frames |= frames_from(args, query, said, processor.video_processor)
     if args.allow_http:
         frames |= {"allow_http": True}
-    said = {option_of(name) for name in media_kwargs}
-    if said & set(ALTERNATIVES[0]):  # its own rate or number of frames, in place of ours
-        frames = {name: value for name, value in frames.items() if name not in (*ALTERNATIVES[0], "min_frames", "max_frames")}
     frames = {name: value for name, value in {**CHECKPOINT_KNOBS, **frames}.items() if name not in said}
     sampling = {"temperature": args.temperature, "do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
     options = {name: getattr(args, name) for name in ("top_p", "top_k", "repetition_penalty") if getattr(args, name) is not None}
     chosen = {"use_template": args.template, "system_prompt": args.system, "thinking_mode": args.thinking}
-    return {
+    return with_own_frames(frames, {
         **chosen,
         **query,
         "media_kwargs": {**frames, **media_kwargs},
         "generate_kwargs": {**sampling, **options, **(query.get("generate_kwargs") or {})},
-    }
+    })  # fmt: skip
+
+
+def frames_from(args, query: dict, said: dict, own) -> dict:
+    """How many frames the command line asks for, as far as the query's own options, `said`, leave that to it."""
+    if any(name in said for name in OWN_RATE):  # in place of ours
+        return {}
+    if args.frames is None:
+        return {"video_fps": args.fps}
+    low, high = (said[name] if is_count(said.get(name)) else None for name in ("min_frames", "max_frames"))
+    frames = within(args.frames, low, high)
+    if args.fps is not None:
+        return {"video_fps": args.fps, "min_frames": min(frames, own.min_frames), "max_frames": frames}
+    most = max(frames * max(1, count_videos(query)), own.max_frames)  # max_frames bounds the frames of all videos together
+    return {"num_frames": frames, "min_frames": min(frames, own.min_frames), "max_frames": most}
+
+
+def with_own_frames(ours: dict, query: dict) -> dict:
+    """The query, in which videos with options of their own for the number of frames are not held to `ours`, those of the command line."""
+
+    def freed(medium):
+        source, own = read_medium("video", medium)
+        low, high = (own[name] if is_count(own.get(name)) else None for name in ("min_frames", "max_frames"))
+        if ours.get("num_frames") is not None and (low or high) and not any(name in own for name in OWN_RATE):
+            own["num_frames"] = within(ours["num_frames"], low, high)
+        wanted = max((own[name] for name in ("num_frames", "min_frames") if is_count(own.get(name))), default=0)
+        if ours.get("max_frames") is not None and wanted > ours["max_frames"] and "max_frames" not in own:
+            own["max_frames"] = wanted
+        return plain_medium("video", source, own)
+
+    query = dict(query)
+    if (videos := query.get("videos")) is not None:
+        query["videos"] = [freed(one) for one in videos] if isinstance(videos, list) else freed(videos)
+    if isinstance(query.get("messages"), list):
+        query["messages"] = [
+            {**message, "content": [
+                {**part, "video": freed(part["video"])} if isinstance(part, dict) and "video" in part else part
+                for part in message["content"]
+            ]} if isinstance(message.get("content"), list) else message
+            for message in query["messages"]
+        ]  # fmt: skip
+    return query
+
+
+def within(number: int, low, high) -> int:
+    """The number, moved into low..high; None bounds nothing."""
+    number = number if low is None else max(number, low)
+    return number if high is None else min(number, high)
+
+
+def is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def option_of(name: str) -> str:
@@ -213,8 +262,10 @@ def told_apart(medium, allow_http: bool, folder=None) -> tuple:
     kind = "video" if isinstance(medium, list) else None
     if isinstance(medium, dict):
         kind = next((kind for kind, keys in SOURCE_KEYS.items() if any(key in medium for key in keys if kind in key)), None)
+        if kind is None and kind_of(medium.get("type")) in SOURCE_KEYS:
+            kind = kind_of(medium["type"])
     if kind is None and not isinstance(medium, str):
-        raise ValueError(f"media holds {shorten(medium)}; expected a path, a URL, or a dict with 'image' or 'video'")
+        raise ValueError(f"media holds {shorten(medium)}; expected a path, a URL, or a dict with 'image' or 'video', or a type of that name")
     if folder is not None:
         medium = locate(kind or "video", medium, folder)
     check_http(read_medium(kind or "video", medium)[0], allow_http)
@@ -225,18 +276,19 @@ def told_apart(medium, allow_http: bool, folder=None) -> tuple:
         from moss_vl.video_reading import DOWNLOAD_SECONDS, MAX_VIDEO_BYTES
 
         source, _ = open_source(medium, what="medium", allow_http=allow_http, max_bytes=MAX_VIDEO_BYTES, timeout=DOWNLOAD_SECONDS)
-        return media_kind(source, shorten(medium)), source
+        return media_kind(source, shorten(medium), mimetypes.guess_type(medium)[0]), source
     return media_kind(medium), medium
 
 
-def media_kind(source, name=None) -> str:
-    """"image" for what Pillow opens, animated GIFs apart, else "video". `source`: a path, or a binary file with its `name`. Raises for what
-    can be neither."""
+def media_kind(source, name=None, mime=None) -> str:
+    """"image" for what Pillow opens, animated GIFs apart, and for what is damaged but called an image; else "video". `source`: a path, or a
+    binary file with its `name` and, if that is known, its `mime` type. Raises for what can be neither."""
     from PIL import Image
 
     if name is None:
         source = os.fspath(file_of(source))
         name = source if len(source) < 1000 else shorten(source)
+        mime = mimetypes.guess_type(name)[0]
         if not os.path.exists(source):
             raise FileNotFoundError(f"no such file: {name}")
         if not os.path.isfile(source) or os.path.getsize(source) == 0:
@@ -247,7 +299,7 @@ def media_kind(source, name=None) -> str:
     except Image.DecompressionBombError:
         return "image"  # the processor says what is wrong with it
     except (OSError, ValueError, SyntaxError):
-        return "video"
+        return "image" if (mime or "").startswith("image/") and mime != "image/gif" else "video"
 
 
 def check_http(source, allow_http: bool) -> None:
@@ -349,8 +401,17 @@ def answer_many(args) -> int:
 
 
 def read_queries(file: Path) -> list[str]:
-    """The queries as lines of JSON: the lines of the file, or the items of the JSON list that it is."""
-    text = file.read_text(encoding="utf-8-sig")
+    """The queries as lines of JSON: the lines of the file, or the items of the JSON list that it is, or the one object that it is."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}; expected a JSON object per line, or a JSON list") from None
+    if file.suffix == ".json" and text.lstrip()[:1] == "{":
+        try:
+            return [json.dumps(json.loads(text))]
+        except json.JSONDecodeError as error:
+            if not is_json(text.lstrip().split("\n")[0]):  # lines of JSON may be called .json, too
+                raise ValueError(f"{file} begins like a JSON object, but is not one: {error}") from None
     if text.lstrip()[:1] == "[":
         try:
             return [json.dumps(query) for query in json.loads(text)]
@@ -358,6 +419,14 @@ def read_queries(file: Path) -> list[str]:
             if file.suffix == ".json":
                 raise ValueError(f"{file} begins like a JSON list, but is not one: {error}") from None
     return [line for line in text.split("\n") if line.strip()]
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def answer_lines(args, lines: list, done: int, total: int, out) -> int:
@@ -428,11 +497,16 @@ def record_of(query: dict) -> dict:
 def with_media(query: dict, args) -> dict:
     """The query of a line for `offline_batch_generate`: `media` as messages, paths relative to the file they stand in."""
     query = {name: value for name, value in query.items() if value is not None}
+    for name in ("media_kwargs", "generate_kwargs"):
+        if not isinstance(query.get(name, {}), dict):
+            raise ValueError(f"{name} must be an object, got {shorten(query[name])}")
     folder, allow_http = args.batch.parent, args.allow_http or bool((query.get("media_kwargs") or {}).get("allow_http"))
     if "conversations" in query:
-        if clash := [name for name in ("messages", "prompt", "media") if name in query]:
+        if clash := [name for name in ("messages", "prompt", "media") if query.get(name, "") != ""]:
             raise ValueError(f"a query has conversations or {clash[0]}, got both")
-        query["messages"] = turns_of(query.pop("conversations"))
+        query["messages"] = turns_of("conversations", query.pop("conversations"))
+    elif "messages" in query:
+        query["messages"] = turns_of("messages", query["messages"])
     if "prompt" not in query and "messages" not in query and args.prompt is not None:
         query["prompt"] = args.prompt
 
@@ -463,11 +537,19 @@ def with_media(query: dict, args) -> dict:
     return query
 
 
-def turns_of(conversations) -> list:
-    """`conversations` of a training record, {"from", "value"} or {"role", "content"} each, as messages."""
-    if not isinstance(conversations, list) or not all(isinstance(turn, dict) for turn in conversations):
-        raise ValueError(f"conversations must be a list of turns, {{'from', 'value'}} each; got {shorten(conversations)}")
-    turns = [{"role": turn["from"], "content": turn.get("value")} if "from" in turn else dict(turn) for turn in conversations]
+def turns_of(name: str, given) -> list:
+    """`messages` or `conversations` of a training record, {"from", "value"} or {"role", "content"} each, as messages."""
+    if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
+        either = "{'role', 'content'} or {'from', 'value'}"
+        raise ValueError(f"{name} must be a list of turns, {either} each; got {shorten(given)}")
+    turns = []
+    for turn in given:
+        if turn.get("from") is not None:
+            if clash := [key for key in ("role", "content") if turn.get(key) is not None]:
+                raise ValueError(f"{name}: a turn has from and value or role and content, got from and {clash[0]} in {shorten(turn)}")
+            others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+            turn = {"role": turn["from"], "content": turn.get("value"), **others}
+        turns.append(dict(turn))
     for turn in turns:
         if isinstance(turn.get("role"), str):
             turn["role"] = ROLES.get(turn["role"], turn["role"])

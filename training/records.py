@@ -146,6 +146,11 @@ def _rows(file: Path) -> list[tuple]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} begins like a JSON list, but is not one: {error}") from None
         return [(f"{file}, record {index}", file.parent, value) for index, value in enumerate(values)]
+    if file.suffix == ".json" and text.lstrip()[:1] == "{":
+        try:
+            return [(f"{file}, record 0", file.parent, json.loads(text))]
+        except json.JSONDecodeError:
+            pass  # lines of JSON may be called .json, too
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -164,7 +169,7 @@ def _conversation(raw, folder: Path) -> tuple[list[dict], list, list]:
     """Messages, images and videos of a record. Raises ValueError."""
     raw = _keys("a record", raw, (*MEDIA_KEYS, *PAIR_KEYS, *CHAT_KEYS))
     given = [name for name in CHAT_KEYS if name in raw]
-    pair = [name for name in PAIR_KEYS if name in raw]
+    pair = [name for name in PAIR_KEYS if name in raw and not (given and name == "prompt" and raw[name] == "")]
     if len(given) + bool(pair) != 1:
         got = ", ".join([*pair, *given]) or "neither"
         raise ValueError(f"expected prompt and response, or else messages or conversations; got {got}")
@@ -264,7 +269,8 @@ def _deal(kind: str, messages: list, media: list) -> list:
     clips = sum(clips_of(kind, medium) for medium in media)
     if len(empty) == len(places) == clips != len(media):
         return media  # a place for each segment, which stays as it is
-    if len(media) not in (len(empty), len(places)):
+    again = not empty and clips == sum(clips_of(kind, place[kind]) for place in places)  # each segment, otherwise divided into media
+    if len(media) not in (len(empty), len(places)) and not again:
         own, of, hint = len(places) - len(empty), "", ""
         if clips != len(media) and not own:
             of = " (or one for each of their segments)"
