@@ -114,17 +114,21 @@ class VisionCacheLayer(OwnMemoryLayer):
         self._cache = weakref.ref(cache)
         return True
 
-    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall, dtype: torch.dtype):
-        """Takes in the keys and values of the new vision tokens, returns those of the whole packed sequence in `dtype`, that of the
-        queries: a call under autocast may have another than the one before."""
-        if self.keys is not None and self.keys.dtype != dtype:
-            self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
+    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
+        """Takes in the keys and values of the new vision tokens, returns those of the whole packed sequence."""
         if self.keys is not None and not is_writable(self.keys):  # nor can gradients flow past it
             self.keys, self.values = self.keys.clone(), self.values.clone()
         if call.writes:
+            self.in_dtype(keys.dtype)
             self.keys = write_packed(self.keys, keys, call, self.shared)
             self.values = write_packed(self.values, values, call, self.shared)
             self.dtype, self.device, self.is_initialized, self.shared = self.keys.dtype, self.keys.device, True, False
+        return self.keys, self.values
+
+    def in_dtype(self, dtype: torch.dtype):
+        """The keys and values, from now on in this dtype: a call under autocast may have another than the one before."""
+        if self.keys is not None and self.keys.dtype != dtype:
+            self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
         return self.keys, self.values
 
     def prefetch(self) -> None:

@@ -555,12 +555,14 @@ class MossVLCrossAttention(MossVLTextAttention):
         Returns:
             [B, T, D], and where they are asked for (eager alone has them) the weights [B, H, T, longest sample's V], else None.
         """
-        query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
         key = value = None
         if vision_states is not None:
             key, value = self.vision_keys_values(vision_states, vision_table)
         if cache is not None:
-            key, value = cache.layers[self.layer_idx].store(key, value, call, query.dtype)
+            key, value = cache.layers[self.layer_idx].store(key, value, call)
+        query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+        if cache is not None:
+            key, value = cache.layers[self.layer_idx].in_dtype(query.dtype)
         with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
         outs, weights, row = [], [], 0
         for span in call.spans:

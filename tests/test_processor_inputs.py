@@ -265,7 +265,7 @@ def test_a_rate_as_a_string_and_frames_under_a_wrong_key(processor):
     assert processor.apply_chat_template(chat, tokenize=True, return_dict=True)["grid_thw"].tolist()[0][0] == 5
     with pytest.raises(ValueError, match="video_fps must be a number above 0, got 'fast'"):
         processor(text="<|video|>", videos=VIDEO, fps="fast")
-    with pytest.raises(ValueError, match=r"frames is no option.*a list of frames is \{'video': frames, 'fps'"):
+    with pytest.raises(ValueError, match=r"a list of frames goes under 'video', as in \{'video': frames, 'fps': rate\}; got it under 'frames'"):
         processor(text="<|video|>", videos={"frames": frames(3), "fps": 1.0})
 
 
