@@ -462,7 +462,7 @@ def read_request(
             hidden = mask is not None and mask.hidden[state.row_sample.index(sample)].all()
             if (whole_prompt and (hidden or "pixel_values" not in medium)) or is_blank(medium):
                 new[sample] = []
-                unplaced[sample] = [*unplaced[sample], {**medium, "grid_thw": own}]
+                unplaced[sample] = [*unplaced[sample], kept_zeros(unplaced[sample], {**medium, "grid_thw": own})]
         elif pads[sample] and unplaced[sample]:
             found, unplaced[sample] = images_of_zeros(state, sample, pads[sample] - len(new[sample]), unplaced[sample])
             if found:
@@ -515,6 +515,14 @@ def is_blank(medium: dict) -> bool:
     """Whether a medium is of zeros, once it is normalised or encoded."""
     values = medium["pixel_values"] if "pixel_values" in medium else medium["image_features"]
     return not (values.any() or any(number != 0 for number in medium.get("image_mean", [[]])[0]))
+
+
+def kept_zeros(earlier: list[dict], medium: dict) -> dict:
+    """A medium of zeros with memory of its own, as its call's media are let go; or an equal one of those kept already."""
+    for other in earlier:
+        if other.keys() == medium.keys() and other["grid_thw"] == medium["grid_thw"]:
+            return other
+    return {name: rows.clone() if isinstance(rows, torch.Tensor) else rows for name, rows in medium.items()}
 
 
 def images_of_zeros(state: VisionState, sample: int, wanted: int, unplaced: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -262,6 +262,18 @@ def test_images_of_zeros_of_several_sizes_that_wait(model, oracle):
                 model(torch.tensor([text]), past_key_values=cache)
 
 
+def test_blank_media_keep_no_pixels_of_others_alive(model):
+    """Of a batch whose other row has an image; and many turns of blank media are kept as one."""
+    inputs = batch([Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=2)], "left")
+    cache = model(**inputs, use_cache=True)[CACHE]
+    for _ in range(3):
+        more = batch([Sample("tt", seed=3), Sample("tt", seed=4)], "left")
+        model(**more | {"attention_mask": None, "cross_attention_mask": None}, past_key_values=cache)
+    kept = [medium["pixel_values"] for media in cache.layers[1].state.unplaced for medium in media]
+    assert len(kept) == 7 and len({pixels.data_ptr() for pixels in kept}) == 2
+    assert all(pixels.untyped_storage().nbytes() == 16 * 48 * 4 for pixels in kept)
+
+
 def test_a_blank_medium_is_no_frame_of_a_later_turn(model, oracle):
     blank, image = Sample("ttt", seed=1), Sample("tFt", (1, 4, 6), seed=2)
     cache = model(**blank.inputs(), use_cache=True)[CACHE]
