@@ -15,6 +15,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+import torch
 from PIL import Image
 
 from .options import names_of, nearest_name, read_options, shorten
@@ -106,6 +108,17 @@ def _from_base64(text) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------- media
+
+
+def is_frames(x) -> bool:
+    """Whether a list is one video, of decoded frames or of picture files, rather than a list of videos."""
+
+    def is_frame(frame) -> bool:
+        if isinstance(frame, (str, os.PathLike)):
+            return os.fspath(frame).lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
+        return isinstance(frame, Image.Image) or (isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim in (2, 3))
+
+    return len(x) > 0 and all(map(is_frame, x))
 
 
 def kind_of(name) -> str | None:

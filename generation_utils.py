@@ -9,7 +9,6 @@ A conversation is a list of {"role", "content"}; content is a list of plain part
 
 import math
 import numbers
-import os
 import queue
 from collections import deque
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -29,7 +27,7 @@ from transformers import (
     TextStreamer,
 )
 
-from .conversation import PLACEHOLDER, PLACEHOLDERS, clips_of, fill_places, kind_of, media_of, plain_medium, read_medium, read_messages, split_places
+from .conversation import PLACEHOLDER, PLACEHOLDERS, clips_of, fill_places, is_frames, kind_of, media_of, plain_medium, read_medium, read_messages, split_places
 from .options import REFUSED, drop_fixed, layered, names_of, nearest_name, read_options, reject_unknown, shorten
 
 
@@ -931,17 +929,6 @@ def _flag(query: dict, name: str, default: bool | None) -> bool | None:
     return default if value is None else bool(value)
 
 
-def _is_frames(media) -> bool:
-    """Whether a list is one video, of decoded frames or of picture files, as the processor sees it."""
-
-    def is_frame(x):
-        if isinstance(x, (str, os.PathLike)):
-            return os.fspath(x).lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
-        return isinstance(x, Image.Image) or (isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim in (2, 3))
-
-    return len(media) > 0 and all(map(is_frame, media))
-
-
 def _as_list(kind: str, media) -> list:
     """One medium, a list of them or None -> a list. A list of frames is one video. ValueError for an array of several."""
     if media is None:
@@ -950,5 +937,5 @@ def _as_list(kind: str, media) -> list:
         raise ValueError(
             f"{kind}s must be one {kind} or a list, got an array of shape {list(media.shape)}: {len(media)} {kind}s in one; pass list(array)"
         )
-    one = not isinstance(media, (list, tuple)) or (kind == "video" and _is_frames(media))
+    one = not isinstance(media, (list, tuple)) or (kind == "video" and is_frames(media))
     return [media] if one else list(media)

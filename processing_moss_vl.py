@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .conversation import PLACEHOLDER, clips_of, for_template, media_of, read_messages
+from .conversation import PLACEHOLDER, clips_of, for_template, is_frames, media_of, read_messages
 from .image_processing_moss_vl import (
     HUB_KEYS,
     MossVLImageProcessor,
@@ -47,7 +47,7 @@ from .options import (
 )
 from .patches import join_patches
 from .video_processing_moss_vl import MossVLVideoProcessor
-from .video_reading import is_frames, is_pair
+from .video_reading import is_pair
 
 
 logger = logging.get_logger(__name__)

@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .conversation import SOURCE_KEYS, read_medium
+from .conversation import SOURCE_KEYS, is_frames, read_medium
 from .image_processing_moss_vl import (
     ANY_SIZE,
     DEFAULT_SIZE,
@@ -45,7 +45,7 @@ from .image_processing_moss_vl import (
 )
 from .options import drop_fixed, layered, names_of, read_options, reject_unknown, shorten
 from .patches import join_patches, patchify
-from .video_reading import GivenFrames, UntrueKeyframes, Video, is_frames, is_pair, open_video, positive_number
+from .video_reading import GivenFrames, UntrueKeyframes, Video, is_pair, open_video, positive_number
 
 
 logger = logging.get_logger(__name__)

@@ -12,7 +12,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.utils import logging
 
 from .image_processing_moss_vl import (
@@ -526,17 +525,6 @@ class GivenFrames(Video):
 
 
 # -------------------------------------------------------------------------------------------------------- opening a video
-
-
-def is_frames(x) -> bool:
-    """Whether a list is one video, of decoded frames or of picture files, rather than a list of videos."""
-
-    def is_frame(frame) -> bool:
-        if isinstance(frame, (str, os.PathLike)):
-            return os.fspath(frame).lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
-        return isinstance(frame, Image.Image) or (isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim in (2, 3))
-
-    return len(x) > 0 and all(map(is_frame, x))
 
 
 def is_pair(x) -> bool:

@@ -31,12 +31,11 @@ if "moss_vl" not in sys.modules:  # the project's files, which import each other
     sys.modules["moss_vl"] = types.ModuleType("moss_vl")
     sys.modules["moss_vl"].__path__ = [str(Path(__file__).resolve().parent.parent)]
 from moss_vl.conversation import (  # noqa: E402
-    PLACEHOLDER, PLACEHOLDERS, SOURCE_KEYS, clips_of, fill_places, locate, read_medium, read_part, scheme_of, split_places,
+    PLACEHOLDER, PLACEHOLDERS, SOURCE_KEYS, clips_of, fill_places, is_frames, locate, read_medium, read_part, scheme_of, split_places,
 )  # fmt: skip
 from moss_vl.image_processing_moss_vl import ANY_SIZE, MossVLImageProcessor, open_source, see_image  # noqa: E402
 from moss_vl.options import nearest_name, shorten  # noqa: E402
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor  # noqa: E402
-from moss_vl.video_reading import is_frames  # noqa: E402
 
 
 logger = getLogger(__name__)
