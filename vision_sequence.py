@@ -49,6 +49,7 @@ class PastCall:
         is_token, is_frame: bool [B, T], as in `VisionRequest`.
         visible: for each row, (first token, end, frames) runs as `visible_rows` returns them.
         positions: long [B, T], the largest coordinate of each token, on the model's device.
+        dropped: as in `VisionRequest`.
     """
 
     start: int
@@ -59,6 +60,7 @@ class PastCall:
     is_frame: np.ndarray
     visible: list[list[tuple[int, int, Visible]]]
     positions: torch.Tensor
+    dropped: Optional[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,12 @@ class VisionState:
             placed = [count + int(is_frame[row].sum()) for count, row in zip(placed, base.first_rows())]
             seen = [last_seen(runs, tokens, before) for runs, tokens, before in zip((call.visible[i] for i in call.rows), is_token, seen)]
             real = torch.from_numpy(is_token).to(call.positions.device)
+            dropped = 0 if call.dropped is None else rows_of(call.dropped, call.rows)
             counters = torch.where(real, call.positions[call.rows, :kept] + 1, 0).amax(1)
             if rope_delta is not None:
-                counters = torch.where(real.any(1), counters, base.counters())
+                counters = torch.where(real.any(1), counters, base.counters() - dropped)
             rope_delta = counters - length
-            tokens = real.sum(1) + (call.start if tokens is None else tokens)
+            tokens = real.sum(1) + (call.start if tokens is None else tokens) - dropped
             cut = replace(call, end=length, is_token=call.is_token[:, :kept], is_frame=call.is_frame[:, :kept])
             earlier = (*earlier, replace(cut, positions=call.positions[:, :kept]))
         whole = placed == self.placed and list(map(len, base.grids)) == list(map(len, self.grids))
@@ -871,7 +874,7 @@ def remember(after: VisionState, request: VisionRequest, positions: torch.Tensor
         plan = np.ones((rows, length), dtype=bool), np.zeros((rows, length), dtype=bool), runs
     count = len(state.grids)
     before = replace(state, waiting=[None] * count, unplaced=[[]] * count, last_ids=None, step=None, past_calls=())
-    calls = (*state.past_calls, PastCall(request.past_length, after.length, before, list(range(rows)), *plan, positions))
+    calls = (*state.past_calls, PastCall(request.past_length, after.length, before, list(range(rows)), *plan, positions, request.dropped))
     forgotten = calls[:-PAST_CALLS]
     return replace(after, past_calls=calls[-PAST_CALLS:], remembered=forgotten[-1].end if forgotten else state.remembered)
 

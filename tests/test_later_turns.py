@@ -208,6 +208,20 @@ def test_rows_that_ended_go_on_without_their_padding(model, oracle):
         close(logits[row], expected(oracle, firsts[row], said, seconds[row], more=step[row].tolist())[-1:])
 
 
+@pytest.mark.parametrize("length", [6, 7, 8])
+def test_a_crop_into_the_turn_after_a_row_ended(model, oracle, length):
+    """The padding of the row that ended is left out once, not again after the crop."""
+    first = Sample("tFt", (1, 4, 4), seed=1)
+    cache = model(**first.inputs(), use_cache=True)[CACHE]
+    model(torch.tensor([[7, 8]]), past_key_values=cache)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 1]])  # 8 was written after the row's end
+    model(torch.tensor([[5, 6, 9]]), attention_mask=mask, past_key_values=cache)
+    crop(cache, length)
+    mask = torch.cat([mask[:, :length], torch.ones(1, 1, dtype=torch.long)], dim=1)
+    got = model(torch.tensor([[4]]), attention_mask=mask, past_key_values=cache).logits[0]
+    close(got, expected(oracle, first, more=[7, 5, 6, 9][: length - 4] + [4])[-1:])
+
+
 def test_frames_that_wait_move_nobody_else(model, oracle):
     samples, late = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFttt", (1, 4, 6), seed=2)], Sample("F", (1, 4, 8), seed=3)
     inputs = batch(samples, "left")
