@@ -136,7 +136,7 @@ def check_implementations(config) -> None:
 
 
 def compute_dtype(states: torch.Tensor) -> torch.dtype:
-    """The dtype in which matrix products of these states run: that of autocast where it is on."""
+    """The dtype in which matrix products of these states run: that of autocast if it is on."""
     device = states.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -149,7 +149,7 @@ def flash_can_run(device: str, dtype: torch.dtype) -> bool:
 
 
 def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
-    """The attention implementation for this call: eager where weights are asked for, sdpa where flash-attention cannot run.
+    """The attention implementation for this call: eager if weights are asked for, sdpa if flash-attention cannot run.
 
     Raises:
         ValueError: for names that are not allowed, see `attention_kind`.
@@ -181,7 +181,7 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
         texts: for flash-attention, what tells it the texts of packed rows; see `SelfAttentionMask`.
 
     Returns:
-        [B, T, H, d], and the weights where the implementation is eager, else None.
+        [B, T, H, d], and the weights if the implementation is eager, else None.
     """
     scaling, dropout = module.scaling, dropout if module.training else 0.0
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
@@ -234,7 +234,7 @@ class SelfAttentionMask(NamedTuple):
 
     Attributes:
         mask: [B or 1, 1 or H, T or 1, S], bool (True = may see) or additive, in which every row sees a token; for flash-attention bool
-            [B, S], False at padding; None where `causal` and `texts` say all.
+            [B, S], False at padding; None if `causal` and `texts` say all.
         causal: whether the kernel has to hide later tokens itself; never told from the mask.
         texts: for flash-attention and packed rows, the borders of the texts in the flattened batch, by the names that transformers has
             for them.
@@ -274,7 +274,7 @@ def self_attention_mask(
     by_flash = kind == "flash" and slots == known and not (padded and (rows == 1 or text_index is not None))
     if by_flash and not (padded and not bool(attention_mask[:, past:].any())):  # not without any query
         mask = attention_mask.to(device).bool() if padded else None
-        texts = None if text_index is None else packed_texts(text_index.to(device))
+        texts = None if text_index is None else text_borders(text_index.to(device))
         return SelfAttentionMask(mask, causal=True, texts=texts), implementation
     if not padded and slots == known and text_index is None and (rows == 1 or past == 0):
         return SelfAttentionMask(None, causal=True), without_flash
@@ -324,7 +324,7 @@ def ready_mask(mask: torch.Tensor, hidden_states: torch.Tensor, past: int, slots
     return added.to(compute_dtype(hidden_states)).masked_fill(~sees, float("-inf"))
 
 
-def packed_texts(text_index: torch.Tensor) -> dict:
+def text_borders(text_index: torch.Tensor) -> dict:
     """Borders of the texts of packed rows [B, T] in the flattened batch, as transformers hands them to flash-attention."""
     first = torch.ones_like(text_index, dtype=torch.bool)
     first[:, 1:] = text_index[:, 1:] != text_index[:, :-1]

@@ -280,7 +280,7 @@ class MossVLPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.separator_token)
 
     def enable_input_require_grads(self):
-        """Makes the embeddings of text and patches require gradients, so that adapters in layers after frozen ones get theirs where
+        """Makes the embeddings of text and patches require gradients, so that adapters in layers after frozen ones get theirs if
         checkpointing is reentrant. transformers 4 does so for the text alone."""
         models = [module for module in self.modules() if isinstance(module, MossVLPreTrainedModel)]
         embeddings = {id(embedding): embedding for embedding in (model.get_input_embeddings() for model in models)}
@@ -338,7 +338,7 @@ class MossVLPreTrainedModel(PreTrainedModel):
         Args:
             attn_implementation: a name, or {"text_config": name, "vision_config": name}.
             cross_attention_implementation: another one for the cross-attention layers alone. Without it they follow a name given for the
-                whole model, and keep theirs where a dict is given.
+                whole model, and keep theirs if a dict is given.
 
         Raises:
             ValueError: for names that are not allowed, before anything is changed.
@@ -663,7 +663,7 @@ class MossVLModelOutput(BaseModelOutputWithPastAndCrossAttentions):
         cross_attentions: weights of the cross-attention layers, in order, [B, H, T, V of the longest sample] each; empty where no
             token sees any frame.
         rope_deltas: [B]; the token at cache index i has position i + rope_delta.
-        starts_text: bool [B, T], of packed rows where each text begins; None where each row is one text.
+        starts_text: bool [B, T], of packed rows, where each text begins; None if each row is one text.
     """
 
     rope_deltas: Optional[torch.LongTensor] = None
