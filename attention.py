@@ -20,15 +20,19 @@ from transformers.utils import logging
 
 from .cache_layers import cached_length, static_length
 
+
 logger = logging.get_logger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
-CPU_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # whether this CPU has products in bfloat16
+CPU_BFLOAT16 = getattr(
+    torch.cpu, "_is_avx512_bf16_supported", lambda: False
+)()  # whether this CPU has products in bfloat16
 CPU_SCORES = 1 << 22  # attention scores that are there at once on a CPU where they are written out
-HIDDEN = torch.finfo(torch.float16).min  # additive masks hide by this or less: the lowest number of some dtype, or -inf
+HIDDEN = torch.finfo(
+    torch.float16
+).min  # additive masks hide by this or less: the lowest number of some dtype, or -inf
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
@@ -65,7 +69,9 @@ def blockwise_attention_forward(module, query, key, value, attention_mask, scali
             part = slice(first, min(first + rows_a_block, rows))
             seen, mask = slice(0, part.stop if causal else length), attention_mask
             if causal:
-                mask = torch.ones(part.stop - first, part.stop, dtype=torch.bool, device=query.device).tril(first)[None, None]
+                mask = torch.ones(part.stop - first, part.stop, dtype=torch.bool, device=query.device).tril(first)[
+                    None, None
+                ]
             elif mask is not None:
                 mask = mask.expand(batch, -1, rows, -1)[own, :, part]
             out[own, part], _ = eager_attention_forward(
@@ -103,7 +109,9 @@ def attention_kind(name: str) -> str:
     if function is flash_attention_forward or (known and re.fullmatch(r"flash_attention_[234]", name)):
         return "flash"
     if known and function is None and is_kernel_name(name):
-        raise ValueError(f"The attention kernel {name!r} is not loaded; expected `attn_implementation=` or `set_attn_implementation`, which load it.")
+        raise ValueError(
+            f"The attention kernel {name!r} is not loaded; expected `attn_implementation=` or `set_attn_implementation`, which load it."
+        )
     of_user = function is not None and not name.startswith("paged|") and "/" not in name
     if of_user and not getattr(function, "__module__", "").startswith("transformers."):
         make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name)  # what transformers' own models would make its masks by
@@ -130,7 +138,11 @@ def check_implementations(config) -> None:
         ValueError: see `attention_kind`.
     """
     text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
-    for part, name in ((text, "_attn_implementation"), (text, "cross_attention_implementation"), (vision, "_attn_implementation")):
+    for part, name in (
+        (text, "_attn_implementation"),
+        (text, "cross_attention_implementation"),
+        (vision, "_attn_implementation"),
+    ):
         if getattr(part, name, None) is not None:
             attention_kind(getattr(part, name))
 
@@ -194,24 +206,35 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
         mask, causal = lower_triangle(rows, query.device), False
     if kind == "flash":
         if attention is None:
-            raise ValueError(f"This transformers does not know {implementation!r}; expected another version of flash-attention, or sdpa.")
+            raise ValueError(
+                f"This transformers does not know {implementation!r}; expected another version of flash-attention, or sdpa."
+            )
         dtype = compute_dtype(value)  # keys of a cache may be in another
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if module.config._attn_implementation != implementation:
             # transformers loads the kernel whose name the module's config says, which for cross-attention may be that of another.
             config = SimpleNamespace(_attn_implementation=implementation)
             module = SimpleNamespace(config=config, is_causal=module.is_causal, modules=module.modules)
-        out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **(texts or {}))
+        out, _ = attention(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **(texts or {})
+        )
         return out, None
     inference = not (torch.is_grad_enabled() or dropout)
-    if kind == "sdpa" and inference and query.device.type == "cpu" and query.dtype == torch.bfloat16 and CPU_BFLOAT16 and (
-        rows > 1 or key.is_contiguous()
+    if (
+        kind == "sdpa"
+        and inference
+        and query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and CPU_BFLOAT16
+        and (rows > 1 or key.is_contiguous())
     ):
         # torch's own kernel is no faster there in bfloat16 than in float32; two products and a softmax are.
         return blockwise_attention_forward(module, query, key, value, mask, scaling, causal), None
     groups = heads // kv_heads
     of_heads = mask is not None and mask.shape[1] > 1
-    tiled = mask is not None and rows > 1 and not (causal or of_heads) and mask.numel() * groups <= key.numel()  # less to copy than the keys
+    tiled = (
+        mask is not None and rows > 1 and not (causal or of_heads) and mask.numel() * groups <= key.numel()
+    )  # less to copy than the keys
     if kind == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
         # Nothing tells the heads of a group apart but their queries: as rows of one head they read the keys once.
         grouped = query.reshape(batch, kv_heads, -1, d)
@@ -225,7 +248,6 @@ def attend(module, query, key, value, mask, implementation, *, causal=False, dro
     return out, None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # What self-attention hides
 
 
@@ -246,9 +268,13 @@ class SelfAttentionMask(NamedTuple):
 
 
 def self_attention_mask(
-    config, attention_mask: Optional[torch.Tensor], hidden_states: torch.Tensor, cache: Optional[Cache],
-    implementation: str, text_index: Optional[torch.Tensor] = None,
-) -> tuple[SelfAttentionMask, str]:  # fmt: skip
+    config,
+    attention_mask: Optional[torch.Tensor],
+    hidden_states: torch.Tensor,
+    cache: Optional[Cache],
+    implementation: str,
+    text_index: Optional[torch.Tensor] = None,
+) -> tuple[SelfAttentionMask, str]:
     """What the rows hidden_states [B, T, D] see: the tokens up to their own, of their own text, that are no padding. A padding token sees
     itself as well, so that no row of a softmax is empty.
 
@@ -298,14 +324,21 @@ def check_ready_mask(mask: torch.Tensor, heads: int, batch: int, rows: int, cach
     """
     known, slots = cached_length(cache) + rows, static_length(cache)
     widths = (known,) if slots is None else (known, slots)
-    fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2] in (1, rows) and mask.shape[3] in widths
+    fits = (
+        mask.shape[0] in (1, batch)
+        and mask.shape[1] in (1, heads)
+        and mask.shape[2] in (1, rows)
+        and mask.shape[3] in widths
+    )
     if not fits:
         raise ValueError(
             f"`attention_mask` has shape {list(mask.shape)}; expected [{batch} or 1, {heads} or 1, {rows} or 1, {' or '.join(map(str, widths))}]: "
             f"the rows of this call by the tokens of the cache and of this call."
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"`attention_mask` has four axes and dtype {mask.dtype}; expected torch.bool (True = may see), or additive in float.")
+        raise ValueError(
+            f"`attention_mask` has four axes and dtype {mask.dtype}; expected torch.bool (True = may see), or additive in float."
+        )
 
 
 def ready_mask(mask: torch.Tensor, hidden_states: torch.Tensor, past: int, slots: int) -> torch.Tensor:

@@ -46,12 +46,15 @@ class TextCacheLayer(OwnMemoryLayer):
 
     def __init__(self):
         super().__init__()
-        self._rooms: list[Optional[torch.Tensor]] = [None, None]  # of keys and values, which are views of their beginnings
+        self._rooms: list[Optional[torch.Tensor]] = [
+            None,
+            None,
+        ]  # of keys and values, which are views of their beginnings
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         before = (self.keys, self.values) if self.get_seq_length() else (None, None)
         rooms = [None, None] if self.shared else self._rooms
-        parts = [append(*part) for part in zip(before, rooms, (key_states, value_states))]
+        parts = [append(*part) for part in zip(before, rooms, (key_states, value_states), strict=True)]
         (self.keys, _), (self.values, _) = parts
         self._rooms, self.shared = [room for _, room in parts], False
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -62,7 +65,9 @@ class TextCacheLayer(OwnMemoryLayer):
         self._rooms, self.shared = [None, None], False
 
 
-def append(past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torch.Tensor) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+def append(
+    past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torch.Tensor
+) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """Puts `new` [B, K, T, d] after `past` [B, K, S, d]. Writes in place if `past` is still a view of `room` and there is space;
     otherwise allocates. When gradients flow it concatenates instead.
 
@@ -73,7 +78,12 @@ def append(past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torc
         return (new if past is None else torch.cat([past, new], dim=-2)), None
     length = 0 if past is None else past.shape[-2]
     total = length + new.shape[-2]
-    in_room = room is not None and past is not None and past.data_ptr() == room.data_ptr() and past.shape[:-2] == room.shape[:-2]
+    in_room = (
+        room is not None
+        and past is not None
+        and past.data_ptr() == room.data_ptr()
+        and past.shape[:-2] == room.shape[:-2]
+    )
     in_room = in_room and room.dtype == new.dtype and is_writable(room)
     if not in_room or room.shape[-2] < total:
         room = new.new_empty(*new.shape[:-2], total + max(TEXT_ROOM, total // 8), new.shape[-1])
@@ -150,7 +160,9 @@ class VisionCacheLayer(OwnMemoryLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.state is not None:
-            rows = torch.arange(len(self.state.seen), device=indices.device)[indices]  # indices, also negative ones, or a bool mask
+            rows = torch.arange(len(self.state.seen), device=indices.device)[
+                indices
+            ]  # indices, also negative ones, or a bool mask
             self.state = self.state.select_rows(rows.tolist())
 
     def reset(self) -> None:
@@ -166,7 +178,9 @@ def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCal
     in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
     if old is None or call.moves is not None or shared or in_graph:
         grown = new.new_empty(*new.shape[:-2], call.length, new.shape[-1])
-        for source, destination in [(slice(0, call.length),) * 2] if call.moves is None and old is not None else call.moves or ():
+        for source, destination in (
+            [(slice(0, call.length),) * 2] if call.moves is None and old is not None else call.moves or ()
+        ):
             grown[..., destination, :] = old[..., source, :]
         old = grown
     for source, destination in call.writes:

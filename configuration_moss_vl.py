@@ -36,8 +36,12 @@ if TYPE_CHECKING:
 
 # The Auto classes that `auto_map` gives the model to. AutoModelForVision2Seq is of transformers 4 alone, AutoModelForMultimodalLM of 5.
 AUTO_MODELS = (
-    "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq",
-)  # fmt: skip
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForVision2Seq",
+)
 
 
 def _require(condition: bool, what: str, got, expected: str) -> None:
@@ -56,7 +60,9 @@ def _require_positive_ints(config: PretrainedConfig, *names: str) -> None:
     for name in names:
         value = _plain(getattr(config, name))
         setattr(config, name, value)
-        _require(type(value) is int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer")
+        _require(
+            type(value) is int and value > 0, f"`{type(config).base_config_key}.{name}`", value, "a positive integer"
+        )
 
 
 def check_parts(config: PretrainedConfig, names: dict) -> None:
@@ -125,9 +131,18 @@ class MossVLVisionConfig(PretrainedConfig):
 
     def _check(self) -> None:
         _require_positive_ints(
-            self, "depth", "hidden_size", "intermediate_size", "num_heads", "in_channels", "patch_size",
-            "temporal_patch_size", "spatial_merge_size", "out_hidden_size", "num_position_embeddings",
-        )  # fmt: skip
+            self,
+            "depth",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "in_channels",
+            "patch_size",
+            "temporal_patch_size",
+            "spatial_merge_size",
+            "out_hidden_size",
+            "num_position_embeddings",
+        )
         _require(
             self.hidden_size % (4 * self.num_heads) == 0,
             "`vision_config.hidden_size` over `num_heads`",
@@ -199,7 +214,9 @@ class MossVLTextConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        _require_positive_ints(self, "hidden_size", "num_hidden_layers", "num_attention_heads")  # from which others follow
+        _require_positive_ints(
+            self, "hidden_size", "num_hidden_layers", "num_attention_heads"
+        )  # from which others follow
         self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_attention_heads
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
         _require_positive_ints(self, "head_dim")
@@ -250,9 +267,16 @@ class MossVLTextConfig(PretrainedConfig):
 
     def _check(self) -> None:
         _require_positive_ints(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings",
-        )  # fmt: skip
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "`text_config.num_attention_heads` over `num_key_value_heads`",
@@ -310,7 +334,14 @@ class MossVLConfig(PretrainedConfig):
     model_type = "moss_vl"
     sub_configs = {"text_config": MossVLTextConfig, "vision_config": MossVLVisionConfig}
     # Of an output, what `Trainer` leaves out of its predictions, so that these are the logits.
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "rope_deltas", "hidden_states", "attentions", "cross_attentions"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "rope_deltas",
+        "hidden_states",
+        "attentions",
+        "cross_attentions",
+    ]
     custom_pipelines = _Pipelines()  # by task, those that transformers takes from this package
 
     def __init__(
@@ -373,7 +404,11 @@ class MossVLConfig(PretrainedConfig):
 
         def local(reference):
             own = reference.split("--")[-1] if isinstance(reference, str) else reference
-            return own if own != reference and os.path.isfile(os.path.join(save_directory, f"{own.split('.')[0]}.py")) else reference
+            return (
+                own
+                if own != reference and os.path.isfile(os.path.join(save_directory, f"{own.split('.')[0]}.py"))
+                else reference
+            )
 
         self.auto_map = {name: local(reference) for name, reference in self.auto_map.items()}
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -408,7 +443,9 @@ class MossVLConfig(PretrainedConfig):
             f"four different ids below vocab_size = {vocab_size}",
         )
         multiple = self.vision_seq_pad_multiple
-        _require(isinstance(multiple, int) and multiple > 0, "`vision_seq_pad_multiple`", multiple, "a positive integer")
+        _require(
+            isinstance(multiple, int) and multiple > 0, "`vision_seq_pad_multiple`", multiple, "a positive integer"
+        )
 
 
 # Saved configs name this class in their `auto_map`, and `save_pretrained` copies the code beside them.

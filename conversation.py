@@ -25,10 +25,16 @@ from .options import names_of, nearest_name, read_options, shorten
 PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")  # what stands for a medium in a text
 PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>"}
 KINDS = {
-    "text": "text", "input_text": "text", "output_text": "text",
-    "image": "image", "image_url": "image", "input_image": "image",
-    "video": "video", "video_url": "video", "input_video": "video",
-}  # fmt: skip
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+    "input_video": "video",
+}
 SOURCE_KEYS = {
     "image": ("image", "image_url", "url", "path", "base64", "bytes"),
     "video": ("video", "video_path", "video_url", "url", "path", "base64", "bytes"),
@@ -39,18 +45,28 @@ OWN_OPTIONS = {kind: names_of(kind, own=True) for kind in SOURCE_KEYS}
 SCHEMES = ("data", "file", "http", "https")
 # Keys of a message in which other software puts media beside the content. Nothing here reads them, so they are errors.
 MESSAGE_MEDIA = {
-    "image": "image", "images": "image", "image_url": "image", "image_urls": "image", "image_path": "image",
-    "video": "video", "videos": "video", "video_url": "video", "video_urls": "video", "video_path": "video",
-    "media": "image", "audio": "audio", "audios": "audio",
-}  # fmt: skip
+    "image": "image",
+    "images": "image",
+    "image_url": "image",
+    "image_urls": "image",
+    "image_path": "image",
+    "video": "video",
+    "videos": "video",
+    "video_url": "video",
+    "video_urls": "video",
+    "video_path": "video",
+    "media": "image",
+    "audio": "audio",
+    "audios": "audio",
+}
 ORIENTATION = 0x0112  # the EXIF tag that says how an image is turned
 
 
-# ------------------------------------------------------------------------------------------------------------------ sources
+# sources
 
 
 def scheme_of(source) -> str | None:
-    """"data", "file", "http" or "https" of a URL; None for a path and everything else."""
+    """ "data", "file", "http" or "https" of a URL; None for a path and everything else."""
     if isinstance(source, str) and ":" in source[:6]:
         scheme = source[: source.index(":")].lower()
         return scheme if scheme in SCHEMES else None
@@ -64,7 +80,9 @@ def file_of(source):
     if scheme_of(source) == "file":
         url = urllib.parse.urlsplit(source)
         if url.netloc not in ("", "localhost"):
-            raise ValueError(f"{shorten(source)} is a file: URL of another machine, {url.netloc!r}; expected file:///path")
+            raise ValueError(
+                f"{shorten(source)} is a file: URL of another machine, {url.netloc!r}; expected file:///path"
+            )
         return urllib.request.url2pathname(url.path)
     if isinstance(source, str) and source.startswith("~") and not os.path.exists(source):
         return os.path.expanduser(source)
@@ -79,7 +97,9 @@ def same_source(a, b) -> bool:
     a, b = (os.path.abspath(x) if isinstance(x, str) and scheme_of(x) is None else x for x in map(file_of, (a, b)))
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same_source, a, b))
-    if isinstance(a, Image.Image) and isinstance(b, Image.Image):  # of any classes: a copy of a JpegImageFile is an Image
+    if isinstance(a, Image.Image) and isinstance(
+        b, Image.Image
+    ):  # of any classes: a copy of a JpegImageFile is an Image
         return _same_image(a, b)
     if type(a) is not type(b):
         return False
@@ -93,7 +113,10 @@ def _same_image(a: Image.Image, b: Image.Image) -> bool:
     """Whether two Pillow images have the same mode, colours, pixels and orientation."""
     if (a.mode, a.size) != (b.mode, b.size):
         return False
-    turned, transparent = ([one.getexif().get(ORIENTATION, 1) for one in (a, b)], [one.info.get("transparency") for one in (a, b)])
+    turned, transparent = (
+        [one.getexif().get(ORIENTATION, 1) for one in (a, b)],
+        [one.info.get("transparency") for one in (a, b)],
+    )
     if turned[0] != turned[1] or transparent[0] != transparent[1] or a.getpalette() != b.getpalette():
         return False
     return a.tobytes() == b.tobytes()
@@ -107,7 +130,7 @@ def _from_base64(text) -> str:
     return text if scheme_of(text) == "data" else f"data:;base64,{text}"
 
 
-# ------------------------------------------------------------------------------------------------------------------- media
+# media
 
 
 def is_frames(x) -> bool:
@@ -116,13 +139,15 @@ def is_frames(x) -> bool:
     def is_frame(frame) -> bool:
         if isinstance(frame, (str, os.PathLike)):
             return os.fspath(frame).lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
-        return isinstance(frame, Image.Image) or (isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim in (2, 3))
+        return isinstance(frame, Image.Image) or (
+            isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim in (2, 3)
+        )
 
     return len(x) > 0 and all(map(is_frame, x))
 
 
 def kind_of(name) -> str | None:
-    """"text", "image" or "video", the kind of a part whose `type` is this name; None if no part has such a type."""
+    """ "text", "image" or "video", the kind of a part whose `type` is this name; None if no part has such a type."""
     return KINDS.get(name) if isinstance(name, str) else None
 
 
@@ -142,7 +167,9 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
         given = {key: value for key, value in given.items() if key != "type"}
     found, options, detail = None, {}, given.get("detail")
     if kind == "video" and isinstance(given.get("frames"), (list, tuple)):
-        raise ValueError(f"{what}: a list of frames goes under 'video', as in {{'video': frames, 'fps': rate}}; got it under 'frames'")
+        raise ValueError(
+            f"{what}: a list of frames goes under 'video', as in {{'video': frames, 'fps': rate}}; got it under 'frames'"
+        )
     if kind == "image" and detail not in (None, "auto"):
         raise ValueError(f"{what}: detail={shorten(detail)} is no option of MOSS-VL; give max_pixels, or leave it out")
     for key in SOURCE_KEYS[kind]:
@@ -154,16 +181,24 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
         if isinstance(value, Mapping):
             value, inner = read_medium(kind, value, f"{what}, its {key!r}")
             if value is None:
-                raise ValueError(f"{what}: its {key!r} holds no {kind}, got {shorten(given[key])}; expected one of {SOURCE_KEYS[kind]}")
+                raise ValueError(
+                    f"{what}: its {key!r} holds no {kind}, got {shorten(given[key])}; expected one of {SOURCE_KEYS[kind]}"
+                )
             options = _joined(options, inner, what)
         elif key == "base64":
             value = _from_base64(value)
         if found is not None and not same_source(found[1], value):
-            raise ValueError(f"{what} holds one {kind}, got two: {found[0]}={shorten(found[1])} and {key}={shorten(value)}")
+            raise ValueError(
+                f"{what} holds one {kind}, got two: {found[0]}={shorten(found[1])} and {key}={shorten(value)}"
+            )
         if kind == "image" and isinstance(value, (list, tuple)):
             raise ValueError(f"{what} holds one image, got a list of {len(value)}; give each its own")
         found = (key, value)
-    own = {name: value for name, value in given.items() if name not in SOURCE_KEYS[kind] and not (kind == "image" and name == "detail")}
+    own = {
+        name: value
+        for name, value in given.items()
+        if name not in SOURCE_KEYS[kind] and not (kind == "image" and name == "detail")
+    }
     options = _joined(options, read_options(own, (*SOURCE_KEYS[kind], *OWN_OPTIONS[kind]), what), what)
     return None if found is None else found[1], options
 
@@ -187,14 +222,20 @@ def clips_of(kind: str, medium) -> int:
     segments = medium["segments"]
     if isinstance(segments, str) or not hasattr(segments, "__len__") or len(segments) == 0:
         name = next((shorten(medium[key]) for key in SOURCE_KEYS["video"] if medium.get(key) is not None), "a video")
-        raise ValueError(f"segments of {name} must be a list with at least one [start, end] or [time], got {shorten(segments)}")
+        raise ValueError(
+            f"segments of {name} must be a list with at least one [start, end] or [time], got {shorten(segments)}"
+        )
     return len(segments)
 
 
 def same_medium(kind: str, a, b) -> bool:
     """Whether two media are the same source with the same options, however each is written."""
     (a, options), (b, others) = read_medium(kind, a), read_medium(kind, b)
-    return same_source(a, b) and options.keys() == others.keys() and all(_same_value(options[n], others[n]) for n in options)
+    return (
+        same_source(a, b)
+        and options.keys() == others.keys()
+        and all(_same_value(options[n], others[n]) for n in options)
+    )
 
 
 def _same_value(a, b) -> bool:
@@ -210,14 +251,18 @@ def locate(kind: str, medium, folder):
     def located(source):
         if isinstance(source, (list, tuple)):
             return [located(one) for one in source]
-        if isinstance(source, (str, os.PathLike)) and scheme_of(source) is None and not os.fspath(source).startswith("~"):
+        if (
+            isinstance(source, (str, os.PathLike))
+            and scheme_of(source) is None
+            and not os.fspath(source).startswith("~")
+        ):
             return os.path.join(folder, source)
         return source
 
     return plain_medium(kind, located(source), options)
 
 
-# ------------------------------------------------------------------------------------------------------------------- parts
+# parts
 
 
 def read_part(part, what: str = "a part of a message") -> dict:
@@ -229,22 +274,30 @@ def read_part(part, what: str = "a part of a message") -> dict:
     if not isinstance(name, str) or name not in KINDS:
         near = nearest_name(name, KINDS) if isinstance(name, str) else None
         hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got {shorten(part)}{hint}")
+        raise ValueError(
+            f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got {shorten(part)}{hint}"
+        )
     kind = KINDS[name]
     if kind == "text":
         text = given.pop("text", None)
         if not isinstance(text, str):
             raise ValueError(f"{what} of type {name} needs a string under 'text'; got {shorten(part)}")
         if given:
-            raise ValueError(f"{what} of type {name} has a text and nothing else; got {', '.join(map(repr, given))} in {shorten(part)}")
+            raise ValueError(
+                f"{what} of type {name} has a text and nothing else; got {', '.join(map(repr, given))} in {shorten(part)}"
+            )
         return {"type": "text", "text": text}
     source, options = read_medium(kind, given, f"{what} of type {name}")
     if source is None:
         if options:
-            raise ValueError(f"{what} of type {name} has {', '.join(options)}, but no {kind}; give both in one part, or neither")
+            raise ValueError(
+                f"{what} of type {name} has {', '.join(options)}, but no {kind}; give both in one part, or neither"
+            )
         return {"type": kind}
     if (shape := getattr(source, "shape", None)) is not None and len(shape) > AXES[kind]:
-        raise ValueError(f"{what} of type {name} holds one {kind}, got an array of shape {list(shape)}; give each its own part")
+        raise ValueError(
+            f"{what} of type {name} holds one {kind}, got an array of shape {list(shape)}; give each its own part"
+        )
     return {"type": kind, kind: plain_medium(kind, source, options)}
 
 
@@ -256,10 +309,14 @@ def read_messages(messages, what: str = "a conversation") -> list[dict]:
     out = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(message)} as message {index}")
+            raise ValueError(
+                f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(message)} as message {index}"
+            )
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list, tuple)):
-            raise ValueError(f"content of message {index} must be a string or a list of parts, got a {type(content).__name__}")
+            raise ValueError(
+                f"content of message {index} must be a string or a list of parts, got a {type(content).__name__}"
+            )
         for key in message.keys() & MESSAGE_MEDIA.keys():
             _check_beside(f"message {index}", key, message[key])
         message = {key: value for key, value in message.items() if value is not None}
@@ -312,22 +369,26 @@ def fill_places(kind: str, messages: list, media: list) -> None:
     parts = [part for message in messages for part in message["content"] if part["type"] == kind]
     empty = [part for part in parts if kind not in part]
     if len(media) == len(empty):
-        for part, medium in zip(empty, media):
+        for part, medium in zip(empty, media, strict=True):
             part[kind] = medium
         return
     if len(media) == len(parts):  # named again
-        for number, (part, medium) in enumerate(zip(parts, media)):
+        for number, (part, medium) in enumerate(zip(parts, media, strict=True)):
             part[kind] = _same_again(kind, number, part[kind], medium) if kind in part else medium
         return
     if len(empty) == len(parts) == sum(clips_of(kind, medium) for medium in media):
         _fill_clips(kind, messages, media)  # a place for each segment
         return
-    if not empty and sum(clips_of(kind, part[kind]) for part in parts) == sum(clips_of(kind, medium) for medium in media):
+    if not empty and sum(clips_of(kind, part[kind]) for part in parts) == sum(
+        clips_of(kind, medium) for medium in media
+    ):
         _check_clips(kind, parts, media)
         return
     own = len(parts) - len(empty)
     also = f", and have {own} of their own ({kind}s may also name all {len(parts)} again)" if own else ""
-    raise ValueError(f"the messages leave places for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they must match")
+    raise ValueError(
+        f"the messages leave places for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they must match"
+    )
 
 
 def _same_again(kind: str, number: int, own, again):
@@ -341,7 +402,9 @@ def _same_again(kind: str, number: int, own, again):
             f"{kind}s beside messages that hold their own"
         )
     if not same_medium(kind, plain_medium(kind, source, mine), plain_medium(kind, source, theirs)):
-        raise ValueError(f"{kind} {number} of the messages has the options {shorten(mine)}, but in {kind}s {shorten(theirs)}")
+        raise ValueError(
+            f"{kind} {number} of the messages has the options {shorten(mine)}, but in {kind}s {shorten(theirs)}"
+        )
     return plain_medium(kind, source, {**others, **options})
 
 
@@ -355,7 +418,9 @@ def _check_clips(kind: str, parts: list, media: list) -> None:
             yield source, {**options, **({} if segment is None else {"segments": [segment]})}
 
     again = [clip for medium in media for clip in clips(medium)]
-    for number, (own, other) in enumerate(zip([clip for part in parts for clip in clips(part[kind])], again)):
+    for number, (own, other) in enumerate(
+        zip([clip for part in parts for clip in clips(part[kind])], again, strict=True)
+    ):
         own, other = plain_medium(kind, *own), plain_medium(kind, *other)
         _same_again(kind, number, own, other)
         if more := read_medium(kind, other)[1].keys() - read_medium(kind, own)[1].keys():

@@ -27,7 +27,19 @@ from transformers import (
     TextStreamer,
 )
 
-from .conversation import PLACEHOLDER, PLACEHOLDERS, clips_of, fill_places, is_frames, kind_of, media_of, plain_medium, read_medium, read_messages, split_places
+from .conversation import (
+    PLACEHOLDER,
+    PLACEHOLDERS,
+    clips_of,
+    fill_places,
+    is_frames,
+    kind_of,
+    media_of,
+    plain_medium,
+    read_medium,
+    read_messages,
+    split_places,
+)
 from .options import REFUSED, drop_fixed, layered, names_of, nearest_name, read_options, reject_unknown, shorten
 
 
@@ -68,17 +80,42 @@ VISION_CHUNKED_LENGTH = 64
 _MEDIA, _GENERATE = _defaults(MEDIA_DEFAULTS), _defaults(GENERATE_DEFAULTS)
 
 # Facts about the weights: the knob, and its name in `config.vision_config`.
-WEIGHT_KNOBS = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+WEIGHT_KNOBS = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+}
 OF_ONE_VIDEO = {"segments", "video_metadata"}  # options that a video has for itself alone
 IMAGE_KNOBS, VIDEO_KNOBS = ({*names_of(kind)} - OF_ONE_VIDEO for kind in ("image", "video"))
 MEDIA_KNOBS = IMAGE_KNOBS | VIDEO_KNOBS
-CALL_OPTIONS = {*names_of("text"), *names_of("call")}  # of a call of the processor, which the offline methods make themselves
-FRAME_OPTIONS = {"video_fps", "num_frames", "do_sample_frames", "min_frames", "max_frames"}  # they say how many frames are taken
+CALL_OPTIONS = {
+    *names_of("text"),
+    *names_of("call"),
+}  # of a call of the processor, which the offline methods make themselves
+FRAME_OPTIONS = {
+    "video_fps",
+    "num_frames",
+    "do_sample_frames",
+    "min_frames",
+    "max_frames",
+}  # they say how many frames are taken
 
 QUERY_KEYS = {
-    "prompt", "messages", "images", "videos", "media_kwargs", "generate_kwargs", "use_template", "system_prompt",
-    "system_prompt_type", "thinking_mode", "reset_session", "clear_history", "persist_session", "append_messages_to_session",
-}  # fmt: skip
+    "prompt",
+    "messages",
+    "images",
+    "videos",
+    "media_kwargs",
+    "generate_kwargs",
+    "use_template",
+    "system_prompt",
+    "system_prompt_type",
+    "thinking_mode",
+    "reset_session",
+    "clear_history",
+    "persist_session",
+    "append_messages_to_session",
+}
 CANCEL_KEYS = ("cancel_current_generate", "stop_generation")
 QUEUE_KEYS = {*QUERY_KEYS, *CANCEL_KEYS, "stop_offline_generate", "stream_output"}
 NEAR = 0.85  # of difflib: "generation_kwargs" is near "generate_kwargs", "prompt_id" is not near "prompt"
@@ -90,32 +127,64 @@ TOOL_KEYS = ("tool_calls", "function_call")
 
 # What turns sampling off again where the checkpoint's generation_config.json sets it; transformers warns about any other value.
 GREEDY = {
-    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0,
-    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-}  # fmt: skip
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 GENERATE_OBJECTS = {"streamer", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn"}
 LISTS = {"stopping_criteria", "logits_processor"}
 WHOLE_NUMBERS = {  # the least value of each
-    "num_beams": 1, "num_beam_groups": 1, "max_length": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "max_length": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
     "prompt_lookup_num_tokens": 1,
-}  # fmt: skip
+}
 # Fields of GenerationConfig that belong to `model.generate`: they ask for something else than one text, or for nothing at all.
 NOT_TEXT = {
-    "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
     "output_hidden_states",
-}  # fmt: skip
+}
 CONFIG_FIELDS = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
 GENERATE_KNOBS = (CONFIG_FIELDS | GENERATE_OBJECTS | {"vision_chunked_length", *GENERATE_DEFAULTS}) - NOT_TEXT
 BOXES = {"media_kwargs": MEDIA_KNOBS, "generate_kwargs": GENERATE_KNOBS}  # the dicts of a query that hold options
 # These mean the same for a prompt with padding in front. (`repetition_penalty` is made to: see `_UnpaddedPenalty`.)
 PADDING_BLIND = {
-    *GREEDY, *GENERATE_DEFAULTS, "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "eos_token_id", "pad_token_id",
-    "use_cache", "suppress_tokens", "renormalize_logits", "remove_invalid_values", "vision_chunked_length",
-}  # fmt: skip
+    *GREEDY,
+    *GENERATE_DEFAULTS,
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "suppress_tokens",
+    "renormalize_logits",
+    "remove_invalid_values",
+    "vision_chunked_length",
+}
 
 THINKING_MODES = {
-    "no_thinking": False, "default": False, "standard": False, "deep_thinking": True, "thinking": True, "reasoning": True,
-}  # fmt: skip
+    "no_thinking": False,
+    "default": False,
+    "standard": False,
+    "deep_thinking": True,
+    "thinking": True,
+    "reasoning": True,
+}
 SYSTEM_PROMPTS = {
     "text_image": "You are a helpful AI assistant. Respond to the user's request based on the provided text and images.",
     "video": "You are a helpful AI assistant. Respond to the user's request based on the provided video.",
@@ -128,7 +197,7 @@ THINKING_PROMPT = (
 ROUND_START, ROUND_END = "<|round_start|>", "<|round_end|>"
 
 
-# ------------------------------------------------------------------------------------------------------------ the methods
+# the methods
 
 
 class MossVLGenerationMixin:
@@ -226,7 +295,9 @@ class MossVLGenerationMixin:
         """
         return _answer_one(self, processor, "video", locals())
 
-    def offline_batch_generate(self, processor, queries, session_states=None, vision_chunked_length=VISION_CHUNKED_LENGTH) -> dict:
+    def offline_batch_generate(
+        self, processor, queries, session_states=None, vision_chunked_length=VISION_CHUNKED_LENGTH
+    ) -> dict:
         """Answers to many queries. Those that can share a `generate` call do; each answer is the one it would get alone.
 
         Args:
@@ -259,12 +330,16 @@ class MossVLGenerationMixin:
         states = [None] * len(queries) if session_states is None else session_states
         if not isinstance(states, (list, tuple)) or len(states) != len(queries):
             got = len(states) if isinstance(states, (list, tuple)) else type(states).__name__
-            raise ValueError(f"session_states must be None or a list with one state a query: got {got}, expected {len(queries)}")
+            raise ValueError(
+                f"session_states must be None or a list with one state a query: got {got}, expected {len(queries)}"
+            )
         turns = []
-        for index, (query, state) in enumerate(zip(queries, states)):
+        for index, (query, state) in enumerate(zip(queries, states, strict=True)):
             with _naming(index):
                 turns.append(_resolve(self, processor, query, state, vision_chunked_length))
-        for index, turn in enumerate(turns if len(turns) > 1 else ()):  # the processor looks at one query's videos first by itself
+        for index, turn in enumerate(
+            turns if len(turns) > 1 else ()
+        ):  # the processor looks at one query's videos first by itself
             if turn.videos and not turn.videos_kwargs.get("allow_http"):
                 with _naming(index):
                     processor.video_processor.plan(turn.videos, **turn.videos_kwargs)
@@ -273,13 +348,17 @@ class MossVLGenerationMixin:
             with _naming(index):
                 inputs.append(_encode(self, processor, turn, alone=len(turns) == 1))
         results, session_states = [], []
-        for index, (turn, text) in enumerate(zip(turns, _answer(self, processor, turns, inputs))):
+        for index, (turn, text) in enumerate(zip(turns, _answer(self, processor, turns, inputs), strict=True)):
             messages, state = turn.closed(text)
-            results.append({**turn.record, "index": index, "text": text, "input_text": turn.text, "messages": messages})
+            results.append(
+                {**turn.record, "index": index, "text": text, "input_text": turn.text, "messages": messages}
+            )
             session_states.append(state)
         return {"results": results, "session_states": session_states}
 
-    def offline_generate(self, processor, new_queries, output_text_queue, vision_chunked_length=VISION_CHUNKED_LENGTH) -> None:
+    def offline_generate(
+        self, processor, new_queries, output_text_queue, vision_chunked_length=VISION_CHUNKED_LENGTH
+    ) -> None:
         """Serves queries from a `queue.Queue` until one has `stop_offline_generate`; strings go to `output_text_queue`.
 
         A query is one of `offline_batch_generate`; its answer is the text and `<|round_end|>`, or with `stream_output`
@@ -306,7 +385,11 @@ class MossVLGenerationMixin:
                     if _flag(query, "stop_offline_generate", False):
                         return
                     stream = _flag(query, "stream_output", False)
-                    query = {name: value for name, value in query.items() if name not in ("stop_offline_generate", "stream_output")}
+                    query = {
+                        name: value
+                        for name, value in query.items()
+                        if name not in ("stop_offline_generate", "stream_output")
+                    }
                     query["persist_session"] = _flag(query, "persist_session", False)
                     turn = _resolve(self, processor, query, state, vision_chunked_length)
                     inputs = _encode(self, processor, turn)
@@ -314,7 +397,9 @@ class MossVLGenerationMixin:
                     turn.generate["stopping_criteria"] = [*turn.generate.get("stopping_criteria", []), cancel]
                     if stream:
                         if "streamer" in turn.generate:
-                            raise ValueError("a query has stream_output or a streamer in its generate_kwargs, got both")
+                            raise ValueError(
+                                "a query has stream_output or a streamer in its generate_kwargs, got both"
+                            )
                         output_text_queue.put(ROUND_START)
                         turn.generate["streamer"] = _QueueStreamer(processor.tokenizer, output_text_queue)
                     text = _answer(self, processor, [turn], [inputs])[0]
@@ -330,14 +415,18 @@ class MossVLGenerationMixin:
 
 def _answer_one(model, processor, kind: str, call: dict) -> str:
     """The answer of a single method; `call` has its arguments by name."""
-    extra = {name: value for name, value in call["generate_kwargs"].items() if value is not None or name not in REFUSED}
+    extra = {
+        name: value for name, value in call["generate_kwargs"].items() if value is not None or name not in REFUSED
+    }
     media_knobs = IMAGE_KNOBS if kind == "image" else VIDEO_KNOBS
     arguments = call.keys() - {"self", "generate_kwargs"}
     _check_dict(f"offline_{kind}_generate", extra, arguments | media_knobs | GENERATE_KNOBS | NOT_TEXT)
     media = _as_list(kind, call[kind])
     if not media:
         raise ValueError(f"{kind} must be one {kind} or a list of at least one, got {shorten(call[kind])}")
-    given = {name: call[name] for name in call if name in arguments and not isinstance(call[name], (_Int, _Float))} | extra
+    given = {
+        name: call[name] for name in call if name in arguments and not isinstance(call[name], (_Int, _Float))
+    } | extra
     query = {
         "prompt": call["prompt"],
         f"{kind}s": media,
@@ -349,7 +438,7 @@ def _answer_one(model, processor, kind: str, call: dict) -> str:
     return _answer(model, processor, [turn], [_encode(model, processor, turn)])[0]
 
 
-# --------------------------------------------------------------------------------------------------- from a query to a turn
+# from a query to a turn
 
 
 @dataclass
@@ -387,13 +476,23 @@ def _resolve(model, processor, query, state, vision_chunked_length) -> _Turn:
 
     messages = _with_system([*before], _query_messages(query), query)
     use_template = _flag(query, "use_template", None)
-    has_template = bool(getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None))
+    has_template = bool(
+        getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    )
     if use_template and not has_template:
-        raise ValueError("use_template=True, but the processor has no chat template; pass use_template=False or add chat_template.jinja")
+        raise ValueError(
+            "use_template=True, but the processor has no chat template; pass use_template=False or add chat_template.jinja"
+        )
     text = _render(processor, messages, has_template if use_template is None else use_template)
 
-    media_kwargs = _merge_media_kwargs(media_kwargs, _check_dict("media_kwargs", query.get("media_kwargs"), MEDIA_KNOBS | REFUSED.keys()))
-    knobs = {name: value for name, value in layered(_defaults_beside(media_kwargs), media_kwargs).items() if value is not None}
+    media_kwargs = _merge_media_kwargs(
+        media_kwargs, _check_dict("media_kwargs", query.get("media_kwargs"), MEDIA_KNOBS | REFUSED.keys())
+    )
+    knobs = {
+        name: value
+        for name, value in layered(_defaults_beside(media_kwargs), media_kwargs).items()
+        if value is not None
+    }
     turn = _Turn(
         messages=messages,
         text=text,
@@ -422,7 +521,11 @@ def _check_state(state) -> None:
     if not isinstance(state["messages"], list) or state["media_kwargs"] is None:
         raise ValueError(f"{expected}, got {shorten(state)}")
     for index, message in enumerate(state["messages"]):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and _are_plain_parts(message.get("content"))):
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and _are_plain_parts(message.get("content"))
+        ):
             raise ValueError(
                 f"{expected}; message {index} of its messages needs a role and a list of parts as content, each with its text or medium, "
                 f"got {shorten(message)}"
@@ -434,7 +537,9 @@ def _are_plain_parts(content) -> bool:
 
     def is_plain(part):
         kind = part.get("type") if isinstance(part, dict) else None
-        return kind_of(kind) == kind is not None and (isinstance(part.get(kind), str) if kind == "text" else part.get(kind) is not None)
+        return kind_of(kind) == kind is not None and (
+            isinstance(part.get(kind), str) if kind == "text" else part.get(kind) is not None
+        )
 
     return isinstance(content, list) and all(map(is_plain, content))
 
@@ -448,21 +553,27 @@ def _query_messages(query: dict) -> list:
             raise ValueError("a query needs a prompt, messages, images or videos; got none of them")
         prompt = "" if prompt is None else prompt
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be a string, got {type(prompt).__name__}; chat messages go under 'messages'")
+            raise ValueError(
+                f"prompt must be a string, got {type(prompt).__name__}; chat messages go under 'messages'"
+            )
         if placeholder := PLACEHOLDER.search(prompt):
             raise ValueError(
                 f"prompt holds {placeholder[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
             )
         media = [{"type": kind, kind: _plain(kind, medium)} for kind, media in given.items() for medium in media]
         return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
-    if prompt is not None and not (isinstance(prompt, str) and prompt == ""):  # clients send an empty one beside messages
+    if prompt is not None and not (
+        isinstance(prompt, str) and prompt == ""
+    ):  # clients send an empty one beside messages
         raise ValueError("a query has a prompt or messages, got both")
     filled = []
     for message in read_messages(messages, "messages"):
         _check_keys("message", message, {"role", "content"})
         content = message.get("content")
         if not isinstance(message["role"], str) or content is None:
-            raise ValueError(f"a message needs a role (a string) and content (a string or a list of parts), got {shorten(message)}")
+            raise ValueError(
+                f"a message needs a role (a string) and content (a string or a list of parts), got {shorten(message)}"
+            )
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         filled.append({**message, "content": list(split_places(parts))})
     for kind, media in given.items():
@@ -473,7 +584,9 @@ def _query_messages(query: dict) -> list:
 def _plain(kind: str, medium):
     source, options = read_medium(kind, medium)
     if source is None:
-        raise ValueError(f"{kind}s holds no {kind} in {shorten(medium)}; expected a path, a URL or another source of one")
+        raise ValueError(
+            f"{kind}s holds no {kind} in {shorten(medium)}; expected a path, a URL or another source of one"
+        )
     if kind == "image" and isinstance(source, (list, tuple)):
         raise ValueError(f"images is nested too deep: {shorten(source)} stands for one image; give one flat list")
     return plain_medium(kind, source, options)
@@ -512,11 +625,15 @@ def _render(processor, messages: list, use_template: bool) -> str:
     for index, message in enumerate(plain):
         if unread := [name for name in TOOL_KEYS if message.get(name) and name not in template]:
             why = "the chat template does not read it" if use_template else "there is no template to read it"
-            raise ValueError(f"message {index} has {unread[0]!r}, but {why}; leave it out, or write it into the content")
+            raise ValueError(
+                f"message {index} has {unread[0]!r}, but {why}; leave it out, or write it into the content"
+            )
     if use_template:
         return processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     if any(message["role"] == "system" for message in plain):
-        raise ValueError("a system turn needs the chat template; pass use_template=True, or put its words into the prompt")
+        raise ValueError(
+            "a system turn needs the chat template; pass use_template=True, or put its words into the prompt"
+        )
     text = "".join(message["content"] for message in plain)
     if not text:
         raise ValueError("nothing to continue from: no template, no media and an empty prompt")
@@ -529,7 +646,7 @@ def _template_of(processor) -> str:
     return template.get("default", "") if isinstance(template, dict) else template
 
 
-# -------------------------------------------------------------------------------------------------------------- the knobs
+# the knobs
 
 
 def _defaults_beside(given: dict) -> dict:
@@ -537,7 +654,9 @@ def _defaults_beside(given: dict) -> dict:
     said, without = {name for name, value in given.items() if value is not None}, set()
     if given.get("do_sample_frames") is False:
         without = FRAME_OPTIONS
-    elif "sample_fps" in said and "do_sample_frames" not in said:  # frames that were sampled before are all taken, or bounded
+    elif (
+        "sample_fps" in said and "do_sample_frames" not in said
+    ):  # frames that were sampled before are all taken, or bounded
         without = {"video_fps"} if FRAME_OPTIONS & said else FRAME_OPTIONS
     return {name: value for name, value in MEDIA_DEFAULTS.items() if name not in without}
 
@@ -550,7 +669,9 @@ def _merge_media_kwargs(earlier: dict, given: dict) -> dict:
             continue
         [known] = read_options({name: True}, MEDIA_KNOBS, "media_kwargs")
         if value is not None and named.get(known) is not None:
-            raise ValueError(f"{name} is another name of {spelled[known]}, the same knob, and both were given; give one of them")
+            raise ValueError(
+                f"{name} is another name of {spelled[known]}, the same knob, and both were given; give one of them"
+            )
         if value is not None or known not in named:
             named[known], spelled[known] = _plain_number(value), name
     return layered(earlier, named)
@@ -568,7 +689,9 @@ def _without_size(given: dict) -> dict:
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         if size.get(edge) is not None:
             if also := next((one for one in (edge, name) if given.get(one) is not None), None):
-                raise ValueError(f"size has {edge!r}, and {also}, the same knob, was given beside it; give one of them")
+                raise ValueError(
+                    f"size has {edge!r}, and {also}, the same knob, was given beside it; give one of them"
+                )
             given[name] = size[edge]
     return given
 
@@ -576,10 +699,13 @@ def _without_size(given: dict) -> dict:
 def _check_media(model, processor, turn: _Turn) -> None:
     """Knobs and media of a turn, as far as can be told without decoding."""
     for media, knobs, own in (
-        (turn.images, turn.images_kwargs, processor.image_processor), (turn.videos, turn.videos_kwargs, processor.video_processor),
-    ):  # fmt: skip
+        (turn.images, turn.images_kwargs, processor.image_processor),
+        (turn.videos, turn.videos_kwargs, processor.video_processor),
+    ):
         limits = ("min_pixels", "max_pixels")
-        alone = not media and len(knobs.keys() & limits) == 1  # it is meant for the other kind, and may not fit this one's other limit
+        alone = (
+            not media and len(knobs.keys() & limits) == 1
+        )  # it is meant for the other kind, and may not fit this one's other limit
         own.resolve({name: value for name, value in knobs.items() if name not in limits} if alone else knobs)
         for name, config_name in WEIGHT_KNOBS.items():
             expected = getattr(model.config.vision_config, config_name)
@@ -594,8 +720,12 @@ def _check_media(model, processor, turn: _Turn) -> None:
 def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     """Everything that `generate` gets beside the inputs, defaults filled in."""
     if isinstance(given, dict) and (instead := sorted(given.keys() & NOT_TEXT)):
-        raise ValueError(f"generate_kwargs: {', '.join(instead)}: the offline methods return one text; call model.generate for more")
-    given = {name: _plain_number(value) for name, value in _check_dict("generate_kwargs", given, GENERATE_KNOBS).items()}
+        raise ValueError(
+            f"generate_kwargs: {', '.join(instead)}: the offline methods return one text; call model.generate for more"
+        )
+    given = {
+        name: _plain_number(value) for name, value in _check_dict("generate_kwargs", given, GENERATE_KNOBS).items()
+    }
     knobs = {**GENERATE_DEFAULTS, "vision_chunked_length": vision_chunked_length, **given}
     for name in ("max_new_tokens", "vision_chunked_length"):
         _check_number(name, knobs[name], numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
@@ -603,7 +733,9 @@ def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:
     _check_number("top_p", knobs["top_p"], numbers.Real, "above 0 and at most 1", lambda x: 0 < x <= 1)
     _check_number("top_k", knobs["top_k"], numbers.Integral, "a whole number, 0 for no limit", lambda x: x >= 0)
     _check_number("repetition_penalty", knobs["repetition_penalty"], numbers.Real, "above 0", lambda x: x > 0)
-    knobs |= {name: float(knobs[name]) for name in ("temperature", "top_p", "repetition_penalty")}  # transformers wants no ints here
+    knobs |= {
+        name: float(knobs[name]) for name in ("temperature", "top_p", "repetition_penalty")
+    }  # transformers wants no ints here
     knobs |= {name: int(knobs[name]) for name in ("max_new_tokens", "vision_chunked_length", "top_k")}
     if not isinstance(knobs["do_sample"], bool):
         raise ValueError(f"do_sample must be True or False, got {shorten(knobs['do_sample'])}")
@@ -632,9 +764,13 @@ def _check_others(given: dict) -> None:
     for name in given.keys() & {"eos_token_id", "pad_token_id"}:
         ids = given[name].tolist() if isinstance(given[name], (np.ndarray, torch.Tensor)) else given[name]
         for one in ids if isinstance(ids, (list, tuple)) and name == "eos_token_id" else [ids]:
-            _check_number(name, one, numbers.Integral, "a token's number (or, for the end, a list of them)", lambda x: True)
+            _check_number(
+                name, one, numbers.Integral, "a token's number (or, for the end, a list of them)", lambda x: True
+            )
     strings = given.get("stop_strings", "")
-    if not isinstance(strings, str) and not (isinstance(strings, (list, tuple)) and all(isinstance(one, str) for one in strings)):
+    if not isinstance(strings, str) and not (
+        isinstance(strings, (list, tuple)) and all(isinstance(one, str) for one in strings)
+    ):
         raise ValueError(f"stop_strings must be a string or a list of strings, got {shorten(strings)}")
     for name in given.keys() & LISTS:
         if not isinstance(given[name], list) or not all(map(callable, given[name])):
@@ -643,7 +779,7 @@ def _check_others(given: dict) -> None:
         raise ValueError(f"streamer must have put and end, as a TextStreamer has, got {shorten(given['streamer'])}")
 
 
-# ---------------------------------------------------------------------------------------------- from turns to their answers
+# from turns to their answers
 
 
 def _encode(model, processor, turn: _Turn, alone: bool = True):
@@ -652,7 +788,9 @@ def _encode(model, processor, turn: _Turn, alone: bool = True):
 
     def encoder(levels, grid, mean, std):
         with torch.no_grad():
-            return model.get_image_features(levels, grid, turn.generate["vision_chunked_length"], [mean], [std]).last_hidden_state
+            return model.get_image_features(
+                levels, grid, turn.generate["vision_chunked_length"], [mean], [std]
+            ).last_hidden_state
 
     return processor(
         text=turn.text,
@@ -685,7 +823,7 @@ def _answer(model, processor, turns: list, inputs: list) -> list[str]:
         for name in ("input_ids", "attention_mask", "grid_thw"):  # pixels follow chunk by chunk
             batch[name] = batch[name].to(device)
         ids = model.generate(**batch, **knobs)[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(group, processor.tokenizer.batch_decode(ids, skip_special_tokens=True)):
+        for i, text in zip(group, processor.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             texts[i] = text
     return texts
 
@@ -718,10 +856,15 @@ def _left_padded(inputs: list, pad_token_id: int) -> dict:
     return {
         "input_ids": joined(padded("input_ids", pad_token_id)),
         "attention_mask": joined(padded("attention_mask", 0)),
-        **{name: joined([one[name] for one in inputs]) for name in ("pixel_values", "image_features", "grid_thw") if name in inputs[0]},
+        **{
+            name: joined([one[name] for one in inputs])
+            for name in ("pixel_values", "image_features", "grid_thw")
+            if name in inputs[0]
+        },
         **{
             name: [row for one in inputs for row in one[name]]
-            for name in ("media_nums_per_sample", "image_mean", "image_std") if name in inputs[0]
+            for name in ("media_nums_per_sample", "image_mean", "image_std")
+            if name in inputs[0]
         },
     }
 
@@ -736,10 +879,12 @@ class _UnpaddedPenalty(LogitsProcessor):
     def __call__(self, input_ids, scores):
         beams = len(input_ids) // len(self.padding)
         rows = [slice(i, i + 1) for i in range(len(input_ids))]
-        return torch.cat([self.penalise(input_ids[row, self.padding[row.start // beams] :], scores[row]) for row in rows])
+        return torch.cat(
+            [self.penalise(input_ids[row, self.padding[row.start // beams] :], scores[row]) for row in rows]
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------- the queues
+# the queues
 
 
 def _is_cancel(query) -> bool:
@@ -807,7 +952,7 @@ class _QueueStreamer(TextStreamer):
             self.output_text_queue.put(text)
 
 
-# --------------------------------------------------------------------------------------------------------- checking arguments
+# checking arguments
 
 
 @contextmanager
@@ -829,8 +974,14 @@ def _check_dict(what: str, value, known=None) -> dict:
         raise ValueError(f"{what} must be a dict, got {type(value).__name__}")
     for name in value if known is not None else ():
         if name not in known:
-            place = None if name in MEDIA_KNOBS | GENERATE_KNOBS and what not in BOXES else _place_of(name, value[name])
-            raise ValueError(f"{what}: {place}" if place else f"{what}: unknown key {name!r}; {_nearest(name, known - REFUSED.keys())}")
+            place = (
+                None if name in MEDIA_KNOBS | GENERATE_KNOBS and what not in BOXES else _place_of(name, value[name])
+            )
+            raise ValueError(
+                f"{what}: {place}"
+                if place
+                else f"{what}: unknown key {name!r}; {_nearest(name, known - REFUSED.keys())}"
+            )
     return value
 
 
@@ -843,7 +994,9 @@ def _place_of(name, value) -> str | None:
     if name in NOT_TEXT:
         return f"{name!r}: the offline methods return one text; call model.generate for more"
     if name in CALL_OPTIONS:
-        return f"{name!r} is an option of the processor's call, which the offline methods make themselves; leave it out"
+        return (
+            f"{name!r} is an option of the processor's call, which the offline methods make themselves; leave it out"
+        )
     if name in REFUSED:
         return f"{name} is no option of MOSS-VL: {REFUSED[name]}"
     if name == "seed":
@@ -866,9 +1019,13 @@ def _check_query(query, known) -> dict:
             raise ValueError(f"query: {place}")
         drop_fixed({name: query[name]}, "query")
         if name in ("session_state", "session_states"):
-            raise ValueError(f"query: {name!r} goes beside the queries; write offline_batch_generate(..., session_states=[...])")
+            raise ValueError(
+                f"query: {name!r} goes beside the queries; write offline_batch_generate(..., session_states=[...])"
+            )
         if name == "media" and isinstance(query[name], (list, tuple, dict)):
-            raise ValueError("query: 'media' is a key of lines for infer.py; write 'images' and 'videos', or parts of messages")
+            raise ValueError(
+                "query: 'media' is a key of lines for infer.py; write 'images' and 'videos', or parts of messages"
+            )
     _check_keys("query", query, QUEUE_KEYS, {*MEDIA_DEFAULTS, *GENERATE_DEFAULTS})
     return {name: value for name, value in query.items() if name not in QUEUE_KEYS}
 
@@ -878,7 +1035,9 @@ def _check_keys(what: str, value: dict, known, elsewhere=()) -> None:
     one that belongs `elsewhere`."""
     for name in value.keys() - known:
         spelled = str(name).lower().replace("-", "_").replace(" ", "_")
-        if any(letter.isdigit() for letter in spelled):  # no known name has a digit: "prompt_2" is one of a row of names
+        if any(
+            letter.isdigit() for letter in spelled
+        ):  # no known name has a digit: "prompt_2" is one of a row of names
             continue
         typos = (one for one in (*sorted(known), *sorted(elsewhere)) if _is_typo(spelled, one))
         near = next(typos, None) or nearest_name(spelled, known, cutoff=NEAR)
@@ -891,7 +1050,7 @@ def _is_typo(a: str, b: str) -> bool:
     five letters are too much alike to tell."""
     if min(len(a), len(b)) < 5 or abs(len(a) - len(b)) > 1:
         return False
-    i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     swapped = a[i : i + 2] == b[i : i + 2][::-1] and a[i + 2 :] == b[i + 2 :]
     return swapped or a[i + 1 :] == b[i + 1 :] or a[i + 1 :] == b[i:] or a[i:] == b[i + 1 :]
 

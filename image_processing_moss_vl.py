@@ -53,7 +53,7 @@ IMAGE_THREADS = 4  # at most, that decode and resize the images of a sample
 STRIP = 64  # rows of a decoded picture that Pillow hands over at once
 
 
-# ---------------------------------------------------------------------------------------------------- checking arguments
+# checking arguments
 
 
 def positive_int(name: str, value) -> int:
@@ -94,8 +94,18 @@ def pixel_limits(default, size=None, min_pixels=None, max_pixels=None, shortest_
     reject_unknown(size, ("shortest_edge", "longest_edge"), "size")
     limits = []
     for edge, names in (
-        ("shortest_edge", {"size['shortest_edge']": size.get("shortest_edge"), "shortest_edge": shortest_edge, "min_pixels": min_pixels}),
-        ("longest_edge", {"size['longest_edge']": size.get("longest_edge"), "longest_edge": longest_edge, "max_pixels": max_pixels}),
+        (
+            "shortest_edge",
+            {
+                "size['shortest_edge']": size.get("shortest_edge"),
+                "shortest_edge": shortest_edge,
+                "min_pixels": min_pixels,
+            },
+        ),
+        (
+            "longest_edge",
+            {"size['longest_edge']": size.get("longest_edge"), "longest_edge": longest_edge, "max_pixels": max_pixels},
+        ),
     ):
         given = {name: positive_int(name, value) for name, value in names.items() if value is not None}
         if len(set(given.values())) > 1:
@@ -116,7 +126,9 @@ def known_settings(file: dict, cls) -> dict:
         elif name in cls.stored:
             own = file.get(canonical(name))
             if value is not None and own is not None and value != own:
-                logger.warning_once(f"{cls.__name__}: {name}={value!r} has no effect, since {canonical(name)}={own!r} is there too")
+                logger.warning_once(
+                    f"{cls.__name__}: {name}={value!r} has no effect, since {canonical(name)}={own!r} is there too"
+                )
             else:
                 options[name] = value
         elif value is not None:
@@ -151,7 +163,7 @@ def with_knobs(settings: dict, knobs: dict) -> dict:
     return {**out, "size": {**size, **given}, **knobs}
 
 
-# ------------------------------------------------------------------------------------------------------ where bytes lie
+# where bytes lie
 
 
 def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, timeout=DOWNLOAD_SECONDS):
@@ -273,7 +285,7 @@ def _download(url: str, what: str, max_bytes: int, timeout: float) -> bytes:
     return bytes(data)
 
 
-# ------------------------------------------------------------------------------------------------------ RGB of an image
+# RGB of an image
 
 
 @dataclass(frozen=True)
@@ -326,7 +338,9 @@ def see_image(source, *, what="image", allow_http=False, unit=None) -> SeenImage
     if short < 1:
         raise ValueError(f"{name} has no pixels: {seen.width} x {seen.height}")
     if short * long > MAX_SOURCE_PIXELS:
-        raise ValueError(f"{name} has {seen.width} x {seen.height} pixels, over the limit of {MAX_SOURCE_PIXELS}; make it smaller first")
+        raise ValueError(
+            f"{name} has {seen.width} x {seen.height} pixels, over the limit of {MAX_SOURCE_PIXELS}; make it smaller first"
+        )
     check_aspect(seen.height, seen.width, name)
     return seen
 
@@ -338,7 +352,9 @@ def load_image(source, *, what="image", allow_http=False) -> Image.Image:
 
 def check_aspect(height: int, width: int, name: str) -> None:
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"{name} is {width} x {height}; the longer side may be at most {MAX_ASPECT} times the shorter")
+        raise ValueError(
+            f"{name} is {width} x {height}; the longer side may be at most {MAX_ASPECT} times the shorter"
+        )
 
 
 def _pil_open(file, name: str) -> Image.Image:
@@ -432,7 +448,13 @@ def float_unit(images) -> bool | None:
 def split_array(array) -> list:
     """The images or videos of one array or tensor, which have one scale: floats become uint8 here, where all of them are seen."""
     unit = float_unit(array)
-    if unit is not None and array.ndim > 3 and 0 not in array.shape and float(array.min()) >= 0 and float(array.max()) <= 255:
+    if (
+        unit is not None
+        and array.ndim > 3
+        and 0 not in array.shape
+        and float(array.min()) >= 0
+        and float(array.max()) <= 255
+    ):
         array = array * 255 if unit else array
         array = array.round().to(torch.uint8) if isinstance(array, torch.Tensor) else np.rint(array).astype(np.uint8)
     return list(array)
@@ -466,7 +488,7 @@ def _array_rgb(array, name: str, unit: bool | None = None) -> np.ndarray:
     return array
 
 
-# ------------------------------------------------------------------------------------------------------------ the pixels
+# the pixels
 
 
 def fit_size(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
@@ -504,7 +526,7 @@ def resize_uint8(frame, height: int, width: int) -> torch.Tensor:
 
 def in_threads(threads: int, function, *columns) -> list:
     """`list(map(function, *columns))` on so many threads."""
-    rows = list(zip(*columns))
+    rows = list(zip(*columns, strict=True))
     if threads == 1 or len(rows) < 2:
         return [function(*row) for row in rows]
     inference = torch.is_inference_mode_enabled()  # threads do not inherit it, and write into tensors made here
@@ -541,16 +563,37 @@ def check_return_tensors(return_tensors):
     return kind
 
 
-# ---------------------------------------------------------------------------------------------------------- the processor
+# the processor
 
 
-PASSED_ON = {"return_unused_kwargs", "use_fast", "backend", "trust_remote_code", "code_revision"}  # transformers' own keywords of loading
+PASSED_ON = {
+    "return_unused_kwargs",
+    "use_fast",
+    "backend",
+    "trust_remote_code",
+    "code_revision",
+}  # transformers' own keywords of loading
 # Those that say where a checkpoint's files are. transformers 4.57 hands them to `from_dict` too, which has no use for them.
 HUB_KEYS = {
-    "cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies", "resume_download", "use_auth_token",
-    "_from_auto", "_from_pipeline",
-}  # fmt: skip
-SERVICE_KEYS = {"auto_map", "image_processor_type", "video_processor_type", "processor_class", "feature_extractor_type"}
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+    "proxies",
+    "resume_download",
+    "use_auth_token",
+    "_from_auto",
+    "_from_pipeline",
+}
+SERVICE_KEYS = {
+    "auto_map",
+    "image_processor_type",
+    "video_processor_type",
+    "processor_class",
+    "feature_extractor_type",
+}
 
 
 def fixed_size(knobs: dict, factor: int, what: str) -> tuple[int, int] | None:
@@ -564,7 +607,9 @@ def fixed_size(knobs: dict, factor: int, what: str) -> tuple[int, int] | None:
     if len(given) == 1:
         raise ValueError(f"{what}: resized_height and resized_width make a size together; got {given} alone")
     if limits := [name for name in ("min_pixels", "max_pixels", "size") if name in knobs]:
-        raise ValueError(f"{what}: a fixed size of {given} leaves {', '.join(limits)} without effect; give one or the other")
+        raise ValueError(
+            f"{what}: a fixed size of {given} leaves {', '.join(limits)} without effect; give one or the other"
+        )
     height, width = (max(factor, round(side / factor) * factor) for side in given.values())
     if height * width > MAX_SOURCE_PIXELS:
         raise ValueError(f"{what}: a fixed size of {given} is over the limit of {MAX_SOURCE_PIXELS} pixels")
@@ -643,7 +688,9 @@ class MossVLImageProcessor(BaseImageProcessor):
         who = type(self).__name__
         kwargs = drop_fixed(kwargs, who)
         settings_only({name: value for name, value in kwargs.items() if name in self.knobs}, self.settings, who)
-        given = [name for name, value in kwargs.items() if value is not None]  # transformers writes nulls for what it does not use
+        given = [
+            name for name, value in kwargs.items() if value is not None
+        ]  # transformers writes nulls for what it does not use
         reject_unknown([name for name in given if name not in SERVICE_KEYS and name[:1] != "_"], self.settings, who)
         super().__init__(**kwargs)
         low, high = pixel_limits(DEFAULT_SIZE, size, min_pixels, max_pixels, shortest_edge, longest_edge)
@@ -687,7 +734,9 @@ class MossVLImageProcessor(BaseImageProcessor):
         }
         fixed = fixed_size(knobs, counts["patch_size"] * counts["merge_size"], who)
         colours = {name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")}
-        return ImageKnobs(low, high, **counts, **colours, fixed=fixed, allow_http=flag("allow_http", pick("allow_http")))
+        return ImageKnobs(
+            low, high, **counts, **colours, fixed=fixed, allow_http=flag("allow_http", pick("allow_http"))
+        )
 
     def check(self, images, **knobs) -> None:
         """Raises ValueError for options of a call, or of one of its images (a list), that are wrong or do not fit. Nothing is opened."""
@@ -696,8 +745,7 @@ class MossVLImageProcessor(BaseImageProcessor):
             self.resolve(layered(knobs, read_medium("image", image)[1]))
 
     def see(self, images, **knobs) -> list[SeenImage]:
-        """The images of one sample, their sizes and own options checked, nothing decoded: what `extract` also takes. Errors: `see_image`.
-        """
+        """The images of one sample, their sizes and own options checked, nothing decoded: what `extract` also takes. Errors: `see_image`."""
         self.resolve(knobs)
 
         def look(image):

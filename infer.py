@@ -5,16 +5,19 @@ import json
 import mimetypes
 import os
 import sys
-import types
 from pathlib import Path
 
-if "moss_vl" not in sys.modules:  # the project's files, which import each other, as a package
-    sys.modules["moss_vl"] = types.ModuleType("moss_vl")
-    sys.modules["moss_vl"].__path__ = [str(Path(__file__).resolve().parent)]
-from moss_vl.conversation import (  # noqa: E402
-    SOURCE_KEYS, file_of, kind_of, locate, plain_medium, read_medium, read_messages, scheme_of,
-)  # fmt: skip
-from moss_vl.options import ALTERNATIVES, OPTIONS, shorten  # noqa: E402
+from moss_vl.conversation import (
+    SOURCE_KEYS,
+    file_of,
+    kind_of,
+    locate,
+    plain_medium,
+    read_medium,
+    read_messages,
+    scheme_of,
+)
+from moss_vl.options import ALTERNATIVES, OPTIONS, shorten
 
 
 NANO = Path(__file__).resolve().parent / "checkpoints" / "moss-vl-nano"
@@ -40,11 +43,22 @@ that are there already are kept, and the run goes on after them; to try failed q
 exit codes: 0 all answered, 1 some queries of a batch failed, 2 wrong usage or input, 130 interrupted
 """
 # Knobs that are the checkpoint's own where no option names them (None), not the defaults of the offline methods.
-CHECKPOINT_KNOBS = dict.fromkeys((
-    "min_pixels", "max_pixels", "multi_image_max_pixels", "video_max_pixels", "video_fps", "min_frames", "max_frames",
-    "num_extract_threads",
-))  # fmt: skip
-OWN_RATE = (*ALTERNATIVES[0], "sample_fps")  # options that say how many frames are taken; one of them is in place of another
+CHECKPOINT_KNOBS = dict.fromkeys(
+    (
+        "min_pixels",
+        "max_pixels",
+        "multi_image_max_pixels",
+        "video_max_pixels",
+        "video_fps",
+        "min_frames",
+        "max_frames",
+        "num_extract_threads",
+    )
+)
+OWN_RATE = (
+    *ALTERNATIVES[0],
+    "sample_fps",
+)  # options that say how many frames are taken; one of them is in place of another
 ROLES = {"human": "user", "gpt": "assistant"}  # as `conversations` of training records call them
 
 
@@ -77,7 +91,7 @@ def message_of(error: Exception) -> str:
     return words if isinstance(error, (ValueError, OSError)) and words else f"{type(error).__name__}: {words}"
 
 
-# ---------------------------------------------------------------------------------------------------------- the command line
+# the command line
 
 
 def parse(argv) -> argparse.Namespace:
@@ -86,37 +100,80 @@ def parse(argv) -> argparse.Namespace:
     )
     parser.add_argument("media", nargs="*", help="images and videos, in the order in which the model sees them")
     parser.add_argument("-p", "--prompt", help="what is asked about them (default: nothing, the model just goes on)")
-    parser.add_argument("--checkpoint", default=str(NANO), help="folder or hub name of a checkpoint (default: checkpoints/moss-vl-nano)")
+    parser.add_argument(
+        "--checkpoint",
+        default=str(NANO),
+        help="folder or hub name of a checkpoint (default: checkpoints/moss-vl-nano)",
+    )
 
     many = parser.add_argument_group("many queries")
     many.add_argument("--batch", metavar="QUERIES.JSONL", type=Path, help="answer the queries of this file")
     many.add_argument("--out", metavar="RESULTS.JSONL", type=Path, help="where the answers go, each as it is ready")
 
     seeing = parser.add_argument_group("seeing")
-    seeing.add_argument("--frames", metavar="N", type=at_least(int, 1),
-                        help="look at N frames of each video, spread over it; with --fps, at most N of all videos of a query")  # fmt: skip
-    seeing.add_argument("--fps", metavar="RATE", type=above_0, help="look at RATE frames a second (default: the checkpoint's, mostly 1)")
-    seeing.add_argument("--min-pixels", metavar="N", type=at_least(int, 1),
-                        help="fewest pixels of an image or frame after its resize; smaller ones are enlarged")  # fmt: skip
-    seeing.add_argument("--max-pixels", metavar="N", type=at_least(int, 1), help="most pixels of an image or frame after its resize")
-    seeing.add_argument("--allow-http", action="store_true", help="download images and videos from http: and https: URLs")
+    seeing.add_argument(
+        "--frames",
+        metavar="N",
+        type=at_least(int, 1),
+        help="look at N frames of each video, spread over it; with --fps, at most N of all videos of a query",
+    )
+    seeing.add_argument(
+        "--fps",
+        metavar="RATE",
+        type=above_0,
+        help="look at RATE frames a second (default: the checkpoint's, mostly 1)",
+    )
+    seeing.add_argument(
+        "--min-pixels",
+        metavar="N",
+        type=at_least(int, 1),
+        help="fewest pixels of an image or frame after its resize; smaller ones are enlarged",
+    )
+    seeing.add_argument(
+        "--max-pixels", metavar="N", type=at_least(int, 1), help="most pixels of an image or frame after its resize"
+    )
+    seeing.add_argument(
+        "--allow-http", action="store_true", help="download images and videos from http: and https: URLs"
+    )
 
     saying = parser.add_argument_group("answering")
-    saying.add_argument("--max-new-tokens", metavar="N", type=at_least(int, 1), default=1024, help="longest answer (default: 1024)")
-    saying.add_argument("--temperature", metavar="T", type=at_least(float, 0), default=0.0, help="above 0: sample (default: 0, greedy)")
-    saying.add_argument("--top-p", metavar="P", type=share, help="sample from the likeliest tokens that make up P (default: 1)")
-    saying.add_argument("--top-k", metavar="K", type=at_least(int, 0), help="sample from the K likeliest tokens, 0: from all (default: 50)")
+    saying.add_argument(
+        "--max-new-tokens", metavar="N", type=at_least(int, 1), default=1024, help="longest answer (default: 1024)"
+    )
+    saying.add_argument(
+        "--temperature", metavar="T", type=at_least(float, 0), default=0.0, help="above 0: sample (default: 0, greedy)"
+    )
+    saying.add_argument(
+        "--top-p", metavar="P", type=share, help="sample from the likeliest tokens that make up P (default: 1)"
+    )
+    saying.add_argument(
+        "--top-k",
+        metavar="K",
+        type=at_least(int, 0),
+        help="sample from the K likeliest tokens, 0: from all (default: 50)",
+    )
     saying.add_argument("--repetition-penalty", metavar="R", type=above_0, help="above 1: repeat less (default: 1)")
     saying.add_argument("--seed", metavar="N", type=int, help="make sampling repeatable")
-    saying.add_argument("--template", action=argparse.BooleanOptionalAction,
-                        help="render the chat template, or not (default: if there is one)")  # fmt: skip
+    saying.add_argument(
+        "--template",
+        action=argparse.BooleanOptionalAction,
+        help="render the chat template, or not (default: if there is one)",
+    )
     saying.add_argument("--system", metavar="TEXT", help="system prompt")
-    saying.add_argument("--thinking", choices=("no_thinking", "deep_thinking"), help="ask for the answer, or for reasoning and answer")
+    saying.add_argument(
+        "--thinking", choices=("no_thinking", "deep_thinking"), help="ask for the answer, or for reasoning and answer"
+    )
 
     running = parser.add_argument_group("running")
-    running.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, all GPUs if there are any, else cpu)")
-    running.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                         help="default: auto, the checkpoint's")  # fmt: skip
+    running.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, all GPUs if there are any, else cpu)"
+    )
+    running.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: auto, the checkpoint's",
+    )
     running.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2"), help="attention (default: sdpa)")
 
     args = parser.parse_intermixed_args(argv)
@@ -163,7 +220,7 @@ def share(text):
 above_0.__name__ = share.__name__ = "number"  # what argparse calls them
 
 
-# ----------------------------------------------------------------------------------------------------- from options to a query
+# from options to a query
 
 
 def query_from(args, query: dict, processor) -> dict:
@@ -175,15 +232,26 @@ def query_from(args, query: dict, processor) -> dict:
     if args.allow_http:
         frames |= {"allow_http": True}
     frames = {name: value for name, value in {**CHECKPOINT_KNOBS, **frames}.items() if name not in said}
-    sampling = {"temperature": args.temperature, "do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
-    options = {name: getattr(args, name) for name in ("top_p", "top_k", "repetition_penalty") if getattr(args, name) is not None}
+    sampling = {
+        "temperature": args.temperature,
+        "do_sample": args.temperature > 0,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    options = {
+        name: getattr(args, name)
+        for name in ("top_p", "top_k", "repetition_penalty")
+        if getattr(args, name) is not None
+    }
     chosen = {"use_template": args.template, "system_prompt": args.system, "thinking_mode": args.thinking}
-    return with_own_frames(frames, {
-        **chosen,
-        **query,
-        "media_kwargs": {**frames, **media_kwargs},
-        "generate_kwargs": {**sampling, **options, **(query.get("generate_kwargs") or {})},
-    })  # fmt: skip
+    return with_own_frames(
+        frames,
+        {
+            **chosen,
+            **query,
+            "media_kwargs": {**frames, **media_kwargs},
+            "generate_kwargs": {**sampling, **options, **(query.get("generate_kwargs") or {})},
+        },
+    )
 
 
 def frames_from(args, query: dict, said: dict, own) -> dict:
@@ -196,7 +264,9 @@ def frames_from(args, query: dict, said: dict, own) -> dict:
     frames = within(args.frames, low, high)
     if args.fps is not None:
         return {"video_fps": args.fps, "min_frames": min(frames, own.min_frames), "max_frames": frames}
-    most = max(frames * max(1, count_videos(query)), own.max_frames)  # max_frames bounds the frames of all videos together
+    most = max(
+        frames * max(1, count_videos(query)), own.max_frames
+    )  # max_frames bounds the frames of all videos together
     return {"num_frames": frames, "min_frames": min(frames, own.min_frames), "max_frames": most}
 
 
@@ -218,12 +288,17 @@ def with_own_frames(ours: dict, query: dict) -> dict:
         query["videos"] = [freed(one) for one in videos] if isinstance(videos, list) else freed(videos)
     if isinstance(query.get("messages"), list):
         query["messages"] = [
-            {**message, "content": [
-                {**part, "video": freed(part["video"])} if isinstance(part, dict) and "video" in part else part
-                for part in message["content"]
-            ]} if isinstance(message.get("content"), list) else message
+            {
+                **message,
+                "content": [
+                    {**part, "video": freed(part["video"])} if isinstance(part, dict) and "video" in part else part
+                    for part in message["content"]
+                ],
+            }
+            if isinstance(message.get("content"), list)
+            else message
             for message in query["messages"]
-        ]  # fmt: skip
+        ]
     return query
 
 
@@ -245,7 +320,12 @@ def option_of(name: str) -> str:
 def count_videos(query: dict) -> int:
     """At most so many videos does a query have; those that it names twice are counted twice."""
     videos = query.get("videos")
-    parts = [part for message in query.get("messages") or () if isinstance(message.get("content"), list) for part in message["content"]]
+    parts = [
+        part
+        for message in query.get("messages") or ()
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    ]
     given = len(videos) if isinstance(videos, list) else videos is not None
     return given + sum(isinstance(part, dict) and "video" in part for part in parts)
 
@@ -261,11 +341,15 @@ def told_apart(medium, allow_http: bool, folder=None) -> tuple:
     tell is kept as its bytes. Raises for what can be neither."""
     kind = "video" if isinstance(medium, list) else None
     if isinstance(medium, dict):
-        kind = next((kind for kind, keys in SOURCE_KEYS.items() if any(key in medium for key in keys if kind in key)), None)
+        kind = next(
+            (kind for kind, keys in SOURCE_KEYS.items() if any(key in medium for key in keys if kind in key)), None
+        )
         if kind is None and kind_of(medium.get("type")) in SOURCE_KEYS:
             kind = kind_of(medium["type"])
     if kind is None and not isinstance(medium, str):
-        raise ValueError(f"media holds {shorten(medium)}; expected a path, a URL, or a dict with 'image' or 'video', or a type of that name")
+        raise ValueError(
+            f"media holds {shorten(medium)}; expected a path, a URL, or a dict with 'image' or 'video', or a type of that name"
+        )
     if folder is not None:
         medium = locate(kind or "video", medium, folder)
     check_http(read_medium(kind or "video", medium)[0], allow_http)
@@ -275,13 +359,15 @@ def told_apart(medium, allow_http: bool, folder=None) -> tuple:
         from moss_vl.image_processing_moss_vl import open_source
         from moss_vl.video_reading import DOWNLOAD_SECONDS, MAX_VIDEO_BYTES
 
-        source, _ = open_source(medium, what="medium", allow_http=allow_http, max_bytes=MAX_VIDEO_BYTES, timeout=DOWNLOAD_SECONDS)
+        source, _ = open_source(
+            medium, what="medium", allow_http=allow_http, max_bytes=MAX_VIDEO_BYTES, timeout=DOWNLOAD_SECONDS
+        )
         return media_kind(source, shorten(medium), mimetypes.guess_type(medium)[0]), source
     return media_kind(medium), medium
 
 
 def media_kind(source, name=None, mime=None) -> str:
-    """"image" for what Pillow opens, animated GIFs apart, and for what is damaged but called an image; else "video". `source`: a path, or a
+    """ "image" for what Pillow opens, animated GIFs apart, and for what is damaged but called an image; else "video". `source`: a path, or a
     binary file with its `name` and, if that is known, its `mime` type. Raises for what can be neither."""
     from PIL import Image
 
@@ -292,7 +378,9 @@ def media_kind(source, name=None, mime=None) -> str:
         if not os.path.exists(source):
             raise FileNotFoundError(f"no such file: {name}")
         if not os.path.isfile(source) or os.path.getsize(source) == 0:
-            raise ValueError(f"{name} is {'empty' if os.path.isfile(source) else 'not a file'}; expected an image or a video")
+            raise ValueError(
+                f"{name} is {'empty' if os.path.isfile(source) else 'not a file'}; expected an image or a video"
+            )
     try:
         with Image.open(source) as image:
             return "video" if image.format == "GIF" and image.is_animated else "image"
@@ -309,7 +397,7 @@ def check_http(source, allow_http: bool) -> None:
             raise ValueError(f"{shorten(one)} would be downloaded; give --allow-http to allow that")
 
 
-# ---------------------------------------------------------------------------------------------------------------- answering
+# answering
 
 
 def load(args):
@@ -333,7 +421,9 @@ def load(args):
         options["attn_implementation"] = args.attn
     try:
         processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=args.dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.checkpoint, trust_remote_code=True, dtype=args.dtype, **options
+        )
     except OSError as error:
         check_caches(error, downloads=not os.path.exists(args.checkpoint))
         raise
@@ -373,7 +463,9 @@ def answer_one(args) -> int:
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-    query["generate_kwargs"]["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    query["generate_kwargs"]["streamer"] = TextStreamer(
+        processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+    )
     answer(processor, model, query, args.seed)
     return 0
 
@@ -469,7 +561,9 @@ def finished(out: Path, lines: list) -> tuple[int, int]:
         except (ValueError, KeyError, TypeError):
             belongs = False
         if not belongs:
-            raise ValueError(f"{out}, line {index + 1}, is no result of these queries; name another --out or move the file away")
+            raise ValueError(
+                f"{out}, line {index + 1}, is no result of these queries; name another --out or move the file away"
+            )
         failed += "error" in result
     if whole < len(data):
         os.truncate(out, whole)
@@ -500,7 +594,10 @@ def with_media(query: dict, args) -> dict:
     for name in ("media_kwargs", "generate_kwargs"):
         if not isinstance(query.get(name, {}), dict):
             raise ValueError(f"{name} must be an object, got {shorten(query[name])}")
-    folder, allow_http = args.batch.parent, args.allow_http or bool((query.get("media_kwargs") or {}).get("allow_http"))
+    folder, allow_http = (
+        args.batch.parent,
+        args.allow_http or bool((query.get("media_kwargs") or {}).get("allow_http")),
+    )
     if "conversations" in query:
         if clash := [name for name in ("messages", "prompt", "media") if query.get(name, "") != ""]:
             raise ValueError(f"a query has conversations or {clash[0]}, got both")
@@ -517,19 +614,25 @@ def with_media(query: dict, args) -> dict:
 
     for kind in SOURCE_KEYS:
         if (media := query.get(f"{kind}s")) is not None:
-            query[f"{kind}s"] = [located(kind, one) for one in media] if isinstance(media, list) else located(kind, media)
+            query[f"{kind}s"] = (
+                [located(kind, one) for one in media] if isinstance(media, list) else located(kind, media)
+            )
     if "media" in query:
         if clash := [name for name in ("messages", "images", "videos") if name in query]:
             raise ValueError(f"a query has media or {clash[0]}, got both")
         media = query.pop("media")
-        query["messages"] = user_turn(media if isinstance(media, list) else [media], query.pop("prompt", None), allow_http, folder)
+        query["messages"] = user_turn(
+            media if isinstance(media, list) else [media], query.pop("prompt", None), allow_http, folder
+        )
     elif "messages" in query:
         messages = read_messages(query["messages"], "messages")
         while messages and messages[-1]["role"] == "assistant":  # the answer, in a training record
             messages.pop()
         if not messages:
             raise ValueError("the messages are the assistant's alone; expected a question before the answer")
-        for part in [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]:
+        for part in [
+            part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
+        ]:
             kind = part["type"]
             if kind != "text" and kind in part:
                 part[kind] = located(kind, part[kind])
@@ -546,7 +649,9 @@ def turns_of(name: str, given) -> list:
     for turn in given:
         if turn.get("from") is not None:
             if clash := [key for key in ("role", "content") if turn.get(key) is not None]:
-                raise ValueError(f"{name}: a turn has from and value or role and content, got from and {clash[0]} in {shorten(turn)}")
+                raise ValueError(
+                    f"{name}: a turn has from and value or role and content, got from and {clash[0]} in {shorten(turn)}"
+                )
             others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
             turn = {"role": turn["from"], "content": turn.get("value"), **others}
         turns.append(dict(turn))

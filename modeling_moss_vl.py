@@ -71,7 +71,6 @@ CPU_PATCHES, GPU_PATCHES = 1 << 12, 1 << 16
 IGNORED = -100  # the label of a row that predicts nothing, as transformers' losses know it
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Vision encoder
 
 
@@ -124,12 +123,14 @@ def patch_statistics(of_media, grid: list[list[int]], sizes: list[int]) -> list:
     return list(torch.tensor(of_media, dtype=torch.float64).repeat_interleave(counts, dim=0).split(sizes))
 
 
-def with_separators(features: torch.Tensor, runs: list[FrameRun], merge: int, separator: Optional[torch.Tensor]) -> torch.Tensor:
+def with_separators(
+    features: torch.Tensor, runs: list[FrameRun], merge: int, separator: Optional[torch.Tensor]
+) -> torch.Tensor:
     """Features [tokens, D] of frames -> the same with the separator [D] behind each frame, where one is given."""
     if separator is None:
         return features
     pieces = []
-    for run, part in zip(runs, features.split([run.patches // merge**2 for run in runs])):
+    for run, part in zip(runs, features.split([run.patches // merge**2 for run in runs]), strict=True):
         part = part.unflatten(0, (run.frames, -1))  # [frames, tokens, D]
         pieces.append(torch.cat([part, separator.to(part).expand(run.frames, 1, -1)], dim=1).flatten(0, 1))
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
@@ -164,7 +165,9 @@ class MossVLVisionPatchEmbed(nn.Module):
         [P, hidden]. Levels are normalised here and not in the projection, which adapters may wrap."""
         if pixel_values.dtype == torch.uint8:
             device = next(self.proj.parameters()).device
-            pixel_values = normalise(pixel_values if device.type == "meta" else pixel_values.to(device), image_mean, image_std)
+            pixel_values = normalise(
+                pixel_values if device.type == "meta" else pixel_values.to(device), image_mean, image_std
+            )
         return self.proj(pixel_values)
 
 
@@ -179,7 +182,7 @@ class MossVLVisionMLP(nn.Module):
         if torch.is_grad_enabled():
             return self.linear_fc2(self.act_fn(self.linear_fc1(hidden_states)))
         out = torch.empty_like(hidden_states)  # rows by rows: the wide layer of a whole chunk is its largest tensor
-        for rows, out_rows in zip(hidden_states.split(MLP_ROWS), out.split(MLP_ROWS)):
+        for rows, out_rows in zip(hidden_states.split(MLP_ROWS), out.split(MLP_ROWS), strict=True):
             out_rows.copy_(self.linear_fc2(self.act_fn(self.linear_fc1(rows))))
         return out
 
@@ -199,9 +202,11 @@ class MossVLVisionAttention(nn.Module):
     def forward(self, hidden_states, runs, rotations, implementation):
         qkv = self.qkv(hidden_states)  # [P, 3 * hidden]
         outs = []
-        for run, part, (cos, sin) in zip(runs, qkv.split([run.patches for run in runs]), rotations):
+        for run, part, (cos, sin) in zip(runs, qkv.split([run.patches for run in runs]), rotations, strict=True):
             part = part.view(run.frames, -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            query, key = (rotate(one.float(), cos, sin).to(part.dtype) for one in part[:2])  # [frames, heads, rows * columns, d] each
+            query, key = (
+                rotate(one.float(), cos, sin).to(part.dtype) for one in part[:2]
+            )  # [frames, heads, rows * columns, d] each
             out, _ = attend(self, query, key, part[2], None, implementation)
             outs.append(out.reshape(run.patches, -1))
         return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
@@ -246,7 +251,7 @@ class MossVLVisionMerger(nn.Module):
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """[last, kept...], each [P, hidden] -> [P / m^2, out]"""
-        merged = torch.cat([norm(feature) for norm, feature in zip(self.norms, features)], dim=-1)
+        merged = torch.cat([norm(feature) for norm, feature in zip(self.norms, features, strict=True)], dim=-1)
         merged = self.linear_fc1(merged.view(-1, self.merged_size))
         return self.linear_fc2(self.act_fn(merged))
 
@@ -332,7 +337,9 @@ class MossVLPreTrainedModel(PreTrainedModel):
             logger.warning_once(f"{name} cannot be used here, sdpa is used instead. The reason: {error}")
             return check("sdpa", *args, **kwargs)
 
-    def set_attn_implementation(self, attn_implementation, *, cross_attention_implementation: Optional[str] = None, **kwargs):
+    def set_attn_implementation(
+        self, attn_implementation, *, cross_attention_implementation: Optional[str] = None, **kwargs
+    ):
         """Changes the attention functions of the whole model, or by a dict those of the parts that it names.
 
         Args:
@@ -343,7 +350,10 @@ class MossVLPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for names that are not allowed, before anything is changed.
         """
-        of_parts, check = isinstance(attn_implementation, dict), partial(self._check_and_adjust_attn_implementation, **kwargs)
+        of_parts, check = (
+            isinstance(attn_implementation, dict),
+            partial(self._check_and_adjust_attn_implementation, **kwargs),
+        )
         if of_parts:
             check_parts(self.config, attn_implementation)
             attn_implementation = {part: check(name) for part, name in attn_implementation.items() if name is not None}
@@ -381,9 +391,14 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         return self.patch_embed
 
     def forward(
-        self, pixel_values: torch.Tensor, grid_thw, vision_chunked_length: Optional[int] = None, image_mean=None, image_std=None,
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw,
+        vision_chunked_length: Optional[int] = None,
+        image_mean=None,
+        image_std=None,
         separator: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Encodes frames, `vision_chunked_length` at a time; attention never leaves a frame.
 
         Args:
@@ -403,7 +418,9 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         if vision_chunked_length is None:
             vision_chunked_length = max(1, sum(t for t, _, _ in grid)) if self.training else DEFAULT_VISION_CHUNK
         elif not isinstance(vision_chunked_length, int) or vision_chunked_length < 1:
-            raise ValueError(f"`vision_chunked_length` is {vision_chunked_length!r}; expected a positive number of frames.")
+            raise ValueError(
+                f"`vision_chunked_length` is {vision_chunked_length!r}; expected a positive number of frames."
+            )
         patches = None if torch.is_grad_enabled() else CPU_PATCHES if self.device.type == "cpu" else GPU_PATCHES
         chunks = chunk_runs(frame_runs(grid), vision_chunked_length, patches)
         sizes = [sum(run.patches for run in chunk) for chunk in chunks]
@@ -411,7 +428,7 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         places = {}  # of each size of frame
         parts = (
             with_separators(self._encode(part, chunk, *own, places), chunk, self.spatial_merge_size, separator)
-            for part, chunk, *own in zip(pixel_values.split(sizes), chunks, *statistics)
+            for part, chunk, *own in zip(pixel_values.split(sizes), chunks, *statistics, strict=True)
         )
         if len(chunks) == 1 or torch.is_grad_enabled():
             parts = list(parts)
@@ -419,15 +436,19 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         rows = sum(sizes) // self.spatial_merge_size**2 + (0 if separator is None else sum(t for t, _, _ in grid))
         return gather_rows(parts, rows)
 
-    def _encode(self, pixel_values: torch.Tensor, runs: list[FrameRun], image_mean, image_std, positions: dict) -> torch.Tensor:
+    def _encode(
+        self, pixel_values: torch.Tensor, runs: list[FrameRun], image_mean, image_std, positions: dict
+    ) -> torch.Tensor:
         """Features of a chunk [P / m^2, out]. `positions`: those worked out so far in this call, by the size of the frame."""
         hidden_states = self.patch_embed(pixel_values, image_mean, image_std)
         for run in runs:
             if run[1:] not in positions:
                 positions[run[1:]] = self._positions(run, hidden_states)
-        places, rotations = zip(*(positions[run[1:]] for run in runs))
+        places, rotations = zip(*(positions[run[1:]] for run in runs), strict=True)
         parts = hidden_states.split([run.patches for run in runs])
-        parts = [part.unflatten(0, (run.frames, -1)) + place for run, part, place in zip(runs, parts, places)]
+        parts = [
+            part.unflatten(0, (run.frames, -1)) + place for run, part, place in zip(runs, parts, places, strict=True)
+        ]
         hidden_states = torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else parts[0].flatten(0, 1)
         del parts
         implementation = usable_implementation(self.config._attn_implementation, hidden_states)
@@ -452,12 +473,13 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         y0, x0 = y.long(), x.long()
         y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
         dy, dx = (y - y0)[:, None], (x - x0)[:, None]
-        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).to(device, torch.float32)
+        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).to(
+            device, torch.float32
+        )
         weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
         return (corners * weights).sum(0).to(like.dtype), grid_rotation(rows, columns, self.head_dim)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Decoder
 
 
@@ -544,8 +566,16 @@ class MossVLCrossAttention(MossVLTextAttention):
     is_causal = False
 
     def forward(
-        self, hidden_states, vision_states, table, vision_table, call, implementation, cache=None, output_attentions=False,
-    ):  # fmt: skip
+        self,
+        hidden_states,
+        vision_states,
+        table,
+        vision_table,
+        call,
+        implementation,
+        cache=None,
+        output_attentions=False,
+    ):
         """hidden_states [B, T, D] read the packed vision sequence, each span of rows its own tokens.
 
         Args:
@@ -596,14 +626,16 @@ class MossVLCrossAttention(MossVLTextAttention):
         key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         for first in range(0, len(states), VISION_ROWS):
             part = slice(first, first + VISION_ROWS)
-            key[:, :, part], value[:, :, part] = self.keys_values(states[None, part], tuple(angles[part] for angles in table))
+            key[:, :, part], value[:, :, part] = self.keys_values(
+                states[None, part], tuple(angles[part] for angles in table)
+            )
         return key, value
 
     @staticmethod
     def _all_weights(weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor, heads: int) -> torch.Tensor:
         widest = max((span.tokens.stop - span.tokens.start for span in call.spans), default=0)
         out = like.new_zeros(like.shape[0] * like.shape[1], heads, widest)
-        for span, weight in zip(call.spans, weights):
+        for span, weight in zip(call.spans, weights, strict=True):
             out[span.rows, :, : weight.shape[-1]] = weight[0].transpose(0, 1)
         return out.unflatten(0, like.shape[:2]).transpose(1, 2)
 
@@ -638,13 +670,26 @@ class MossVLCrossAttentionLayer(MossVLLayer):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, hidden_states, vision_states, table, vision_table, call, implementation, layer_past=None,
+        self,
+        hidden_states,
+        vision_states,
+        table,
+        vision_table,
+        call,
+        implementation,
+        layer_past=None,
         output_attentions=False,
-    ):  # fmt: skip
+    ):
         attended, weights = self.cross_attn(
-            self.input_layernorm(hidden_states), vision_states, table, vision_table, call, implementation, layer_past,
+            self.input_layernorm(hidden_states),
+            vision_states,
+            table,
+            vision_table,
+            call,
+            implementation,
+            layer_past,
             output_attentions,
-        )  # fmt: skip
+        )
         sees = 1.0 if call.sees is None else call.sees.to(hidden_states)
         hidden_states = hidden_states + sees * self.cross_attn_attn_gate.tanh() * attended
         fed = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -740,15 +785,21 @@ class MossVLTextModel(MossVLPreTrainedModel):
             position_ids = position_ids.expand(3, *position_ids.shape)
         rope = config.rope_parameters
         angles = (config.head_dim, rope["rope_theta"], rope["mrope_section"], hidden_states.dtype)
-        table = tuple(part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles))  # [B, 1, T, d]
+        table = tuple(
+            part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles)
+        )  # [B, 1, T, d]
         vision_table = None
         if vision_states is not None:
-            vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))  # the encoder may have another dtype
+            vision_states = vision_states.to(
+                hidden_states.device, compute_dtype(hidden_states)
+            )  # the encoder may have another dtype
             vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
         implementation = crossing = self._implementation(config._attn_implementation, hidden_states, output_attentions)
         if config.cross_attention_implementation is not None:
             crossing = self._implementation(config.cross_attention_implementation, hidden_states, output_attentions)
-        self_mask, implementation = self_attention_mask(config, attention_mask, hidden_states, cache, implementation, text_index)
+        self_mask, implementation = self_attention_mask(
+            config, attention_mask, hidden_states, cache, implementation, text_index
+        )
 
         all_states, attentions, cross_attentions = [], [], []
         for layer in self.layers:
@@ -762,9 +813,15 @@ class MossVLTextModel(MossVLPreTrainedModel):
                     attentions.append(weights)
             elif vision_call is not None and (vision_call.spans or vision_call.writes):
                 hidden_states, weights = layer(
-                    hidden_states, vision_states, table, vision_table, vision_call, crossing,
-                    layer_past=cache, output_attentions=output_attentions,
-                )  # fmt: skip
+                    hidden_states,
+                    vision_states,
+                    table,
+                    vision_table,
+                    vision_call,
+                    crossing,
+                    layer_past=cache,
+                    output_attentions=output_attentions,
+                )
                 cross_attentions.append(weights)
         hidden_states = self.norm(hidden_states)
         return MossVLModelOutput(
@@ -778,8 +835,15 @@ class MossVLTextModel(MossVLPreTrainedModel):
     def _implementation(self, name: Optional[str], states: torch.Tensor, need_weights: bool) -> str:
         """`usable_implementation`, and sdpa for the versions of flash-attention that would leave out a dropout in training."""
         name = usable_implementation(name, states, need_weights)
-        if self.training and self.config.attention_dropout and name != "flash_attention_2" and attention_kind(name) == "flash":
-            logger.warning_once(f"{name} has no dropout, but `attention_dropout` is {self.config.attention_dropout}; sdpa is used in training.")
+        if (
+            self.training
+            and self.config.attention_dropout
+            and name != "flash_attention_2"
+            and attention_kind(name) == "flash"
+        ):
+            logger.warning_once(
+                f"{name} has no dropout, but `attention_dropout` is {self.config.attention_dropout}; sdpa is used in training."
+            )
             return "sdpa"
         return name
 
@@ -793,11 +857,12 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
         )
     cache = past_key_values if cache is None else cache
     if cache is not None and not hasattr(cache, "layers"):
-        raise ValueError(f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or StaticCache.")
+        raise ValueError(
+            f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or StaticCache."
+        )
     return cache
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The whole
 
 
@@ -826,8 +891,13 @@ class MossVLModel(MossVLPreTrainedModel):
         return self.language_model
 
     def get_image_features(
-        self, pixel_values, grid_thw, vision_chunked_length=None, image_mean=None, image_std=None,
-    ) -> BaseModelOutputWithPooling:  # fmt: skip
+        self,
+        pixel_values,
+        grid_thw,
+        vision_chunked_length=None,
+        image_mean=None,
+        image_std=None,
+    ) -> BaseModelOutputWithPooling:
         """Vision tokens [P / m^2, D] of all frames, before separators; see `MossVLVisionModel.forward`."""
         features = self.visual(pixel_values, grid_thw, vision_chunked_length, image_mean, image_std)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
@@ -840,9 +910,7 @@ class MossVLModel(MossVLPreTrainedModel):
         Returns:
             Text positions [3, B, T]; vision positions [3, B, longest V], 0 where a sample has fewer; rope_deltas [B].
         """
-        request = read_request(
-            self.config, None, 0, input_ids, attention_mask, None, grid_thw, media_nums_per_sample
-        )
+        request = read_request(self.config, None, 0, input_ids, attention_mask, None, grid_thw, media_nums_per_sample)
         position_ids, vision_position_ids, rope_deltas = self._place(request)
         lengths = [request.tokens_placed(sample) for sample in range(len(request.new))]
         per_sample = vision_position_ids.split(lengths, dim=1)
@@ -882,7 +950,9 @@ class MossVLModel(MossVLPreTrainedModel):
                     "`model.gradient_checkpointing_disable()`."
                 )
             if use_cache:
-                logger.warning_once("`use_cache=True` does not go with gradient checkpointing in training; no cache is returned.")
+                logger.warning_once(
+                    "`use_cache=True` does not go with gradient checkpointing in training; no cache is returned."
+                )
             use_cache = False
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
@@ -892,7 +962,9 @@ class MossVLModel(MossVLPreTrainedModel):
         if attention_mask is not None and attention_mask.ndim == 4:
             check_ready_mask(attention_mask, self.config.text_config.num_attention_heads, *text.shape[:2], cache)
         if grid_thw is not None and len(grid_thw) and pixel_values is None and image_features is None:
-            raise ValueError("`grid_thw` came without `pixel_values` or `image_features`; expected one of them, as the processor returns it.")
+            raise ValueError(
+                "`grid_thw` came without `pixel_values` or `image_features`; expected one of them, as the processor returns it."
+            )
         past_length, slots = cached_length(cache), static_length(cache)
         if slots is not None and past_length + text.shape[1] > slots:
             raise ValueError(
@@ -918,7 +990,9 @@ class MossVLModel(MossVLPreTrainedModel):
             image_std=image_std,
         )
         ready_mask = attention_mask is not None and attention_mask.ndim == 4
-        starts_text = None if position_ids is None or past_length else self._packed_texts(request, position_ids, ready_mask)
+        starts_text = (
+            None if position_ids is None or past_length else self._packed_texts(request, position_ids, ready_mask)
+        )
         if starts_text is not None and incremental:
             raise ValueError(
                 "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; expected "
@@ -928,11 +1002,17 @@ class MossVLModel(MossVLPreTrainedModel):
             use_cache = self.config.text_config.use_cache and not self.training and starts_text is None
         cache = DynamicCache() if use_cache and cache is None else cache
         walked, vision_position_ids, rope_deltas = self._place(request, starts_text, position_ids)
-        position_ids, rope_deltas, own_positions = self._text_positions(request, position_ids, walked, rope_deltas, starts_text, attention_mask)
+        position_ids, rope_deltas, own_positions = self._text_positions(
+            request, position_ids, walked, rope_deltas, starts_text, attention_mask
+        )
         text_index = None if starts_text is None else starts_text.cumsum(1)
         highest = position_ids if position_ids.ndim == 2 else position_ids.amax(0)
         state, call = plan_call(
-            request, highest.expand(request.is_token.shape), rope_deltas, own_positions, None if text_index is None else text_index.cpu().numpy()
+            request,
+            highest.expand(request.is_token.shape),
+            rope_deltas,
+            own_positions,
+            None if text_index is None else text_index.cpu().numpy(),
         )
 
         media, vision_states, waiting = request.media, None, request.state.waiting
@@ -946,7 +1026,9 @@ class MossVLModel(MossVLPreTrainedModel):
             if "pixel_values" in media:
                 vision_states = self._encode_media(request, None)
             else:
-                vision_states = self.visual(*self._blank_frame(request.is_token.device), separator=self.separator_token)
+                vision_states = self.visual(
+                    *self._blank_frame(request.is_token.device), separator=self.separator_token
+                )
             vision_position_ids = request.is_token.new_zeros(3, len(vision_states), dtype=torch.long)
             call = VisionCall(
                 spans=[Span(slice(0, request.is_token.numel()), slice(0, len(vision_states)))],
@@ -957,7 +1039,9 @@ class MossVLModel(MossVLPreTrainedModel):
             vision_layer = install_layers(cache, self.config.text_config)
         outputs = self.language_model(
             input_ids if inputs_embeds is None else None,  # looked up inside: only there are sharded weights whole
-            attention_mask=attention_mask if attention_mask is None or attention_mask.ndim == 4 or request.any_padded else None,
+            attention_mask=attention_mask
+            if attention_mask is None or attention_mask.ndim == 4 or request.any_padded
+            else None,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -966,10 +1050,14 @@ class MossVLModel(MossVLPreTrainedModel):
             vision_call=call,
             text_index=text_index,
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
-            output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_hidden_states=self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
         )
         if cache is not None:
-            vision_layer.state = replace(state, waiting=waiting, last_ids=None if input_ids is None else input_ids[:, -1].clone())
+            vision_layer.state = replace(
+                state, waiting=waiting, last_ids=None if input_ids is None else input_ids[:, -1].clone()
+            )
         outputs.rope_deltas, outputs.starts_text = rope_deltas, starts_text
         return outputs
 
@@ -978,7 +1066,9 @@ class MossVLModel(MossVLPreTrainedModel):
         media = request.media
         if "image_features" not in media:
             statistics = media.get("image_mean"), media.get("image_std")
-            return self.visual(media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token)
+            return self.visual(
+                media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token
+            )
         runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
         return with_separators(media["image_features"].to(request.is_token.device), runs, merge, self.separator_token)
 
@@ -1043,7 +1133,12 @@ class MossVLModel(MossVLPreTrainedModel):
         own_deltas = torch.where(is_token.any(1), highest + 1 - length, rope_deltas)
         return position_ids, torch.where(counts, rope_deltas, own_deltas), True
 
-    def _place(self, request: VisionRequest, starts_text: Optional[torch.Tensor] = None, position_ids: Optional[torch.Tensor] = None):
+    def _place(
+        self,
+        request: VisionRequest,
+        starts_text: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.Tensor] = None,
+    ):
         """Text positions [B, T], positions of the frames placed in this call [3, v], rope_deltas [B].
 
         Args:
@@ -1057,16 +1152,28 @@ class MossVLModel(MossVLPreTrainedModel):
             start = start - request.dropped
         if request.is_token.shape[1] == 1 and not any(request.pads):
             end = start + request.is_token[:, 0]
-            return start[:, None].masked_fill(~request.is_token, 0), start.new_zeros(3, 0), end - request.past_length - 1
+            return (
+                start[:, None].masked_fill(~request.is_token, 0),
+                start.new_zeros(3, 0),
+                end - request.past_length - 1,
+            )
         first = None
         if starts_text is not None:
-            first = (position_ids if position_ids.ndim == 2 else position_ids[0]).to(device).expand(request.is_token.shape)
-        text, origins, end = walk_text(request.is_token, request.is_frame, self._extents(request), start, starts_text, first)
+            first = (
+                (position_ids if position_ids.ndim == 2 else position_ids[0]).to(device).expand(request.is_token.shape)
+            )
+        text, origins, end = walk_text(
+            request.is_token, request.is_frame, self._extents(request), start, starts_text, first
+        )
         rope_deltas = end - request.past_length - request.is_token.shape[1]
         of_rows = origins.split([request.pads[sample] for sample in state.row_sample])
         first_rows = state.first_rows()
         for row, sample in enumerate(state.row_sample):
-            if row != first_rows[sample] and request.pads[sample] and not torch.equal(of_rows[row], of_rows[first_rows[sample]]):
+            if (
+                row != first_rows[sample]
+                and request.pads[sample]
+                and not torch.equal(of_rows[row], of_rows[first_rows[sample]])
+            ):
                 raise ValueError(
                     f"Text rows {first_rows[sample]} and {row} share the frames of sample {sample}, but place them differently; expected "
                     f"the same text. Give each conversation a cache of its own before new frames come."
@@ -1074,7 +1181,7 @@ class MossVLModel(MossVLPreTrainedModel):
         pieces = []
         for sample, row in enumerate(first_rows):
             runs = frame_runs((1, h, w) for h, w in request.frames_placed(sample))
-            for run, origin in zip(runs, of_rows[row].split([run.frames for run in runs])):
+            for run, origin in zip(runs, of_rows[row].split([run.frames for run in runs]), strict=True):
                 pieces.append(frame_positions(origin, run.rows, run.columns))
         vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
         return text, vision, rope_deltas
@@ -1092,13 +1199,16 @@ class MossVLModel(MossVLPreTrainedModel):
         new: list[Optional[torch.Tensor]] = [None] * len(request.new)
         if states is not None:
             per_sample = [
-                sum(t * ((h // m) * (w // m) + 1) for t, h, w in own) for own in split_by(request.grid, request.media_nums)
+                sum(t * ((h // m) * (w // m) + 1) for t, h, w in own)
+                for own in split_by(request.grid, request.media_nums)
             ]
-            new = [part if frames else None for part, frames in zip(states.split(per_sample), request.new)]
+            new = [
+                part if frames else None for part, frames in zip(states.split(per_sample), request.new, strict=True)
+            ]
             if not state.is_waiting() and all(request.tokens_placed(i) == n for i, n in enumerate(per_sample)):
                 return states, state.waiting
         placed, waiting = [], []
-        for sample, parts in enumerate(zip(state.waiting, new)):
+        for sample, parts in enumerate(zip(state.waiting, new, strict=True)):
             parts = [part for part in parts if part is not None]
             count = request.tokens_placed(sample)
             whole = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
@@ -1144,7 +1254,9 @@ def check_labels(labels: Optional[torch.Tensor], shape) -> None:
         )
 
 
-def row_targets(labels: torch.Tensor, attention_mask: Optional[torch.Tensor], starts_text: Optional[torch.Tensor]) -> torch.Tensor:
+def row_targets(
+    labels: torch.Tensor, attention_mask: Optional[torch.Tensor], starts_text: Optional[torch.Tensor]
+) -> torch.Tensor:
     """What each row of a call predicts, [B, T], -100 for nothing: the label of the next token that is no padding.
 
     Args:
@@ -1200,8 +1312,13 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         return self.model.language_model
 
     def get_image_features(
-        self, pixel_values, grid_thw, vision_chunked_length=None, image_mean=None, image_std=None,
-    ) -> BaseModelOutputWithPooling:  # fmt: skip
+        self,
+        pixel_values,
+        grid_thw,
+        vision_chunked_length=None,
+        image_mean=None,
+        image_std=None,
+    ) -> BaseModelOutputWithPooling:
         """See `MossVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, grid_thw, vision_chunked_length, image_mean, image_std)
 
@@ -1308,7 +1425,9 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
-                shift_labels=targets[:, kept.to(targets.device) if isinstance(kept, torch.Tensor) else kept].contiguous(),
+                shift_labels=targets[
+                    :, kept.to(targets.device) if isinstance(kept, torch.Tensor) else kept
+                ].contiguous(),
                 vocab_size=self.config.text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -1333,7 +1452,6 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`: transformers 5 does not
     # prefill in chunks if it sees `pixel_values`. Assistants get it under its public names.
 
@@ -1391,7 +1509,11 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         """
         new = input_ids
         if past_length:
-            only_new = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != input_ids.shape[1]
+            only_new = (
+                attention_mask is not None
+                and attention_mask.ndim == 2
+                and attention_mask.shape[1] != input_ids.shape[1]
+            )
             if only_new and not NEXT_LENGTH:
                 raise ValueError(
                     f"`input_ids` has {input_ids.shape[1]} tokens and `attention_mask` {attention_mask.shape[1]}; expected as many, those of "
@@ -1406,7 +1528,9 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         state = vision_state(cache, self.config.text_config)
         if state is not None and new is not input_ids and state.last_ids is not None:
             last = input_ids[:, past_length - 1].to(state.last_ids.device)
-            seen = True if attention_mask is None else attention_mask[:, past_length - 1].to(last.device).bool()  # what padding is says nothing
+            seen = (
+                True if attention_mask is None else attention_mask[:, past_length - 1].to(last.device).bool()
+            )  # what padding is says nothing
             if ((last != state.last_ids) & seen).any():
                 raise ValueError(
                     f"`input_ids` is not the conversation that the cache holds: token {past_length - 1} is {last.tolist()}, and the cache's "
@@ -1420,7 +1544,13 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         names = prompt.keys() - {"position_ids", "rows_per_sample"}
         # What the model wrote last is not in the cache yet, and stands before the new turn that a mask is about.
         request = read_request(
-            self.config, state, past_length, new, attention_mask, **{name: prompt[name] for name in names}, mask_at_end=past_length > 0
+            self.config,
+            state,
+            past_length,
+            new,
+            attention_mask,
+            **{name: prompt[name] for name in names},
+            mask_at_end=past_length > 0,
         )
         if past_length and request.mask is not None and not state.is_waiting():
             prompt = prompt | {"cross_attention_mask": whole_mask(request)}
@@ -1440,7 +1570,9 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             )
         return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
 
-    def _get_candidate_generator(self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs):
+    def _get_candidate_generator(
+        self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
+    ):
         """The assistant gets what belongs to the prompt under its public names, as far as it takes them, but for the frame mask: without
         it some candidates may be rejected, and none is wrong."""
         if generation_config.assistant_early_exit is not None:
@@ -1500,19 +1632,37 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             length = inputs_embeds.shape[1]
         else:
             new = cache_position.shape[0] if cache_position is not None else next_sequence_length
-            if new is None and past_length and input_ids.shape[1] >= (prompt_kwargs or {}).get("prompt_length", past_length + 1):
-                new = input_ids.shape[1] - past_length  # assisted generation on a kept cache hands over the whole conversation
+            if (
+                new is None
+                and past_length
+                and input_ids.shape[1] >= (prompt_kwargs or {}).get("prompt_length", past_length + 1)
+            ):
+                new = (
+                    input_ids.shape[1] - past_length
+                )  # assisted generation on a kept cache hands over the whole conversation
             kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = kwargs["input_ids"].shape[1]
-        for name in ("labels", "token_type_ids", "mm_token_type_ids", "tokenizer", "assistant_tokenizer"):  # of `generate`, not of forward
+        for name in (
+            "labels",
+            "token_type_ids",
+            "mm_token_type_ids",
+            "tokenizer",
+            "assistant_tokenizer",
+        ):  # of `generate`, not of forward
             kwargs.pop(name, None)
         prompt = {name: value for name, value in (prompt_kwargs or {}).items() if name != "media_as_given"}
         if past_length > prompt.pop("past_length", 0):  # a later chunk of the prompt: its media came with the first
-            prompt = {name: value for name, value in prompt.items() if name not in MEDIA_KWARGS or name == "cross_attention_mask"}
+            prompt = {
+                name: value
+                for name, value in prompt.items()
+                if name not in MEDIA_KWARGS or name == "cross_attention_mask"
+            }
         if past_length:
             prompt.pop("rows_per_sample", None)
         if "position_ids" in prompt and prompt["position_ids"].shape[-1] != length:
-            prompt["position_ids"] = counted_on(prompt["position_ids"], past_length + length)[..., past_length : past_length + length]
+            prompt["position_ids"] = counted_on(prompt["position_ids"], past_length + length)[
+                ..., past_length : past_length + length
+            ]
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, : past_length + length]
         return {
@@ -1531,13 +1681,19 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
         """
         pads = pads_of_samples(state, (new == self.config.image_token_id).sum(1).tolist())
         if "image_features" in prompt:
-            prompt = prompt | {"image_features": getattr(prompt["image_features"], "pooler_output", prompt["image_features"])}
-        media = {name: prompt[name] for name in ("pixel_values", "image_features", "image_mean", "image_std") if name in prompt}
+            prompt = prompt | {
+                "image_features": getattr(prompt["image_features"], "pooler_output", prompt["image_features"])
+            }
+        media = {
+            name: prompt[name]
+            for name in ("pixel_values", "image_features", "image_mean", "image_std")
+            if name in prompt
+        }
         statistics = (prompt.get(name) for name in ("pixel_values", "grid_thw"))
         grid = read_grid(*statistics, self.config.vision_config, prompt.get("image_mean"), prompt.get("image_std"))
         nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
         kept, kept_nums, first = [], [], 0
-        for sample, (asked, own) in enumerate(zip(pads, split_by(grid, nums))):
+        for sample, (asked, own) in enumerate(zip(pads, split_by(grid, nums), strict=True)):
             known, frames = len(state.grids[sample]), sum(t for t, _, _ in own)
             wanted = max(0, asked - (known - state.placed[sample]))
             if wanted and frames not in (wanted, known + wanted):
@@ -1556,8 +1712,12 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             return {**prompt, "media_nums_per_sample": kept_nums}
         mask = prompt.get("cross_attention_mask")
         if not kept and mask is not None and mask.shape[2] <= new.shape[1]:
-            prompt = {name: value for name, value in prompt.items() if name != "cross_attention_mask"}  # of the new turn, without frames
-        prompt = {name: value for name, value in prompt.items() if name not in {*media, "grid_thw", "media_nums_per_sample"}}
+            prompt = {
+                name: value for name, value in prompt.items() if name != "cross_attention_mask"
+            }  # of the new turn, without frames
+        prompt = {
+            name: value for name, value in prompt.items() if name not in {*media, "grid_thw", "media_nums_per_sample"}
+        }
         if not kept:
             return prompt
         media = take_media(media, grid, kept, self.config.vision_config.spatial_merge_size)
@@ -1572,7 +1732,9 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
             model_kwargs["prompt_kwargs"] = {name: value for name, value in prompt.items() if name == "prompt_length"}
         elif "position_ids" in prompt:
             positions = prompt["position_ids"]
-            model_kwargs["prompt_kwargs"] = prompt | {"position_ids": counted_on(positions, positions.shape[-1] + num_new_tokens)}
+            model_kwargs["prompt_kwargs"] = prompt | {
+                "position_ids": counted_on(positions, positions.shape[-1] + num_new_tokens)
+            }
         return model_kwargs
 
 
@@ -1589,7 +1751,15 @@ def grid_of(grid_thw, image_grid_thw):
     return image_grid_thw if grid_thw is None else grid_thw
 
 
-MEDIA_KWARGS = ("pixel_values", "image_mean", "image_std", "image_features", "grid_thw", "media_nums_per_sample", "cross_attention_mask")
+MEDIA_KWARGS = (
+    "pixel_values",
+    "image_mean",
+    "image_std",
+    "image_features",
+    "grid_thw",
+    "media_nums_per_sample",
+    "cross_attention_mask",
+)
 PROMPT_KWARGS = (*MEDIA_KWARGS, "image_grid_thw", "position_ids", "prompt_length", "rows_per_sample")
 # Whether `generate` tells how many tokens are new, and so takes those of a new turn alone; transformers 4 does not.
 NEXT_LENGTH = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
-# ---------------------------------------------------------------------------------------------------- checking arguments
+# checking arguments
 
 
 def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
@@ -42,7 +42,7 @@ def shorten(value, length: int = 100) -> str:
     return text[:length]
 
 
-# ----------------------------------------------------------------------------------------------------------------- the table
+# the table
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,22 @@ OPTIONS = (
     Option("add_special_tokens", ("text",), "whether the tokenizer adds its own"),
     Option("return_attention_mask", ("text",), "False leaves `attention_mask` out"),
     Option("return_token_type_ids", ("text",), "True adds `token_type_ids`, all 0"),
-    Option("return_mm_token_type_ids", ("text",), "True adds `mm_token_type_ids`: 0 text, 1 an image's frame token, 2 a video's"),
+    Option(
+        "return_mm_token_type_ids",
+        ("text",),
+        "True adds `mm_token_type_ids`: 0 text, 1 an image's frame token, 2 a video's",
+    ),
     Option("return_offsets_mapping", ("text",), "True adds `offset_mapping`, of the text with placeholders replaced"),
     # ---- the call
     Option("return_tensors", ("call",), "'pt', 'np' or None: lists"),
     Option("return_metadata", ("call",), "True adds `video_metadata`"),
     Option("do_normalize", ("call",), "False leaves pixels as uint8 levels, which the model normalises"),
     Option("return_cross_attention_mask", ("call",), "False leaves `cross_attention_mask` out"),
-    Option("grid_name", ("call",), "the name of the grids in the output: 'grid_thw', or 'image_grid_thw' as TRL's GRPO expects it"),
+    Option(
+        "grid_name",
+        ("call",),
+        "the name of the grids in the output: 'grid_thw', or 'image_grid_thw' as TRL's GRPO expects it",
+    ),
     # ---- images and videos
     Option("size", BOTH, "{'shortest_edge', 'longest_edge'}: least and most pixels", stored=True),
     Option("min_pixels", BOTH, "least pixels of a resized image or frame", ("shortest_edge",), own=True, stored=True),
@@ -102,21 +110,46 @@ OPTIONS = (
     # ---- images
     Option("multi_image_max_pixels", ("image",), "most pixels of all images of a sample", own=True, stored=True),
     # ---- videos
-    Option("video_max_pixels", ("video",), "most pixels of all frames of a sample; as a video's own, of its frames",
-           ("total_pixels",), own=True, stored=True),
+    Option(
+        "video_max_pixels",
+        ("video",),
+        "most pixels of all frames of a sample; as a video's own, of its frames",
+        ("total_pixels",),
+        own=True,
+        stored=True,
+    ),
     Option("video_fps", ("video",), "frames a second that are taken", ("fps",), own=True, stored=True),
-    Option("num_frames", ("video",), "how many frames are taken, in place of a rate", ("nframes",), own=True, stored=True),
+    Option(
+        "num_frames", ("video",), "how many frames are taken, in place of a rate", ("nframes",), own=True, stored=True
+    ),
     Option("min_frames", ("video",), "fewest frames of a video", own=True, stored=True),
-    Option("max_frames", ("video",), "most frames of a sample's videos; as a video's own, of that video", own=True, stored=True),
+    Option(
+        "max_frames",
+        ("video",),
+        "most frames of a sample's videos; as a video's own, of that video",
+        own=True,
+        stored=True,
+    ),
     Option("do_sample_frames", ("video",), "False takes every frame of the video", own=True),
-    Option("sample_fps", ("video",), "frames a second of a list of frames that were sampled before: all are taken", own=True),
+    Option(
+        "sample_fps",
+        ("video",),
+        "frames a second of a list of frames that were sampled before: all are taken",
+        own=True,
+    ),
     Option("video_start", ("video",), "second at which the part of the video that is looked at begins", own=True),
     Option("video_end", ("video",), "second at which it ends", own=True),
     Option("segments", ("video",), "[[start, end], [time], ...] in seconds, a placeholder each", own=True),
     Option("video_metadata", ("video",), "of decoded frames: {'fps': ...} or {'timestamps': [...]}", own=True),
-    Option("num_extract_threads", ("video",), "threads that read and resize frames", ("frame_extract_num_threads",), stored=True),
+    Option(
+        "num_extract_threads",
+        ("video",),
+        "threads that read and resize frames",
+        ("frame_extract_num_threads",),
+        stored=True,
+    ),
     Option("video_backend", ("video",), "'pyav' or 'decord'", ("video_load_backend",), stored=True),
-)  # fmt: skip
+)
 
 # Options of which a medium, or a level of settings, has one: the nearer level's choice replaces the other's as a whole.
 ALTERNATIVES = (
@@ -170,7 +203,11 @@ def canonical(name: str) -> str:
 
 def names_of(taker: str | None = None, **having: bool) -> tuple[str, ...]:
     """All names of the options of a taker (None: of any), other names included; with `own`, `stored` or `trusted` of those options only."""
-    chosen = [o for o in OPTIONS if (taker is None or taker in o.takers) and all(getattr(o, name) for name, on in having.items() if on)]
+    chosen = [
+        o
+        for o in OPTIONS
+        if (taker is None or taker in o.takers) and all(getattr(o, name) for name, on in having.items() if on)
+    ]
     return tuple(name for option in chosen for name in (option.name, *option.also))
 
 

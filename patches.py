@@ -7,7 +7,11 @@ import torch
 
 
 def patchify(
-    frames: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int = 1, out: torch.Tensor | None = None
+    frames: torch.Tensor,
+    patch_size: int,
+    merge_size: int,
+    temporal_patch_size: int = 1,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[n, 3, h, w] -> [P, 3 * t * p * p], frame by frame, merge block by merge block (model.md, section 3); written to `out`, which is
     contiguous, where it is given.
@@ -36,7 +40,10 @@ def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | 
     out = torch.empty(patches.shape, dtype=torch.float32, device=patches.device) if out is None else out
     out.copy_(patches)
     channels = out.view(len(out), 3, -1)
-    mean, std = (torch.as_tensor(x, dtype=torch.float64).mul(255).float().to(out.device)[..., None] for x in (image_mean, image_std))
+    mean, std = (
+        torch.as_tensor(x, dtype=torch.float64).mul(255).float().to(out.device)[..., None]
+        for x in (image_mean, image_std)
+    )
     channels.sub_(mean)
     channels.div_(std)
     return out
@@ -45,7 +52,9 @@ def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | 
 def join_patches(parts: list, raw: bool) -> dict:
     """Media one behind the other, each as (levels uint8 [P, values], mean, std): `pixel_values`, in float32, or where `raw` as levels
     with the `image_mean` and `image_std` of each medium. Empties `parts` on the way, so that each is let go once it is written."""
-    statistics = {"image_mean": [[*mean] for _, mean, _ in parts], "image_std": [[*std] for _, _, std in parts]} if raw else {}
+    statistics = (
+        {"image_mean": [[*mean] for _, mean, _ in parts], "image_std": [[*std] for _, _, std in parts]} if raw else {}
+    )
     if raw and len(parts) == 1:
         return {"pixel_values": parts.pop()[0], **statistics}
     sizes = [len(patches) for patches, *_ in parts]

@@ -28,7 +28,11 @@ class MossVLTextGenerationPipeline(TextGenerationPipeline):
         """The tokens of a text or chat. Raises ValueError where it has media."""
         for message in getattr(prompt_text, "messages", ()):  # of a chat
             content = message["content"]
-            types = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, (list, tuple)) else []
+            types = (
+                [part.get("type") for part in content if isinstance(part, dict)]
+                if isinstance(content, (list, tuple))
+                else []
+            )
             self._refuse(next((f"a content part of type {kind!r}" for kind in types if kind != "text"), None))
         inputs = super().preprocess(prompt_text, *args, **kwargs)
         text = self.tokenizer.decode(inputs["input_ids"][0])

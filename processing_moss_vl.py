@@ -59,22 +59,65 @@ MM_TYPES = {"image": 1, "video": 2}  # as transformers numbers them
 GRID_NAMES = ("grid_thw", "image_grid_thw")
 TEXT_KNOBS, CALL_KNOBS = names_of("text"), names_of("call")
 TEMPLATE_ARGUMENTS = (
-    "chat_template", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors",
-    "return_assistant_tokens_mask", "processor_kwargs",
-)  # fmt: skip
+    "chat_template",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+    "processor_kwargs",
+)
 NESTED_KWARGS = ("text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs")
 # What from_pretrained takes of all tokenizers, beside knobs and the arguments of the tokenizer's class.
 TOKENIZER_KEYS = {
-    "padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space",
-    "add_bos_token", "add_eos_token", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens", "bos_token",
-    "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "legacy", "from_slow", "gguf_file", "fix_mistral_regex",
-    "model_input_names", "tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "errors", "name_or_path",
-}  # fmt: skip
-OWN_SETTINGS = {"return_cross_attention_mask": True, "grid_name": "grid_thw"}  # of the processor itself, and their defaults
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+    "clean_up_tokenization_spaces",
+    "split_special_tokens",
+    "add_prefix_space",
+    "add_bos_token",
+    "add_eos_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+    "legacy",
+    "from_slow",
+    "gguf_file",
+    "fix_mistral_regex",
+    "model_input_names",
+    "tokenizer_object",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "errors",
+    "name_or_path",
+}
+OWN_SETTINGS = {
+    "return_cross_attention_mask": True,
+    "grid_name": "grid_thw",
+}  # of the processor itself, and their defaults
 PARTS = ("image_processor", "tokenizer", "video_processor")  # given ready, they take the place of the folder's
 NOT_FOR_TOKENIZER = {
-    *PARTS, "trust_remote_code", "code_revision", "use_fast", "backend", "chat_template", "return_unused_kwargs", "_commit_hash",
-}  # fmt: skip
+    *PARTS,
+    "trust_remote_code",
+    "code_revision",
+    "use_fast",
+    "backend",
+    "chat_template",
+    "return_unused_kwargs",
+    "_commit_hash",
+}
 
 
 class ProcessedBatch(BatchFeature):
@@ -150,9 +193,14 @@ class MossVLProcessor(ProcessorMixin):
     time_start_token, time_end_token = "<|time_start|>", "<|time_end|>"
 
     def __init__(
-        self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, return_cross_attention_mask=True,
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        chat_template=None,
+        return_cross_attention_mask=True,
         grid_name="grid_thw",
-    ):  # fmt: skip
+    ):
         self.return_cross_attention_mask = flag("return_cross_attention_mask", return_cross_attention_mask)
         self.grid_name = _grid_name(grid_name)
         if chat_template is None:
@@ -191,9 +239,11 @@ class MossVLProcessor(ProcessorMixin):
         mask = ["cross_attention_mask"] if self.return_cross_attention_mask else []
         return ["input_ids", "attention_mask", "pixel_values", self.grid_name, "media_nums_per_sample", *mask]
 
-    # ------------------------------------------------------------------------------------------------------------- the call
+    # the call
 
-    def __call__(self, text=None, images=None, videos=None, labels_spans=None, ignore_index=-100, encoder=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, text=None, images=None, videos=None, labels_spans=None, ignore_index=-100, encoder=None, **kwargs
+    ) -> BatchFeature:
         """Tokens, patches and the frame mask of a batch (processing.md, section 2).
 
         Args:
@@ -218,11 +268,15 @@ class MossVLProcessor(ProcessorMixin):
         """
         text_knobs, image_knobs, video_knobs, call = self._sort_knobs(kwargs)
         call = {"return_cross_attention_mask": None, "grid_name": self.grid_name, **call}
-        output = BatchFeature if call["return_cross_attention_mask"] else ProcessedBatch  # a mask that is asked for stays
+        output = (
+            BatchFeature if call["return_cross_attention_mask"] else ProcessedBatch
+        )  # a mask that is asked for stays
         grid_name = _grid_name(call["grid_name"])
         return_tensors, raw = check_return_tensors(call.get("return_tensors")), wants_levels(call.get("do_normalize"))
         if encoder is not None and return_tensors != "pt":
-            raise ValueError(f"an encoder gives tensors, and return_tensors is {return_tensors!r}; pass return_tensors='pt'")
+            raise ValueError(
+                f"an encoder gives tensors, and return_tensors is {return_tensors!r}; pass return_tensors='pt'"
+            )
         samples = self._read_samples(text, labels_spans)
         self._deal_media(samples, images, videos, video_knobs.pop("video_metadata", None))
         rates = _deal_rates(samples, video_knobs)
@@ -233,10 +287,16 @@ class MossVLProcessor(ProcessorMixin):
         for sample in samples:
             self._extract(sample, image_knobs, video_knobs, encoder)
 
-        data = self._tokenise(samples, text_knobs, ignore_index, return_tensors is not None, call["return_cross_attention_mask"])
+        data = self._tokenise(
+            samples, text_knobs, ignore_index, return_tensors is not None, call["return_cross_attention_mask"]
+        )
         data |= self._pixels(samples, image, raw, encoder)
         if return_tensors is not None:
-            ids = {name: rows for name, rows in data.items() if isinstance(rows, list) and name not in ("image_mean", "image_std")}
+            ids = {
+                name: rows
+                for name, rows in data.items()
+                if isinstance(rows, list) and name not in ("image_mean", "image_std")
+            }
             data.update({name: torch.tensor(rows, dtype=torch.long) for name, rows in ids.items()})
         data = {grid_name if name == "grid_thw" else name: to_format(x, return_tensors) for name, x in data.items()}
         data["media_nums_per_sample"] = [max(1, len(sample.media)) for sample in samples]
@@ -284,21 +344,25 @@ class MossVLProcessor(ProcessorMixin):
             raise ValueError(f"text must be a string or a list of strings with at least one, got {text!r:.200}")
         samples = [Sample(t, [(m.start(), m.end(), m[1]) for m in PLACEHOLDER.finditer(t)]) for t in texts]
         if labels_spans is not None:
-            for sample, spans in zip(samples, _spans_per_sample(labels_spans, len(samples))):
+            for sample, spans in zip(samples, _spans_per_sample(labels_spans, len(samples)), strict=True):
                 sample.spans = _check_spans(spans, len(sample.text))
         return samples
 
     def _deal_media(self, samples: list[Sample], images, videos, video_metadata) -> None:
         """Gives each sample its media, in order of appearance. ValueError where a count does not match."""
-        for sample, own in zip(samples, _deal("image", images, None, [s.count("image") for s in samples])):
+        for sample, own in zip(
+            samples, _deal("image", images, None, [s.count("image") for s in samples]), strict=True
+        ):
             sample.images = [image for image, _ in own]
-        for sample, own in zip(samples, _deal("video", videos, video_metadata, [s.count("video") for s in samples])):
+        for sample, own in zip(
+            samples, _deal("video", videos, video_metadata, [s.count("video") for s in samples]), strict=True
+        ):
             sample.videos = [video for video, _ in own]
             sample.video_metadata = None if video_metadata is None else [metadata for _, metadata in own]
 
     def _look(self, samples: list[Sample], image_knobs: dict, video_knobs: dict, rates: list[dict]) -> None:
         """Opens all media and checks them, before the first is decoded. `rates`: per sample, what is not the same for all videos."""
-        for sample, rate in zip(samples, rates):
+        for sample, rate in zip(samples, rates, strict=True):
             if sample.images:
                 sample.images = self.image_processor.see(sample.images, **image_knobs)
             if sample.videos:
@@ -315,7 +379,9 @@ class MossVLProcessor(ProcessorMixin):
             use = self.video_processor.resolve(video_knobs)
             for clip in self.video_processor.extract(sample.videos, encoder=encoder):
                 text = self._video_text(clip.timestamps)
-                media["video"].append(Medium(clip.patches, clip.grid, text, use.image_mean, use.image_std, clip.metadata, clip.features))
+                media["video"].append(
+                    Medium(clip.patches, clip.grid, text, use.image_mean, use.image_std, clip.metadata, clip.features)
+                )
         sample.images, sample.videos = [], []
         queues = {kind: iter(found) for kind, found in media.items()}
         sample.media = [next(queues[kind]) for _, _, kind in sample.places]
@@ -324,14 +390,16 @@ class MossVLProcessor(ProcessorMixin):
         frames = (f"{self.time_start_token}{t:.1f} seconds{self.time_end_token}{self.image_token}" for t in times)
         return self.vision_start_token + "".join(frames) + self.vision_end_token
 
-    # ------------------------------------------------------------------------------------------------------------- the text
+    # the text
 
     def _check_text_knobs(self, knobs: dict, with_spans: bool) -> None:
         padding, truncation = _strategy(knobs.get("padding")), _strategy(knobs.get("truncation"))
         if padding not in (False, True, "longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding must be True, False, 'longest', 'max_length' or 'do_not_pad', got {padding!r}")
         if truncation not in (False, True, "longest_first", "only_first", "do_not_truncate"):
-            raise ValueError(f"truncation must be True, False, 'longest_first', 'only_first' or 'do_not_truncate', got {truncation!r}")
+            raise ValueError(
+                f"truncation must be True, False, 'longest_first', 'only_first' or 'do_not_truncate', got {truncation!r}"
+            )
         if knobs.get("padding_side", "right") not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {knobs['padding_side']!r}")
         for name in TEXT_KNOBS:
@@ -340,7 +408,9 @@ class MossVLProcessor(ProcessorMixin):
         for name in ("max_length", "pad_to_multiple_of"):
             if name in knobs and not (isinstance(knobs[name], (int, np.integer)) and knobs[name] > 0):
                 raise ValueError(f"{name} must be a positive whole number, got {knobs[name]!r}")
-        if padding in (False, "do_not_pad") and (idle := [name for name in ("padding_side", "pad_to_multiple_of") if name in knobs]):
+        if padding in (False, "do_not_pad") and (
+            idle := [name for name in ("padding_side", "pad_to_multiple_of") if name in knobs]
+        ):
             raise ValueError(f"{', '.join(idle)}: no effect without padding; pass padding=True, or leave it out")
         if padding not in (False, "do_not_pad") and self.tokenizer.pad_token_id is None:
             raise ValueError("padding needs a tokenizer with a pad_token; set tokenizer.pad_token")
@@ -349,7 +419,9 @@ class MossVLProcessor(ProcessorMixin):
         if (with_spans or knobs.get("return_offsets_mapping")) and not self.tokenizer.is_fast:
             raise ValueError(f"character offsets need a fast tokenizer, got {type(self.tokenizer).__name__}")
 
-    def _tokenise(self, samples: list[Sample], knobs: dict, ignore_index: int, rectangular: bool, masked: bool | None) -> dict:
+    def _tokenise(
+        self, samples: list[Sample], knobs: dict, ignore_index: int, rectangular: bool, masked: bool | None
+    ) -> dict:
         """Per-token rows of the batch, cut and padded, as lists; and the frame mask.
 
         `masked`: whether the call wants the mask; None leaves that to the processor's setting.
@@ -370,16 +442,20 @@ class MossVLProcessor(ProcessorMixin):
         )
         rows = {name: list(values) for name, values in encoded.items()}
         if knobs.get("return_mm_token_type_ids"):
-            rows["mm_token_type_ids"] = [self._mm_types(sample, ids) for sample, ids in zip(samples, rows["input_ids"])]
+            rows["mm_token_type_ids"] = [
+                self._mm_types(sample, ids) for sample, ids in zip(samples, rows["input_ids"], strict=True)
+            ]
         if with_spans:
             rows["labels"] = [
                 self._labels(ids, offsets, [(move(start), move(end)) for start, end in sample.spans], ignore_index)
-                for sample, (_, move), ids, offsets in zip(samples, expanded, rows["input_ids"], rows["offset_mapping"])
+                for sample, (_, move), ids, offsets in zip(
+                    samples, expanded, rows["input_ids"], rows["offset_mapping"], strict=True
+                )
             ]
             if not knobs.get("return_offsets_mapping"):
                 del rows["offset_mapping"]
         rows = self._cut(rows, knobs)
-        for index, (sample, ids) in enumerate(zip(samples, rows["input_ids"])):
+        for index, (sample, ids) in enumerate(zip(samples, rows["input_ids"], strict=True)):
             found = ids.count(self.image_token_id)
             if found != sample.frames:
                 raise ValueError(
@@ -391,8 +467,12 @@ class MossVLProcessor(ProcessorMixin):
         lengths = {len(ids) for ids in rows["input_ids"]}
         if len(lengths) > 1 and (rectangular or masked):
             what = "tensor" if rectangular else "cross_attention_mask"
-            raise ValueError(f"texts of {min(lengths)} to {max(lengths)} tokens do not make one {what}; pass padding=True")
-        if len(lengths) == 1 and (self.return_cross_attention_mask if masked is None else flag("return_cross_attention_mask", masked)):
+            raise ValueError(
+                f"texts of {min(lengths)} to {max(lengths)} tokens do not make one {what}; pass padding=True"
+            )
+        if len(lengths) == 1 and (
+            self.return_cross_attention_mask if masked is None else flag("return_cross_attention_mask", masked)
+        ):
             frames = max(1, *(sample.frames for sample in samples))
             rows = {**rows, "cross_attention_mask": self._frame_mask(rows, frames)}
         if knobs.get("return_attention_mask") is False:
@@ -401,12 +481,21 @@ class MossVLProcessor(ProcessorMixin):
 
     def _mm_types(self, sample: Sample, ids: list[int]) -> list[int]:
         """Per token 0, or what its frame belongs to: 1 an image, 2 a video."""
-        kinds = iter([MM_TYPES[kind] for (_, _, kind), medium in zip(sample.places, sample.media) for _ in range(medium.grid[0])])
+        kinds = iter(
+            [
+                MM_TYPES[kind]
+                for (_, _, kind), medium in zip(sample.places, sample.media, strict=True)
+                for _ in range(medium.grid[0])
+            ]
+        )
         return [next(kinds, 0) if token == self.image_token_id else 0 for token in ids]
 
     def _labels(self, ids: list[int], offsets: list, spans: list[tuple[int, int]], ignore_index: int) -> list[int]:
         """The tokens that overlap a span, without `image_pad` and all from `vision_start` to `vision_end`; else `ignore_index`."""
-        tokens, ends = np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)  # [T], [T, (start, end)]
+        tokens, ends = (
+            np.array(ids, dtype=np.int64),
+            np.array(offsets, dtype=np.int64).reshape(-1, 2),
+        )  # [T], [T, (start, end)]
         learned = np.zeros(len(tokens), dtype=bool)
         for start, end in spans:
             learned |= (ends[:, 0] < end) & (ends[:, 1] > start)
@@ -449,12 +538,12 @@ class MossVLProcessor(ProcessorMixin):
         """bool [B, 1, T, F], True = hidden: a row sees as many frames as `image_pad` tokens stand at or before it, padding none."""
         length = max(len(ids) for ids in rows["input_ids"])
         seen = torch.zeros(len(rows["input_ids"]), length, dtype=torch.long)
-        for row, ids, attention in zip(seen, rows["input_ids"], rows["attention_mask"]):
+        for row, ids, attention in zip(seen, rows["input_ids"], rows["attention_mask"], strict=True):
             tokens = torch.tensor(ids, dtype=torch.long)
             row[: len(ids)] = (tokens == self.image_token_id).cumsum(0) * torch.tensor(attention, dtype=torch.long)
         return (torch.arange(frames) >= seen[:, :, None])[:, None]
 
-    # ----------------------------------------------------------------------------------------------------------- the pixels
+    # the pixels
 
     def _pixels(self, samples: list[Sample], image, raw: bool, encoder) -> dict:
         """`pixel_values`, or with an encoder `image_features`, and `grid_thw` of all media; a sample without any gets a blank one of
@@ -463,9 +552,13 @@ class MossVLProcessor(ProcessorMixin):
         `image`: the knobs of the call, for the patch sizes of the blank; `raw`: as for `join_patches`. Empties the media on the way.
         """
         side = max(1, round(BLANK_PIXELS / (image.patch_size * image.merge_size))) * image.merge_size
-        widths = {medium.patches.shape[1] for sample in samples for medium in sample.media if medium.patches is not None}
+        widths = {
+            medium.patches.shape[1] for sample in samples for medium in sample.media if medium.patches is not None
+        }
         if len(widths) > 1:
-            raise ValueError(f"images and videos have patches of {sorted(widths)} values; give both the same patch sizes")
+            raise ValueError(
+                f"images and videos have patches of {sorted(widths)} values; give both the same patch sizes"
+            )
         width = widths.pop() if widths else 3 * image.temporal_patch_size * image.patch_size**2
         blank = torch.zeros(side * side, width, dtype=torch.uint8)
         parts, grids, features = [], [], []
@@ -476,7 +569,9 @@ class MossVLProcessor(ProcessorMixin):
                     parts.append((medium.patches, medium.image_mean, medium.image_std))
                 elif medium.features is None:
                     encoded = encoder(medium.patches, [medium.grid], medium.image_mean, medium.image_std)
-                    features.append(encoded if sample.media else torch.zeros_like(encoded))  # the model knows a blank medium by its zeros
+                    features.append(
+                        encoded if sample.media else torch.zeros_like(encoded)
+                    )  # the model knows a blank medium by its zeros
                 else:
                     features.append(medium.features)
                 medium.patches = medium.features = None
@@ -485,10 +580,16 @@ class MossVLProcessor(ProcessorMixin):
             return {"image_features": torch.cat(features) if len(features) > 1 else features[0], "grid_thw": grids}
         return {**join_patches(parts, raw), "grid_thw": grids}
 
-    # ------------------------------------------------------------------------------------------------------------ timestamps
+    # timestamps
 
     def _calculate_timestamps(
-        self, frames_indices, total_num_frames=None, video_fps=None, duration=None, merge_size=1, actual_timestamps=None
+        self,
+        frames_indices,
+        total_num_frames=None,
+        video_fps=None,
+        duration=None,
+        merge_size=1,
+        actual_timestamps=None,
     ) -> list[float]:
         """Seconds of the frames of a clip.
 
@@ -503,13 +604,15 @@ class MossVLProcessor(ProcessorMixin):
             if not video_fps and duration and total_num_frames:
                 video_fps = total_num_frames / duration
             if not video_fps or not video_fps > 0:
-                raise ValueError(f"video_fps must be above 0, or duration and total_num_frames be given; got video_fps={video_fps!r}")
+                raise ValueError(
+                    f"video_fps must be above 0, or duration and total_num_frames be given; got video_fps={video_fps!r}"
+                )
             times = [float(i) / video_fps for i in frames_indices]
         if duration:
             times = [min(t, float(duration)) for t in times]
         return _merge_times(times, merge_size)
 
-    # ---------------------------------------------------------------------------------------------------------- conversations
+    # conversations
 
     def apply_chat_template(
         self,
@@ -539,7 +642,11 @@ class MossVLProcessor(ProcessorMixin):
         padding goes to the left, where `generate` needs it, unless `padding_side` says otherwise. Nothing of the conversation is changed.
         """
         template = self._find_template(chat_template)
-        batched = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
+        batched = (
+            isinstance(conversation, (list, tuple))
+            and bool(conversation)
+            and isinstance(conversation[0], (list, tuple))
+        )
         conversations = [read_messages(messages) for messages in (conversation if batched else [conversation])]
         images, videos = ([media_of(messages, kind) for messages in conversations] for kind in ("image", "video"))
 
@@ -580,28 +687,35 @@ class MossVLProcessor(ProcessorMixin):
             _set_once(call, "labels_spans", [list(spans) for spans in answers], "return_assistant_tokens_mask")
             call["ignore_index"] = -1
         boxes = [call, *(call.get(name) or {} for name in ("text_kwargs", "common_kwargs"))]
-        said = {name: next((box[name] for box in boxes if box.get(name) is not None), None) for name in ("padding", "padding_side")}
+        said = {
+            name: next((box[name] for box in boxes if box.get(name) is not None), None)
+            for name in ("padding", "padding_side")
+        }
         padded = _strategy(said["padding"]) not in (False, "do_not_pad")
         if padded and (add_generation_prompt or continue_final_message) and said["padding_side"] is None:
             call["padding_side"] = "left"
         out = self(text=list(texts), return_tensors=return_tensors, **call)
         if return_assistant_tokens_mask:
             labels = out.data.pop("labels")
-            out["assistant_masks"] = [[int(x >= 0) for x in row] for row in labels] if isinstance(labels, list) else (labels >= 0) * 1
+            out["assistant_masks"] = (
+                [[int(x >= 0) for x in row] for row in labels] if isinstance(labels, list) else (labels >= 0) * 1
+            )
         return out if return_dict else out["input_ids"]
 
     def _find_template(self, name: str | None) -> str:
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(name or "default", name)
         if template is None:
-            raise ValueError("this processor has no chat template; pass chat_template=, or add chat_template.jinja to the checkpoint")
+            raise ValueError(
+                "this processor has no chat template; pass chat_template=, or add chat_template.jinja to the checkpoint"
+            )
         return template
 
     def _knob_names(self) -> set[str]:
         own = (*TEXT_KNOBS, *FIXED_TEXT, *CALL_KNOBS, *NESTED_KWARGS, *FIXED)
         return {*own, *self.image_processor.knobs, *self.video_processor.knobs}
 
-    # ------------------------------------------------------------------------------------------------------ loading and saving
+    # loading and saving
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -616,14 +730,20 @@ class MossVLProcessor(ProcessorMixin):
         hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS}
         image_knobs = {name: value for name, value in kwargs.items() if name in (*MossVLImageProcessor.knobs, *FIXED)}
         video_knobs = {name: value for name, value in kwargs.items() if name in (*MossVLVideoProcessor.knobs, *FIXED)}
-        others = {k: v for k, v in kwargs.items() if k not in {*hub, *image_knobs, *video_knobs, *NOT_FOR_TOKENIZER, *OWN_SETTINGS}}
+        others = {
+            k: v
+            for k, v in kwargs.items()
+            if k not in {*hub, *image_knobs, *video_knobs, *NOT_FOR_TOKENIZER, *OWN_SETTINGS}
+        }
         in_pipeline = hub.get("_from_pipeline") is not None
         if in_pipeline:
             others.setdefault("padding_side", "left")
 
         settings, _ = MossVLImageProcessor.get_image_processor_dict(path, **hub)
         named = settings.get("auto_map", {}).get("AutoImageProcessor", "").split(".")[-1]
-        image_class = IMAGE_CLASSES.get(named) or IMAGE_CLASSES.get(settings.get("image_processor_type"), MossVLImageProcessorFast)
+        image_class = IMAGE_CLASSES.get(named) or IMAGE_CLASSES.get(
+            settings.get("image_processor_type"), MossVLImageProcessorFast
+        )
         video_settings, _ = MossVLVideoProcessor.get_video_processor_dict(path, **hub)
         parts = [
             image_class.from_dict(settings, **image_knobs),
@@ -639,7 +759,9 @@ class MossVLProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Writes a folder that transformers 4.57 and 5 load, code included: settings, tokenizer, chat template, .py files."""
-        hub = {name: kwargs.pop(name) for name in list(kwargs) if name not in ("save_jinja_files", "legacy_serialization")}
+        hub = {
+            name: kwargs.pop(name) for name in list(kwargs) if name not in ("save_jinja_files", "legacy_serialization")
+        }
         files = super().save_pretrained(save_directory, **kwargs)
         for part in (self.image_processor, self.video_processor):
             files = [*files, *part.save_pretrained(save_directory)]
@@ -651,14 +773,16 @@ class MossVLProcessor(ProcessorMixin):
         return files
 
 
-# ------------------------------------------------------------------------------------------------- dealing media to samples
+# dealing media to samples
 
 
 def _is_one(kind: str, x) -> bool:
     """Whether `x` is one image or video rather than a list of them."""
     if kind == "image":
         return x is not None and not isinstance(x, (list, tuple)) and not (_is_array(x) and x.ndim == 4)
-    return x is not None and (is_pair(x) or is_frames(x) if isinstance(x, (list, tuple)) else not (_is_array(x) and x.ndim == 5))
+    return x is not None and (
+        is_pair(x) or is_frames(x) if isinstance(x, (list, tuple)) else not (_is_array(x) and x.ndim == 5)
+    )
 
 
 def _listed(media) -> list:
@@ -679,7 +803,9 @@ def _deal(kind: str, media, metadata, wanted: list[int]) -> list[list[tuple]]:
     by_sample = any(not _is_one(kind, x) for x in media)
     groups = [[x] if _is_one(kind, x) else [] if x is None else _listed(x) for x in media] if by_sample else [media]
     if by_sample and len(groups) != len(wanted):
-        raise ValueError(f"{kind}s come in {len(groups)} lists, but there are {len(wanted)} texts; give one list a text, or one flat list")
+        raise ValueError(
+            f"{kind}s come in {len(groups)} lists, but there are {len(wanted)} texts; give one list a text, or one flat list"
+        )
 
     flat = [x for group in groups for x in group]
     for x in flat:
@@ -692,14 +818,22 @@ def _deal(kind: str, media, metadata, wanted: list[int]) -> list[list[tuple]]:
     else:
         metadata = [metadata]
     if len(metadata) != len(flat):
-        raise ValueError(f"{len(flat)} videos are given, but {len(metadata)} video_metadata; expected one for each, None where there is none")
+        raise ValueError(
+            f"{len(flat)} videos are given, but {len(metadata)} video_metadata; expected one for each, None where there is none"
+        )
 
-    paired = iter(zip(flat, metadata))
+    paired = iter(zip(flat, metadata, strict=True))
     groups = [[next(paired) for _ in group] for group in groups]
-    for index, (group, want) in enumerate(zip(groups, wanted if by_sample else [sum(wanted)])):
+    for index, (group, want) in enumerate(zip(groups, wanted if by_sample else [sum(wanted)], strict=True)):
         have = sum(clips_of(kind, x) for x, _ in group)
         if have != want:
-            where = f"text {index} has" if by_sample else "the text has" if len(wanted) == 1 else f"the {len(wanted)} texts have"
+            where = (
+                f"text {index} has"
+                if by_sample
+                else "the text has"
+                if len(wanted) == 1
+                else f"the {len(wanted)} texts have"
+            )
             of = " or segments of them" if kind == "video" else ""
             raise ValueError(f"{where} {want} <|{kind}|> placeholders, but {have} {kind}s{of} are given")
     return groups if by_sample else [_take(kind, groups[0], want) for want in wanted]
@@ -712,7 +846,10 @@ def _deal_rates(samples: list[Sample], video_knobs: dict) -> list[dict]:
     if not isinstance(rates, (list, tuple, np.ndarray, torch.Tensor)):
         return [{}] * len(samples)
     del video_knobs["video_fps"]
-    rates, total = [float(rate) if rate is not None else None for rate in rates], sum(len(sample.videos) for sample in samples)
+    rates, total = (
+        [float(rate) if rate is not None else None for rate in rates],
+        sum(len(sample.videos) for sample in samples),
+    )
     if len(rates) != total:
         raise ValueError(f"video_fps has {len(rates)} entries for {total} videos; give one number, or one a video")
     queue = iter(rates)
@@ -733,13 +870,13 @@ def _take(kind: str, queue: list[tuple], want: int) -> list[tuple]:
     return taken
 
 
-# -------------------------------------------------------------------------------------------------- text, spans and times
+# text, spans and times
 
 
 def _expand(sample: Sample):
     """The text with its placeholders replaced, and a function that moves an offset of the original text along."""
     pieces, done, gained = [], 0, [0]  # gained: characters, after that many placeholders
-    for (start, end, _), medium in zip(sample.places, sample.media):
+    for (start, end, _), medium in zip(sample.places, sample.media, strict=True):
         pieces += [sample.text[done:start], medium.text]
         gained.append(gained[-1] + len(medium.text) - (end - start))
         done = end
@@ -761,12 +898,16 @@ def _spans_per_sample(labels_spans, samples: int) -> list:
     if samples == 1 and (not spans or _is_pair(spans[0])):
         return [spans]
     if len(spans) != samples:
-        raise ValueError(f"labels_spans has {len(spans)} entries, but there are {samples} texts; expected a list of [start, end] for each")
+        raise ValueError(
+            f"labels_spans has {len(spans)} entries, but there are {samples} texts; expected a list of [start, end] for each"
+        )
     return spans
 
 
 def _is_pair(x) -> bool:
-    return isinstance(x, (list, tuple, np.ndarray)) and len(x) == 2 and all(isinstance(i, (int, np.integer)) for i in x)
+    return (
+        isinstance(x, (list, tuple, np.ndarray)) and len(x) == 2 and all(isinstance(i, (int, np.integer)) for i in x)
+    )
 
 
 def _check_spans(spans, length: int) -> list[tuple[int, int]]:
@@ -795,10 +936,12 @@ def _set_once(names: dict, name: str, value, where: str) -> None:
     names[name] = names.get(name) if value is None else value
 
 
-# -------------------------------------------------------------------------------------------------------------- templates
+# templates
 
 
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # transformers' own tag, which plain Jinja does not know
+_GENERATION = re.compile(
+    r"\{%-?\s*(?:end)?generation\s*-?%\}"
+)  # transformers' own tag, which plain Jinja does not know
 
 
 def _check_variables(template: str, variables: dict, known, own: dict) -> None:
@@ -842,7 +985,7 @@ def _grid_name(name) -> str:
     return name
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizers
+# tokenizers
 
 
 def _load_tokenizer(path, hub: dict, kwargs: dict, strict: bool = True):
@@ -850,13 +993,17 @@ def _load_tokenizer(path, hub: dict, kwargs: dict, strict: bool = True):
     else left out."""
     config = get_tokenizer_config(path, **{name: value for name, value in hub.items() if not name.startswith("_")})
     name = (config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast")
-    tokenizer_class = getattr(transformers, name + "Fast", None) or getattr(transformers, name, transformers.Qwen2TokenizerFast)
+    tokenizer_class = getattr(transformers, name + "Fast", None) or getattr(
+        transformers, name, transformers.Qwen2TokenizerFast
+    )
     known = {*TOKENIZER_KEYS, *inspect.signature(tokenizer_class.__init__).parameters} - {"self", "args", "kwargs"}
     for name in [name for name in kwargs if name not in known] if strict else ():
         _refuse_keyword(name, known)
     kwargs = {name: value for name, value in kwargs.items() if name in known}
     extra = config.get("extra_special_tokens")
-    if isinstance(extra, list) and not hasattr(transformers, "TokenizersBackend"):  # 5.x writes a list, 4.57 wants a dict
+    if isinstance(extra, list) and not hasattr(
+        transformers, "TokenizersBackend"
+    ):  # 5.x writes a list, 4.57 wants a dict
         kwargs = {"extra_special_tokens": {}, "additional_special_tokens": extra, **kwargs}
     return tokenizer_class.from_pretrained(path, **hub, **kwargs)
 
@@ -869,7 +1016,9 @@ def _refuse_keyword(name: str, tokenizer_keys: set) -> None:
         raise ValueError(f"from_pretrained: {name} is no option of MOSS-VL: {REFUSED[name]}")
     settings = {*MossVLImageProcessor.settings, *MossVLVideoProcessor.settings, *OWN_SETTINGS, "chat_template"}
     near = nearest_name(name, {*settings, *tokenizer_keys, *HUB_KEYS})
-    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(settings))}, and arguments of the tokenizer"
+    hint = (
+        f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(settings))}, and arguments of the tokenizer"
+    )
     raise ValueError(f"from_pretrained: unknown keyword {name!r}; {hint}")
 
 

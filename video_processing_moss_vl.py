@@ -54,7 +54,7 @@ VIDEO_MAX_PIXELS = 201326592  # of all frames of a sample, by default
 GROUP = 8  # frames in a row that are encoded together, once all of them are there
 
 
-# ---------------------------------------------------------------------------------------------------------- which frames
+# which frames
 
 
 def frame_count(seconds: float, video_fps: float | None, num_frames: int | None, low: int, high: int) -> int:
@@ -111,11 +111,13 @@ def read_segment(segment, name: str) -> tuple[float, ...]:
     if len(times) not in (1, 2) or not all(map(math.isfinite, times)):
         raise ValueError(f"{name}: segment {segment!r}; expected [start, end] or [time], in seconds")
     if len(times) == 2 and times[0] >= times[1]:
-        raise ValueError(f"{name}: segment {segment!r} is {'empty' if times[0] == times[1] else 'reversed'}; expected start < end")
+        raise ValueError(
+            f"{name}: segment {segment!r} is {'empty' if times[0] == times[1] else 'reversed'}; expected start < end"
+        )
     return times
 
 
-# ------------------------------------------------------------------------------------------------------ what a caller gives
+# what a caller gives
 
 
 def flat_videos(videos) -> list:
@@ -139,7 +141,9 @@ def _check_idle(general: Mapping, own: Mapping, name: str) -> None:
         idle = [key for key in ("video_fps", "num_frames", "min_frames", "max_frames") if key in level]
         if level.get("do_sample_frames") is False and idle:
             idle = ", ".join(idle)
-            raise ValueError(f"{name}: do_sample_frames=False takes every frame, and leaves {idle} without effect; give one or the other")
+            raise ValueError(
+                f"{name}: do_sample_frames=False takes every frame, and leaves {idle} without effect; give one or the other"
+            )
         if {"video_fps", "num_frames", "do_sample_frames"} & level.keys():
             return
 
@@ -164,7 +168,9 @@ def _timing(general: Mapping, own: Mapping, metadata, name: str) -> tuple[dict, 
         metadata = {"fps": positive_number("sample_fps", rate)}
         _check_idle(general, own, name)
         if not {"video_fps", "num_frames", "do_sample_frames"} & level.keys():
-            level |= {"video_fps": rate} if {"min_frames", "max_frames"} & level.keys() else {"do_sample_frames": False}
+            level |= (
+                {"video_fps": rate} if {"min_frames", "max_frames"} & level.keys() else {"do_sample_frames": False}
+            )
         break
     else:
         _check_idle(general, own, name)
@@ -186,7 +192,9 @@ def _number(name: str, value) -> float:
 
 def _read_segments(segments, name: str) -> list[tuple[float, ...]]:
     if not isinstance(segments, (list, tuple, np.ndarray)) or len(segments) == 0:
-        raise ValueError(f"{name}: segments must be a list such as [[0.5, 3.0], [4.2]] (seconds), got {shorten(segments)}")
+        raise ValueError(
+            f"{name}: segments must be a list such as [[0.5, 3.0], [4.2]] (seconds), got {shorten(segments)}"
+        )
     return [read_segment(segment, name) for segment in segments]
 
 
@@ -213,7 +221,7 @@ def _per_video(metadata, count: int) -> list:
     return entries
 
 
-# ------------------------------------------------------------------------------------------------------------- the clips
+# the clips
 
 
 class ClipMetadata(dict):
@@ -422,7 +430,7 @@ def _report(video: Video, problems: list[str], clips: list[tuple[int, Clip | Non
         logger.warning(f"{video.name} is damaged{reason}: {had} of the {asked} frames asked for could be had")
 
 
-# ---------------------------------------------------------------------------------------------------------- the processor
+# the processor
 
 
 class MossVLVideoProcessor(BaseVideoProcessor):
@@ -473,7 +481,12 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         settings_only(others, self.settings, who)
         reject_unknown([name for name in kwargs if name not in SERVICE_KEYS and name[:1] != "_"], self.settings, who)
         BaseImageProcessor.__init__(self, **kwargs)  # past the bases in between, which set the knobs of other models
-        named = {"video_max_pixels": video_max_pixels, "video_fps": video_fps, "num_frames": num_frames, "video_backend": video_backend}
+        named = {
+            "video_max_pixels": video_max_pixels,
+            "video_fps": video_fps,
+            "num_frames": num_frames,
+            "video_backend": video_backend,
+        }
         named |= {"num_extract_threads": num_extract_threads, "min_pixels": min_pixels, "max_pixels": max_pixels}
         named = read_options({**named, **others}, self.settings, who)
         low, high = pixel_limits(DEFAULT_SIZE, size, named.get("min_pixels"), named.get("max_pixels"))
@@ -524,24 +537,34 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         whole = ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames")
         counts = {name: positive_int(name, pick(name)) for name in whole}
         if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1 and used:
-            raise ValueError(f"temporal_patch_size must be 1, got {pick('temporal_patch_size')!r}: every frame has a time of its own")
+            raise ValueError(
+                f"temporal_patch_size must be 1, got {pick('temporal_patch_size')!r}: every frame has a time of its own"
+            )
         if counts["min_frames"] > counts["max_frames"]:
             raise ValueError(f"min_frames {counts['min_frames']} is above max_frames {counts['max_frames']}")
         if used and counts["video_max_pixels"] < low:
-            raise ValueError(f"video_max_pixels {counts['video_max_pixels']} does not hold one frame of shortest_edge {low} pixels")
+            raise ValueError(
+                f"video_max_pixels {counts['video_max_pixels']} does not hold one frame of shortest_edge {low} pixels"
+            )
 
         rate, number = knobs.get("video_fps"), knobs.get("num_frames")
         every = not flag("do_sample_frames", knobs.get("do_sample_frames", True))
         if "segments" in knobs:
-            raise ValueError("segments belong to one video; give that as {'video_path': ..., 'segments': [[start, end], [time], ...]}")
+            raise ValueError(
+                "segments belong to one video; give that as {'video_path': ..., 'segments': [[start, end], [time], ...]}"
+            )
         if rate is None and number is None:
             rate, number = self.video_fps, self.num_frames
         if rate is not None and number is not None:
-            raise ValueError(f"video_fps {rate!r} and num_frames {number!r} both say how many frames to take; give one of them")
+            raise ValueError(
+                f"video_fps {rate!r} and num_frames {number!r} both say how many frames to take; give one of them"
+            )
         rate = None if rate is None else positive_number("video_fps", rate)
         number = None if number is None else positive_int("num_frames", number)
         if number is not None and not counts["min_frames"] <= number <= counts["max_frames"]:
-            raise ValueError(f"num_frames {number} lies outside min_frames {counts['min_frames']} to max_frames {counts['max_frames']}")
+            raise ValueError(
+                f"num_frames {number} lies outside min_frames {counts['min_frames']} to max_frames {counts['max_frames']}"
+            )
 
         backend = pick("video_backend")
         if backend not in (None, "pyav", "decord"):
@@ -574,12 +597,14 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         names = ["the video" if len(asked) == 1 else f"video {i}" for i in range(len(asked))]
 
         def look(one, name):
-            return open_video(one.source, one.metadata, name=name, backend=use.video_backend, allow_http=use.allow_http)
+            return open_video(
+                one.source, one.metadata, name=name, backend=use.video_backend, allow_http=use.allow_http
+            )
 
         opened = in_threads(use.num_extract_threads, look, asked, names)
 
         clips = []  # (its index in `asked`, video, segment or None)
-        for index, (one, video) in enumerate(zip(asked, opened)):
+        for index, (one, video) in enumerate(zip(asked, opened, strict=True)):
             segments = one.segments(video.duration) or ()
             _check_segments(video.name, video.duration, segments)
             beyond = [list(segment) for segment in segments if segment[0] < 0 or segment[-1] > video.duration]
@@ -589,7 +614,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         lengths = [video.duration if part is None else part[-1] - part[0] for _, video, part in clips]
         most = share_frames(max(use.max_frames, len(clips)), lengths)
         least, wish = [], []
-        for index, (one, video) in enumerate(zip(asked, opened)):
+        for index, one in enumerate(asked):
             spans = [part[-1] - part[0] if part else 1 for i, _, part in clips if i == index]
             least += share_frames(max(one.knobs.min_frames, len(spans)), spans)
             number = one.knobs.num_frames
@@ -599,7 +624,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                 most[first : len(least)] = share_frames(one.knobs.max_frames, lengths[first : len(least)])
 
         chosen = []
-        for (index, video, part), length, low, high, number in zip(clips, lengths, least, most, wish):
+        for (index, video, part), length, low, high, number in zip(clips, lengths, least, most, wish, strict=True):
             mine = asked[index].knobs
             if mine.fixed is None:
                 high = min(high, mine.video_max_pixels // mine.min_pixels)
@@ -617,11 +642,18 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                 count = frame_count(length, mine.video_fps, number, low, high) if len(part) == 2 else 1
                 times = segment_times(part, count, float(video.times[-1]))
                 chosen.append((video.shown_at(times), times))
-        loads = [len(indices) * video.height * video.width for (_, video, _), (indices, _) in zip(clips, chosen)]
+        loads = [
+            len(indices) * video.height * video.width
+            for (_, video, _), (indices, _) in zip(clips, chosen, strict=True)
+        ]
         plans = []
-        for (index, video, _), (indices, times), load in zip(clips, chosen, loads):
+        for (index, video, _), (indices, times), load in zip(clips, chosen, loads, strict=True):
             one = asked[index]
-            whole = sum(loads) if "video_max_pixels" not in one.own else sum(x for (i, _, _), x in zip(clips, loads) if i == index)
+            whole = (
+                sum(loads)
+                if "video_max_pixels" not in one.own
+                else sum(x for (i, _, _), x in zip(clips, loads, strict=True) if i == index)
+            )
             size = one.size(video, len(indices), one.knobs.video_max_pixels * (load / whole))
             plans.append(ClipPlan(video, indices, times, *size, one.knobs))
         return plans
@@ -631,7 +663,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         other or the processor's settings, segments outside the video. Arguments: as for `plan`; `seconds`: how long each video lasts, None
         if unknown. Decoded frames say so themselves."""
         asked = self._ask_all(videos, video_metadata, knobs)[0]
-        for one, duration in zip(asked, seconds or [None] * len(asked)):
+        for one, duration in zip(asked, seconds or [None] * len(asked), strict=True):
             name = _short(one.source)
             if _is_decoded(one.source):
                 duration = GivenFrames.read_times(one.metadata, len(one.source), name)[1]
@@ -642,24 +674,30 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         """The videos of a call with what holds for each, and what holds for the call. ValueError for options that are wrong."""
         videos = flat_videos(videos)
         knobs = read_options(drop_fixed(knobs, type(self).__name__), self.knobs, type(self).__name__)
-        metadata = _per_video(knobs.pop("video_metadata", None) if video_metadata is None else video_metadata, len(videos))
+        metadata = _per_video(
+            knobs.pop("video_metadata", None) if video_metadata is None else video_metadata, len(videos)
+        )
         rates = knobs.get("video_fps")
         if isinstance(rates, (list, tuple)):
             if len(rates) != len(videos):
-                raise ValueError(f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one a video")
+                raise ValueError(
+                    f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one a video"
+                )
             knobs = {name: value for name, value in knobs.items() if name != "video_fps"}
             each = [{**knobs, **({} if rate is None else {"video_fps": rate})} for rate in rates]
         else:
             each = [knobs] * len(videos)
         use = self.resolve(knobs)
-        asked = [self._ask(*one) for one in zip(videos, each, metadata)]
+        asked = [self._ask(*one) for one in zip(videos, each, metadata, strict=True)]
         clips = [(one, len(one.given or [None])) for one in asked]
         sharing = sum(count for one, count in clips if "max_frames" not in one.own)
         if sharing > use.max_frames:
             raise ValueError(f"{sharing} clips share max_frames {use.max_frames}; each needs at least one frame")
         for one, count in clips:
             if "max_frames" in one.own and count > one.knobs.max_frames:
-                raise ValueError(f"{_short(one.source)}: {count} segments share its max_frames {one.knobs.max_frames}; each needs one")
+                raise ValueError(
+                    f"{_short(one.source)}: {count} segments share its max_frames {one.knobs.max_frames}; each needs one"
+                )
         return asked, use
 
     def _ask(self, video, general: dict, metadata) -> "_Asked":
@@ -667,10 +705,14 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         source, own = read_medium("video", video)
         if is_pair(source):
             if "video_metadata" in own or metadata is not None:
-                raise ValueError("a video given as (frames, metadata) has its metadata, and there is video_metadata; give one of them")
+                raise ValueError(
+                    "a video given as (frames, metadata) has its metadata, and there is video_metadata; give one of them"
+                )
             source, metadata = source
         if source is None:
-            raise ValueError(f"a video given as a dict holds its source under {' or '.join(SOURCE_KEYS['video'])}; got {shorten(video)}")
+            raise ValueError(
+                f"a video given as a dict holds its source under {' or '.join(SOURCE_KEYS['video'])}; got {shorten(video)}"
+            )
         name = _short(source)
         given = own.get("video_metadata", metadata)
         untold = False
@@ -679,15 +721,22 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             knobs, given = _timing(general, own, given, name)
         else:
             if "sample_fps" in general or "sample_fps" in own:
-                raise ValueError(f"{name}: sample_fps is the rate of a list of frames that were sampled before; for a file give fps")
+                raise ValueError(
+                    f"{name}: sample_fps is the rate of a list of frames that were sampled before; for a file give fps"
+                )
             _check_idle(general, own, name)
             knobs = layered(general, own)
         knobs.pop("video_metadata", None)
         segments, span = knobs.pop("segments", None), [knobs.pop(name, None) for name in ("video_start", "video_end")]
         if span != [None, None]:
             if segments is not None:
-                raise ValueError(f"{name}: segments and video_start or video_end both say which part is looked at; give one of them")
-            span = [None if x is None else _number(key, x) for key, x in zip(("video_start", "video_end"), span)]
+                raise ValueError(
+                    f"{name}: segments and video_start or video_end both say which part is looked at; give one of them"
+                )
+            span = [
+                None if x is None else _number(key, x)
+                for key, x in zip(("video_start", "video_end"), span, strict=True)
+            ]
             if None not in span:
                 read_segment(span, name)
         elif segments is not None:
@@ -728,14 +777,20 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             return problems
 
         threads = max(plan.knobs.num_extract_threads for plan in plans)
-        jobs = [(video, chunk) for video in uses for chunk in video.chunks(sorted(uses[video]), max(1, threads // len(uses)))]
+        jobs = [
+            (video, chunk)
+            for video in uses
+            for chunk in video.chunks(sorted(uses[video]), max(1, threads // len(uses)))
+        ]
         found = {video: list(video.problems) for video in uses}
         again = []
 
         def read_all():
-            return in_threads(threads, read, *zip(*jobs))
+            return in_threads(threads, read, *zip(*jobs, strict=True))
 
-        for (video, _), problems in zip(jobs, read_all() if encoder is None else _encode_meanwhile(read_all, ready, stop)):
+        for (video, _), problems in zip(
+            jobs, read_all() if encoder is None else _encode_meanwhile(read_all, ready, stop), strict=True
+        ):
             if problems is not None:
                 found[video] += problems
             elif video not in again:
@@ -743,17 +798,29 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         for clip in clips:
             if clip.plan.video in again:
                 clip.forget()
-        for video, problems in zip(again, in_threads(threads, lambda video: read(video, sorted(uses[video]), True), again)):
+        for video, problems in zip(
+            again, in_threads(threads, lambda video: read(video, sorted(uses[video]), True), again), strict=True
+        ):
             found[video] = video.problems + problems
 
         done = [clip.finish() for clip in clips]
         for video, problems in found.items():
-            _report(video, problems, [(len(plan.indices), clip) for plan, clip in zip(plans, done) if plan.video is video])
+            _report(
+                video,
+                problems,
+                [(len(plan.indices), clip) for plan, clip in zip(plans, done, strict=True) if plan.video is video],
+            )
         return done
 
     def preprocess(
-        self, videos, video_metadata=None, return_metadata=False, return_tensors=None, do_normalize=None, **knobs,
-    ) -> BatchFeature:  # fmt: skip
+        self,
+        videos,
+        video_metadata=None,
+        return_metadata=False,
+        return_tensors=None,
+        do_normalize=None,
+        **knobs,
+    ) -> BatchFeature:
         """The videos of one sample: `pixel_values_videos` float32 [P, 3 * p * p], `video_grid_thw` [clips, 3], and with
         `return_metadata` the list `video_metadata` of `ClipMetadata`.
 
@@ -766,7 +833,11 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         colours = self.resolve({name: value for name, value in knobs.items() if name in ("image_mean", "image_std")})
         clips = self.extract(videos, video_metadata, **knobs)
         data = join_patches([(clip.patches, colours.image_mean, colours.image_std) for clip in clips], raw)
-        data = {"pixel_values_videos": data.pop("pixel_values"), "video_grid_thw": torch.tensor([clip.grid for clip in clips]), **data}
+        data = {
+            "pixel_values_videos": data.pop("pixel_values"),
+            "video_grid_thw": torch.tensor([clip.grid for clip in clips]),
+            **data,
+        }
         out = BatchFeature({name: to_format(x, return_tensors) for name, x in data.items()})
         if return_metadata:
             out["video_metadata"] = [clip.metadata for clip in clips]

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ MAX_REORDER = 16  # frames that a decoder holds back to put them in order
 PROBE_FRAMES = 16  # decoded to see whether time stamps follow the pictures, where a stream leaves that open
 
 
-# ------------------------------------------------------------------------------------------------------ what all videos have
+# what all videos have
 
 
 class Video:
@@ -74,7 +75,9 @@ class Video:
         """`wanted` (sorted) cut into at most `parts` that can be read side by side, with the same result as in one."""
         raise NotImplementedError
 
-    def frames(self, wanted: list[int], problems: list[str], from_start: bool = False) -> Iterator[tuple[int, int, np.ndarray]]:
+    def frames(
+        self, wanted: list[int], problems: list[str], from_start: bool = False
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yields (number, shown, uint8 [h, w, 3]) for `wanted`, sorted numbers, as they are read.
 
         `shown` is below `number` where that frame cannot be decoded: then it is the one before, still on screen. A number for
@@ -93,7 +96,7 @@ def seconds_of(times: np.ndarray, last_length: float, rate: Fraction | None, tic
     return float(times[-1] + last_length)
 
 
-# -------------------------------------------------------------------------------------------------------------- PyAV
+# PyAV
 
 
 class PyAVVideo(Video):
@@ -133,14 +136,18 @@ class PyAVVideo(Video):
             announced = (container.duration or 0) / av.time_base - max(0, container.start_time or 0) / av.time_base
             slack = 1.0 + 0.1 * announced if len(container.streams) > 1 else 0.0
         if first is None:
-            raise ValueError(f"{name}: none of its {len(pts)} video packets can be decoded ({'; '.join([context.name, *problems[:1]])})")
+            raise ValueError(
+                f"{name}: none of its {len(pts)} video packets can be decoded ({'; '.join([context.name, *problems[:1]])})"
+            )
 
         # frames in the order in which they are shown: _shown their packets, _pts their time stamps (None: frames are counted)
         shown = np.flatnonzero(~np.array(discard))
         stamps = np.array(range(len(pts)) if None in pts else pts, np.int64)
         known_dts = [x for x in dts if x is not None]
-        steady = None not in pts and len(np.unique(stamps[shown])) == len(shown) and bool(np.all(np.diff(known_dts) >= 0))
-        in_order = None not in seen and all(a < b for a, b in zip(seen, seen[1:]))
+        steady = (
+            None not in pts and len(np.unique(stamps[shown])) == len(shown) and bool(np.all(np.diff(known_dts) >= 0))
+        )
+        in_order = None not in seen and all(a < b for a, b in pairwise(seen))
         if steady and in_order:  # what leans on pictures before the start of the file is never shown
             shown = shown[stamps[shown] >= seen[0]]
         self._shown = shown[np.argsort(stamps[shown], kind="stable")]
@@ -150,12 +157,16 @@ class PyAVVideo(Video):
         nominal = 1 / float(rate or 25)
         if steady:
             times = (stamps[self._shown] - stamps[self._shown[0]]) * float(time_base)
-            last = length[self._shown[-1]] * float(time_base) or (float(np.median(np.diff(times))) if len(times) > 1 else nominal)
+            last = length[self._shown[-1]] * float(time_base) or (
+                float(np.median(np.diff(times))) if len(times) > 1 else nominal
+            )
         else:
             times, last = np.arange(len(shown)) * nominal, nominal
         duration = seconds_of(times, last, rate, float(time_base))
         if listed > len(pts) or (not listed and announced > duration + slack + 1.5 * duration / len(times)):
-            problems.insert(0, f"it ends early, after {duration:.1f} s" + (f" of {announced:.1f}" if announced > duration else ""))
+            problems.insert(
+                0, f"it ends early, after {duration:.1f} s" + (f" of {announced:.1f}" if announced > duration else "")
+            )
         # Read once: a frame whose side data was read lives on, in a cycle with it, until garbage is collected.
         self._matrix = self._display_matrix(first)
         turned = self._matrix is not None and self._matrix[0] == self._matrix[3] == 0
@@ -173,7 +184,9 @@ class PyAVVideo(Video):
         try:  # a playlist in the file must not reach further
             return av.open(file, container_options={"protocol_whitelist": reach}, metadata_errors="ignore")
         except (av.error.FFmpegError, UnicodeError) as error:
-            raise ValueError(f"{self.name} is not a video that PyAV can read: {getattr(error, 'strerror', error)}") from error
+            raise ValueError(
+                f"{self.name} is not a video that PyAV can read: {getattr(error, 'strerror', error)}"
+            ) from error
 
     def _stream(self, container):
         """The video stream, with a decoder of one thread; a cover picture is none."""
@@ -261,7 +274,7 @@ class PyAVVideo(Video):
         runs = self._runs(wanted)
         ends = np.cumsum([int(self._shown[numbers].max()) - start + 1 for start, numbers in runs])
         out = [[] for _ in range(parts)]
-        for (_, numbers), end in zip(runs, ends):
+        for (_, numbers), end in zip(runs, ends, strict=True):
             out[int(min(parts - 1, (end - 1) * parts // ends[-1]))] += numbers
         return [chunk for chunk in out if chunk]
 
@@ -288,7 +301,10 @@ class PyAVVideo(Video):
         does not give a keyframe."""
         first = self._stamps[start] if start else self._stamps.min()
         trusted = start == 0 or self._discard[start]
-        todo, late = numbers[::-1], {}  # late: number -> (number, frame) that stands in, until a damaged stream gives it after all
+        todo, late = (
+            numbers[::-1],
+            {},
+        )  # late: number -> (number, frame) that stands in, until a damaged stream gives it after all
         shown, image = -1, None  # the newest frame, as RGB once that was needed
 
         def rgb(frame):
@@ -395,12 +411,16 @@ class _PacketReader:
             if packet.is_keyframe and packet.pts == target:
                 self._next, self._held = number, packet
                 return True
-            if packet.pts is None or (packet.is_keyframe and packet.pts > target) or (count == 0 and packet.pts < here):
+            if (
+                packet.pts is None
+                or (packet.is_keyframe and packet.pts > target)
+                or (count == 0 and packet.pts < here)
+            ):
                 return False
         return False
 
 
-# ------------------------------------------------------------------------------------------------------------- decord
+# decord
 
 
 class DecordVideo(Video):
@@ -414,7 +434,9 @@ class DecordVideo(Video):
             height, width = reader[0].shape[:2]
             stamps = np.array(reader.get_frame_timestamp(range(total)), np.float64)  # [N, 2]: start, end
         except Exception as error:  # DECORDError is no RuntimeError; both occur
-            raise ValueError(f"{name} is not a video that decord can read: {str(error).strip().splitlines()[-1]}") from error
+            raise ValueError(
+                f"{name} is not a video that decord can read: {str(error).strip().splitlines()[-1]}"
+            ) from error
         times = stamps[:, 0] - stamps[0, 0]
         if not np.all(np.diff(times) > 0):
             times = np.arange(total) / rate
@@ -435,11 +457,13 @@ class DecordVideo(Video):
             try:
                 frame = reader[number]
             except Exception as error:
-                raise ValueError(f"{self.name}: decord cannot decode frame {number}: {str(error).strip().splitlines()[-1]}") from error
+                raise ValueError(
+                    f"{self.name}: decord cannot decode frame {number}: {str(error).strip().splitlines()[-1]}"
+                ) from error
             yield number, number, frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
 
 
-# --------------------------------------------------------------------------------------------------- frames already decoded
+# frames already decoded
 
 
 class GivenFrames(Video):
@@ -449,17 +473,28 @@ class GivenFrames(Video):
     """
 
     KEYS = (
-        "fps", "timestamps", "actual_timestamps", "frames_indices", "total_num_frames", "duration", "width", "height",
+        "fps",
+        "timestamps",
+        "actual_timestamps",
+        "frames_indices",
+        "total_num_frames",
+        "duration",
+        "width",
+        "height",
         "video_backend",
-    )  # fmt: skip
+    )
 
     def __init__(self, frames, metadata, name: str, allow_http: bool = False):
         if len(frames) == 0:
             raise ValueError(f"{name} has no frames")
         self._frames, self._reading = frames, {"allow_http": allow_http, "unit": float_unit(frames)}
         seen = see_image(frames[0], what=f"frame 0 of {name}", **self._reading)
-        upright = seen.read().shape[:2] if not isinstance(frames, (np.ndarray, torch.Tensor)) else (seen.height, seen.width)
-        times, duration, self.given_times = self.read_times(metadata, len(frames), f"{name} ({len(frames)} decoded frames)")
+        upright = (
+            seen.read().shape[:2] if not isinstance(frames, (np.ndarray, torch.Tensor)) else (seen.height, seen.width)
+        )
+        times, duration, self.given_times = self.read_times(
+            metadata, len(frames), f"{name} ({len(frames)} decoded frames)"
+        )
         super().__init__(name, times, duration, *upright)
 
     @classmethod
@@ -468,12 +503,16 @@ class GivenFrames(Video):
         metadata = dict(metadata or {})
         reject_unknown(metadata, cls.KEYS, f"video_metadata of {name}")
         metadata = {key: value for key, value in metadata.items() if value is not None}
-        fps, duration = (positive_number(key, metadata[key]) if key in metadata else None for key in ("fps", "duration"))
+        fps, duration = (
+            positive_number(key, metadata[key]) if key in metadata else None for key in ("fps", "duration")
+        )
         stamps = metadata.get("timestamps", metadata.get("actual_timestamps"))
         whole = positive_int("total_num_frames", metadata.get("total_num_frames", total))
         indices = np.asarray(metadata.get("frames_indices", range(total)))
         if indices.shape != (total,):
-            raise ValueError(f"{name}: expected {total} frames_indices, one per frame, got {shorten(metadata['frames_indices'])}")
+            raise ValueError(
+                f"{name}: expected {total} frames_indices, one per frame, got {shorten(metadata['frames_indices'])}"
+            )
         if "total_num_frames" in metadata and "frames_indices" in metadata and indices.max() >= whole:
             raise ValueError(f"{name}: frames_indices go up to {indices.max()}, beyond total_num_frames {whole}")
         if stamps is None and "frames_indices" in metadata and fps is not None:
@@ -504,7 +543,9 @@ class GivenFrames(Video):
         if not np.isfinite(times).all() or times[0] < 0 or np.any(np.diff(times) < 0):
             at = int(np.flatnonzero(~np.isfinite(times) | (times < 0) | (np.diff(times, prepend=0) < 0))[0])
             before = f" after {times[at - 1]:g}" if at else ""
-            raise ValueError(f"{name}: timestamp {at} is {times[at]:g}{before}; expected seconds from 0 on that do not go down")
+            raise ValueError(
+                f"{name}: timestamp {at} is {times[at]:g}{before}; expected seconds from 0 on that do not go down"
+            )
         if duration is None or duration < times[-1]:
             gap = float(times[-1] - times[0]) / (total - 1) if total > 1 else 0.0
             duration = float(times[-1]) + (gap or 1 / (fps or 1.0))
@@ -524,12 +565,17 @@ class GivenFrames(Video):
             yield number, number, image
 
 
-# -------------------------------------------------------------------------------------------------------- opening a video
+# opening a video
 
 
 def is_pair(x) -> bool:
     """Whether `x` is (decoded frames, their metadata), as `load_video` of transformers gives a video."""
-    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Mapping) and isinstance(x[0], (list, tuple, np.ndarray, torch.Tensor))
+    return (
+        isinstance(x, tuple)
+        and len(x) == 2
+        and isinstance(x[1], Mapping)
+        and isinstance(x[0], (list, tuple, np.ndarray, torch.Tensor))
+    )
 
 
 def open_video(source, metadata=None, *, name="video", backend=None, allow_http=False) -> Video:
@@ -545,9 +591,13 @@ def open_video(source, metadata=None, *, name="video", backend=None, allow_http=
     if isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
         return GivenFrames(source, metadata, name, allow_http)
     if metadata is not None:
-        raise ValueError(f"{name} is a file, which says itself when its frames are shown; video_metadata is for decoded frames")
+        raise ValueError(
+            f"{name} is a file, which says itself when its frames are shown; video_metadata is for decoded frames"
+        )
     kind, module = video_backend(backend)
-    file, name = open_source(_own_path(source), what="video", allow_http=allow_http, max_bytes=MAX_VIDEO_BYTES, timeout=DOWNLOAD_SECONDS)
+    file, name = open_source(
+        _own_path(source), what="video", allow_http=allow_http, max_bytes=MAX_VIDEO_BYTES, timeout=DOWNLOAD_SECONDS
+    )
     return kind(module, file, name)
 
 
@@ -583,7 +633,9 @@ def video_backend(name: str | None):
             raise ImportError("video_backend='decord' needs decord: pip install decord") from error
         raise ImportError("reading a video needs PyAV: pip install av") from error
     if name is None:
-        logger.warning_once("PyAV is not installed, videos are read with decord, which gets some files wrong: pip install av")
+        logger.warning_once(
+            "PyAV is not installed, videos are read with decord, which gets some files wrong: pip install av"
+        )
     return DecordVideo, decord
 
 

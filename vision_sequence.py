@@ -22,6 +22,7 @@ tokens 0..7; `F c` of row 1 are text rows 4..6 and see 7..10; `F d` are 6..8 and
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple, Optional, Union
 
 import numpy as np
@@ -136,7 +137,11 @@ class VisionState:
         """The state after text rows were repeated, dropped or reordered. A sample without rows is forgotten."""
         samples = list(dict.fromkeys(self.row_sample[row] for row in rows))
         row_sample, seen = [samples.index(self.row_sample[row]) for row in rows], [self.seen[row] for row in rows]
-        same_plan = samples == list(range(len(self.grids))) and row_sample == self.row_sample and all(map(same_frames, seen, self.seen))
+        same_plan = (
+            samples == list(range(len(self.grids)))
+            and row_sample == self.row_sample
+            and all(map(same_frames, seen, self.seen))
+        )
         return replace(
             self,
             row_sample=row_sample,
@@ -144,7 +149,10 @@ class VisionState:
             rope_delta=rows_of(self.rope_delta, rows),
             last_ids=rows_of(self.last_ids, rows),
             tokens=rows_of(self.tokens, rows),
-            **{name: [getattr(self, name)[sample] for sample in samples] for name in ("grids", "placed", "waiting", "starts", "unplaced")},
+            **{
+                name: [getattr(self, name)[sample] for sample in samples]
+                for name in ("grids", "placed", "waiting", "starts", "unplaced")
+            },
             step=self.step if same_plan else None,
             past_calls=tuple(replace(call, rows=[call.rows[row] for row in rows]) for call in self.past_calls),
         )
@@ -166,11 +174,19 @@ class VisionState:
             )
         call, earlier = undone[0], self.past_calls[: -len(undone)]
         base, kept = call.before.select_rows(call.rows), max(0, length - call.start)
-        placed, seen, rope_delta, tokens = base.placed, base.seen, base.rope_delta, base._tokens_of(min(length, call.start))
+        placed, seen, rope_delta, tokens = (
+            base.placed,
+            base.seen,
+            base.rope_delta,
+            base._tokens_of(min(length, call.start)),
+        )
         if kept:
             is_token, is_frame = call.is_token[call.rows, :kept], call.is_frame[call.rows, :kept]
-            placed = [count + int(is_frame[row].sum()) for count, row in zip(placed, base.first_rows())]
-            seen = [last_seen(runs, tokens, before) for runs, tokens, before in zip((call.visible[i] for i in call.rows), is_token, seen)]
+            placed = [count + int(is_frame[row].sum()) for count, row in zip(placed, base.first_rows(), strict=True)]
+            seen = [
+                last_seen(runs, tokens, before)
+                for runs, tokens, before in zip((call.visible[i] for i in call.rows), is_token, seen, strict=True)
+            ]
             real = torch.from_numpy(is_token).to(call.positions.device)
             dropped = 0 if call.dropped is None else rows_of(call.dropped, call.rows)
             counters = torch.where(real, call.positions[call.rows, :kept] + 1, 0).amax(1)
@@ -183,7 +199,7 @@ class VisionState:
         whole = placed == self.placed and list(map(len, base.grids)) == list(map(len, self.grids))
         return replace(
             self,
-            grids=self.grids if whole else [grids[:count] for grids, count in zip(self.grids, placed)],
+            grids=self.grids if whole else [grids[:count] for grids, count in zip(self.grids, placed, strict=True)],
             placed=placed,
             waiting=self.waiting if whole else [None] * len(placed),
             unplaced=self.unplaced if whole else [[]] * len(placed),
@@ -279,9 +295,16 @@ def gather(spans: list[Span], device) -> list[Span]:
         if joined:
             first, last = joined[-1][0], joined[-1][-1]
             size = (span.rows.stop - first.rows.start) * (span.tokens.stop - span.tokens.start)
-            if size <= GATHERED and first.keep is None is span.keep and (span.rows.start, span.tokens.start) == (
-                last.rows.stop, first.tokens.start,
-            ) and span.tokens.stop >= last.tokens.stop:  # fmt: skip
+            if (
+                size <= GATHERED
+                and first.keep is None is span.keep
+                and (span.rows.start, span.tokens.start)
+                == (
+                    last.rows.stop,
+                    first.tokens.start,
+                )
+                and span.tokens.stop >= last.tokens.stop
+            ):
                 joined[-1].append(span)
                 continue
         joined.append([span])
@@ -289,14 +312,16 @@ def gather(spans: list[Span], device) -> list[Span]:
     for group in joined:
         if len(group) > 1:
             rows, tokens = slice(group[0].rows.start, group[-1].rows.stop), group[-1].tokens
-            reach = np.repeat([span.tokens.stop - tokens.start for span in group], [span.rows.stop - span.rows.start for span in group])
+            reach = np.repeat(
+                [span.tokens.stop - tokens.start for span in group],
+                [span.rows.stop - span.rows.start for span in group],
+            )
             keep = torch.from_numpy(np.arange(tokens.stop - tokens.start) < reach[:, None]).to(device)
             group = [Span(rows, tokens, keep)]
         out += group
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Reading a call
 
 
@@ -363,7 +388,9 @@ class VisionRequest:
 
     def changes_nothing(self) -> bool:
         """Whether the tokens only go on from the last: they see what it saw and count on."""
-        return not (self.padded or any(self.pads) or any(self.new) or self.mask is not None or self.dropped is not None)
+        return not (
+            self.padded or any(self.pads) or any(self.new) or self.mask is not None or self.dropped is not None
+        )
 
 
 def read_request(
@@ -426,7 +453,9 @@ def read_request(
     if prompt_length is not None:
         whole_prompt = known >= prompt_length
 
-    image_features = getattr(image_features, "pooler_output", image_features)  # or the whole output of `get_image_features`
+    image_features = getattr(
+        image_features, "pooler_output", image_features
+    )  # or the whole output of `get_image_features`
     pixel_values, grid_thw, image_features = without_empty_media(pixel_values, grid_thw, image_features)
     is_frame = torch.zeros_like(is_token)
     in_prompt = length if prompt_length is None else min(length, max(prompt_length - past_length, 0))
@@ -441,12 +470,19 @@ def read_request(
     grid, media, media_nums, new, unplaced = [], {}, [0] * len(pads), [[] for _ in pads], list(state.unplaced)
     if grid_thw is not None:
         if text.ndim != 2:
-            raise ValueError("`grid_thw` came with `inputs_embeds` alone; expected `input_ids` beside it, to place the frames.")
+            raise ValueError(
+                "`grid_thw` came with `inputs_embeds` alone; expected `input_ids` beside it, to place the frames."
+            )
         grid = read_grid(pixel_values, grid_thw, config.vision_config, image_mean, image_std)
         if image_features is not None:
             check_features(image_features, grid, pixel_values, config.vision_config)
         media_nums = count_media(grid, media_nums_per_sample, pads)
-        media = {"pixel_values": pixel_values, "image_features": image_features, "image_mean": image_mean, "image_std": image_std}
+        media = {
+            "pixel_values": pixel_values,
+            "image_features": image_features,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
         media = {name: rows for name, rows in media.items() if rows is not None}
     elif pixel_values is not None or image_features is not None:
         name = "pixel_values" if pixel_values is not None else "image_features"
@@ -470,7 +506,9 @@ def read_request(
             found, unplaced[sample] = images_of_zeros(state, sample, pads[sample] - len(new[sample]), unplaced[sample])
             if found:
                 recalled[sample] = found
-                new[sample] = [(h // merge, w // merge) for medium in found for _, h, w in medium["grid_thw"]] + new[sample]
+                new[sample] = [(h // merge, w // merge) for medium in found for _, h, w in medium["grid_thw"]] + new[
+                    sample
+                ]
         number += len(own)
     if recalled:
         media, grid, media_nums = with_recalled(media, grid, media_nums, recalled, merge)
@@ -485,14 +523,28 @@ def read_request(
             )
     unplaced = [[] for _ in pads] if whole_prompt else unplaced
     return VisionRequest(
-        state, past_length, is_token, is_frame, padded, any_padded, dropped, tokens, media, grid, media_nums, new, unplaced, pads, mask
+        state,
+        past_length,
+        is_token,
+        is_frame,
+        padded,
+        any_padded,
+        dropped,
+        tokens,
+        media,
+        grid,
+        media_nums,
+        new,
+        unplaced,
+        pads,
+        mask,
     )
 
 
 def pads_of_samples(state: VisionState, of_rows: list[int]) -> list[int]:
     """How many `image_pad` tokens each sample has. Rows of one sample share its frames, so they need the same."""
     pads = [of_rows[row] for row in state.first_rows()]
-    for row, (sample, count) in enumerate(zip(state.row_sample, of_rows)):
+    for row, (sample, count) in enumerate(zip(state.row_sample, of_rows, strict=True)):
         if count != pads[sample]:
             first = state.row_sample.index(sample)
             raise ValueError(
@@ -504,14 +556,18 @@ def pads_of_samples(state: VisionState, of_rows: list[int]) -> list[int]:
 
 def without_empty_media(pixel_values, grid_thw, image_features):
     """The arguments, None for all if there is no medium in them."""
-    if grid_thw is not None and len(grid_thw) == 0 and all(rows is None or len(rows) == 0 for rows in (pixel_values, image_features)):
+    if (
+        grid_thw is not None
+        and len(grid_thw) == 0
+        and all(rows is None or len(rows) == 0 for rows in (pixel_values, image_features))
+    ):
         return None, None, None
     return pixel_values, grid_thw, image_features
 
 
 def split_by(items: list, counts: list[int]) -> list[list]:
     ends = np.cumsum([0, *counts]).tolist()
-    return [items[first:end] for first, end in zip(ends, ends[1:])]
+    return [items[first:end] for first, end in pairwise(ends)]
 
 
 def is_blank(medium: dict) -> bool:
@@ -528,7 +584,9 @@ def kept_zeros(earlier: list[dict], medium: dict) -> dict:
     return {name: rows.clone() if isinstance(rows, torch.Tensor) else rows for name, rows in medium.items()}
 
 
-def images_of_zeros(state: VisionState, sample: int, wanted: int, unplaced: list[dict]) -> tuple[list[dict], list[dict]]:
+def images_of_zeros(
+    state: VisionState, sample: int, wanted: int, unplaced: list[dict]
+) -> tuple[list[dict], list[dict]]:
     """Those media of zeros that a call's text places, and those that stay unplaced. If the other frames suffice, they were blank.
 
     Args:
@@ -564,7 +622,9 @@ def take_media(media: dict, grid: list[list[int]], numbers: list[int], merge_siz
     return out
 
 
-def with_recalled(media: dict, grid: list[list[int]], media_nums: list[int], recalled: dict[int, list[dict]], merge_size: int):
+def with_recalled(
+    media: dict, grid: list[list[int]], media_nums: list[int], recalled: dict[int, list[dict]], merge_size: int
+):
     """Media, grid and numbers with the recalled media of a sample before its new ones."""
     parts, number = [], 0
     for sample, count in enumerate(media_nums):
@@ -574,16 +634,22 @@ def with_recalled(media: dict, grid: list[list[int]], media_nums: list[int], rec
         number += count
     names = parts[0].keys()
     if any(part.keys() != names for part in parts):
-        raise ValueError(f"Media of one call come as {[sorted(part) for part in parts]}; expected all as pixels of one kind, or all encoded.")
+        raise ValueError(
+            f"Media of one call come as {[sorted(part) for part in parts]}; expected all as pixels of one kind, or all encoded."
+        )
     joined = {
-        name: torch.cat([part[name] for part in parts]) if isinstance(parts[0][name], torch.Tensor) else [row for part in parts for row in part[name]]
+        name: torch.cat([part[name] for part in parts])
+        if isinstance(parts[0][name], torch.Tensor)
+        else [row for part in parts for row in part[name]]
         for name in names
     }
     grid = joined.pop("grid_thw")
     return joined, grid, [count + len(recalled.get(sample, ())) for sample, count in enumerate(media_nums)]
 
 
-def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config, image_mean=None, image_std=None) -> list[list[int]]:
+def read_grid(
+    pixel_values: Optional[torch.Tensor], grid_thw, config, image_mean=None, image_std=None
+) -> list[list[int]]:
     """`grid_thw` as a list, once it fits the pixels (where they are given) and the vision config; and they the means and standard
     deviations, which levels (uint8) need, three numbers for each medium."""
     grid = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else [[int(n) for n in row] for row in grid_thw]
@@ -606,16 +672,26 @@ def read_grid(pixel_values: Optional[torch.Tensor], grid_thw, config, image_mean
         raw = pixel_values is not None and pixel_values.dtype == torch.uint8
         shape = None if given is None else [len(given), *{len(row) for row in given}]
         if shape != ([len(grid), 3] if raw else None):
-            wanted = f"[{len(grid)}, 3]: `pixel_values` are levels (uint8), which have to be normalised" if raw else "none: `pixel_values` are not uint8"
-            raise ValueError(f"`{name}` has shape {shape}; expected {wanted}. Take all from one processor call with do_normalize=False.")
+            wanted = (
+                f"[{len(grid)}, 3]: `pixel_values` are levels (uint8), which have to be normalised"
+                if raw
+                else "none: `pixel_values` are not uint8"
+            )
+            raise ValueError(
+                f"`{name}` has shape {shape}; expected {wanted}. Take all from one processor call with do_normalize=False."
+            )
     return grid
 
 
-def check_features(image_features: torch.Tensor, grid: list[list[int]], pixel_values: Optional[torch.Tensor], config) -> None:
+def check_features(
+    image_features: torch.Tensor, grid: list[list[int]], pixel_values: Optional[torch.Tensor], config
+) -> None:
     """ValueError unless encoded media fit their grid and stand in place of the pixels."""
     tokens = sum(t * h * w for t, h, w in grid) // config.spatial_merge_size**2
     if pixel_values is not None:
-        raise ValueError("`image_features` came beside `pixel_values`; expected one of them: the media encoded, or their pixels.")
+        raise ValueError(
+            "`image_features` came beside `pixel_values`; expected one of them: the media encoded, or their pixels."
+        )
     if tuple(image_features.shape) != (tokens, config.out_hidden_size):
         raise ValueError(
             f"`image_features` has shape {list(image_features.shape)}; expected [{tokens}, {config.out_hidden_size}], what "
@@ -624,7 +700,13 @@ def check_features(image_features: torch.Tensor, grid: list[list[int]], pixel_va
 
 
 def read_frame_mask(
-    mask: torch.Tensor, rows: int, past_length: int, length: int, new_frames: Optional[list[int]], whole_prompt: bool, at_end: bool
+    mask: torch.Tensor,
+    rows: int,
+    past_length: int,
+    length: int,
+    new_frames: Optional[list[int]],
+    whole_prompt: bool,
+    at_end: bool,
 ) -> FrameMask:
     """`cross_attention_mask` [B, 1, M, F] as far as it is about the tokens of this call.
 
@@ -636,7 +718,12 @@ def read_frame_mask(
         new_frames: frames of each sample that come with the call, a blank medium counted as one; None without media.
     """
     known = past_length + length
-    if mask.ndim != 4 or mask.shape[:2] != (rows, 1) or mask.dtype != torch.bool or (whole_prompt and not past_length and mask.shape[2] > known):
+    if (
+        mask.ndim != 4
+        or mask.shape[:2] != (rows, 1)
+        or mask.dtype != torch.bool
+        or (whole_prompt and not past_length and mask.shape[2] > known)
+    ):
         raise ValueError(
             f"`cross_attention_mask` has shape {list(mask.shape)} and dtype {mask.dtype}; expected bool [{rows}, 1, {length}, "
             f"frames], True = hidden, a row for each token of this call, or {known} rows with those of the cache."
@@ -651,7 +738,9 @@ def count_media(grid: list[list[int]], media_nums_per_sample, pads: list[int]) -
     """How many media each sample has. Where the caller does not say, each takes what its `image_pad` tokens ask for, and a text
     without any the processor's one blank frame, if there is one for each such text."""
     if media_nums_per_sample is not None:
-        listed = (row if isinstance(row, (list, tuple)) else [row] for row in media_nums_per_sample)  # lists: as pipelines join calls
+        listed = (
+            row if isinstance(row, (list, tuple)) else [row] for row in media_nums_per_sample
+        )  # lists: as pipelines join calls
         nums = [int(n) for row in listed for n in row]
     elif len(pads) == 1:
         nums = [len(grid)]
@@ -671,7 +760,6 @@ def count_media(grid: list[list[int]], media_nums_per_sample, pads: list[int]) -
     return nums
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Planning a call
 
 
@@ -690,9 +778,12 @@ def visible_rows(
         ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text.
     """
     state, mask, runs = request.state, request.mask, []
-    total = [len(grids) + len(new) for grids, new in zip(state.grids, request.new)]
+    total = [len(grids) + len(new) for grids, new in zip(state.grids, request.new, strict=True)]
     for row, sample in enumerate(state.row_sample):
-        placed, reached = state.placed[sample], state.placed[sample] + is_frame[row].cumsum()  # frames placed up to each token
+        placed, reached = (
+            state.placed[sample],
+            state.placed[sample] + is_frame[row].cumsum(),
+        )  # frames placed up to each token
         first_seen = np.full(len(reached), placed)  # where the frames of the token's text begin
         if text_index is not None:
             starts = np.flatnonzero(np.diff(text_index[row], prepend=-1))
@@ -702,11 +793,17 @@ def visible_rows(
         def by_text(seen: Visible, placed: int, tokens: slice) -> list[tuple[int, int, Visible]]:
             """Runs of tokens before which `placed` frames were placed, and of which a token saw `seen`."""
             codes, begins, out = np.where(is_token[row], reached, -1)[tokens], first_seen[tokens], []
-            edges = [0, *(np.flatnonzero((codes[1:] != codes[:-1]) | (begins[1:] != begins[:-1])) + 1).tolist(), len(codes)]
-            for start, end in zip(edges, edges[1:]):
+            edges = [
+                0,
+                *(np.flatnonzero((codes[1:] != codes[:-1]) | (begins[1:] != begins[:-1])) + 1).tolist(),
+                len(codes),
+            ]
+            for start, end in pairwise(edges):
                 frames = NO_FRAMES
                 if start < end and codes[start] >= 0:
-                    frames = with_frames(seen if text_index is None else NO_FRAMES, max(placed, int(begins[start])), int(codes[start]))
+                    frames = with_frames(
+                        seen if text_index is None else NO_FRAMES, max(placed, int(begins[start])), int(codes[start])
+                    )
                 out.append((tokens.start + start, tokens.start + end, frames))
             return out if tokens.stop > tokens.start else []
 
@@ -724,7 +821,11 @@ def visible_rows(
             continue
         row_runs = by_text(state.seen[row], placed, slice(0, tokens.start))
         edges = [0, *(np.flatnonzero((shown[1:] != shown[:-1]).any(axis=1)) + 1).tolist(), len(shown)]
-        row_runs += [(tokens.start + start, tokens.start + end, as_visible(shown[start])) for start, end in zip(edges, edges[1:]) if end > start]
+        row_runs += [
+            (tokens.start + start, tokens.start + end, as_visible(shown[start]))
+            for start, end in pairwise(edges)
+            if end > start
+        ]
         seen = last_seen(row_runs, is_token[row, : tokens.stop], state.seen[row])
         placed = int(reached[tokens.stop - 1]) if tokens.stop else placed
         runs.append(row_runs + by_text(seen, placed, slice(tokens.stop, len(reached))))
@@ -732,7 +833,12 @@ def visible_rows(
 
 
 def masked_frames(
-    request: VisionRequest, row: int, total: list[int], reached: np.ndarray, first_seen: np.ndarray, is_token: np.ndarray
+    request: VisionRequest,
+    row: int,
+    total: list[int],
+    reached: np.ndarray,
+    first_seen: np.ndarray,
+    is_token: np.ndarray,
 ) -> Optional[np.ndarray]:
     """bool [m, frames of the sample], True = seen, for the tokens of a row that the caller's mask is about; None if the mask is a
     processor's, but of other padding than the text has now: then the text says what is seen.
@@ -753,7 +859,11 @@ def masked_frames(
         )
     given = ~hidden[:, : count - first]
     frame, real = np.arange(count), is_token[:, None]
-    placed = (frame >= np.where(first_seen > state.placed[sample], first_seen, 0)[:, None]) & (frame < reached[:, None]) & real
+    placed = (
+        (frame >= np.where(first_seen > state.placed[sample], first_seen, 0)[:, None])
+        & (frame < reached[:, None])
+        & real
+    )
     by_text = (as_array(state.seen[row], count) | (frame >= state.placed[sample])) & placed
     shown = by_text.copy()
     shown[:, first:] = given
@@ -768,7 +878,9 @@ def masked_frames(
             return None
     if wrong.any():
         token, frame = (int(x) for x in np.argwhere(wrong)[0])
-        why = "which is padding" if not is_token[token] else "before the frame's `image_pad`, or in another packed text"
+        why = (
+            "which is padding" if not is_token[token] else "before the frame's `image_pad`, or in another packed text"
+        )
         raise ValueError(
             f"`cross_attention_mask` shows frame {frame} of sample {sample} to token {token} of this call, {why}: it does not belong to "
             f"these `input_ids`. Text that was padded, cut or joined after the processor needs a new mask; leave the mask out, and the "
@@ -795,13 +907,15 @@ def whole_mask(request: VisionRequest) -> Optional[torch.Tensor]:
     if request.mask is None:
         return None
     is_token, is_frame = request.is_token.cpu().numpy(), request.is_frame.cpu().numpy()
-    total = [len(grids) + len(new) for grids, new in zip(request.state.grids, request.new)]
+    total = [len(grids) + len(new) for grids, new in zip(request.state.grids, request.new, strict=True)]
     end = request.mask.tokens.stop
     hidden = np.ones((len(is_token), 1, request.past_length + end, max([1, *total])), dtype=bool)
     for row, runs in enumerate(visible_rows(request, is_token, is_frame)):
         count = total[request.state.row_sample[row]]
         for first, last, frames in runs:
-            hidden[row, 0, request.past_length + first : request.past_length + min(last, end), :count] = ~as_array(frames, count)
+            hidden[row, 0, request.past_length + first : request.past_length + min(last, end), :count] = ~as_array(
+                frames, count
+            )
     return torch.from_numpy(hidden)
 
 
@@ -835,8 +949,8 @@ def plan_call(
         is_token, is_frame = request.is_token.cpu().numpy(), request.is_frame.cpu().numpy()
     visible = visible_rows(request, is_token, is_frame, text_index)
 
-    grids = [known + added for known, added in zip(state.grids, new)]
-    placed = [known + added for known, added in zip(state.placed, pads)]
+    grids = [known + added for known, added in zip(state.grids, new, strict=True)]
+    placed = [known + added for known, added in zip(state.placed, pads, strict=True)]
     ends = [np.cumsum([0] + [h * w + 1 for h, w in grid]).tolist() for grid in grids]  # frame -> token, in the sample
     starts, stored, writes, moves = state.starts, state.stored, [], None
     if any(pads):  # now there are keys to write; the frames that wait get their place, too
@@ -846,8 +960,9 @@ def plan_call(
         if (starts, stored) != (state.starts, state.stored):
             moves = tuple(
                 (slice(source, source + size), slice(target, target + size))
-                for source, target, size in zip(state.starts, starts, old) if size
-            )  # fmt: skip
+                for source, target, size in zip(state.starts, starts, old, strict=True)
+                if size
+            )
     spans = plan_spans(state, visible, starts, ends, length, device)
     sees = None
     if sum(span.rows.stop - span.rows.start for span in spans) < rows * length:
@@ -859,7 +974,9 @@ def plan_call(
     if goes_on:
         after = replace(after, step=call if length == 1 else state.step)
     else:
-        seen = [last_seen(runs, tokens, before) for runs, tokens, before in zip(visible, is_token, state.seen)]
+        seen = [
+            last_seen(runs, tokens, before) for runs, tokens, before in zip(visible, is_token, state.seen, strict=True)
+        ]
         after = replace(after, grids=grids, placed=placed, seen=seen, starts=starts, stored=stored, step=None)
     if goes_on and not own_positions:
         return after, call
@@ -874,20 +991,28 @@ def remember(after: VisionState, request: VisionRequest, positions: torch.Tensor
         plan = np.ones((rows, length), dtype=bool), np.zeros((rows, length), dtype=bool), runs
     count = len(state.grids)
     before = replace(state, waiting=[None] * count, unplaced=[[]] * count, last_ids=None, step=None, past_calls=())
-    calls = (*state.past_calls, PastCall(request.past_length, after.length, before, list(range(rows)), *plan, positions, request.dropped))
+    calls = (
+        *state.past_calls,
+        PastCall(request.past_length, after.length, before, list(range(rows)), *plan, positions, request.dropped),
+    )
     forgotten = calls[:-PAST_CALLS]
-    return replace(after, past_calls=calls[-PAST_CALLS:], remembered=forgotten[-1].end if forgotten else state.remembered)
+    return replace(
+        after, past_calls=calls[-PAST_CALLS:], remembered=forgotten[-1].end if forgotten else state.remembered
+    )
 
 
 def written_slices(request: VisionRequest, ends: list[list[int]], starts: list[int]) -> list[tuple[slice, slice]]:
     """Where the tokens of the frames that are placed now go in the packed sequence."""
     writes, at = [], 0
-    for sample, (count, more) in enumerate(zip(request.state.placed, request.pads)):
+    for sample, (count, more) in enumerate(zip(request.state.placed, request.pads, strict=True)):
         old, reached = ends[sample][count], ends[sample][count + more]
         source = slice(at, at + reached - old)
         destination = slice(starts[sample] + old, starts[sample] + reached)
         if writes and (writes[-1][0].stop, writes[-1][1].stop) == (source.start, destination.start):
-            source, destination = slice(writes[-1][0].start, source.stop), slice(writes.pop()[1].start, destination.stop)
+            source, destination = (
+                slice(writes[-1][0].start, source.stop),
+                slice(writes.pop()[1].start, destination.stop),
+            )
         if source.stop > source.start:
             writes.append((source, destination))
         at += reached - old
@@ -895,7 +1020,12 @@ def written_slices(request: VisionRequest, ends: list[list[int]], starts: list[i
 
 
 def plan_spans(
-    state: VisionState, visible: list[list[tuple[int, int, Visible]]], starts: list[int], ends: list[list[int]], length: int, device
+    state: VisionState,
+    visible: list[list[tuple[int, int, Visible]]],
+    starts: list[int],
+    ends: list[list[int]],
+    length: int,
+    device,
 ) -> list[Span]:
     """The runs of all rows as spans of text rows and packed vision tokens, equal neighbours joined."""
     spans: list[Span] = []
@@ -913,7 +1043,11 @@ def plan_spans(
                 continue
             tokens = slice(starts[sample] + of_frame[frames.start], starts[sample] + of_frame[frames.stop])
             rows = slice(row * length + first, row * length + end)
-            if spans and keep is None is spans[-1].keep and (spans[-1].tokens, spans[-1].rows.stop) == (tokens, rows.start):
+            if (
+                spans
+                and keep is None is spans[-1].keep
+                and (spans[-1].tokens, spans[-1].rows.stop) == (tokens, rows.start)
+            ):
                 rows = slice(spans.pop().rows.start, rows.stop)
             spans.append(Span(rows, tokens, keep))
     return spans

@@ -5,7 +5,20 @@ import argparse
 import json
 from pathlib import Path
 
-INKS = ("#4c6a92", "#6f9bc8", "#a3c4e0", "#d5e4f1", "#8a7fb8", "#c9c3e0", "#c0703a", "#e09a5f", "#f0c393", "#7a9a6a", "#b9b9b9")
+
+INKS = (
+    "#4c6a92",
+    "#6f9bc8",
+    "#a3c4e0",
+    "#d5e4f1",
+    "#8a7fb8",
+    "#c9c3e0",
+    "#c0703a",
+    "#e09a5f",
+    "#f0c393",
+    "#7a9a6a",
+    "#b9b9b9",
+)
 
 
 def draw_parts(path: Path, into: Path, pyplot) -> None:
@@ -15,11 +28,13 @@ def draw_parts(path: Path, into: Path, pyplot) -> None:
     names = [f"{row['frames']} frames, {row['dtype']}" for row in result["rows"]]
     whole = [sum(part["median"] for part in row["seconds"].values()) for row in result["rows"]]
     left = [0.0] * len(names)
-    for part, ink in zip(result["rows"][0]["seconds"], INKS):
-        shares = [100 * row["seconds"][part]["median"] / total for row, total in zip(result["rows"], whole)]
+    for part, ink in zip(result["rows"][0]["seconds"], INKS, strict=True):
+        shares = [
+            100 * row["seconds"][part]["median"] / total for row, total in zip(result["rows"], whole, strict=True)
+        ]
         axes.barh(names, shares, left=left, color=ink, label=part)
-        left = [before + share for before, share in zip(left, shares)]
-    for name, total in zip(names, whole):
+        left = [before + share for before, share in zip(left, shares, strict=True)]
+    for name, total in zip(names, whole, strict=True):
         axes.text(100.5, name, f"{total:.1f} s", va="center")
     axes.set(xlim=(0, 108), xlabel="% of the prefill")
     axes.invert_yaxis()
@@ -34,9 +49,17 @@ def draw_memory(model: Path, memory: Path, into: Path, pyplot) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     inks = {"ours": INKS[6], "plain": INKS[0], "qwen3vl": INKS[9]}
     for name in rows[0]["memory"]:
-        axes.plot([row["frames"] for row in rows], [row["memory"][name] / 1e6 for row in rows], marker="o", color=inks[name], label=name)
+        axes.plot(
+            [row["frames"] for row in rows],
+            [row["memory"][name] / 1e6 for row in rows],
+            marker="o",
+            color=inks[name],
+            label=name,
+        )
     formula = [row for row in json.loads(memory.read_text(encoding="utf-8"))["rows"] if row["dtype"] == "float32"]
-    axes.plot([row["frames"] for row in formula], [row["formula"]["peak"] / 1e6 for row in formula], "k:", label="formula")
+    axes.plot(
+        [row["frames"] for row in formula], [row["formula"]["peak"] / 1e6 for row in formula], "k:", label="formula"
+    )
     axes.set(xlabel="frames of 448x448", ylabel="MB beyond weights and pixels", xscale="log", yscale="log")
     axes.set_xticks([row["frames"] for row in rows], [row["frames"] for row in rows])
     axes.minorticks_off()

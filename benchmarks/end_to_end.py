@@ -11,19 +11,23 @@ larger of decoding and encoding alone.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from measuring import ROOT, Clock, alternate, load_package, machine, spread, summary, table, write_json
-from model import add_model_flags, sizes
-from preprocess import CLIPS, make_media
 
-load_package()
-from moss_vl.configuration_moss_vl import MossVLConfig  # noqa: E402
-from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration  # noqa: E402
-from moss_vl.processing_moss_vl import MossVLProcessor  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moss_vl.benchmarks.measuring import ROOT, Clock, alternate, machine, spread, summary, table, write_json
+from moss_vl.benchmarks.model import add_model_flags, sizes
+from moss_vl.benchmarks.preprocess import CLIPS, make_media
+from moss_vl.configuration_moss_vl import MossVLConfig
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+from moss_vl.processing_moss_vl import MossVLProcessor
+
 
 NANO = ROOT / "checkpoints" / "moss-vl-nano"
 PROMPT = "What happens?"
@@ -44,7 +48,11 @@ class Ticks:
 
 def load(name: str, args):
     if name == "shipped":
-        return MossVLForConditionalGeneration.from_pretrained(NANO, dtype=getattr(torch, args.dtype)).eval().to(args.device)
+        return (
+            MossVLForConditionalGeneration.from_pretrained(NANO, dtype=getattr(torch, args.dtype))
+            .eval()
+            .to(args.device)
+        )
     config = MossVLConfig.from_pretrained(NANO).to_dict()
     for derived in ("rope_parameters", "cross_attention_layers"):  # from the sizes
         config["text_config"].pop(derived, None)
@@ -58,7 +66,11 @@ def load(name: str, args):
 class Runner:
     def __init__(self, model, processor, path: Path, args):
         self.model, self.processor, self.path, self.clock = model, processor, str(path), Clock(args.device)
-        self.knobs = {"video_fps": args.fps, "longest_edge": args.longest_edge, "num_extract_threads": args.extract_threads}
+        self.knobs = {
+            "video_fps": args.fps,
+            "longest_edge": args.longest_edge,
+            "num_extract_threads": args.extract_threads,
+        }
         self.generate = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
         names = {"longest_edge": "max_pixels"}  # what the processor calls the offline method's knob
         self.media = {"videos_kwargs": {names.get(name, name): value for name, value in self.knobs.items()}}
@@ -68,7 +80,9 @@ class Runner:
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": f"<|video|>{PROMPT}"}], tokenize=False, add_generation_prompt=True
         )
-        return self.processor(text=text, videos=[self.path], return_tensors="pt", do_normalize=False, **self.media, **more)
+        return self.processor(
+            text=text, videos=[self.path], return_tensors="pt", do_normalize=False, **self.media, **more
+        )
 
     def _ticks(self, call) -> dict[str, float]:
         ticks, begin = Ticks(), time.perf_counter()
@@ -85,7 +99,9 @@ class Runner:
     def in_sequence(self) -> dict[str, float]:
         pad = self.processor.tokenizer.pad_token_id
         return self._ticks(
-            lambda ticks: self.model.generate(**self.read().to(self.model.device), streamer=ticks, pad_token_id=pad, **self.generate)
+            lambda ticks: self.model.generate(
+                **self.read().to(self.model.device), streamer=ticks, pad_token_id=pad, **self.generate
+            )
         )
 
     def encode(self, levels, grid, mean, std) -> torch.Tensor:
@@ -96,7 +112,9 @@ class Runner:
         return {"seconds": self.clock.time(self.read)}
 
     def encode_alone(self):
-        levels, grid, (mean,), (std,) = (self.inputs[name] for name in ("pixel_values", "grid_thw", "image_mean", "image_std"))
+        levels, grid, (mean,), (std,) = (
+            self.inputs[name] for name in ("pixel_values", "grid_thw", "image_mean", "image_std")
+        )
         return {"seconds": self.clock.time(lambda: self.encode(levels, grid, mean, std))}
 
     def both(self):
@@ -105,7 +123,11 @@ class Runner:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--media", type=Path, help="folder in which the clips are made, or lie from an earlier run; default: a temporary one")
+    parser.add_argument(
+        "--media",
+        type=Path,
+        help="folder in which the clips are made, or lie from an earlier run; default: a temporary one",
+    )
     parser.add_argument("--models", nargs="+", choices=("shipped", "random"), default=["shipped", "random"])
     parser.add_argument("--fps", type=float, default=1.0)
     parser.add_argument("--longest-edge", type=int, default=448 * 448, help="most pixels of a frame")
@@ -129,23 +151,54 @@ def main() -> None:
             model = load(name, args)
             for clip in reversed(CLIPS):
                 runner = Runner(model, processor, media[clip][0], args)
-                calls = {"ours": runner.ours, "in sequence": runner.in_sequence, "decode": runner.decode_alone,
-                         "encode": runner.encode_alone, "both": runner.both}  # fmt: skip
-                row = {"model": name, "clip": clip, "grid": runner.inputs["grid_thw"].tolist(), "seconds": alternate(calls, args.rounds)}
+                calls = {
+                    "ours": runner.ours,
+                    "in sequence": runner.in_sequence,
+                    "decode": runner.decode_alone,
+                    "encode": runner.encode_alone,
+                    "both": runner.both,
+                }
+                row = {
+                    "model": name,
+                    "clip": clip,
+                    "grid": runner.inputs["grid_thw"].tolist(),
+                    "seconds": alternate(calls, args.rounds),
+                }
                 result["rows"].append(row)
                 write_json(args.json, result)
                 seconds = row["seconds"]
                 larger = max(summary(seconds[part]["seconds"])["median"] for part in ("decode", "encode"))
-                rows.append((
-                    f"{name}, {clip}", runner.inputs["grid_thw"][0, 0].item(),
-                    *(spread(seconds[part]["seconds"]) for part in ("decode", "encode", "both")),
-                    f"{summary(seconds['both']['seconds'])['median'] / larger:.2f}",
-                    *(spread(seconds[which][what]) for what in ("first token", "last token") for which in ("ours", "in sequence")),
-                ))  # fmt: skip
+                rows.append(
+                    (
+                        f"{name}, {clip}",
+                        runner.inputs["grid_thw"][0, 0].item(),
+                        *(spread(seconds[part]["seconds"]) for part in ("decode", "encode", "both")),
+                        f"{summary(seconds['both']['seconds'])['median'] / larger:.2f}",
+                        *(
+                            spread(seconds[which][what])
+                            for what in ("first token", "last token")
+                            for which in ("ours", "in sequence")
+                        ),
+                    )
+                )
                 print(f"{name}, {clip} measured", flush=True)
-    print(table(
-        ("", "frames", "decode, s", "encode, s", "side by side, s", "over the larger", "first token, s", "in sequence, s",
-         f"token {args.tokens}, s", "in sequence, s"), rows))  # fmt: skip
+    print(
+        table(
+            (
+                "",
+                "frames",
+                "decode, s",
+                "encode, s",
+                "side by side, s",
+                "over the larger",
+                "first token, s",
+                "in sequence, s",
+                f"token {args.tokens}, s",
+                "in sequence, s",
+            ),
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

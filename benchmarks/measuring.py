@@ -3,22 +3,14 @@
 import json
 import platform
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_package() -> None:
-    """Makes the project importable as `moss_vl`, without a copy of it in a cache of remote code."""
-    package = types.ModuleType("moss_vl")
-    package.__path__ = [str(ROOT)]
-    sys.modules.setdefault("moss_vl", package)
 
 
 class Clock:
@@ -65,7 +57,9 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
     """Median (least to most)."""
-    low, middle, high = (f"{scale * value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    low, middle, high = (
+        f"{scale * value:.{digits}f}" for value in (min(values), statistics.median(values), max(values))
+    )
     return f"{middle} ({low} to {high})"
 
 
@@ -74,7 +68,10 @@ def read_bandwidth(device: str, dtype: torch.dtype, rounds: int = 7) -> float:
     clock = Clock(device)
     size = 1 << (30 if device.startswith("cuda") else 28)  # bytes, far beyond any cache
     matrix = torch.ones(size // 4096 // dtype.itemsize, 4096, dtype=dtype, device=device)
-    vector, words = torch.ones(4096, dtype=dtype, device=device), matrix.view(torch.int64 if device == "cpu" else torch.float32)
+    vector, words = (
+        torch.ones(4096, dtype=dtype, device=device),
+        matrix.view(torch.int64 if device == "cpu" else torch.float32),
+    )
     ways = (lambda: matrix @ vector, lambda: words.sum(), lambda: matrix.sum(), lambda: words.amax())
     for way in ways:
         way()
@@ -87,7 +84,10 @@ def product_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
     sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
     for size in sizes:
         for rows in (size, 4 * size):
-            a, b = torch.randn(rows, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype).t()
+            a, b = (
+                torch.randn(rows, size, device=device).to(dtype),
+                torch.randn(size, size, device=device).to(dtype).t(),
+            )
             a @ b
             best = max(best, 2 * rows * size * size / min(clock.time(lambda: a @ b) for _ in range(rounds)))
     return best
@@ -135,7 +135,10 @@ def machine(device: str, threads: int) -> dict:
 
 def processor_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "CPU",
+    )
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:

@@ -5,30 +5,39 @@ torch's own record of every allocation, for the model of model.py; the second ap
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from measuring import ROOT, allocation_peak, load_package, machine, table, write_json
-from model import add_model_flags, add_prompt_flags, make_config
 
-load_package()
-from moss_vl.cache_layers import TEXT_ROOM  # noqa: E402
-from moss_vl.configuration_moss_vl import MossVLConfig  # noqa: E402
-from moss_vl.modeling_moss_vl import (  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moss_vl.benchmarks.measuring import ROOT, allocation_peak, machine, table, write_json
+from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config
+from moss_vl.cache_layers import TEXT_ROOM
+from moss_vl.configuration_moss_vl import MossVLConfig
+from moss_vl.modeling_moss_vl import (
     CPU_PATCHES,
     DEFAULT_VISION_CHUNK,
     GPU_PATCHES,
     MLP_ROWS,
-
     VISION_ROWS,
     MossVLForConditionalGeneration,
 )
 
 
 def prefill_bytes(
-    config: MossVLConfig, frames: int, rows: int, columns: int, text_tokens: int, dtype: torch.dtype, *,
-    chunk: int = DEFAULT_VISION_CHUNK, device: str = "cpu",
-) -> dict[str, int]:  # fmt: skip
+    config: MossVLConfig,
+    frames: int,
+    rows: int,
+    columns: int,
+    text_tokens: int,
+    dtype: torch.dtype,
+    *,
+    chunk: int = DEFAULT_VISION_CHUNK,
+    device: str = "cpu",
+) -> dict[str, int]:
     """Bytes beyond weights and pixels that a prefill of `frames` frames of `rows` x `columns` patches and `text_tokens` tokens of text
     needs, with sdpa or flash-attention. `chunk`: `vision_chunked_length`.
 
@@ -53,13 +62,23 @@ def prefill_bytes(
     states = tokens * text.hidden_size * size
     caches = of_head * (crosses * tokens + (text.num_hidden_layers - crosses) * room)
     encoder = int(patches * (max(attention, mlp, merger) + out))
-    tables = 2 * tokens * text.head_dim * size + min(VISION_ROWS, tokens) * of_head  # rotations, and a piece of keys and values
+    tables = (
+        2 * tokens * text.head_dim * size + min(VISION_ROWS, tokens) * of_head
+    )  # rotations, and a piece of keys and values
     reading = tables + 3 * text_tokens * (text.intermediate_size + 2 * text.hidden_size) * size
-    return {"states": states, "caches": caches, "encoder": encoder, "text": reading, "peak": states + max(encoder, caches + reading)}
+    return {
+        "states": states,
+        "caches": caches,
+        "encoder": encoder,
+        "text": reading,
+        "peak": states + max(encoder, caches + reading),
+    }
 
 
 @torch.no_grad()
-def measured_bytes(model, frames: int, rows: int, columns: int, text_tokens: int, chunk: int = DEFAULT_VISION_CHUNK) -> int:
+def measured_bytes(
+    model, frames: int, rows: int, columns: int, text_tokens: int, chunk: int = DEFAULT_VISION_CHUNK
+) -> int:
     """The same peak as torch records it; one `image_pad` a frame, at even distances."""
     generator, vision = torch.Generator().manual_seed(0), model.config.vision_config
     ids = torch.ones(1, text_tokens, dtype=torch.long)
@@ -68,7 +87,9 @@ def measured_bytes(model, frames: int, rows: int, columns: int, text_tokens: int
     pixels = torch.randn(frames * rows * columns, values, generator=generator).to(model.device, model.dtype)
     inputs = {"pixel_values": pixels, "grid_thw": [[frames, rows, columns]], "vision_chunked_length": chunk}
     ids, outs = ids.to(model.device), []
-    return allocation_peak(lambda: outs.append(model(ids, **inputs, use_cache=True, logits_to_keep=1)), str(model.device))
+    return allocation_peak(
+        lambda: outs.append(model(ids, **inputs, use_cache=True, logits_to_keep=1)), str(model.device)
+    )
 
 
 def released_table(frame_counts=(64, 256, 1024)) -> str:
@@ -81,9 +102,31 @@ def released_table(frame_counts=(64, 256, 1024)) -> str:
     for side in (448, 896):
         for frames in frame_counts:
             parts = prefill_bytes(config, frames, side // 16, side // 16, 10 * frames, torch.bfloat16, device="cuda")
-            numbers = (parts["states"], parts["caches"], parts["encoder"], parts["text"], parts["peak"], weights + parts["peak"])
-            rows.append((f"{frames} of {side}x{side}", frames * ((side // 32) ** 2 + 1), *(f"{number / 1e9:.1f}" for number in numbers)))
-    head = ("frames", "vision tokens", "states", "caches", "encoder", "text", "peak beyond weights", f"with {weights / 1e9:.1f} of weights")
+            numbers = (
+                parts["states"],
+                parts["caches"],
+                parts["encoder"],
+                parts["text"],
+                parts["peak"],
+                weights + parts["peak"],
+            )
+            rows.append(
+                (
+                    f"{frames} of {side}x{side}",
+                    frames * ((side // 32) ** 2 + 1),
+                    *(f"{number / 1e9:.1f}" for number in numbers),
+                )
+            )
+    head = (
+        "frames",
+        "vision tokens",
+        "states",
+        "caches",
+        "encoder",
+        "text",
+        "peak beyond weights",
+        f"with {weights / 1e9:.1f} of weights",
+    )
     return table(head, rows)
 
 
@@ -107,10 +150,25 @@ def main() -> None:
             peak = measured_bytes(model, *sizes, chunk=args.chunk)
             result["rows"].append({"dtype": dtype, "frames": frames, "formula": parts, "measured": peak})
             write_json(args.json, result)
-            lines.append((dtype, frames, *(f"{parts[name] / 1e6:.0f}" for name in parts), f"{peak / 1e6:.0f}", f"{parts['peak'] / peak:.2f}"))
+            lines.append(
+                (
+                    dtype,
+                    frames,
+                    *(f"{parts[name] / 1e6:.0f}" for name in parts),
+                    f"{peak / 1e6:.0f}",
+                    f"{parts['peak'] / peak:.2f}",
+                )
+            )
     print("\nMB beyond weights and pixels\n")
-    print(table(("dtype", "frames", "states", "caches", "encoder", "text", "formula", "measured", "formula / measured"), lines))
-    print(f"\nGB of the 11B model in bfloat16, on a GPU, 10 tokens of text a frame, by the formula\n\n{released_table()}")
+    print(
+        table(
+            ("dtype", "frames", "states", "caches", "encoder", "text", "formula", "measured", "formula / measured"),
+            lines,
+        )
+    )
+    print(
+        f"\nGB of the 11B model in bfloat16, on a GPU, 10 tokens of text a frame, by the formula\n\n{released_table()}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,16 +13,20 @@ the bytes in tensors beyond weights and pixels.
 
 import argparse
 import gc
+import sys
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 
 import torch
-from measuring import (
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moss_vl.benchmarks.measuring import (
     Clock,
     allocation_peak,
     alternate,
-    load_package,
     machine,
     product_rate,
     read_bandwidth,
@@ -31,11 +35,10 @@ from measuring import (
     table,
     write_json,
 )
-from plain import PlainMossVL
+from moss_vl.benchmarks.plain import PlainMossVL
+from moss_vl.configuration_moss_vl import MossVLConfig
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
-load_package()
-from moss_vl.configuration_moss_vl import MossVLConfig  # noqa: E402
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration  # noqa: E402
 
 VOCABULARY, PAD, START, END = 1000, 990, 992, 993
 WORDS = 900  # ids below stand for words
@@ -81,14 +84,22 @@ def make_config(args) -> MossVLConfig:
 def sizes(args) -> tuple[dict, dict]:
     """What the flags of `add_model_flags` say of decoder and encoder, by the names of their configurations."""
     text = {
-        "hidden_size": args.width, "intermediate_size": 3 * args.width, "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads, "num_key_value_heads": args.kv_heads, "head_dim": args.head_dim,
+        "hidden_size": args.width,
+        "intermediate_size": 3 * args.width,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "head_dim": args.head_dim,
         "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": sections(args.head_dim)},
-    }  # fmt: skip
+    }
     vision = {
-        "depth": args.vision_depth, "hidden_size": args.vision_width, "intermediate_size": 4 * args.vision_width,
-        "num_heads": args.vision_width // 64, "out_hidden_size": args.width, "deepstack_visual_indexes": [1, args.vision_depth // 2],
-    }  # fmt: skip
+        "depth": args.vision_depth,
+        "hidden_size": args.vision_width,
+        "intermediate_size": 4 * args.vision_width,
+        "num_heads": args.vision_width // 64,
+        "out_hidden_size": args.width,
+        "deepstack_visual_indexes": [1, args.vision_depth // 2],
+    }
     return text, vision
 
 
@@ -98,7 +109,6 @@ def sections(head_dim: int) -> list[int]:
     return [head_dim // 2 - 2 * third, third, third]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Contestants: `prefill` gives the last token's logits [1, 1, vocab], `decode` those behind one token more
 
 
@@ -114,7 +124,9 @@ class Ours:
 
     def prefill(self, prompt: Prompt) -> torch.Tensor:
         self.cache = None
-        out = self.model(prompt.ids, pixel_values=prompt.pixels, grid_thw=prompt.grid, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            prompt.ids, pixel_values=prompt.pixels, grid_thw=prompt.grid, use_cache=True, logits_to_keep=1
+        )
         self.cache = out[CACHE]
         return out.logits
 
@@ -141,16 +153,45 @@ class Qwen3VL:
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
         text, vision = config.text_config, config.vision_config
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": text.rope_parameters["mrope_section"]}
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        rope = {
+            "rope_type": "default",
+            "mrope_interleaved": True,
+            "mrope_section": text.rope_parameters["mrope_section"],
+        }
         layers = text.num_hidden_layers - len(text.cross_attention_layers)
-        text_config = {name: getattr(text, name) for name in names} | {"num_hidden_layers": layers, "rope_theta": text.rope_parameters["rope_theta"], "rope_scaling": rope}
-        names = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "deepstack_visual_indexes",
-                 "num_position_embeddings", "patch_size", "spatial_merge_size", "temporal_patch_size")  # fmt: skip
+        text_config = {name: getattr(text, name) for name in names} | {
+            "num_hidden_layers": layers,
+            "rope_theta": text.rope_parameters["rope_theta"],
+            "rope_scaling": rope,
+        }
+        names = (
+            "depth",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "out_hidden_size",
+            "deepstack_visual_indexes",
+            "num_position_embeddings",
+            "patch_size",
+            "spatial_merge_size",
+            "temporal_patch_size",
+        )
         sizes = Qwen3VLConfig(
-            text_config=text_config, vision_config={name: getattr(vision, name) for name in names},
-            image_token_id=PAD, video_token_id=991, vision_start_token_id=START, vision_end_token_id=END,
-        )  # fmt: skip
+            text_config=text_config,
+            vision_config={name: getattr(vision, name) for name in names},
+            image_token_id=PAD,
+            video_token_id=991,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+        )
         self.model = Qwen3VLForConditionalGeneration._from_config(sizes, dtype=dtype).eval().to(device)
         self.ids_of = {}
 
@@ -163,8 +204,14 @@ class Qwen3VL:
             self.ids_of[prompt.frames] = torch.tensor([ids], device=prompt.ids.device)
         ids, self.cache = self.ids_of[prompt.frames], None
         grid = torch.tensor([[1, prompt.columns, prompt.columns]] * prompt.frames, device=ids.device)
-        kinds = {"mm_token_type_ids": (ids == PAD).int()} if "mm_token_type_ids" in signature(self.model.forward).parameters else {}
-        out = self.model(input_ids=ids, pixel_values=prompt.pixels, image_grid_thw=grid, use_cache=True, logits_to_keep=1, **kinds)
+        kinds = (
+            {"mm_token_type_ids": (ids == PAD).int()}
+            if "mm_token_type_ids" in signature(self.model.forward).parameters
+            else {}
+        )
+        out = self.model(
+            input_ids=ids, pixel_values=prompt.pixels, image_grid_thw=grid, use_cache=True, logits_to_keep=1, **kinds
+        )
         self.cache, self.length = out[CACHE], ids.shape[1]
         return out.logits
 
@@ -175,7 +222,6 @@ class Qwen3VL:
         return self.model(input_ids=token, position_ids=position, cache_position=at, **{CACHE: self.cache}).logits
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The limit
 
 
@@ -184,7 +230,11 @@ def encoder_operations(config, prompt: Prompt) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
     block = 2 * patches * (4 * width * width + 2 * width * inner) + 4 * patches * prompt.columns**2 * width
     merged = 4 * width * (len(vision.deepstack_visual_indexes) + 1)
-    return 2 * patches * 768 * width + vision.depth * block + 2 * (patches // 4) * merged * (merged + vision.out_hidden_size)
+    return (
+        2 * patches * 768 * width
+        + vision.depth * block
+        + 2 * (patches // 4) * merged * (merged + vision.out_hidden_size)
+    )
 
 
 def decoder_operations(config, prompt: Prompt) -> int:
@@ -205,11 +255,12 @@ def decoder_operations(config, prompt: Prompt) -> int:
 def bytes_of_a_token(model, cache) -> tuple[int, int]:
     """What a decode step reads: weights of the decoder, and keys and values."""
     size = model.lm_head.weight.element_size()
-    weights = sum(parameter.numel() for parameter in [*model.language_model.layers.parameters(), *model.lm_head.parameters()])
+    weights = sum(
+        parameter.numel() for parameter in [*model.language_model.layers.parameters(), *model.lm_head.parameters()]
+    )
     return weights * size, sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
@@ -253,16 +304,26 @@ def run(dtype: torch.dtype, args) -> list[dict]:
     contestants = {"ours": Ours(model, clock), "plain": Plain(model), "qwen3vl": Qwen3VL(config, args.device, dtype)}
     contestants = {name: contestant for name, contestant in contestants.items() if name not in args.without}
     rate, bandwidth = product_rate(args.device, dtype), read_bandwidth(args.device, dtype)
-    print(f"\n{str(dtype).removeprefix('torch.')}: products {rate / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s, "
-          f"{model.num_parameters() / 1e6:.1f} M parameters", flush=True)  # fmt: skip
+    print(
+        f"\n{str(dtype).removeprefix('torch.')}: products {rate / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s, "
+        f"{model.num_parameters() / 1e6:.1f} M parameters",
+        flush=True,
+    )
     for frames in args.frames:
         prompt = make_prompt(frames, args.side, args.tokens, args.device, dtype)
-        row = {"dtype": str(dtype).removeprefix("torch."), "frames": frames, "vision tokens": prompt.vision_tokens, "text tokens": prompt.ids.shape[1]}
+        row = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "frames": frames,
+            "vision tokens": prompt.vision_tokens,
+            "text tokens": prompt.ids.shape[1],
+        }
         if "plain" in contestants:
             row["differences"] = differences(contestants["ours"], contestants["plain"], prompt)
             tolerance = 0.01 if dtype == torch.float32 else 0.3
             if max(row["differences"]) > tolerance:
-                raise SystemExit(f"the plain implementation gives other logits: {row['differences']} standard deviations apart")
+                raise SystemExit(
+                    f"the plain implementation gives other logits: {row['differences']} standard deviations apart"
+                )
         row["seconds"] = measure(contestants, prompt, args, clock)
         row["memory"] = {}
         for name, contestant in contestants.items():
@@ -276,9 +337,12 @@ def run(dtype: torch.dtype, args) -> list[dict]:
             if name == "plain":
                 contestant.plain.past = {}
         row["limit"] = {
-            "encoder": encoder_operations(config, prompt) / rate, "decoder": decoder_operations(config, prompt) / rate,
-            "decode": (weights + caches) / bandwidth, "bytes of weights": weights, "bytes of caches": caches,
-        }  # fmt: skip
+            "encoder": encoder_operations(config, prompt) / rate,
+            "decoder": decoder_operations(config, prompt) / rate,
+            "decode": (weights + caches) / bandwidth,
+            "bytes of weights": weights,
+            "bytes of caches": caches,
+        }
         rows.append(row)
         print(f"{frames} frames measured", flush=True)
     for title, text in tables(rows, list(contestants)).items():
@@ -298,28 +362,61 @@ def tables(rows: list[dict], names: list[str]) -> dict[str, str]:
         return f"{summary(row['seconds']['ours'][what])['median'] / row['limit'][what]:.2f}"
 
     prefill = [
-        (row["frames"], row["vision tokens"], row["text tokens"], spread(row["seconds"]["ours"]["prefill"]),
-         *(spread(row["seconds"][name]["prefill"]) for name in peers), *(times(row, name) for name in peers),
-         spread(row["seconds"]["ours"]["encoder"]), over(row, "encoder"), spread(row["seconds"]["ours"]["decoder"]), over(row, "decoder"))
+        (
+            row["frames"],
+            row["vision tokens"],
+            row["text tokens"],
+            spread(row["seconds"]["ours"]["prefill"]),
+            *(spread(row["seconds"][name]["prefill"]) for name in peers),
+            *(times(row, name) for name in peers),
+            spread(row["seconds"]["ours"]["encoder"]),
+            over(row, "encoder"),
+            spread(row["seconds"]["ours"]["decoder"]),
+            over(row, "decoder"),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     decode = [
-        (row["frames"], spread(row["seconds"]["ours"]["decode"], 1e3), *(spread(row["seconds"][name]["decode"], 1e3) for name in peers),
-         *(times(row, name, "decode") for name in peers), f"{1e3 * row['limit']['decode']:.2f}", over(row, "decode"),
-         f"{row['limit']['bytes of caches'] / 1e6:.0f} of {(row['limit']['bytes of weights'] + row['limit']['bytes of caches']) / 1e6:.0f}")
+        (
+            row["frames"],
+            spread(row["seconds"]["ours"]["decode"], 1e3),
+            *(spread(row["seconds"][name]["decode"], 1e3) for name in peers),
+            *(times(row, name, "decode") for name in peers),
+            f"{1e3 * row['limit']['decode']:.2f}",
+            over(row, "decode"),
+            f"{row['limit']['bytes of caches'] / 1e6:.0f} of {(row['limit']['bytes of weights'] + row['limit']['bytes of caches']) / 1e6:.0f}",
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     memory = [
-        (row["frames"], *(f"{row['memory'][name] / 1e6:.0f}" for name in names), *(f"{row['memory'][name] / row['memory']['ours']:.2f}" for name in peers))
+        (
+            row["frames"],
+            *(f"{row['memory'][name] / 1e6:.0f}" for name in names),
+            *(f"{row['memory'][name] / row['memory']['ours']:.2f}" for name in peers),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     ratios = [f"{name} / ours" for name in peers]
     return {
         "Prefill, s: median (least to most)": table(
-            ("frames", "vision tokens", "text tokens", *names, *ratios, "ours, encoder", "over the limit", "ours, rest", "over the limit"), prefill),
-        "Decode, ms a token": table(("frames", *names, *ratios, "limit", "ours over the limit", "MB of caches"), decode),
+            (
+                "frames",
+                "vision tokens",
+                "text tokens",
+                *names,
+                *ratios,
+                "ours, encoder",
+                "over the limit",
+                "ours, rest",
+                "over the limit",
+            ),
+            prefill,
+        ),
+        "Decode, ms a token": table(
+            ("frames", *names, *ratios, "limit", "ours over the limit", "MB of caches"), decode
+        ),
         "Peak memory of prefill, MB": table(("frames", *names, *ratios), memory),
-    }  # fmt: skip
+    }
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -353,7 +450,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = {"machine": machine(args.device, args.threads), "options": {k: v for k, v in vars(args).items() if k != "json"}, "rows": []}
+    result = {
+        "machine": machine(args.device, args.threads),
+        "options": {k: v for k, v in vars(args).items() if k != "json"},
+        "rows": [],
+    }
     print(result["machine"])
     for dtype in args.dtype:
         result["rows"] += run(getattr(torch, dtype), args)

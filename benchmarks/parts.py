@@ -5,15 +5,19 @@ and the frames of model.py.
 """
 
 import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from measuring import Clock, load_package, machine, summary, table, write_json
-from model import add_model_flags, add_prompt_flags, make_config, make_prompt
 
-load_package()
-from moss_vl import modeling_moss_vl as modeling  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moss_vl import modeling_moss_vl as modeling
+from moss_vl.benchmarks.measuring import Clock, machine, summary, table, write_json
+from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config, make_prompt
+
 
 PARTS = {
     "patches": modeling.MossVLVisionPatchEmbed,
@@ -80,7 +84,9 @@ def main() -> None:
     print(result["machine"], flush=True)
     for dtype in args.dtype:
         torch.manual_seed(0)
-        model = modeling.MossVLForConditionalGeneration(make_config(args)).eval().to(args.device, getattr(torch, dtype))
+        model = (
+            modeling.MossVLForConditionalGeneration(make_config(args)).eval().to(args.device, getattr(torch, dtype))
+        )
         timer = Timer(model, clock)
         for frames in args.frames:
             prompt = make_prompt(frames, args.side, args.tokens, args.device, model.dtype)
@@ -95,10 +101,21 @@ def main() -> None:
             write_json(args.json, result)
     whole = [sum(part["median"] for part in row["seconds"].values()) for row in result["rows"]]
     lines = [
-        (name, *(f"{row['seconds'][name]['median']:.3f} ({100 * row['seconds'][name]['median'] / total:.0f} %)" for row, total in zip(result["rows"], whole)))
+        (
+            name,
+            *(
+                f"{row['seconds'][name]['median']:.3f} ({100 * row['seconds'][name]['median'] / total:.0f} %)"
+                for row, total in zip(result["rows"], whole, strict=True)
+            ),
+        )
         for name in (*PARTS, "other")
-    ]  # fmt: skip
-    print(table(("seconds", *(f"{row['frames']} frames, {row['dtype']}" for row in result["rows"])), [*lines, ("whole", *(f"{total:.2f}" for total in whole))]))
+    ]
+    print(
+        table(
+            ("seconds", *(f"{row['frames']} frames, {row['dtype']}" for row in result["rows"])),
+            [*lines, ("whole", *(f"{total:.2f}" for total in whole))],
+        )
+    )
 
 
 if __name__ == "__main__":

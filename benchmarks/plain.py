@@ -16,27 +16,38 @@ class PlainMossVL:
         self.text, self.vision, self.ids = model.config.text_config, model.config.vision_config, model.config
         self.weights = dict(model.state_dict())
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Vision encoder
 
     def encode(self, pixels: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
         """pixels [P, values] -> vision states [V, D]."""
         config, m, weight = self.vision, self.vision.spatial_merge_size, self._named("model.visual.")
-        x = F.linear(pixels.to(weight("patch_embed.proj.weight")), weight("patch_embed.proj.weight").flatten(1), weight("patch_embed.proj.bias"))
+        x = F.linear(
+            pixels.to(weight("patch_embed.proj.weight")),
+            weight("patch_embed.proj.weight").flatten(1),
+            weight("patch_embed.proj.bias"),
+        )
         x = (x.view(frames, -1, config.hidden_size) + self._learned(rows, columns)).flatten(0, 1)
         angles, kept = self._angles(rows, columns, config.hidden_size // config.num_heads), []
         for index in range(config.depth):
             block = self._named(f"model.visual.blocks.{index}.")
             x = x + self._frame_attention(self._layer_norm(x, block, "norm1"), block, frames, angles)
-            hidden = F.linear(self._layer_norm(x, block, "norm2"), block("mlp.linear_fc1.weight"), block("mlp.linear_fc1.bias"))
-            x = x + F.linear(F.gelu(hidden, approximate="tanh"), block("mlp.linear_fc2.weight"), block("mlp.linear_fc2.bias"))
+            hidden = F.linear(
+                self._layer_norm(x, block, "norm2"), block("mlp.linear_fc1.weight"), block("mlp.linear_fc1.bias")
+            )
+            x = x + F.linear(
+                F.gelu(hidden, approximate="tanh"), block("mlp.linear_fc2.weight"), block("mlp.linear_fc2.bias")
+            )
             if index in config.deepstack_visual_indexes:
                 kept.append(x)
         merger = self._named("model.visual.merger.")
-        features = torch.cat([self._layer_norm(feature, merger, f"norms.{i}") for i, feature in enumerate([x, *kept])], dim=-1)
+        features = torch.cat(
+            [self._layer_norm(feature, merger, f"norms.{i}") for i, feature in enumerate([x, *kept])], dim=-1
+        )
         features = features.view(-1, m * m * features.shape[-1])
         features = F.gelu(F.linear(features, merger("linear_fc1.weight"), merger("linear_fc1.bias")))
-        tokens = F.linear(features, merger("linear_fc2.weight"), merger("linear_fc2.bias")).view(frames, -1, config.out_hidden_size)
+        tokens = F.linear(features, merger("linear_fc2.weight"), merger("linear_fc2.bias")).view(
+            frames, -1, config.out_hidden_size
+        )
         separator = self.weights["model.separator_token"].expand(frames, 1, -1)
         return torch.cat([tokens, separator], dim=1).flatten(0, 1)
 
@@ -44,7 +55,11 @@ class PlainMossVL:
         heads = self.vision.num_heads
         outs = []
         for frame in x.chunk(frames):
-            q, k, v = F.linear(frame, block("attn.qkv.weight"), block("attn.qkv.bias")).view(len(frame), 3, heads, -1).permute(1, 2, 0, 3)
+            q, k, v = (
+                F.linear(frame, block("attn.qkv.weight"), block("attn.qkv.bias"))
+                .view(len(frame), 3, heads, -1)
+                .permute(1, 2, 0, 3)
+            )
             q, k = (turn(part.float(), *angles).to(part.dtype) for part in (q, k))
             outs.append(F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1))
         return F.linear(torch.cat(outs), block("attn.proj.weight"), block("attn.proj.bias"))
@@ -54,12 +69,16 @@ class PlainMossVL:
         side = round(self.vision.num_position_embeddings**0.5)
         weight = self.weights["model.visual.pos_embed.weight"]
         grid = weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=True)[0]  # [hidden, rows, columns]
+        grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=True)[
+            0
+        ]  # [hidden, rows, columns]
         return self._blocks(grid.permute(1, 2, 0)).to(weight.dtype)
 
     def _angles(self, rows: int, columns: int, d: int):
         frequencies = 10000.0 ** (-4.0 * torch.arange(d // 4) / d)
-        at = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)  # [rows, columns, 2]
+        at = torch.stack(
+            torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1
+        )  # [rows, columns, 2]
         angles = (self._blocks(at).float()[..., None] * frequencies).flatten(1).repeat(1, 2)
         angles = angles.to(self.weights["model.separator_token"].device)
         return angles.cos(), angles.sin()
@@ -71,9 +90,10 @@ class PlainMossVL:
         return grid.reshape(rows // m, m, columns // m, m, *rest).transpose(1, 2).reshape(rows * columns, *rest)
 
     def _layer_norm(self, x, weight, name):
-        return F.layer_norm(x, x.shape[-1:], weight(f"{name}.weight"), weight(f"{name}.bias"), self.vision.layer_norm_eps)
+        return F.layer_norm(
+            x, x.shape[-1:], weight(f"{name}.weight"), weight(f"{name}.bias"), self.vision.layer_norm_eps
+        )
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Decoder
 
     @torch.no_grad()
@@ -92,9 +112,13 @@ class PlainMossVL:
             p += 1
         self.position, self.past, device = p, {}, states.device
         text_table, vision_table = (self._table(torch.tensor(places, device=device).T) for places in (text, vision))
-        reached = (ids[0] == self.ids.image_token_id).cumsum(0) * (height * width + 1)  # vision tokens that each row sees
+        reached = (ids[0] == self.ids.image_token_id).cumsum(0) * (
+            height * width + 1
+        )  # vision tokens that each row sees
         hidden = torch.arange(len(states), device=device) >= reached[:, None]
-        dense = torch.zeros(hidden.shape, dtype=states.dtype, device=device).masked_fill_(hidden & (reached > 0)[:, None], float("-inf"))
+        dense = torch.zeros(hidden.shape, dtype=states.dtype, device=device).masked_fill_(
+            hidden & (reached > 0)[:, None], float("-inf")
+        )
         causal = torch.full((len(text), len(text)), float("-inf"), dtype=states.dtype, device=device).triu(1)
         self.sees = (reached > 0).to(states.dtype)[:, None]
         x = self._layers(ids[0], text_table, causal, dense, states, vision_table)
@@ -133,13 +157,19 @@ class PlainMossVL:
 
         query = turn(self._rms_norm(heads(x, "q"), layer(f"{name}.q_norm.weight"), eps).transpose(0, 1), *table)
         if source is not None:
-            key = turn(self._rms_norm(heads(source, "k"), layer(f"{name}.k_norm.weight"), eps).transpose(0, 1), *source_table)
+            key = turn(
+                self._rms_norm(heads(source, "k"), layer(f"{name}.k_norm.weight"), eps).transpose(0, 1), *source_table
+            )
             value = heads(source, "v").transpose(0, 1)
             if index in self.past:
-                key, value = (torch.cat([old, new], dim=1) for old, new in zip(self.past[index], (key, value)))
+                key, value = (
+                    torch.cat([old, new], dim=1) for old, new in zip(self.past[index], (key, value), strict=True)
+                )
             self.past[index] = key, value
         key, value = (part.repeat_interleave(len(query) // len(part), dim=0) for part in self.past[index])
-        out = F.scaled_dot_product_attention(query[None], key[None], value[None], None if mask is None else mask[None, None])
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], None if mask is None else mask[None, None]
+        )
         return F.linear(out[0].transpose(0, 1).flatten(1), layer(f"{name}.o_proj.weight"))
 
     def _mlp(self, x, layer):
@@ -147,7 +177,9 @@ class PlainMossVL:
         return F.linear(F.silu(gate) * up, layer("mlp.down_proj.weight"))
 
     def _logits(self, x):
-        return F.linear(self._rms_norm(x[-1:], self.weights["model.language_model.norm.weight"]), self.weights["lm_head.weight"])[None]
+        return F.linear(
+            self._rms_norm(x[-1:], self.weights["model.language_model.norm.weight"]), self.weights["lm_head.weight"]
+        )[None]
 
     def _rms_norm(self, x, weight, eps=None):
         eps = self.text.rms_norm_eps if eps is None else eps

@@ -9,6 +9,7 @@ alone, what follows on frames that are decoded already, and of that resize and p
 
 import argparse
 import multiprocessing
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -16,10 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import (
+from PIL import Image
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moss_vl.benchmarks.measuring import (
     Clock,
     alternate,
-    load_package,
     machine,
     reset_resident_peak,
     resident_peak,
@@ -28,19 +33,16 @@ from measuring import (
     table,
     write_json,
 )
-from PIL import Image
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor, resize_uint8
+from moss_vl.patches import patchify
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+from moss_vl.video_reading import open_video
 
-load_package()
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor, resize_uint8  # noqa: E402
-from moss_vl.patches import patchify  # noqa: E402
-from moss_vl.video_processing_moss_vl import MossVLVideoProcessor  # noqa: E402
-from moss_vl.video_reading import open_video  # noqa: E402
 
 CLIPS = {"61 s of 640x360": (61, 640, 360), "100 s of 1080p": (100, 1920, 1080)}
 PICTURE, PICTURES = "a 4000x3000 JPEG", "32 pictures"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Media
 
 
@@ -72,7 +74,10 @@ def write_clip(path: Path, seconds: int, width: int, height: int, fps: int = 30)
 def make_media(folder: Path, names=(*CLIPS, PICTURE, PICTURES)) -> dict[str, list[Path]]:
     """Name -> files; those that are there already are kept."""
     files = {name: [folder / f"{seconds}s-{width}x{height}.mp4"] for name, (seconds, width, height) in CLIPS.items()}
-    files |= {PICTURE: [folder / "4000x3000.jpg"], PICTURES: [folder / f"picture-{number}.jpg" for number in range(32)]}
+    files |= {
+        PICTURE: [folder / "4000x3000.jpg"],
+        PICTURES: [folder / f"picture-{number}.jpg" for number in range(32)],
+    }
     for name in names:
         for number, path in enumerate(files[name]):
             if path.exists():
@@ -85,7 +90,6 @@ def make_media(folder: Path, names=(*CLIPS, PICTURE, PICTURES)) -> dict[str, lis
     return {name: files[name] for name in names}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The straightforward pipeline
 
 
@@ -125,10 +129,14 @@ def plain_patches(frames: list[np.ndarray], height: int, width: int) -> torch.Te
 
 
 def plain_pictures(paths: list[Path], sizes: list[tuple[int, int]]) -> torch.Tensor:
-    return torch.cat([plain_patches([np.asarray(Image.open(path).convert("RGB"))], *size) for path, size in zip(paths, sizes)])
+    return torch.cat(
+        [
+            plain_patches([np.asarray(Image.open(path).convert("RGB"))], *size)
+            for path, size in zip(paths, sizes, strict=True)
+        ]
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
@@ -147,7 +155,11 @@ class Task:
             self.sizes = [(16 * h, 16 * w) for _, h, w in grids]
 
     def ours(self, do_normalize: bool = False) -> torch.Tensor:
-        media, name = (str(self.paths[0]), "pixel_values_videos") if self.is_clip else ([str(path) for path in self.paths], "pixel_values")
+        media, name = (
+            (str(self.paths[0]), "pixel_values_videos")
+            if self.is_clip
+            else ([str(path) for path in self.paths], "pixel_values")
+        )
         return self.processor(media, return_tensors="pt", do_normalize=do_normalize)[name]
 
     def float32(self) -> torch.Tensor:
@@ -169,7 +181,11 @@ class Task:
             return
         video = open_video(str(self.paths[0]))
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(lambda numbers: sum(1 for _ in video.frames(numbers, [])), video.chunks(self.numbers, self.threads)))
+            list(
+                pool.map(
+                    lambda numbers: sum(1 for _ in video.frames(numbers, [])), video.chunks(self.numbers, self.threads)
+                )
+            )
 
     def ours_of_frames(self, frames) -> torch.Tensor:
         if self.is_clip:
@@ -181,11 +197,14 @@ class Task:
     def plain_of_frames(self, frames) -> torch.Tensor:
         if self.is_clip:
             return plain_patches(frames, *self.sizes[0])
-        return torch.cat([plain_patches([frame], *size) for frame, size in zip(frames, self.sizes)])
+        return torch.cat([plain_patches([frame], *size) for frame, size in zip(frames, self.sizes, strict=True)])
 
     def resize(self, frames, one) -> list:
         """Every frame by `one` of (frame, height, width)."""
-        return [one(frame, *size) for frame, size in zip(frames, self.sizes * len(frames) if self.is_clip else self.sizes)]
+        return [
+            one(frame, *size)
+            for frame, size in zip(frames, self.sizes * len(frames) if self.is_clip else self.sizes, strict=True)
+        ]
 
     def plain_cut(self, resized) -> list:
         return [plain_cut(part) for part in ([resized] if self.is_clip else [[frame] for frame in resized])]
@@ -194,19 +213,32 @@ class Task:
 def measure(task: Task, rounds: int) -> dict:
     clock, frames = Clock("cpu"), task.decode()
     one, other = task.float32(), task.plain()
-    apart = (one - other).abs().mul_(255 / 2).round_() if one.shape == other.shape else torch.full((1,), 255.0)  # in levels
+    apart = (
+        (one - other).abs().mul_(255 / 2).round_() if one.shape == other.shape else torch.full((1,), 255.0)
+    )  # in levels
     differ, levels = (apart > 0).float().mean().item(), apart.max().item()
     if differ > 0.01 or levels > 2:
-        raise SystemExit(f"{task.name}: the straightforward pipeline gives other tensors: {100 * differ:.1f} % differ, by up to {levels:.0f} levels")
+        raise SystemExit(
+            f"{task.name}: the straightforward pipeline gives other tensors: {100 * differ:.1f} % differ, by up to {levels:.0f} levels"
+        )
     del one, other, apart
     ours, plain = task.resize(frames, resize_uint8), task.resize(frames, plain_resize)
     calls = {
         "ours": lambda: {"total": clock.time(task.ours), "float32": clock.time(task.float32)},
         "plain": lambda: {"total": clock.time(task.plain)},
         "decoding": lambda: {"plain": clock.time(task.decode), "ours": clock.time(task.our_decode)},
-        "rest": lambda: {"ours": clock.time(lambda: task.ours_of_frames(frames)), "plain": clock.time(lambda: task.plain_of_frames(frames))},
-        "resize": lambda: {"ours": clock.time(lambda: task.resize(frames, resize_uint8)), "plain": clock.time(lambda: task.resize(frames, plain_resize))},
-        "patches": lambda: {"ours": clock.time(lambda: [patchify(frame[None], 16, 2) for frame in ours]), "plain": clock.time(lambda: task.plain_cut(plain))},
+        "rest": lambda: {
+            "ours": clock.time(lambda: task.ours_of_frames(frames)),
+            "plain": clock.time(lambda: task.plain_of_frames(frames)),
+        },
+        "resize": lambda: {
+            "ours": clock.time(lambda: task.resize(frames, resize_uint8)),
+            "plain": clock.time(lambda: task.resize(frames, plain_resize)),
+        },
+        "patches": lambda: {
+            "ours": clock.time(lambda: [patchify(frame[None], 16, 2) for frame in ours]),
+            "plain": clock.time(lambda: task.plain_cut(plain)),
+        },
     }
     return {"share that differs": differ, "levels apart": levels, "seconds": alternate(calls, rounds)}
 
@@ -221,7 +253,11 @@ def peak_of(which: str, name: str, paths: list[Path], threads: int, torch_thread
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--media", type=Path, help="folder in which the media are made, or lie from an earlier run; default: a temporary one")
+    parser.add_argument(
+        "--media",
+        type=Path,
+        help="folder in which the media are made, or lie from an earlier run; default: a temporary one",
+    )
     parser.add_argument("--only", nargs="+", choices=(*CLIPS, PICTURE, PICTURES), default=[*CLIPS, PICTURE, PICTURES])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--extract-threads", type=int, default=4, help="num_extract_threads")
@@ -239,7 +275,9 @@ def main() -> None:
             row = {"name": name, **measure(Task(name, media[name], args.extract_threads), args.rounds), "memory": {}}
             for which in ("ours", "plain"):
                 queue = context.Queue()
-                process = context.Process(target=peak_of, args=(which, name, media[name], args.extract_threads, args.threads, queue))
+                process = context.Process(
+                    target=peak_of, args=(which, name, media[name], args.extract_threads, args.threads, queue)
+                )
                 process.start()
                 row["memory"][which] = queue.get()
                 process.join()
@@ -249,18 +287,51 @@ def main() -> None:
     rows = []
     for row in result["rows"]:
         seconds, memory = row["seconds"], row["memory"]
-        middle = {key: {what: summary(values)["median"] for what, values in parts.items()} for key, parts in seconds.items()}
+        middle = {
+            key: {what: summary(values)["median"] for what, values in parts.items()} for key, parts in seconds.items()
+        }
         fastest = min(value for value in middle["decoding"].values() if value > 1e-4)
-        rows.append((
-            row["name"], spread(seconds["ours"]["total"]), spread(seconds["ours"]["float32"]), spread(seconds["plain"]["total"]), f"{middle['plain']['total'] / middle['ours']['total']:.2f}",
-            *(spread(seconds["decoding"][which]) for which in ("ours", "plain")), f"{middle['ours']['total'] / fastest:.2f}",
-            *(spread(seconds["rest"][which], digits=3) for which in ("ours", "plain")), f"{middle['rest']['plain'] / middle['rest']['ours']:.2f}",
-            *(f"{middle[part][which]:.3f}" for part in ("resize", "patches") for which in ("ours", "plain")),
-            *(f"{memory[which] / 1e6:.0f}" for which in ("ours", "plain")), f"{memory['ours'] / memory['plain']:.2f}",
-        ))  # fmt: skip
-    print(table(
-        ("", "ours, s", "float32, s", "plain, s", "plain / ours", "our decoding, s", "plain decoding, s", "ours / fastest decoding", "our rest, s", "plain rest, s",
-         "plain / ours", "our resize, s", "plain resize, s", "our patches, s", "plain patches, s", "our peak, MB", "plain peak, MB", "ours / plain"), rows))  # fmt: skip
+        rows.append(
+            (
+                row["name"],
+                spread(seconds["ours"]["total"]),
+                spread(seconds["ours"]["float32"]),
+                spread(seconds["plain"]["total"]),
+                f"{middle['plain']['total'] / middle['ours']['total']:.2f}",
+                *(spread(seconds["decoding"][which]) for which in ("ours", "plain")),
+                f"{middle['ours']['total'] / fastest:.2f}",
+                *(spread(seconds["rest"][which], digits=3) for which in ("ours", "plain")),
+                f"{middle['rest']['plain'] / middle['rest']['ours']:.2f}",
+                *(f"{middle[part][which]:.3f}" for part in ("resize", "patches") for which in ("ours", "plain")),
+                *(f"{memory[which] / 1e6:.0f}" for which in ("ours", "plain")),
+                f"{memory['ours'] / memory['plain']:.2f}",
+            )
+        )
+    print(
+        table(
+            (
+                "",
+                "ours, s",
+                "float32, s",
+                "plain, s",
+                "plain / ours",
+                "our decoding, s",
+                "plain decoding, s",
+                "ours / fastest decoding",
+                "our rest, s",
+                "plain rest, s",
+                "plain / ours",
+                "our resize, s",
+                "plain resize, s",
+                "our patches, s",
+                "plain patches, s",
+                "our peak, MB",
+                "plain peak, MB",
+                "ours / plain",
+            ),
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

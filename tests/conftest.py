@@ -3,9 +3,7 @@
 import atexit
 import os
 import shutil
-import sys
 import tempfile
-import types
 from pathlib import Path
 
 import pytest
@@ -22,10 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
 GOLDEN = SHARED_GOLDEN if SHARED_GOLDEN.is_dir() else ROOT / "tests" / "golden"
 
-package = types.ModuleType("moss_vl")
-package.__path__ = [str(ROOT)]
-sys.modules.setdefault("moss_vl", package)
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ["PYTHONPATH"] = str(ROOT)  # for child processes; in this one, pyproject.toml puts the root on the path
 
 
 def pytest_configure(config):
@@ -47,7 +42,9 @@ def tidy(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TMPDIR", str(folder))  # of its child processes
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
-    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("torch", "pytorch")))  # its own caches and logs
+    left = sorted(
+        path.name for path in folder.iterdir() if not path.name.startswith(("torch", "pytorch"))
+    )  # its own caches and logs
     for name in left:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)

@@ -65,7 +65,7 @@ class Conversation:
     def length(self) -> int:
         return self.mask.shape[1]
 
-    # ---------------------------------------------------------------------------------------------------------- one call
+    # one call
 
     def call(self):
         rng = self.rng
@@ -101,7 +101,10 @@ class Conversation:
                     pads[i], ids[i] = pads[indices[0]], list(ids[indices[0]])
         media, raw_counts = self.media(of_sample, new, pads)
         waits = any(row.waiting for row in self.rows)
-        self.had_blank |= any(count and not new[sample] for sample, count in zip(of_sample, media.get("media_nums_per_sample", ())))
+        self.had_blank |= any(
+            count and not new[sample]
+            for sample, count in zip(of_sample, media.get("media_nums_per_sample", ()), strict=False)
+        )
         if length == 1 and self.length and not media and not waits and not self.had_blank and rng.random() < 0.2:
             ids = [[IMAGE_PAD]] * len(self.rows)  # what the model wrote is text, whatever its id is
         inputs = {"input_ids": torch.tensor(ids), **media}
@@ -112,7 +115,9 @@ class Conversation:
             frames = [frame for medium in new[sample] for frame in medium]
             for i in indices:
                 self.rows[i].waiting += frames
-        before = [len(row.frames) + len(row.waiting) - sum(map(len, new[row.sample])) for row in self.rows]  # frames known before
+        before = [
+            len(row.frames) + len(row.waiting) - sum(map(len, new[row.sample])) for row in self.rows
+        ]  # frames known before
         seen = self.read_text(ids, real, pads)
         cross_mask = self.cross_mask(real, seen, before, raw_counts if media else None) if rng.random() < 0.3 else None
         if cross_mask is not None:
@@ -155,12 +160,16 @@ class Conversation:
         for media in new.values():  # frames of a medium share its size
             for medium in media:
                 assert len({frame.encoded[1:] for frame in medium}) == 1
-        return {"pixel_values": torch.cat(pixels), "grid_thw": torch.tensor(grids), "media_nums_per_sample": counts}, raw
+        return {
+            "pixel_values": torch.cat(pixels),
+            "grid_thw": torch.tensor(grids),
+            "media_nums_per_sample": counts,
+        }, raw
 
     def read_text(self, ids, real, pads):
         """Takes the tokens in; returns what each token of the call sees by the text alone."""
         start, out = self.length - len(ids[0]), []
-        for row, tokens, is_real, places in zip(self.rows, ids, real, pads):
+        for row, tokens, is_real, places in zip(self.rows, ids, real, pads, strict=True):
             seen, of_row = row.seen, []
             for at, token in enumerate(tokens):
                 if not is_real[at]:
@@ -194,7 +203,10 @@ class Conversation:
             columns, first_row = total, start
         else:
             columns, first_row = own if form == "own" and start else total, 0
-        mask, by_text = torch.ones(len(self.rows), 1, first_row + rows, columns, dtype=torch.bool), [list(row) for row in seen]
+        mask, by_text = (
+            torch.ones(len(self.rows), 1, first_row + rows, columns, dtype=torch.bool),
+            [list(row) for row in seen],
+        )
         for i, row in enumerate(self.rows):
             first = before[i] if form == "own" and start else 0
             previous = row.visible[-1] if row.visible else frozenset()
@@ -215,18 +227,20 @@ class Conversation:
                 previous = seen[i][at]
             # A mask that ends early and shows one frame after the other, all in the end, is taken for a processor's mask of other padding.
             count = len(row.frames) + len(row.waiting) - first
-            shown = [[f for f in range(count) if f < columns and not mask[i, 0, first_row + at, f]] for at in range(rows)]
+            shown = [
+                [f for f in range(count) if f < columns and not mask[i, 0, first_row + at, f]] for at in range(rows)
+            ]
             while shown and not shown[-1]:
                 shown.pop()
             shown = shown[next((at for at, frames in enumerate(shown) if frames), 0) :]
             rises = shown and shown[-1] == list(range(count)) and all(
-                frames == list(range(len(frames))) and len(frames) - len(last) in (0, 1) for last, frames in zip([[], *shown], shown)
+                frames == list(range(len(frames))) and len(frames) - len(last) in (0, 1) for last, frames in zip([[], *shown], shown, strict=False)
             )  # fmt: skip
             if rows < length and (form == "own" or not start) and (rises or not count):
                 seen[i] = by_text[i]
         return mask
 
-    # ----------------------------------------------------------------------------------------------- what is done to a cache
+    # what is done to a cache
 
     def repeat(self):
         if len(self.rows) <= 2:
@@ -245,7 +259,11 @@ class Conversation:
             self.take(rows)
 
     def reorder(self):
-        rows = [self.rng.randrange(len(self.rows)) for _ in self.rows] if self.rng.random() < 0.5 else self.rng.sample(range(len(self.rows)), len(self.rows))
+        rows = (
+            [self.rng.randrange(len(self.rows)) for _ in self.rows]
+            if self.rng.random() < 0.5
+            else self.rng.sample(range(len(self.rows)), len(self.rows))
+        )
         self.cache.reorder_cache(torch.tensor(rows))
         self.take(rows)
 
@@ -259,7 +277,12 @@ class Conversation:
         whole = whole and not any(row.at[place] >= length for row in self.rows for place in row.places)
         for row in self.rows:
             kept = sum(at < length for at in row.at)
-            row.ids, row.at, row.visible, row.logits = row.ids[:kept], row.at[:kept], row.visible[:kept], row.logits[:kept]
+            row.ids, row.at, row.visible, row.logits = (
+                row.ids[:kept],
+                row.at[:kept],
+                row.visible[:kept],
+                row.logits[:kept],
+            )
             row.places = [place for place in row.places if place < kept]
             row.frames = row.frames[: len(row.places)]
             row.waiting = row.waiting if whole else []
@@ -270,7 +293,11 @@ class Conversation:
         """The mask has the last tokens of a row as padding from now on, as of a row that had ended: the row goes on without them."""
         index = self.rng.randrange(len(self.rows))
         row, count = self.rows[index], self.rng.randint(1, 2)
-        if len(row.ids) > count and not any(place >= len(row.ids) - count for place in row.places) and len(set(row.visible[-count - 1 :])) == 1:
+        if (
+            len(row.ids) > count
+            and not any(place >= len(row.ids) - count for place in row.places)
+            and len(set(row.visible[-count - 1 :])) == 1
+        ):
             self.mask[index, row.at[-count:]] = 0
             for name in ("ids", "at", "visible", "logits"):
                 setattr(row, name, getattr(row, name)[:-count])
@@ -310,7 +337,9 @@ def converse(seed: int, model, oracle) -> int:
     for _ in range(rng.randint(3, 9)):
         at = rng.randrange(len(branches))
         talk = branches[at]
-        names = ["call"] * 6 + ["reorder", "fork", "take_back"] + ([] if static else ["repeat", "select", "crop", "crop"])
+        names = (
+            ["call"] * 6 + ["reorder", "fork", "take_back"] + ([] if static else ["repeat", "select", "crop", "crop"])
+        )
         name = rng.choice(names)
         if talk.length > SLOTS - 8:
             break
@@ -328,8 +357,21 @@ def converse(seed: int, model, oracle) -> int:
 
 def make_pair(attn_implementation: str):
     """A model small enough for many conversations, and its oracle. Cross-attention stands next to the first and before the last layer."""
-    text = {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    text = {
+        "num_hidden_layers": 4,
+        "cross_attention_layers": [1, 3],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+    }
     model = make_model(attn_implementation, text=text, vision=vision)
     return model, Oracle(model)
 

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,19 +23,31 @@ def load_checkpoint(folder, **knobs):
 
 def observe(processor, model):
     """What a user could see of the checkpoint, as tensors by name."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]}
+    ]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=text, images=str(ROOT / "data/example_image.jpg"), videos=str(ROOT / "data/example_video.mp4"),
-                       return_tensors="pt")
+    inputs = processor(
+        text=text,
+        images=str(ROOT / "data/example_image.jpg"),
+        videos=str(ROOT / "data/example_video.mp4"),
+        return_tensors="pt",
+    )
     with torch.no_grad():
         logits = model(**inputs).logits
         answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    return {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"], "logits": logits.contiguous(),
-            "answer": answer.contiguous()}
+    return {
+        "input_ids": inputs["input_ids"],
+        "pixel_values": inputs["pixel_values"],
+        "logits": logits.contiguous(),
+        "answer": answer.contiguous(),
+    }
 
 
 def save(folder):
-    processor, model = load_checkpoint(ROOT / "checkpoints/moss-vl-nano", max_frames=6)  # a setting that must come along
+    processor, model = load_checkpoint(
+        ROOT / "checkpoints/moss-vl-nano", max_frames=6
+    )  # a setting that must come along
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     save_file(observe(processor, model), record_of(folder))
@@ -43,7 +56,9 @@ def save(folder):
 def load(folder):
     expected = load_file(record_of(folder))
     for name, tensor in observe(*load_checkpoint(folder)).items():
-        if tensor.shape != expected[name].shape or not torch.allclose(tensor.float(), expected[name].float(), atol=1e-5, rtol=0):
+        if tensor.shape != expected[name].shape or not torch.allclose(
+            tensor.float(), expected[name].float(), atol=1e-5, rtol=0
+        ):
             raise SystemExit(f"{folder}: {name} is not what it was where the folder was saved")
 
 

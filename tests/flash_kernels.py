@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import torch
 import transformers.modeling_flash_attention_utils as glue
-from moss_vl import attention
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moss_vl import attention
 
 
 NAMES = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "kernels-community/flash-attn2")
@@ -15,9 +16,9 @@ NAMES = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "kernels
 
 class FlashKernels:
     """Attributes:
-        calls: a namespace (queries, keys, causal, dropout, lengths) per kernel call; lengths are None without `cu_seqlens`.
-        asked: the names under which transformers asked for kernels.
-        exact: float32 is taken as well, so that results can be compared closely.
+    calls: a namespace (queries, keys, causal, dropout, lengths) per kernel call; lengths are None without `cu_seqlens`.
+    asked: the names under which transformers asked for kernels.
+    exact: float32 is taken as well, so that results can be compared closely.
     """
 
     def __init__(self, exact: bool):
@@ -30,7 +31,9 @@ class FlashKernels:
         """q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d]"""
         assert q.ndim == k.ndim == v.ndim == 4 and q.shape[0] == k.shape[0]
         self._check_and_log(q, k, v, causal, dropout_p, None)
-        return torch.stack([self._one(*parts, causal, softmax_scale, dropout_p) for parts in zip(q, k, v)])
+        return torch.stack(
+            [self._one(*parts, causal, softmax_scale, dropout_p) for parts in zip(q, k, v, strict=True)]
+        )
 
     def flash_attn_varlen_func(
         self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
@@ -43,15 +46,21 @@ class FlashKernels:
             assert (borders.diff() >= 0).all() and borders.diff().max() == int(longest)
         lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
         self._check_and_log(q, k, v, causal, dropout_p, lengths)
-        sequences = zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]))
+        sequences = zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
         return torch.cat([self._one(*parts, causal, softmax_scale, dropout_p) for parts in sequences])
 
     def _check_and_log(self, q, k, v, causal, dropout, lengths):
-        assert q.dtype == k.dtype == v.dtype, f"query, key and value must have the same dtype: {q.dtype}, {k.dtype}, {v.dtype}"
-        assert self.exact or q.dtype in (torch.float16, torch.bfloat16), f"FlashAttention only support fp16 and bf16 data type, not {q.dtype}"
+        assert q.dtype == k.dtype == v.dtype, (
+            f"query, key and value must have the same dtype: {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+        assert self.exact or q.dtype in (torch.float16, torch.bfloat16), (
+            f"FlashAttention only support fp16 and bf16 data type, not {q.dtype}"
+        )
         assert all(x.stride(-1) == 1 for x in (q, k, v)) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         assert k.shape == v.shape and q.shape[-2] % k.shape[-2] == 0
-        self.calls.append(SimpleNamespace(queries=q.shape, keys=k.shape, causal=causal, dropout=dropout, lengths=lengths))
+        self.calls.append(
+            SimpleNamespace(queries=q.shape, keys=k.shape, causal=causal, dropout=dropout, lengths=lengths)
+        )
 
     @staticmethod
     def _one(q, k, v, causal, scale, dropout):
@@ -86,7 +95,15 @@ def install(monkeypatch, exact=True) -> FlashKernels:
 
 def reset_glue(monkeypatch) -> None:
     """Has transformers forget the kernels it loaded; undone by `monkeypatch`."""
-    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn", "_process_flash_kwargs_fn"):
+    for name in (
+        "_loaded_implementation",
+        "_flash_fn",
+        "_flash_varlen_fn",
+        "_flash_with_kvcache_fn",
+        "_pad_fn",
+        "_unpad_fn",
+        "_process_flash_kwargs_fn",
+    ):
         if hasattr(glue, name):
             monkeypatch.setattr(glue, name, None)
 

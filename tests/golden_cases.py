@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+from conftest import GOLDEN
 from transformers import Qwen2TokenizerFast
 
-from conftest import GOLDEN
 from moss_vl.processing_moss_vl import MossVLImageProcessorFast, MossVLProcessor, MossVLVideoProcessor
 
 
 FOLDER = GOLDEN / "processing"
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]*.json"))
-PHOTO, SMALL, LARGE, SQUARE = (FOLDER / "images" / f"{name}.png" for name in ("a320x240", "b100x37", "c640x480", "h64x64"))
-SHORT, CLIP, LONG = (FOLDER / "media" / f"{name}.mp4" for name in ("v05s_320x240_30", "v5s_320x240_30", "v8s_426x240_2997"))
+PHOTO, SMALL, LARGE, SQUARE = (
+    FOLDER / "images" / f"{name}.png" for name in ("a320x240", "b100x37", "c640x480", "h64x64")
+)
+SHORT, CLIP, LONG = (
+    FOLDER / "media" / f"{name}.mp4" for name in ("v05s_320x240_30", "v5s_320x240_30", "v8s_426x240_2997")
+)
 
 
 def load_tokenizer():
@@ -22,7 +26,10 @@ def load_tokenizer():
 
 def make_processor(image_config=None, video_config=None, tokenizer=None, **kwargs) -> MossVLProcessor:
     return MossVLProcessor(
-        MossVLImageProcessorFast(**image_config or {}), tokenizer or load_tokenizer(), MossVLVideoProcessor(**video_config or {}), **kwargs
+        MossVLImageProcessorFast(**image_config or {}),
+        tokenizer or load_tokenizer(),
+        MossVLVideoProcessor(**video_config or {}),
+        **kwargs,
     )
 
 
@@ -38,10 +45,19 @@ class Case:
         self.processor = make_processor(self.expected["image_config"], self.expected["video_config"])
 
     def _locate(self, video):
-        return {**video, "video_path": str(FOLDER / video["video_path"])} if isinstance(video, dict) else str(FOLDER / video)
+        return (
+            {**video, "video_path": str(FOLDER / video["video_path"])}
+            if isinstance(video, dict)
+            else str(FOLDER / video)
+        )
 
     def call(self, **changes):
-        given = {"images": self.images, "videos": self.videos, "labels_spans": self.expected["labels_spans_in"], **self.expected["kwargs"]}
+        given = {
+            "images": self.images,
+            "videos": self.videos,
+            "labels_spans": self.expected["labels_spans_in"],
+            **self.expected["kwargs"],
+        }
         return self.processor(self.text, return_tensors="np", return_metadata=True, **{**given, **changes})
 
     @property

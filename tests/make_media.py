@@ -28,7 +28,10 @@ def read_number(image):
     number = 0
     for bit in range(ROWS * COLUMNS):
         row, column = divmod(bit, COLUMNS)
-        block = image[row * height // ROWS : (row + 1) * height // ROWS, column * width // COLUMNS : (column + 1) * width // COLUMNS]
+        block = image[
+            row * height // ROWS : (row + 1) * height // ROWS,
+            column * width // COLUMNS : (column + 1) * width // COLUMNS,
+        ]
         h, w = block.shape[:2]
         number |= int(block[h // 4 : -(h // 4), w // 4 : -(w // 4)].mean() > 128) << bit
     return number

@@ -20,12 +20,14 @@ class Oracle:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
     def layer_norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], self.vision.layer_norm_eps)
+        return F.layer_norm(
+            x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], self.vision.layer_norm_eps
+        )
 
     def rms_norm(self, x, name):
         return x / (x.square().mean(-1, keepdim=True) + self.text.rms_norm_eps).sqrt() * self.weights[name + ".weight"]
 
-    # ------------------------------------------------------------------------------------------------------- vision encoder
+    # vision encoder
 
     def encode(self, pixels, rows: int, columns: int):
         """One frame: [P, values] in merge-block order -> [P / m^2, D]."""
@@ -39,20 +41,29 @@ class Oracle:
         x = x + torch.stack([self.learned_position(y, column, rows, columns) for y, column in places])
         d = self.vision.hidden_size // heads
         frequencies = [10000 ** (-4 * i / d) for i in range(d // 4)]
-        angles = torch.tensor([[y * f for f in frequencies] + [column * f for f in frequencies] for y, column in places], dtype=torch.float64)
+        angles = torch.tensor(
+            [[y * f for f in frequencies] + [column * f for f in frequencies] for y, column in places],
+            dtype=torch.float64,
+        )
         kept = []
         for index in range(self.vision.depth):
             name = f"model.visual.blocks.{index}."
             qkv = self.linear(self.layer_norm(x, name + "norm1"), name + "attn.qkv").view(len(x), 3, heads, d)
             q, k = turn(qkv[:, 0], angles), turn(qkv[:, 1], angles)
-            x = x + self.linear(attention(q, k, qkv[:, 2], torch.ones(len(x), len(x), dtype=torch.bool)), name + "attn.proj")
+            x = x + self.linear(
+                attention(q, k, qkv[:, 2], torch.ones(len(x), len(x), dtype=torch.bool)), name + "attn.proj"
+            )
             hidden = self.linear(self.layer_norm(x, name + "norm2"), name + "mlp.linear_fc1")
             x = x + self.linear(F.gelu(hidden, approximate="tanh"), name + "mlp.linear_fc2")
             if index in self.vision.deepstack_visual_indexes:
                 kept.append(x)
         name = "model.visual.merger."
-        features = torch.cat([self.layer_norm(feature, f"{name}norms.{i}") for i, feature in enumerate([x, *kept])], dim=-1)
-        return self.linear(F.gelu(self.linear(features.view(len(x) // m**2, -1), name + "linear_fc1")), name + "linear_fc2")
+        features = torch.cat(
+            [self.layer_norm(feature, f"{name}norms.{i}") for i, feature in enumerate([x, *kept])], dim=-1
+        )
+        return self.linear(
+            F.gelu(self.linear(features.view(len(x) // m**2, -1), name + "linear_fc1")), name + "linear_fc2"
+        )
 
     def learned_position(self, row: int, column: int, rows: int, columns: int):
         table = self.weights["model.visual.pos_embed.weight"]
@@ -64,7 +75,7 @@ class Oracle:
                 out = out + dy * dx * table[min(y0, side - 1) * side + min(x0, side - 1)]
         return out
 
-    # -------------------------------------------------------------------------------------------------------------- decoder
+    # decoder
 
     def logits(self, ids: list[int], frames: list = (), places=None, visible=None):
         """[T, vocabulary] of one conversation.
@@ -92,9 +103,14 @@ class Oracle:
             p += 1
         d = self.text.head_dim
         text_angles, vision_angles = self.angles(positions), self.angles(vision_positions)
-        x, vision = self.weights["model.language_model.embed_tokens.weight"][torch.tensor(ids)], torch.cat(vision) if vision else None
+        x, vision = (
+            self.weights["model.language_model.embed_tokens.weight"][torch.tensor(ids)],
+            torch.cat(vision) if vision else None,
+        )
         causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-        sees = torch.tensor([[frame in seen for frame in frame_of] for seen in visible], dtype=torch.bool).view(len(ids), len(frame_of))
+        sees = torch.tensor([[frame in seen for frame in frame_of] for seen in visible], dtype=torch.bool).view(
+            len(ids), len(frame_of)
+        )
         reads = sees.any(1)
         for index in range(self.text.num_hidden_layers):
             name = f"model.language_model.layers.{index}."
@@ -108,13 +124,18 @@ class Oracle:
                 self.linear(states, part + kind).view(len(states), -1, d)
                 for kind, states in (("q_proj", hidden), ("k_proj", source), ("v_proj", source))
             )
-            q, k = turn(self.rms_norm(q, part + "q_norm"), text_angles), turn(self.rms_norm(k, part + "k_norm"), source_angles)
+            q, k = (
+                turn(self.rms_norm(q, part + "q_norm"), text_angles),
+                turn(self.rms_norm(k, part + "k_norm"), source_angles),
+            )
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
             rows = reads if crosses else torch.ones(len(ids), dtype=torch.bool)
             out = torch.zeros(len(ids), q.shape[1] * d, dtype=torch.float64)
             out[rows] = attention(q[rows], k, v, mask[rows])
-            gates = [self.weights[name + f"cross_attn_{kind}_gate"].tanh() if crosses else 1.0 for kind in ("attn", "mlp")]
+            gates = [
+                self.weights[name + f"cross_attn_{kind}_gate"].tanh() if crosses else 1.0 for kind in ("attn", "mlp")
+            ]
             x = x + rows[:, None] * gates[0] * self.linear(out, part + "o_proj")
             hidden = self.rms_norm(x, name + "post_attention_layernorm")
             hidden = F.silu(self.linear(hidden, name + "mlp.gate_proj")) * self.linear(hidden, name + "mlp.up_proj")
@@ -125,7 +146,10 @@ class Oracle:
         """[(t, h, w)] -> [n, d / 2]"""
         rope, d = self.text.rope_parameters, self.text.head_dim
         section = rope["mrope_section"]
-        axis = [1 if j % 3 == 1 and j < 3 * section[1] else 2 if j % 3 == 2 and j < 3 * section[2] else 0 for j in range(d // 2)]
+        axis = [
+            1 if j % 3 == 1 and j < 3 * section[1] else 2 if j % 3 == 2 and j < 3 * section[2] else 0
+            for j in range(d // 2)
+        ]
         angles = [[place[axis[j]] * rope["rope_theta"] ** (-2 * j / d) for j in range(d // 2)] for place in positions]
         return torch.tensor(angles, dtype=torch.float64).view(-1, d // 2)
 

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from moss_vl.modeling_moss_vl import CACHE
 from tiny import Sample, assorted_samples, make_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from moss_vl.modeling_moss_vl import CACHE
 
 
 GENERATE = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": 199}
@@ -29,7 +30,11 @@ def make_assistant(model, name):
         return make_model(seed=3, text={"num_hidden_layers": 4, "cross_attention_layers": [1, 3]})
     if name == "text":
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=200, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+            )
+        ).eval()
     return copy.deepcopy(model)
 
 
@@ -40,7 +45,9 @@ def test_with_an_assistant(model, name):
     hook = assistant.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
     for sample in assorted_samples():
         inputs = sample.inputs()
-        assert torch.equal(model.generate(**inputs, assistant_model=assistant, **GENERATE), model.generate(**inputs, **GENERATE))
+        assert torch.equal(
+            model.generate(**inputs, assistant_model=assistant, **GENERATE), model.generate(**inputs, **GENERATE)
+        )
     hook.remove()
     assert calls and not any("prompt_kwargs" in call for call in calls)
 
@@ -62,24 +69,32 @@ def test_with_prompt_lookup(model, with_mask):
         if not with_mask:
             inputs["cross_attention_mask"] = None
         inputs["input_ids"] = inputs["input_ids"].clone()
-        assert torch.equal(model.generate(**inputs, prompt_lookup_num_tokens=3, **GENERATE), model.generate(**inputs, **GENERATE))
+        assert torch.equal(
+            model.generate(**inputs, prompt_lookup_num_tokens=3, **GENERATE), model.generate(**inputs, **GENERATE)
+        )
 
 
 @pytest.mark.parametrize("extra", ["lookup", "assistant"])
 def test_on_a_kept_cache(model, extra):
     first, second = Sample("tFtt", (1, 4, 4), seed=1), Sample("FtttFt", (1, 4, 4), (1, 4, 6), seed=2)
-    pixels, grid = (torch.cat([getattr(sample, name) for sample in (first, second)]) for name in ("pixel_values", "grid_thw"))
+    pixels, grid = (
+        torch.cat([getattr(sample, name) for sample in (first, second)]) for name in ("pixel_values", "grid_thw")
+    )
 
     def turn(pixel_values, grid_thw, **kwargs):
         cache = DynamicCache()
         out = model.generate(**first.inputs(), **{CACHE: cache}, **GENERATE)
         ids = torch.cat([out, second.ids[None]], dim=1)
-        return model.generate(ids, pixel_values=pixel_values, grid_thw=grid_thw, **{CACHE: cache}, **GENERATE, **kwargs).tolist()
+        return model.generate(
+            ids, pixel_values=pixel_values, grid_thw=grid_thw, **{CACHE: cache}, **GENERATE, **kwargs
+        ).tolist()
 
     expected = turn(second.pixel_values, second.grid_thw)
     if extra == "lookup":
         got = turn(second.pixel_values, second.grid_thw, prompt_lookup_num_tokens=3)
-        assert [row[: len(expected[0])] for row in got] == expected  # transformers 4 at times writes a token beyond the last
+        assert [
+            row[: len(expected[0])] for row in got
+        ] == expected  # transformers 4 at times writes a token beyond the last
     else:
         assistant = make_assistant(model, "near")
         assert turn(pixels, grid, assistant_model=assistant) == expected

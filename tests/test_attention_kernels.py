@@ -13,15 +13,16 @@ import transformers.integrations.hub_kernels as hub_kernels
 import transformers.modeling_utils as modeling_utils
 from conftest import ROOT
 from flash_kernels import NAMES, FlashKernels, install, reset_glue, use
-from moss_vl import attention as attention_module
-from moss_vl import modeling_moss_vl as modeling
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 from peft import LoraConfig, get_peft_model
 from tiny import Sample, assorted_samples, batch, make_config, make_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
+
+from moss_vl import attention as attention_module
+from moss_vl import modeling_moss_vl as modeling
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 CHECKPOINT = ROOT / "checkpoints" / "moss-vl-nano"
@@ -49,7 +50,6 @@ def close(got, expected, where=None, atol=ATOL):
     return torch.allclose(got, expected, atol=atol)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Flash-attention
 
 
@@ -64,7 +64,10 @@ def test_padded_rows(kernels, name, side):
     assert len(text) == 4 and all(call.causal and call.lengths[0] == real.sum(1).tolist() for call in text)
     others = [call for call in kernels.calls if call.lengths is None]
     assert others and not any(call.causal for call in others)
-    assert {call.queries[3] for call in others} == {16} and {call.queries[2] for call in others} == {2, 8}  # vision has 2 heads, text 8
+    assert {call.queries[3] for call in others} == {16} and {call.queries[2] for call in others} == {
+        2,
+        8,
+    }  # vision has 2 heads, text 8
 
 
 def test_rows_without_padding_are_causal(kernels):
@@ -89,14 +92,20 @@ def test_chunks_and_steps(kernels, side):
     expected = logits(eager(), **inputs)
     assert close(logits(model, **inputs), expected, real)
     for cuts in ([4, 5, 9], [1], [7, 8], [10]):
-        cache, outs, media = DynamicCache(), [], {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "cross_attention_mask")}
-        for first, last in zip([0, *cuts], [*cuts, length]):
+        cache, outs, media = (
+            DynamicCache(),
+            [],
+            {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "cross_attention_mask")},
+        )
+        for first, last in zip([0, *cuts], [*cuts, length], strict=True):
             outs.append(logits(
                 model, input_ids=inputs["input_ids"][:, first:last], attention_mask=inputs["attention_mask"][:, :last],
                 prompt_length=length, **{CACHE: cache}, **(media if first == 0 else {}),
             ))  # fmt: skip
         assert close(torch.cat(outs, dim=1), expected, real), cuts
-    assert any(call.lengths and call.lengths[0] != call.lengths[1] for call in kernels.calls)  # chunks went to the kernel
+    assert any(
+        call.lengths and call.lengths[0] != call.lengths[1] for call in kernels.calls
+    )  # chunks went to the kernel
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -115,11 +124,22 @@ def test_tokens_that_are_padding_in_every_row(kernels, tokens):
     assert close(last(model), last(eager()))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+)
 def test_generate(kernels, options):
     inputs = batch(assorted_samples(), "left")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
-    assert torch.equal(use(make_model(), "flash_attention_2").generate(**inputs, **options), eager().generate(**inputs, **options))
+    assert torch.equal(
+        use(make_model(), "flash_attention_2").generate(**inputs, **options), eager().generate(**inputs, **options)
+    )
     assert kernels.calls
 
 
@@ -138,7 +158,7 @@ def test_a_static_cache_falls_back(kernels):
     """Its empty slots need a mask; vision and cross-attention keep the kernel."""
     model, inputs = use(make_model(), "flash_attention_2"), batch(assorted_samples(), "left")
     caches = [StaticCache(config=model.config.text_config, max_cache_len=40) for _ in range(2)]
-    got, expected = (logits(m, **inputs, **{CACHE: cache}) for m, cache in zip((model, eager()), caches))
+    got, expected = (logits(m, **inputs, **{CACHE: cache}) for m, cache in zip((model, eager()), caches, strict=True))
     assert close(got, expected, inputs["attention_mask"].bool())
     assert kernels.calls and not any(call.causal for call in kernels.calls)
 
@@ -151,7 +171,7 @@ def test_gradients(kernels):
     assert torch.allclose(*losses, atol=1e-5)
     for loss in losses:
         loss.backward()
-    for (name, got), expected in zip(models[0].named_parameters(), models[1].parameters()):
+    for (name, got), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert (got.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm() + 1e-7, name
 
 
@@ -170,7 +190,11 @@ def test_only_half_precision_reaches_the_kernel(monkeypatch, autocast):
         with torch.no_grad():
             cache = model.eval()(**inputs, use_cache=True)[CACHE]
         tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert {layer.keys.dtype for layer in cache.layers} == {layer.values.dtype for layer in cache.layers} == {torch.bfloat16}
+    assert (
+        {layer.keys.dtype for layer in cache.layers}
+        == {layer.values.dtype for layer in cache.layers}
+        == {torch.bfloat16}
+    )
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
     assert sum(call.causal for call in kernels.calls) > 8
     assert (got[real].float() - expected[real]).norm() < 0.05 * expected[real].norm()  # 8 bits
@@ -192,7 +216,9 @@ def test_attention_dropout(kernels, name):
     inputs = batch(assorted_samples(), "left")
     kept = logits(model, **inputs)
     assert close(kept, logits(eager(), **inputs), inputs["attention_mask"].bool())
-    assert {call.dropout for call in kernels.calls if call.queries[-2] == 8} == {0}  # without training every version is used
+    assert {call.dropout for call in kernels.calls if call.queries[-2] == 8} == {
+        0
+    }  # without training every version is used
     kernels.calls.clear()
     assert not close(logits(model.train(), **inputs), kept, atol=1e-2)
     of_text = [call for call in kernels.calls if call.queries[-2] == 8]
@@ -202,7 +228,9 @@ def test_attention_dropout(kernels, name):
 
 def test_weights_can_be_asked_for(kernels):
     inputs = batch(assorted_samples(), "left")
-    got, expected = (model(**inputs, output_attentions=True) for model in (use(make_model(), "flash_attention_2"), eager()))
+    got, expected = (
+        model(**inputs, output_attentions=True) for model in (use(make_model(), "flash_attention_2"), eager())
+    )
     assert not any(call.causal for call in kernels.calls)
     for name, layers in (("attentions", 4), ("cross_attentions", 2)):
         assert len(got[name]) == len(expected[name]) == layers and all(map(close, got[name], expected[name]))
@@ -212,8 +240,14 @@ def test_weights_can_be_asked_for(kernels):
 def hub(monkeypatch):
     """A `kernels` package whose every repository holds `hub.kernel`; `hub.loaded`: the repositories asked for."""
     hub = SimpleNamespace(kernel=None, loaded=[])
-    monkeypatch.setattr(hub_kernels, "get_kernel", lambda name, **kwargs: hub.loaded.append(name) or hub.kernel, raising=False)
-    for module, name in ((hub_kernels, "is_kernels_available"), (modeling_utils, "is_kernels_available"), (hub_kernels, "_kernels_available")):
+    monkeypatch.setattr(
+        hub_kernels, "get_kernel", lambda name, **kwargs: hub.loaded.append(name) or hub.kernel, raising=False
+    )
+    for module, name in (
+        (hub_kernels, "is_kernels_available"),
+        (modeling_utils, "is_kernels_available"),
+        (hub_kernels, "_kernels_available"),
+    ):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, True if name[0] == "_" else lambda *args, **kwargs: True)
     for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
@@ -250,10 +284,20 @@ def test_a_kernel_with_another_function_is_refused(hub):
         logits(use(make_model(), "someone/unloaded"), **assorted_samples()[1].inputs())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Names
 
-REFUSED = ["paged|eager", "paged|sdpa", "paged|flash_attention_2", "sdpa_paged", "eager_paged", "paged_attention", "flex_attention", "flash", "sdap", ""]
+REFUSED = [
+    "paged|eager",
+    "paged|sdpa",
+    "paged|flash_attention_2",
+    "sdpa_paged",
+    "eager_paged",
+    "paged_attention",
+    "flex_attention",
+    "flash",
+    "sdap",
+    "",
+]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -274,11 +318,15 @@ def test_names_with_another_contract_are_refused_where_they_are_set(name):
     for attempt in (
         lambda: MossVLForConditionalGeneration._from_config(make_config(), attn_implementation=name),
         lambda: MossVLForConditionalGeneration._from_config(make_config(), attn_implementation={"text_config": name}),
-        lambda: MossVLForConditionalGeneration._from_config(make_config(), attn_implementation={"vision_config": name}),
+        lambda: MossVLForConditionalGeneration._from_config(
+            make_config(), attn_implementation={"vision_config": name}
+        ),
         lambda: MossVLForConditionalGeneration._from_config(make_config(), cross_attention_implementation=name),
         lambda: MossVLForConditionalGeneration(make_config(attn_implementation=name)),
         lambda: AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True, attn_implementation=name),
-        lambda: AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True, cross_attention_implementation=name),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            CHECKPOINT, trust_remote_code=True, cross_attention_implementation=name
+        ),
         lambda: model.set_attn_implementation(name),
         lambda: model.set_attn_implementation({"text_config": "eager", "vision_config": name}),
         lambda: model.set_attn_implementation("eager", cross_attention_implementation=name),
@@ -286,10 +334,17 @@ def test_names_with_another_contract_are_refused_where_they_are_set(name):
         lambda: by_assignment("text_config", "cross_attention_implementation"),
         lambda: by_assignment("vision_config", "_attn_implementation"),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"The attention implementation {name!r} cannot be used by MOSS-VL; expected 'eager', 'sdpa'")):
+        with pytest.raises(
+            ValueError,
+            match=re.escape(
+                f"The attention implementation {name!r} cannot be used by MOSS-VL; expected 'eager', 'sdpa'"
+            ),
+        ):
             attempt()
     text, vision = model.config.text_config, model.config.vision_config
-    assert (model.config._attn_implementation, text._attn_implementation, vision._attn_implementation) == ("sdpa",) * 3  # nothing half done
+    assert (model.config._attn_implementation, text._attn_implementation, vision._attn_implementation) == (
+        "sdpa",
+    ) * 3  # nothing half done
     assert text.cross_attention_implementation is None
     del visual.forward
     visual.config._attn_implementation = name
@@ -301,9 +356,14 @@ def test_parts_that_are_not_there_are_refused():
     for attempt in (
         lambda: make_model().set_attn_implementation({"text": "eager"}),
         lambda: MossVLForConditionalGeneration._from_config(make_config(), attn_implementation={"text": "eager"}),
-        lambda: AutoModelForCausalLM.from_pretrained(CHECKPOINT, trust_remote_code=True, attn_implementation={"text": "eager"}),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            CHECKPOINT, trust_remote_code=True, attn_implementation={"text": "eager"}
+        ),
     ):
-        with pytest.raises(ValueError, match=r"a part in `attn_implementation`, got 'text'; expected one of \['', 'text_config', 'vision_config'\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"a part in `attn_implementation`, got 'text'; expected one of \['', 'text_config', 'vision_config'\]",
+        ):
             attempt()
 
 
@@ -342,7 +402,11 @@ def test_cross_attention_has_its_own(kernels):
     """Set at construction or later, used by those layers alone, under its own name; dropped where the model is saved."""
     inputs, real = batch(assorted_samples(), "left"), batch(assorted_samples(), "left")["attention_mask"].bool()
     expected = logits(eager(), **inputs)
-    for own, rest in (("flash_attention_3", "sdpa"), ("flash_attention_3", "eager"), ("flash_attention_3", "flash_attention_2")):
+    for own, rest in (
+        ("flash_attention_3", "sdpa"),
+        ("flash_attention_3", "eager"),
+        ("flash_attention_3", "flash_attention_2"),
+    ):
         model = use(make_model(), rest)
         model.config.text_config.cross_attention_implementation = own
         kernels.calls.clear()
@@ -365,7 +429,10 @@ def test_where_cross_attention_implementation_is_given(tmp_path):
     model = load(CHECKPOINT, cross_attention_implementation="eager")
     assert of(model) == ("sdpa", "eager")
     assert of(load(CHECKPOINT, config=model.config, cross_attention_implementation="sdpa")) == ("sdpa", "sdpa")
-    assert of(MossVLForConditionalGeneration._from_config(make_config(), cross_attention_implementation="eager")) == ("sdpa", "eager")
+    assert of(MossVLForConditionalGeneration._from_config(make_config(), cross_attention_implementation="eager")) == (
+        "sdpa",
+        "eager",
+    )
     with pytest.raises(TypeError, match="cross_attention_implementations"):
         load(CHECKPOINT, cross_attention_implementations="eager")
     model.save_pretrained(tmp_path)
@@ -379,7 +446,6 @@ def test_where_cross_attention_implementation_is_given(tmp_path):
     assert of(model) == ("sdpa", "eager")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Functions of users
 
 
@@ -389,7 +455,9 @@ def test_functions_of_users(monkeypatch):
 
     def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
         """As transformers documents one: no `is_causal` with a mask, groups of heads to be repeated."""
-        assert attention_mask is None or (not is_causal and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool)
+        assert attention_mask is None or (
+            not is_causal and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool
+        )
         assert module.is_causal or not is_causal
         calls.append((type(module).__name__, attention_mask is not None, is_causal))
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
@@ -403,13 +471,19 @@ def test_functions_of_users(monkeypatch):
             inputs = batch(assorted_samples(), side)
             calls.clear()
             assert close(logits(model, **inputs), logits(eager(), **inputs), inputs["attention_mask"].bool())
-            kinds = [("MossVLVisionAttention", False, False), ("MossVLSelfAttention", True, False), ("MossVLCrossAttention", True, False)]
+            kinds = [
+                ("MossVLVisionAttention", False, False),
+                ("MossVLSelfAttention", True, False),
+                ("MossVLCrossAttention", True, False),
+            ]
             assert set(kinds) <= set(calls)
         inputs = batch(assorted_samples(), "left")
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(model.generate(**inputs, **options), eager().generate(**inputs, **options))
         calls.clear()
-        assert close(logits(model, **assorted_samples()[3].inputs()), logits(eager(), **assorted_samples()[3].inputs()))
+        assert close(
+            logits(model, **assorted_samples()[3].inputs()), logits(eager(), **assorted_samples()[3].inputs())
+        )
         assert ("MossVLSelfAttention", False, True) in calls
 
 
@@ -431,7 +505,6 @@ def test_functions_of_users_that_want_other_masks_are_refused(monkeypatch):
         make_model("mine")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Masks of four axes
 
 EVERY = ("eager", "sdpa", "flash_attention_2")
@@ -446,7 +519,9 @@ def see(inputs, heads=1):
 
 
 def additive(mask, dtype, lowest):
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, float("-inf") if lowest == "inf" else torch.finfo(lowest or dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(
+        ~mask, float("-inf") if lowest == "inf" else torch.finfo(lowest or dtype).min
+    )
 
 
 FORMS = {
@@ -494,7 +569,9 @@ def test_a_bias_stays_a_bias(kernels, implementation):
     """An additive mask may do more than hide."""
     inputs = assorted_samples()[3].inputs()
     length = inputs["input_ids"].shape[1]
-    bias = torch.randn(1, 8, length, length, generator=torch.Generator().manual_seed(0)).masked_fill(~see(inputs), float("-inf"))
+    bias = torch.randn(1, 8, length, length, generator=torch.Generator().manual_seed(0)).masked_fill(
+        ~see(inputs), float("-inf")
+    )
     model = use(make_model(), implementation)
     got = logits(model, **{**inputs, "attention_mask": bias})
     assert close(got, logits(eager(), **{**inputs, "attention_mask": bias}))
@@ -518,7 +595,12 @@ def test_ready_masks_with_a_cache(kernels, form, static, implementation):
                 part = F.pad(part, (0, length + 4 - last), value=False if part.dtype == torch.bool else float("-inf"))
             ids = inputs["input_ids"][:, first:last]
             got = logits(
-                model, input_ids=ids, attention_mask=part, prompt_length=length, **{CACHE: cache}, **(media if first == 0 else {})
+                model,
+                input_ids=ids,
+                attention_mask=part,
+                prompt_length=length,
+                **{CACHE: cache},
+                **(media if first == 0 else {}),
             )
             assert close(got, expected[:, first:last], padded[:, first:last].bool()), (first, slots)
 
@@ -527,7 +609,9 @@ def test_ready_masks_with_a_cache(kernels, form, static, implementation):
 def test_heads_of_a_group_keep_their_own_masks(shape):
     """Rows of several heads go to the kernel as rows of one head where the mask lets them."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(5, heads, rows, 16, generator=generator) for heads, rows in ((8, 2), (2, 7), (2, 7)))
+    query, key, value = (
+        torch.randn(5, heads, rows, 16, generator=generator) for heads, rows in ((8, 2), (2, 7), (2, 7))
+    )
     mask = torch.rand(shape, generator=generator) < 0.5
     mask[..., 0] = True
     module = make_model().model.language_model.layers[0].self_attn
@@ -554,7 +638,6 @@ def test_masks_that_do_not_fit_are_refused_before_anything_is_computed(shape, dt
         model(**{**inputs, "attention_mask": torch.ones(shape, dtype=dtype)})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Packed rows
 
 
@@ -571,12 +654,18 @@ def test_texts_of_packed_rows_do_not_see_each_other(kernels, implementation, sta
         cache = StaticCache(config=model.config, max_cache_len=16) if static else None
         kernels.calls.clear()
         with torch.no_grad():
-            got = model(input_ids=ids[rows], position_ids=at[rows], text_index=index[rows], cache=cache).last_hidden_state
+            got = model(
+                input_ids=ids[rows], position_ids=at[rows], text_index=index[rows], cache=cache
+            ).last_hidden_state
             alone = [[model(input_ids=text[None]).last_hidden_state[0] for text in row] for row in texts[rows]]
         assert close(got, torch.stack([torch.cat(row) for row in alone]))
         packed = [call for call in kernels.calls if call.lengths]
         assert bool(packed) == (implementation == "flash_attention_2" and not static)
-        assert all(call.causal and call.lengths[0] == call.lengths[1] == [5, 1, 3, 2, 7][: 3 * rows.stop - 1 + (rows.stop == 1)] for call in packed)
+        assert all(
+            call.causal
+            and call.lengths[0] == call.lengths[1] == [5, 1, 3, 2, 7][: 3 * rows.stop - 1 + (rows.stop == 1)]
+            for call in packed
+        )
 
 
 @pytest.mark.parametrize("implementation", EVERY)
@@ -592,7 +681,6 @@ def test_packed_rows_with_padding(kernels, implementation):
             assert close(got[row, part], model(input_ids=ids[row, part][None]).last_hidden_state[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Parts in several dtypes
 
 
@@ -603,7 +691,9 @@ def query_key_norms(model):
 MIXTURES = {
     "text in bfloat16": lambda model: model.bfloat16().model.visual.float(),
     "vision in bfloat16": lambda model: model.model.visual.bfloat16(),
-    "separator in bfloat16": lambda model: setattr(model.model, "separator_token", torch.nn.Parameter(model.model.separator_token.bfloat16())),
+    "separator in bfloat16": lambda model: setattr(
+        model.model, "separator_token", torch.nn.Parameter(model.model.separator_token.bfloat16())
+    ),
     "norms of queries and keys in float32": lambda model: [norm.float() for norm in query_key_norms(model.bfloat16())],
 }
 
@@ -629,8 +719,18 @@ def test_frames_that_wait_take_the_dtype_of_the_text():
     sample = Sample("ttFtFt", (1, 4, 4), (1, 4, 6), seed=6)
     inputs, cache = sample.inputs(), DynamicCache()
     with torch.no_grad():
-        model(input_ids=inputs["input_ids"][:, :2], pixel_values=sample.pixel_values[:16], grid_thw=sample.grid_thw[:1], **{CACHE: cache})
-        out = model(input_ids=inputs["input_ids"][:, 2:], pixel_values=sample.pixel_values[16:], grid_thw=sample.grid_thw[1:], **{CACHE: cache})
+        model(
+            input_ids=inputs["input_ids"][:, :2],
+            pixel_values=sample.pixel_values[:16],
+            grid_thw=sample.grid_thw[:1],
+            **{CACHE: cache},
+        )
+        out = model(
+            input_ids=inputs["input_ids"][:, 2:],
+            pixel_values=sample.pixel_values[16:],
+            grid_thw=sample.grid_thw[1:],
+            **{CACHE: cache},
+        )
     assert torch.allclose(out.logits, logits(model, **inputs)[:, 2:], atol=1e-4)
 
 
@@ -643,18 +743,23 @@ def test_training_without_media_in_several_dtypes():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The patch projection
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_on_the_patch_projection_sees_normalised_levels(dtype):
     torch.manual_seed(0)
-    model = get_peft_model(make_model().to(dtype), LoraConfig(r=4, target_modules=["patch_embed.proj"], init_lora_weights=False)).eval()
+    model = get_peft_model(
+        make_model().to(dtype), LoraConfig(r=4, target_modules=["patch_embed.proj"], init_lora_weights=False)
+    ).eval()
     inputs = Sample("tFtFt", (1, 4, 6), (1, 4, 4), seed=7).inputs()
     mean, std = [[0.5, 0.4, 0.3], [0.1, 0.2, 0.3]], [[0.2, 0.3, 0.4], [0.5, 0.5, 0.5]]
-    levels = torch.randint(0, 256, inputs["pixel_values"].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    per_patch = [torch.tensor(x).repeat_interleave(torch.tensor([24, 16]), 0).repeat_interleave(16, 1) for x in (mean, std)]
+    levels = torch.randint(
+        0, 256, inputs["pixel_values"].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    per_patch = [
+        torch.tensor(x).repeat_interleave(torch.tensor([24, 16]), 0).repeat_interleave(16, 1) for x in (mean, std)
+    ]
     floats = (levels / 255 - per_patch[0]) / per_patch[1]
     got = logits(model, **{**inputs, "pixel_values": levels}, image_mean=mean, image_std=std)
     expected = logits(model, **{**inputs, "pixel_values": floats})

@@ -10,23 +10,34 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_clients import emptied, start, user
+from test_infer_cli import IMAGE, asked, infer, loaded, run  # noqa: F401 - most are fixtures
+from test_infer_inputs import batch as lines  # noqa: F401 - fixtures
+from test_infer_inputs import grids  # noqa: F401 - a fixture
+from test_offline import (  # noqa: F401 - most are fixtures
+    LONGER_VIDEO,
+    VIDEO,
+    batch,
+    calls,
+    model,
+    nothing_is_encoded,
+    pictures,
+    processor,
+    query_of,
+    serve,
+    text_of,
+)  # fmt: skip
+from test_records import read_records
 
 from moss_vl import generation_utils
 from moss_vl.conversation import read_medium, read_messages, same_medium, same_source
-from test_clients import emptied, start, user
-from test_infer_cli import IMAGE, asked, infer, loaded, run  # noqa: F401 - most are fixtures
-from test_infer_inputs import batch as lines, grids  # noqa: F401 - fixtures
-from test_offline import (  # noqa: F401 - most are fixtures
-    LONGER_VIDEO, VIDEO, batch, calls, model, nothing_is_encoded, pictures, processor, query_of, serve, text_of,
-)  # fmt: skip
-from test_records import read_records
 
 
 def frames_of(calls):  # noqa: F811
     return [call["grid_thw"][:, 0].tolist() for call in calls]
 
 
-# ---------------------------------------------------------------------------------------------------------- defaults give way
+# defaults give way
 
 
 @pytest.mark.parametrize("knobs, frames", [
@@ -59,17 +70,27 @@ def test_defaults_that_stay():
 def test_every_frame_of_a_file(model, processor, calls):  # noqa: F811
     model.offline_video_generate(processor, "x", VIDEO, do_sample_frames=False, longest_edge=16384, max_new_tokens=1)
     assert frames_of(calls) == [[15]]
-    with pytest.raises(ValueError, match="do_sample_frames=False takes every frame, and leaves max_frames without effect"):
+    with pytest.raises(
+        ValueError, match="do_sample_frames=False takes every frame, and leaves max_frames without effect"
+    ):
         model.offline_video_generate(processor, "x", VIDEO, do_sample_frames=False, max_frames=3)
 
 
 def test_size_is_the_two_limits(model, processor, pictures, calls):  # noqa: F811
-    for media in ({"size": {"shortest_edge": 4096, "longest_edge": 16384}}, {"size": {"longest_edge": 16384}}, {"max_pixels": 16384, "size": None}):
+    for media in (
+        {"size": {"shortest_edge": 4096, "longest_edge": 16384}},
+        {"size": {"longest_edge": 16384}},
+        {"max_pixels": 16384, "size": None},
+    ):
         batch(model, processor, query_of("a", images=pictures[2], videos=VIDEO, media={"num_frames": 1, **media}))
     first = calls[0]["grid_thw"].tolist()
     assert all(call["grid_thw"].tolist() == first for call in calls) and first[1] == [1, 6, 8]
-    state = batch(model, processor, query_of("a", images=pictures[2], media={"max_pixels": 65536}))["session_states"][0]
-    state = batch(model, processor, query_of("b", media={"size": {"longest_edge": 16384}}), session_states=[state])["session_states"][0]
+    state = batch(model, processor, query_of("a", images=pictures[2], media={"max_pixels": 65536}))["session_states"][
+        0
+    ]
+    state = batch(model, processor, query_of("b", media={"size": {"longest_edge": 16384}}), session_states=[state])[
+        "session_states"
+    ][0]
     assert state["media_kwargs"] == {"max_pixels": 16384} and json.loads(json.dumps(state)) == state
     for media, message in (
         ({"size": 5}, "size must be"), ({"size": {"height": 3}}, "size: unknown keyword 'height'"), ({"size": {"longest_edge": 0}}, "max_pixels"),
@@ -92,7 +113,7 @@ def test_none_stands_for_the_default_of_what_is_no_option(model, processor, pict
         model.offline_image_generate(processor, "a", pictures[0], audio="a.wav")
 
 
-# ----------------------------------------------------------------------------------------------------- media beside a content
+# media beside a content
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -112,7 +133,11 @@ def test_media_beside_a_content_are_an_error(model, processor, nothing_is_encode
 
 
 def test_calls_of_tools_that_no_template_reads(model, processor, monkeypatch):  # noqa: F811
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]},
+        {"role": "user", "content": "c"},
+    ]
     with pytest.raises(ValueError, match="message 1 has 'tool_calls', but the chat template does not read it"):
         batch(model, processor, query_of(messages=messages))
     with pytest.raises(ValueError, match="message 1 has 'tool_calls', but there is no template"):
@@ -120,12 +145,16 @@ def test_calls_of_tools_that_no_template_reads(model, processor, monkeypatch):  
     messages[1]["tool_calls"] = []
     text_of(model, processor, query_of(messages=messages))
     messages[1]["tool_calls"] = [{"name": "f"}]
-    monkeypatch.setattr(processor, "chat_template", "{% for message in messages %}{{ message.content ~ message.tool_calls }}{% endfor %}")
+    monkeypatch.setattr(
+        processor,
+        "chat_template",
+        "{% for message in messages %}{{ message.content ~ message.tool_calls }}{% endfor %}",
+    )
     result = batch(model, processor, query_of(messages=messages))["results"][0]
     assert "b[{'name': 'f'}]" in result["input_text"]
 
 
-# ------------------------------------------------------------------------------------------------------------- the same media
+# the same media
 
 
 def test_one_file_by_two_paths(model, processor, pictures, calls, monkeypatch):  # noqa: F811
@@ -134,7 +163,9 @@ def test_one_file_by_two_paths(model, processor, pictures, calls, monkeypatch): 
     for own, again in ((name, pictures[0]), (pictures[0], f"./{name}"), (name, "file://" + pictures[0])):
         batch(model, processor, query_of(messages=user({"type": "image", "image": own}, "x"), images=[again]))
     assert frames_of(calls) == [[1]] * 3
-    assert not same_source(name, os.path.join(os.path.dirname(folder), name)) and not same_source("https://a/b.png", "/b.png")
+    assert not same_source(name, os.path.join(os.path.dirname(folder), name)) and not same_source(
+        "https://a/b.png", "/b.png"
+    )
 
 
 def test_copies_of_a_pillow_image(tmp_path, pictures, model, processor, calls):  # noqa: F811
@@ -149,12 +180,19 @@ def test_copies_of_a_pillow_image(tmp_path, pictures, model, processor, calls): 
     changed, turned, palette = opened.copy(), Image.open(path), [Image.new("P", (2, 2)) for _ in range(2)]
     changed.putpixel((3, 3), tuple(255 - x for x in changed.getpixel((3, 3))))
     turned.getexif()[0x0112] = 6
-    for one, colours in zip(palette, ([0, 0, 0], [9, 9, 9])):
+    for one, colours in zip(palette, ([0, 0, 0], [9, 9, 9]), strict=True):
         one.putpalette(colours)
     clear = [one.copy() for one in palette[:1] * 2]
     clear[0].info["transparency"] = 0
     assert not same_medium("image", *clear)
-    for a, b in ((opened, changed), (opened, turned), (opened, opened.convert("L")), (opened, opened.resize((64, 64))), palette, (opened, str(path))):
+    for a, b in (
+        (opened, changed),
+        (opened, turned),
+        (opened, opened.convert("L")),
+        (opened, opened.resize((64, 64))),
+        palette,
+        (opened, str(path)),
+    ):
         assert not same_medium("image", a, b) and not same_medium("image", b, a)
 
 
@@ -164,10 +202,17 @@ def test_an_empty_prompt_beside_messages(model, processor, pictures, lines, tmp_
     with pytest.raises(ValueError, match="a prompt or messages, got both"):
         batch(model, processor, {**query, "prompt": " "})
     human = [{"from": "human", "value": "Hi"}]
-    code, _, results, _ = lines({"prompt": "", "conversations": human}, {"prompt": "", "messages": human}, {"messages": human}, {"media": "a.jpg", "prompt": ""})
+    code, _, results, _ = lines(
+        {"prompt": "", "conversations": human},
+        {"prompt": "", "messages": human},
+        {"messages": human},
+        {"media": "a.jpg", "prompt": ""},
+    )
     assert code == 0 and len({result["text"] for result in results[:3]}) == 1, results
     turns = [*human, {"from": "gpt", "value": "Hello"}]
-    (tmp_path / "records.jsonl").write_text(json.dumps({"prompt": "", "conversations": turns}) + "\n" + json.dumps({"messages": turns}))
+    (tmp_path / "records.jsonl").write_text(
+        json.dumps({"prompt": "", "conversations": turns}) + "\n" + json.dumps({"messages": turns})
+    )
     assert [record.messages for record in read_records(tmp_path / "records.jsonl")] == [
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     ] * 2
@@ -179,8 +224,15 @@ def clip(*segments, **options):
 
 def test_segments_named_again_as_one_video(model, processor, calls, tmp_path):  # noqa: F811
     parts = [{"type": "video", "video": clip((0, 2))}, "and", {"type": "video", **clip((3.5,))}]
-    queries = [query_of(messages=user(*parts, "x"), **again) for again in ({}, {"videos": [clip((0, 2), (3.5,))]}, {"videos": clip((0, 2), (3.5,))})]
-    queries.append(query_of(messages=user({"type": "video", "video": clip((0, 2), (3.5,))}, "x"), videos=[clip((0, 2)), clip((3.5,))]))
+    queries = [
+        query_of(messages=user(*parts, "x"), **again)
+        for again in ({}, {"videos": [clip((0, 2), (3.5,))]}, {"videos": clip((0, 2), (3.5,))})
+    ]
+    queries.append(
+        query_of(
+            messages=user({"type": "video", "video": clip((0, 2), (3.5,))}, "x"), videos=[clip((0, 2)), clip((3.5,))]
+        )
+    )
     before = copy.deepcopy(queries)
     results = [batch(model, processor, query)["results"][0] for query in queries]
     assert queries == before and frames_of(calls) == [[2, 1]] * 4
@@ -203,7 +255,15 @@ def test_segments_that_are_not_the_same(model, processor, nothing_is_encoded, ag
 
 def test_a_part_may_stand_for_its_medium(model, processor, pictures, calls, lines, grids):  # noqa: F811
     assert read_medium("image", {"type": "image_url", "image_url": {"url": "a"}}) == ("a", {})
-    batch(model, processor, query_of("x", images=[{"type": "image", "image": pictures[0]}], videos={"type": "video", "video": VIDEO, "nframes": 2}))
+    batch(
+        model,
+        processor,
+        query_of(
+            "x",
+            images=[{"type": "image", "image": pictures[0]}],
+            videos={"type": "video", "video": VIDEO, "nframes": 2},
+        ),
+    )
     assert frames_of(calls) == [[1, 2]]
     with pytest.raises(ValueError, match="an image given as a dict is of type 'video'; expected image"):
         batch(model, processor, query_of("x", images=[{"type": "video", "path": pictures[0]}]))
@@ -212,10 +272,13 @@ def test_a_part_may_stand_for_its_medium(model, processor, pictures, calls, line
         {"media": [{"type": "video", "path": "b.mp4"}]}, {"media": [{"type": "audio", "path": "b.mp4"}]}, {"media": [{"type": "image", "video": "b.mp4"}]},
     )  # fmt: skip
     assert grids == [[2, 1, 1], [2]] and code == 1
-    assert "'image' or 'video', or a type of that name" in results[2]["error"] and "is of type 'image'; expected video" in results[3]["error"]
+    assert (
+        "'image' or 'video', or a type of that name" in results[2]["error"]
+        and "is of type 'image'; expected video" in results[3]["error"]
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- keys of a query
+# keys of a query
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -236,7 +299,10 @@ def test_options_that_would_have_no_effect(model, processor, nothing_is_encoded,
     assert generation_utils._check_query({"prompt": "a", key: None}, generation_utils.QUERY_KEYS) == {key: None}
 
 
-@pytest.mark.parametrize("key", ["prompt_2", "top_1", "videos2", "image_1", "seed", "resolution", "image_size", "frames", "raw_fps", "media_type"])
+@pytest.mark.parametrize(
+    "key",
+    ["prompt_2", "top_1", "videos2", "image_1", "seed", "resolution", "image_size", "frames", "raw_fps", "media_type"],
+)
 def test_keys_of_a_record_travel(key):
     assert generation_utils._check_query({"prompt": "a", key: 1}, generation_utils.QUERY_KEYS) == {key: 1}
 
@@ -266,22 +332,36 @@ def test_hints_of_the_methods(model, processor, nothing_is_encoded):  # noqa: F8
         batch(model, processor, {"videos": {"frames": ["a.png"], "fps": 1.0}})
 
 
-# --------------------------------------------------------------------------------------------------------- obscure errors
+# obscure errors
 
 
 def test_arrays_of_several(model, processor, nothing_is_encoded):  # noqa: F811
     videos, images = np.zeros((2, 3, 64, 64, 3), np.uint8), torch.zeros((2, 3, 64, 64), dtype=torch.uint8)
-    for call in (lambda: model.offline_video_generate(processor, "a", videos), lambda: batch(model, processor, {"videos": videos})):
-        with pytest.raises(ValueError, match="videos must be one video or a list, got an array of shape .2, 3, 64, 64, 3.: 2 videos in one"):
+    for call in (
+        lambda: model.offline_video_generate(processor, "a", videos),
+        lambda: batch(model, processor, {"videos": videos}),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="videos must be one video or a list, got an array of shape .2, 3, 64, 64, 3.: 2 videos in one",
+        ):
             call()
-    with pytest.raises(ValueError, match="images must be one image or a list, got an array of shape .2, 3, 64, 64.: 2 images in one"):
+    with pytest.raises(
+        ValueError, match="images must be one image or a list, got an array of shape .2, 3, 64, 64.: 2 images in one"
+    ):
         model.offline_image_generate(processor, "a", images)
 
 
 def test_arrays_and_lists_where_one_is_expected(model, processor, pictures, nothing_is_encoded):  # noqa: F811
     for part, message in (
-        ({"type": "image", "image": np.zeros((2, 64, 64, 3), np.uint8)}, "of type image holds one image, got an array of shape .2, 64, 64, 3."),
-        ({"type": "video", "video": torch.zeros(2, 3, 3, 64, 64)}, "of type video holds one video, got an array of shape .2, 3, 3, 64, 64."),
+        (
+            {"type": "image", "image": np.zeros((2, 64, 64, 3), np.uint8)},
+            "of type image holds one image, got an array of shape .2, 64, 64, 3.",
+        ),
+        (
+            {"type": "video", "video": torch.zeros(2, 3, 3, 64, 64)},
+            "of type video holds one video, got an array of shape .2, 3, 3, 64, 64.",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             batch(model, processor, {"messages": user(part, "x")})
@@ -302,8 +382,19 @@ def test_knobs_of_odd_kinds(model, processor, nothing_is_encoded, name, value): 
 
 
 def test_knobs_of_every_kind(model, processor):  # noqa: F811
-    knobs = {"num_beams": 2, "max_length": np.int64(40), "eos_token_id": [3, np.int64(4)], "pad_token_id": 0, "stop_strings": ["a", "b"]}
-    for extra in ({}, {"stop_strings": "a"}, {"eos_token_id": torch.tensor([3, 4])}, {"eos_token_id": None, "stop_strings": None, "num_beams": None}):
+    knobs = {
+        "num_beams": 2,
+        "max_length": np.int64(40),
+        "eos_token_id": [3, np.int64(4)],
+        "pad_token_id": 0,
+        "stop_strings": ["a", "b"],
+    }
+    for extra in (
+        {},
+        {"stop_strings": "a"},
+        {"eos_token_id": torch.tensor([3, 4])},
+        {"eos_token_id": None, "stop_strings": None, "num_beams": None},
+    ):
         given = {**knobs, **extra}
         taken = generation_utils._generate_kwargs(model, processor.tokenizer, given, 64)
         assert all(taken[name] is value or taken[name] == value for name, value in given.items() if value is not None)
@@ -325,7 +416,9 @@ def test_states_that_no_call_returned(model, processor, nothing_is_encoded, stat
         batch(model, processor, query_of("b"), session_states=[state])
 
 
-@pytest.mark.parametrize("name", ["use_template", "reset_session", "persist_session", "thinking_mode", "system_prompt_type"])
+@pytest.mark.parametrize(
+    "name", ["use_template", "reset_session", "persist_session", "thinking_mode", "system_prompt_type"]
+)
 @pytest.mark.parametrize("value", [np.zeros(2), torch.ones(3), ["x"], {}, "yes"], ids=str)
 def test_flags_and_choices_of_odd_kinds(model, processor, nothing_is_encoded, name, value):  # noqa: F811
     with pytest.raises(ValueError, match=f"query 0: {name}"):
@@ -337,7 +430,12 @@ def test_flags_and_choices_of_odd_kinds(model, processor, nothing_is_encoded, na
 def test_an_array_is_no_cancel_flag(model, processor):  # noqa: F811
     """It neither ends the answer that is being generated nor breaks it; its own round is an error."""
     asked, said = queue.Queue(), queue.Queue()  # noqa: F811
-    for query in (query_of("a"), {**query_of("b"), "stop_generation": np.ones(2)}, query_of("c"), {"stop_offline_generate": True}):
+    for query in (
+        query_of("a"),
+        {**query_of("b"), "stop_generation": np.ones(2)},
+        query_of("c"),
+        {"stop_offline_generate": True},
+    ):
         asked.put(query)
     start(model, processor, asked, said)()
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "ac"]
@@ -363,7 +461,7 @@ def test_a_stack_of_queries_keeps_its_order(model, processor):  # noqa: F811
     assert emptied(asked) == [{"id": 2}, {"id": 1}]
 
 
-# ---------------------------------------------------------------------------------------------------------------- infer.py
+# infer.py
 
 
 def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
@@ -382,7 +480,7 @@ def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
     }  # fmt: skip
     code, _, results, _ = lines(*(query for query, _ in queries.values()))
     assert code == 0, results
-    assert dict(zip(queries, grids)) == {name: frames for name, (_, frames) in queries.items()}
+    assert dict(zip(queries, grids, strict=True)) == {name: frames for name, (_, frames) in queries.items()}
     grids.clear()
     code, _, results, _ = lines(
         {"messages": user({**part, "nframes": 4})}, {"messages": user({**part, "min_frames": 3})}, {"videos": "b.mp4", "media_kwargs": {"min_frames": 3}},
@@ -392,7 +490,11 @@ def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
 
 
 def test_limits_of_the_command_line_give_way_to_size(lines, asked):  # noqa: F811
-    code, _, results, _ = lines({"images": "a.jpg", "media_kwargs": {"size": {"longest_edge": 60000}}}, {"images": "a.jpg"}, options=("--max-pixels", 50176))
+    code, _, results, _ = lines(
+        {"images": "a.jpg", "media_kwargs": {"size": {"longest_edge": 60000}}},
+        {"images": "a.jpg"},
+        options=("--max-pixels", 50176),
+    )
     assert code == 0, results
     assert "max_pixels" in asked[1]["media_kwargs"] and asked[0]["media_kwargs"].get("max_pixels") is None
 
@@ -404,14 +506,24 @@ def test_messages_with_from_and_value(lines):  # noqa: F811
         {"messages": [{"role": "user", "content": human["value"]}], "images": ["a.jpg"]},
         {"messages": [{**human, "role": "user"}]}, {"messages": ["a"]},
     )  # fmt: skip
-    assert len({result["text"] for result in results[:3]}) == 1 and asked[0]["messages"] == asked[1]["messages"] == asked[2]["messages"]
-    assert code == 1 and "got from and role" in results[3]["error"] and "messages must be a list of turns" in results[4]["error"]
+    assert (
+        len({result["text"] for result in results[:3]}) == 1
+        and asked[0]["messages"] == asked[1]["messages"] == asked[2]["messages"]
+    )
+    assert (
+        code == 1
+        and "got from and role" in results[3]["error"]
+        and "messages must be a list of turns" in results[4]["error"]
+    )
 
 
 def test_lines_with_options_of_odd_kinds(lines, tmp_path, run):  # noqa: F811
     code, _, results, asked = lines({"prompt": "a", "media_kwargs": 3}, {"prompt": "a", "generate_kwargs": "b"})  # noqa: F811
     assert code == 1 and not asked
-    assert [result["error"] for result in results] == ["media_kwargs must be an object, got 3", "generate_kwargs must be an object, got 'b'"]
+    assert [result["error"] for result in results] == [
+        "media_kwargs must be an object, got 3",
+        "generate_kwargs must be an object, got 'b'",
+    ]
     (tmp_path / "odd.jsonl").write_bytes(b"\xff")
     code, _, err = run("--batch", tmp_path / "odd.jsonl", "--out", tmp_path / "r.jsonl")
     assert code == 2 and "odd.jsonl is not UTF-8" in err
@@ -420,13 +532,27 @@ def test_lines_with_options_of_odd_kinds(lines, tmp_path, run):  # noqa: F811
 def test_damaged_images_are_called_images(run, tmp_path):  # noqa: F811
     (tmp_path / "cut.jpg").write_bytes(IMAGE.read_bytes()[:10])
     (tmp_path / "cut.mp4").write_bytes(IMAGE.read_bytes()[:10])
-    for medium, kind in ((tmp_path / "cut.jpg", "image"), ("data:image/jpeg;base64,/9j/4AAQSkZJRg==", "image"), (tmp_path / "cut.mp4", "video")):
+    for medium, kind in (
+        (tmp_path / "cut.jpg", "image"),
+        ("data:image/jpeg;base64,/9j/4AAQSkZJRg==", "image"),
+        (tmp_path / "cut.mp4", "video"),
+    ):
         code, out, err = run(medium, "-p", "a")
-        assert (code, out) == (2, "") and f"{kind}" in err and {"image": "video", "video": "an image"}[kind] not in err.replace(str(tmp_path), ""), err
+        assert (
+            (code, out) == (2, "")
+            and f"{kind}" in err
+            and {"image": "video", "video": "an image"}[kind] not in err.replace(str(tmp_path), "")
+        ), err
 
 
 def test_damaged_files_are_what_they_are_called(tmp_path):
-    for name, kind in (("a.PNG", "image"), ("a.webp", "image"), ("a.gif", "video"), ("a.mkv", "video"), ("a", "video")):
+    for name, kind in (
+        ("a.PNG", "image"),
+        ("a.webp", "image"),
+        ("a.gif", "video"),
+        ("a.mkv", "video"),
+        ("a", "video"),
+    ):
         (tmp_path / name).write_bytes(b"damaged")
         assert infer.media_kind(tmp_path / name) == kind, name
 
@@ -434,7 +560,12 @@ def test_damaged_files_are_what_they_are_called(tmp_path):
 def test_a_json_file_may_hold_one_object(run, asked, tmp_path):  # noqa: F811
     query = {"prompt": "Hi", "id": 3}
     file, out = tmp_path / "q.json", tmp_path / "r.jsonl"
-    for text, count in ((json.dumps(query, indent=1), 1), (json.dumps(query), 1), (f"{json.dumps(query)}\n" * 2, 2), (f"{json.dumps(query)}\n[", 2)):
+    for text, count in (
+        (json.dumps(query, indent=1), 1),
+        (json.dumps(query), 1),
+        (f"{json.dumps(query)}\n" * 2, 2),
+        (f"{json.dumps(query)}\n[", 2),
+    ):
         file.write_text(text)
         assert len(infer.read_queries(file)) == count
     file.write_text(json.dumps(query, indent=1)[:-1])

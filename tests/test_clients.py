@@ -9,29 +9,54 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_offline import (  # noqa: F401 - most are fixtures
+    LONGER_VIDEO,
+    NEW,
+    SMALL,
+    VIDEO,
+    batch,
+    calls,
+    model,
+    nothing_is_encoded,
+    pictures,
+    processor,
+    query_of,
+    serve,
+    text_of,
+)  # fmt: skip
 from transformers import LogitsProcessorList
 
 from moss_vl import generation_utils
 from moss_vl.generation_utils import _UnpaddedPenalty
-from test_offline import (  # noqa: F401 - most are fixtures
-    LONGER_VIDEO, NEW, SMALL, VIDEO, batch, calls, model, nothing_is_encoded, pictures, processor, query_of, serve, text_of,
-)  # fmt: skip
 
-RECORD = {"id": 7, "metadata": {"source": "web"}, "response": "a star", "label": None, "duration": 3.5, "conversation_id": "x", "frames": 3}
+
+RECORD = {
+    "id": 7,
+    "metadata": {"source": "web"},
+    "response": "a star",
+    "label": None,
+    "duration": 3.5,
+    "conversation_id": "x",
+    "frames": 3,
+}
 
 
 def user(*parts):
     return [{"role": "user", "content": list(parts)}]
 
 
-# ------------------------------------------------------------------------------------------------- media that are named again
+# media that are named again
 
 
 def forms(pictures):  # noqa: F811
     """Messages that hold their media, and those of them that stand again in `images` and `videos`."""
     a, b = pictures[:2]
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
-    one, two, video = {"type": "image", "image": a}, {"type": "image_url", "image_url": {"url": b}}, {"type": "video", "video": VIDEO}
+    one, two, video = (
+        {"type": "image", "image": a},
+        {"type": "image_url", "image_url": {"url": b}},
+        {"type": "video", "video": VIDEO},
+    )
     pil = Image.open(a)
     frames = [pil, Image.open(a)]
     return {
@@ -42,10 +67,19 @@ def forms(pictures):  # noqa: F811
         "segments": (user({"type": "video", "video": clip}, "What?"), {"videos": [copy.deepcopy(clip)]}),
         "segments as tuples": (user({"type": "video", **clip}), {"videos": [{**clip, "segments": [(0, 2), (3.5,)]}]}),
         "segments said in one place": (user({"type": "video", "video": LONGER_VIDEO}), {"videos": [clip]}),
-        "options said in one place": (user({"type": "video", "video": LONGER_VIDEO, "fps": 2}), {"videos": [LONGER_VIDEO]}),
+        "options said in one place": (
+            user({"type": "video", "video": LONGER_VIDEO, "fps": 2}),
+            {"videos": [LONGER_VIDEO]},
+        ),
         "objects": (user({"type": "image", "image": pil}, "x"), {"images": [pil]}),
-        "frames": (user({"type": "video", "video": frames, "sample_fps": 2.0}, "x"), {"videos": [{"video": frames, "sample_fps": 2.0}]}),
-        "arrays": (user({"type": "image", "image": np.zeros((64, 64, 3), np.uint8)}), {"images": [np.zeros((64, 64, 3), np.uint8)]}),
+        "frames": (
+            user({"type": "video", "video": frames, "sample_fps": 2.0}, "x"),
+            {"videos": [{"video": frames, "sample_fps": 2.0}]},
+        ),
+        "arrays": (
+            user({"type": "image", "image": np.zeros((64, 64, 3), np.uint8)}),
+            {"images": [np.zeros((64, 64, 3), np.uint8)]},
+        ),
         "a place among them": (user(one, {"type": "image"}, "x"), {"images": [a, b]}),
     }
 
@@ -60,12 +94,17 @@ def test_media_named_again_are_the_same_media(model, processor, pictures, calls,
     query = query_of(messages=messages, **again)
     model.offline_batch_generate(processor, [query])
     expected = {
-        "segments said in one place": user({"type": "video", "video": {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}}),
+        "segments said in one place": user(
+            {"type": "video", "video": {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}}
+        ),
         "a place among them": user(messages[0]["content"][0], {"type": "image", "image": pictures[1]}, "x"),
     }.get(name, messages)
     model.offline_batch_generate(processor, [query_of(messages=expected)])
     first, second = calls
-    assert first["input_ids"].tolist() == second["input_ids"].tolist() and first["grid_thw"].tolist() == second["grid_thw"].tolist()
+    assert (
+        first["input_ids"].tolist() == second["input_ids"].tolist()
+        and first["grid_thw"].tolist() == second["grid_thw"].tolist()
+    )
     assert first["grid_thw"][:, 0].tolist() == frames
     for key in ("pixel_values", "image_features"):
         assert (key in first) == (key in second)
@@ -83,16 +122,28 @@ def test_what_is_named_again_is_not_changed(model, processor, pictures):  # noqa
 
 NOT_THE_SAME = [
     (["b"], {}, r"image 0 of the messages is '.*64x64.png', but images has '.*128x64.png' in its place"),
-    (["a", "b"], {}, "leave places for 0 images, and have 1 of their own .images may also name all 1 again., but images holds 2"),
-    (["a"], {"extra": 2}, "leave places for 2 images, and have 1 of their own .images may also name all 3 again., but images holds 1"),
-    ([{"image": "a", "max_pixels": 5000}], {"max_pixels": 6000}, "image 0 of the messages has the options .*6000.*, but in images .*5000"),
+    (
+        ["a", "b"],
+        {},
+        "leave places for 0 images, and have 1 of their own .images may also name all 1 again., but images holds 2",
+    ),
+    (
+        ["a"],
+        {"extra": 2},
+        "leave places for 2 images, and have 1 of their own .images may also name all 3 again., but images holds 1",
+    ),
+    (
+        [{"image": "a", "max_pixels": 5000}],
+        {"max_pixels": 6000},
+        "image 0 of the messages has the options .*6000.*, but in images .*5000",
+    ),
     ([{"max_pixels": 5000}], {}, "images holds no image"),
 ]
 
 
 @pytest.mark.parametrize("images, part, message", NOT_THE_SAME)
 def test_media_that_are_not_the_same(model, processor, pictures, nothing_is_encoded, images, part, message):  # noqa: F811
-    paths = dict(zip("ab", pictures))
+    paths = dict(zip("ab", pictures, strict=False))
     images = [{**one, "image": paths[one["image"]]} if isinstance(one, dict) and "image" in one else paths.get(one, one)
               if isinstance(one, str) else one for one in images]  # fmt: skip
     places = [{"type": "image"}] * part.get("extra", 0)
@@ -104,16 +155,30 @@ def test_media_that_are_not_the_same(model, processor, pictures, nothing_is_enco
 def test_segments_may_have_a_place_each(model, processor, calls):  # noqa: F811
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
     one = batch(model, processor, query_of(messages=user("a", {"type": "video", "video": clip})))["results"][0]
-    each = batch(model, processor, query_of(messages=[{"role": "user", "content": "a<|video|><|video|>"}], videos=[clip]))["results"][0]
-    assert one["messages"] == each["messages"] and one["text"] == each["text"] and calls[0]["grid_thw"][:, 0].tolist() == [2, 1]
+    each = batch(
+        model, processor, query_of(messages=[{"role": "user", "content": "a<|video|><|video|>"}], videos=[clip])
+    )["results"][0]
+    assert (
+        one["messages"] == each["messages"]
+        and one["text"] == each["text"]
+        and calls[0]["grid_thw"][:, 0].tolist() == [2, 1]
+    )
     with pytest.raises(ValueError, match="segments of .* stand apart"):
         batch(model, processor, query_of(messages=[{"role": "user", "content": "<|video|>a<|video|>"}], videos=[clip]))
 
 
 def test_parts_of_every_form(model, processor, pictures):  # noqa: F811
-    plain = batch(model, processor, query_of(messages=user({"type": "text", "text": "Look"}, {"type": "image", "image": pictures[0]})))
-    for image in ({"type": "image", "image_url": pictures[0]}, {"type": "image", "image_url": {"url": "file://" + pictures[0]}},
-                  {"type": "image", "path": pictures[0]}, {"type": "input_image", "image_url": pictures[0]}):
+    plain = batch(
+        model,
+        processor,
+        query_of(messages=user({"type": "text", "text": "Look"}, {"type": "image", "image": pictures[0]})),
+    )
+    for image in (
+        {"type": "image", "image_url": pictures[0]},
+        {"type": "image", "image_url": {"url": "file://" + pictures[0]}},
+        {"type": "image", "path": pictures[0]},
+        {"type": "input_image", "image_url": pictures[0]},
+    ):
         result = batch(model, processor, query_of(messages=user("Look", image)))
         assert result["results"][0]["text"] == plain["results"][0]["text"], image
         assert result["results"][0]["input_text"] == plain["results"][0]["input_text"]
@@ -129,12 +194,14 @@ def test_options_of_a_part_hold_for_it_alone(model, processor, calls):  # noqa: 
 
 def test_a_list_of_pictures_is_one_video(model, processor, pictures, calls):  # noqa: F811
     frames = [pictures[0]] * 3
-    assert generation_utils._as_list("video", frames) == [frames] and generation_utils._as_list("image", frames) == frames
+    assert (
+        generation_utils._as_list("video", frames) == [frames] and generation_utils._as_list("image", frames) == frames
+    )
     model.offline_video_generate(processor, "x", frames, sample_fps=2.0, max_new_tokens=1)
     assert calls[0]["grid_thw"][:, 0].tolist() == [3]
 
 
-# -------------------------------------------------------------------------------------------------------- records of clients
+# records of clients
 
 
 def test_what_else_stood_in_a_record_travels_to_the_result(model, processor, pictures):  # noqa: F811
@@ -166,12 +233,19 @@ def test_a_key_of_its_own_is_none(key):
 
 
 def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # noqa: F811
-    for key, box in (("max_new_tokens", "generate_kwargs"), ("num_beams", "generate_kwargs"), ("video_fps", "media_kwargs"), ("fps", "media_kwargs")):
+    for key, box in (
+        ("max_new_tokens", "generate_kwargs"),
+        ("num_beams", "generate_kwargs"),
+        ("video_fps", "media_kwargs"),
+        ("fps", "media_kwargs"),
+    ):
         with pytest.raises(ValueError, match=f"'{key}' belongs into its {box}"):
             batch(model, processor, {"prompt": "a", key: 2})
     with pytest.raises(ValueError, match="stream_output is for the queue"):
         batch(model, processor, {"prompt": "a", "stream_output": True})
-    assert generation_utils._check_query({"prompt": "a", "stream_output": False, "fps": None}, generation_utils.QUERY_KEYS) == {"fps": None}
+    assert generation_utils._check_query(
+        {"prompt": "a", "stream_output": False, "fps": None}, generation_utils.QUERY_KEYS
+    ) == {"fps": None}
 
 
 def test_options_of_images_and_videos_whatever_the_media(model, processor, pictures, calls):  # noqa: F811
@@ -181,7 +255,10 @@ def test_options_of_images_and_videos_whatever_the_media(model, processor, pictu
     batch(model, processor, query_of("a", videos=[VIDEO], media=both))
     batch(model, processor, query_of("a", media=both))
     assert [call["grid_thw"][:, 0].tolist() for call in calls] == [[1], [2], [1]]
-    for media, message in (({"multi_image_max_pixels": 0}, "multi_image_max_pixels"), ({"max_frames": -1}, "max_frames")):
+    for media, message in (
+        ({"multi_image_max_pixels": 0}, "multi_image_max_pixels"),
+        ({"max_frames": -1}, "max_frames"),
+    ):
         with pytest.raises(ValueError, match=message):
             batch(model, processor, query_of("a", images=pictures[0], media=media))
         with pytest.raises(ValueError, match=message):
@@ -205,16 +282,20 @@ def test_none_gives_way_to_a_number_of_another_name(model, processor, calls):  #
 def test_no_message_quotes_a_whole_string(model, processor):  # noqa: F811
     long = "data:image/png;base64," + "A" * 5000
     for query in (
-        {"prompt": "a", "images": [long]}, {"messages": user({"type": "image", "base64": "A" * 5000, "url": "x"})},
-        {"messages": user({"type": "image", "image": long}), "images": ["b.png"]}, {"messages": user({"type": "imge", "image": long})},
-        {"messages": long}, {"prompt": "a", "images": [{"path": long, "fsp": 1}]}, {"prompt": "a", "images": "A" * 5000},
+        {"prompt": "a", "images": [long]},
+        {"messages": user({"type": "image", "base64": "A" * 5000, "url": "x"})},
+        {"messages": user({"type": "image", "image": long}), "images": ["b.png"]},
+        {"messages": user({"type": "imge", "image": long})},
+        {"messages": long},
+        {"prompt": "a", "images": [{"path": long, "fsp": 1}]},
+        {"prompt": "a", "images": "A" * 5000},
     ):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             batch(model, processor, query)
         assert "A" * 600 not in str(error.value), query
 
 
-# ------------------------------------------------------------------------------------------------ what was given, and numbers
+# what was given, and numbers
 
 
 def test_what_was_given_is_known(model, processor, pictures, nothing_is_encoded):  # noqa: F811
@@ -223,7 +304,10 @@ def test_what_was_given_is_known(model, processor, pictures, nothing_is_encoded)
         (dict(num_frames=8, fps=1), "video_fps 1 and num_frames 8"),
         (dict(shortest_edge=4096, min_pixels=5000), "min_pixels is another name of shortest_edge"),
         (dict(shortest_edge=4096, min_pixels=4096), "min_pixels is another name of shortest_edge"),
-        (dict(num_extract_threads=4, frame_extract_num_threads=2), "frame_extract_num_threads is another name of num_extract_threads"),
+        (
+            dict(num_extract_threads=4, frame_extract_num_threads=2),
+            "frame_extract_num_threads is another name of num_extract_threads",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model.offline_video_generate(processor, "a", VIDEO, **arguments)
@@ -244,40 +328,70 @@ def test_a_fixed_size_takes_the_place_of_default_limits(model, processor, pictur
     model.offline_image_generate(processor, "a", pictures[0], resized_height=64, resized_width=96, max_new_tokens=1)
     assert calls[0]["grid_thw"].tolist() == [[1, 4, 6]]
     with pytest.raises(ValueError, match="max_pixels"):
-        model.offline_image_generate(processor, "a", pictures[0], longest_edge=16777216, resized_height=64, resized_width=96)
+        model.offline_image_generate(
+            processor, "a", pictures[0], longest_edge=16777216, resized_height=64, resized_width=96
+        )
 
 
 def test_numbers_of_numpy(model, processor, pictures, calls):  # noqa: F811
     media = {"max_pixels": np.int64(16384), "video_fps": np.float32(4), "max_frames": np.int32(2)}
     generate = {"max_new_tokens": np.int64(3), "top_k": np.int32(5), "top_p": np.float64(0.9), "temperature": np.float32(0.5),
                 "repetition_penalty": np.float32(1.5), "do_sample": np.bool_(True), "min_new_tokens": np.int64(1)}  # fmt: skip
-    state = batch(model, processor, query_of("a", videos=[VIDEO], media=media, generate=generate, use_template=np.bool_(True)))["session_states"][0]
+    state = batch(
+        model, processor, query_of("a", videos=[VIDEO], media=media, generate=generate, use_template=np.bool_(True))
+    )["session_states"][0]
     assert json.loads(json.dumps(state)) == state and calls[0]["grid_thw"].tolist() == [[2, 6, 8]]
-    kinds = {"max_new_tokens": int, "top_k": int, "top_p": float, "temperature": float, "do_sample": bool, "min_new_tokens": int}
+    kinds = {
+        "max_new_tokens": int,
+        "top_k": int,
+        "top_p": float,
+        "temperature": float,
+        "do_sample": bool,
+        "min_new_tokens": int,
+    }
     assert {name: type(calls[0][name]) for name in kinds} == kinds
     video = {"video_path": LONGER_VIDEO, "segments": [[np.float64(0), np.int64(2)]]}
     batch(model, processor, query_of("a", videos=[video]), vision_chunked_length=np.int64(2))
     assert calls[1]["grid_thw"][:, 0].tolist() == [2] and calls[1]["vision_chunked_length"] == 2
-    for name, wrong in (("max_new_tokens", np.float64(3)), ("max_new_tokens", np.bool_(True)), ("top_k", True), ("temperature", np.nan)):
+    for name, wrong in (
+        ("max_new_tokens", np.float64(3)),
+        ("max_new_tokens", np.bool_(True)),
+        ("top_k", True),
+        ("temperature", np.nan),
+    ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             batch(model, processor, query_of("a", generate={name: wrong}))
 
 
 def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
-    for name, value in (("top_p", 1), ("top_p", 1e-9), ("top_k", 0), ("max_new_tokens", 1), ("repetition_penalty", 1e-9)):
+    for name, value in (
+        ("top_p", 1),
+        ("top_p", 1e-9),
+        ("top_k", 0),
+        ("max_new_tokens", 1),
+        ("repetition_penalty", 1e-9),
+    ):
         knobs = {"do_sample": True, name: value}
         assert generation_utils._generate_kwargs(model, processor.tokenizer, knobs, 64)[name] == value
-    for name, value in (("top_p", 0), ("top_p", 1.0000001), ("top_k", -1), ("max_new_tokens", 0), ("repetition_penalty", 0)):
+    for name, value in (
+        ("top_p", 0),
+        ("top_p", 1.0000001),
+        ("top_k", -1),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0),
+    ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             generation_utils._generate_kwargs(model, processor.tokenizer, {name: value}, 64)
 
 
-# ------------------------------------------------------------------------------------------------------ ends and penalties
+# ends and penalties
 
 
 def test_the_ends_that_the_checkpoint_names_are_kept(model, processor, pictures, calls, monkeypatch):  # noqa: F811
     """Two ends, neither of them the tokenizer's: an answer stops at either, and goes on past the tokenizer's."""
-    query = query_of("Hi", images=pictures[0], generate={"max_new_tokens": 8, "suppress_tokens": [processor.tokenizer.eos_token_id]})
+    query = query_of(
+        "Hi", images=pictures[0], generate={"max_new_tokens": 8, "suppress_tokens": [processor.tokenizer.eos_token_id]}
+    )
     said = model.generate(**(batch(model, processor, query) and calls[0]))[0]
     said = said[calls[0]["input_ids"].shape[1] :].tolist()
     settings = copy.deepcopy(model.generation_config)
@@ -287,7 +401,11 @@ def test_the_ends_that_the_checkpoint_names_are_kept(model, processor, pictures,
         settings.eos_token_id = [unused, end]
         batch(model, processor, {**query, "generate_kwargs": {"max_new_tokens": 8}})
         ids = model.generate(**calls[-1])[0, calls[-1]["input_ids"].shape[1] :].tolist()
-        assert ids == said[: said.index(end) + 1] and "eos_token_id" not in calls[-1] and settings.eos_token_id == [unused, end]
+        assert (
+            ids == said[: said.index(end) + 1]
+            and "eos_token_id" not in calls[-1]
+            and settings.eos_token_id == [unused, end]
+        )
     settings.eos_token_id = None
     batch(model, processor, query)
     assert calls[-1]["eos_token_id"] == processor.tokenizer.eos_token_id
@@ -302,20 +420,28 @@ def test_the_penalty_of_a_beam_leaves_out_its_own_prompt_s_padding():
     scores = torch.full((6, 4), 2.0)
     out = _UnpaddedPenalty(2.0, [2, 0, 1])(ids, scores)
     said = [{1}, {2}, {1, 2, 3}, {0, 2, 3}, {3}, {0, 3}]
-    assert out.tolist() == [[1.0 if token in row else 2.0 for token in range(4)] for row in said] and (scores == 2).all()
+    assert (
+        out.tolist() == [[1.0 if token in row else 2.0 for token in range(4)] for row in said] and (scores == 2).all()
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3])
 def test_each_row_gets_its_own_padding(model, processor, calls, monkeypatch, beams):  # noqa: F811
     knobs = dict(num_beams=beams, repetition_penalty=1.5, max_new_tokens=2)
-    batch(model, processor, *(query_of(text, generate=knobs) for text in ("Hi, a much longer one", "Hi", "Hi, longer")))
+    batch(
+        model, processor, *(query_of(text, generate=knobs) for text in ("Hi, a much longer one", "Hi", "Hi, longer"))
+    )
     [call] = calls
     [penalty] = call["logits_processor"]
     assert isinstance(call["logits_processor"], LogitsProcessorList) and call["repetition_penalty"] == 1.0
-    assert penalty.padding == (call["attention_mask"] == 0).sum(1).tolist() and len(set(penalty.padding)) == 3 and penalty.padding[0] == 0
+    assert (
+        penalty.padding == (call["attention_mask"] == 0).sum(1).tolist()
+        and len(set(penalty.padding)) == 3
+        and penalty.padding[0] == 0
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------ the queue
+# the queue
 
 
 def start(model, processor, asked, said):  # noqa: F811
@@ -349,7 +475,9 @@ class PlainQueue:
 
     def __init__(self):
         self._queue = queue.Queue()
-        self.get, self.get_nowait, self.put, self.qsize = (getattr(self._queue, name) for name in ("get", "get_nowait", "put", "qsize"))
+        self.get, self.get_nowait, self.put, self.qsize = (
+            getattr(self._queue, name) for name in ("get", "get_nowait", "put", "qsize")
+        )
 
 
 @pytest.mark.parametrize("kind", [queue.Queue, queue.SimpleQueue, PlainQueue, lambda: queue.Queue(maxsize=5)],
@@ -364,7 +492,11 @@ def test_nothing_that_comes_after_a_stop_is_lost(model, processor, kind):  # noq
                 asked.put(after[-1])  # comes in between the last token and the stop
 
     asked, said = kind(), Said()
-    for query in (query_of("a"), {"stop_offline_generate": True}, *after[:-1]):  # all are there while the first is answered
+    for query in (
+        query_of("a"),
+        {"stop_offline_generate": True},
+        *after[:-1],
+    ):  # all are there while the first is answered
         asked.put(query)
     start(model, processor, asked, said)()
     assert emptied(said) == [text_of(model, processor, query_of("a")), "<|round_end|>"]
@@ -374,7 +506,13 @@ def test_nothing_that_comes_after_a_stop_is_lost(model, processor, kind):  # noq
 def test_a_server_goes_on_where_the_one_before_stopped(model, processor):  # noqa: F811
     asked, said = queue.Queue(), queue.Queue()
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
-    for query in (query_of("a"), {"stop_offline_generate": True}, query_of("b"), query_of("c"), {"stop_offline_generate": True}):
+    for query in (
+        query_of("a"),
+        {"stop_offline_generate": True},
+        query_of("b"),
+        query_of("c"),
+        {"stop_offline_generate": True},
+    ):
         asked.put(query)
     start(model, processor, asked, said)()
     asked.put({"last": True})
@@ -412,7 +550,14 @@ def test_a_cancel_after_a_stop_still_ends_the_answer(model, processor):  # noqa:
 def test_flags_that_are_false_or_none_say_nothing(model, processor, flag):  # noqa: F811
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
     no, none = {flag: False}, {flag: None}
-    rounds = serve(model, processor, query_of("a"), no, {**query_of("b"), **no}, {**query_of("c"), **none, "stop_offline_generate": False})
+    rounds = serve(
+        model,
+        processor,
+        query_of("a"),
+        no,
+        {**query_of("b"), **no},
+        {**query_of("c"), **none, "stop_offline_generate": False},
+    )
     assert rounds == [[text] for text in texts]
     [[error], [text]] = serve(model, processor, {**query_of("a"), flag: "yes"}, query_of("a"))
     assert error == f"[ERROR] {flag} must be True or False, got 'yes'" and text == texts[0]
@@ -428,18 +573,22 @@ def test_two_servers_with_a_queue_each(model, processor, pictures):  # noqa: F81
     queries = [[query_of(f"{i}{k}", images=pictures[i], id=k) for k in range(4)] for i in range(2)]
     alone = [[text_of(model, processor, query) for query in each] for each in queries]
     queues = [(queue.Queue(), queue.Queue()) for _ in queries]
-    for (asked, _), each in zip(queues, queries):
+    for (asked, _), each in zip(queues, queries, strict=True):
         for query in (*each, {"stop_offline_generate": True}, {"i": 1}):
             asked.put(query)
     for join in [start(model, processor, *pair) for pair in queues]:
         join()
-    for (asked, said), texts in zip(queues, alone):
-        assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")] and emptied(asked) == [{"i": 1}]
+    for (asked, said), texts in zip(queues, alone, strict=True):
+        assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")] and emptied(asked) == [
+            {"i": 1}
+        ]
 
 
 def test_one_query_per_thread(model, processor, pictures):  # noqa: F811
     """As clients do: each thread has queues of its own, and sends one query and a stop. Nothing is said in a warning alone."""
-    query = query_of(messages=user({"type": "image", "image_url": pictures[0]}, "What?"), images=[pictures[0]], **RECORD)
+    query = query_of(
+        messages=user({"type": "image", "image_url": pictures[0]}, "What?"), images=[pictures[0]], **RECORD
+    )
     query["media_kwargs"] = {**SMALL, "video_fps": 1.0, "max_frames": 256, "multi_image_max_pixels": 201326592}
     queues = [(queue.Queue(), queue.Queue()) for _ in range(3)]
     joins = []

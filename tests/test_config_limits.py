@@ -1,8 +1,9 @@
 """Every check of the configuration at its limit: the last value that is good, the first that is not, and all names that a check is for."""
 
 import pytest
-from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 from tiny import CONFIG, make_config
+
+from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 
 
 TEXT_SIZES = (
@@ -16,7 +17,9 @@ VISION_SIZES = (
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "4"], ids=repr)
-@pytest.mark.parametrize("part, name", [*[("text", name) for name in TEXT_SIZES], *[("vision", name) for name in VISION_SIZES]])
+@pytest.mark.parametrize(
+    "part, name", [*[("text", name) for name in TEXT_SIZES], *[("vision", name) for name in VISION_SIZES]]
+)
 def test_sizes_are_positive_whole_numbers(part, name, value):
     with pytest.raises(ValueError, match=f"`{part}_config.{name}`.*a positive integer"):
         make_config(**{part: {name: value}})
@@ -98,14 +101,21 @@ def test_defaults_that_follow_from_others():
     released = MossVLConfig()
     assert released.text_config.rope_parameters["mrope_section"] == [24, 20, 20]
     assert (released.text_config.rms_norm_eps, released.vision_config.layer_norm_eps) == (1e-6, 1e-6)
-    assert (released.text_config.attention_bias, released.text_config.attention_dropout, released.text_config.use_cache) == (False, 0.0, True)
+    assert (
+        released.text_config.attention_bias,
+        released.text_config.attention_dropout,
+        released.text_config.use_cache,
+    ) == (False, 0.0, True)
     assert (released.text_config.hidden_act, released.vision_config.hidden_act) == ("silu", "gelu_pytorch_tanh")
     assert (released.vision_config.initializer_range, released.text_config.initializer_range) == (0.02, 0.02)
 
 
 def test_the_newer_name_of_the_rope_counts_where_both_are_given():
     both = MossVLTextConfig(
-        head_dim=16, rope_theta=1.0, rope_scaling={"rope_theta": 2.0, "mrope_section": [4, 2, 2]}, rope_parameters={"rope_theta": 3.0}
+        head_dim=16,
+        rope_theta=1.0,
+        rope_scaling={"rope_theta": 2.0, "mrope_section": [4, 2, 2]},
+        rope_parameters={"rope_theta": 3.0},
     )
     assert both.rope_theta == 3.0 and both.rope_parameters["mrope_section"] == [4, 2, 2]
     assert MossVLTextConfig(head_dim=16, rope_theta=1.0, rope_scaling={"mrope_section": [4, 2, 2]}).rope_theta == 1.0
@@ -122,7 +132,9 @@ def test_the_classes_of_the_auto_map():
     assert all(value == ours for name, value in config.auto_map.items() if name != "AutoConfig")
     named = MossVLConfig(**CONFIG, auto_map={"AutoModel": "a.B"}).auto_map
     assert {named[name] for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")} == {"a.B"}
-    named = MossVLConfig(**CONFIG, auto_map={"AutoModel": "a.B", "AutoModelForCausalLM": "c.D", "AutoConfig": "e.F"}).auto_map
+    named = MossVLConfig(
+        **CONFIG, auto_map={"AutoModel": "a.B", "AutoModelForCausalLM": "c.D", "AutoConfig": "e.F"}
+    ).auto_map
     assert (named["AutoModel"], named["AutoModelForCausalLM"], named["AutoModelForImageTextToText"], named["AutoConfig"]) == (
         "a.B", "c.D", "c.D", "e.F",
     )  # fmt: skip

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
 from conftest import ROOT
-from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 from tiny import CONFIG, Sample, make_config, make_model
+
+from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 
 
 def test_nothing_is_written_into_what_a_config_is_made_from():
@@ -39,7 +39,11 @@ def test_two_configs_share_nothing():
 
 def test_dicts_inside_dicts_stay_as_they_are():
     given = copy.deepcopy(CONFIG) | {"quantization_config": {"skip": ["a"]}}
-    given["text_config"]["rope_parameters"] = {**given["text_config"].pop("rope_scaling"), "rope_theta": 1e4, "beta": [1, 2]}
+    given["text_config"]["rope_parameters"] = {
+        **given["text_config"].pop("rope_scaling"),
+        "rope_theta": 1e4,
+        "beta": [1, 2],
+    }
     before = copy.deepcopy(given)
     config = MossVLConfig(**given)
     config.text_config.rope_parameters["beta"].append(3)
@@ -48,10 +52,17 @@ def test_dicts_inside_dicts_stay_as_they_are():
 
 
 def test_whole_numbers_of_numpy_are_taken_and_saved(tmp_path):
-    integers = {name: np.int64(CONFIG["text_config"][name]) for name in ("hidden_size", "num_hidden_layers", "head_dim", "vocab_size")}
+    integers = {
+        name: np.int64(CONFIG["text_config"][name])
+        for name in ("hidden_size", "num_hidden_layers", "head_dim", "vocab_size")
+    }
     rope = {"mrope_section": np.array([4, 2, 2]), "mrope_interleaved": True}
     text = integers | {"cross_attention_layers": np.array([1, 4]), "rope_scaling": rope}
-    made = make_config(text=text, vision={"depth": np.int32(3), "deepstack_visual_indexes": np.array([0, 1])}, image_token_id=np.int64(190))
+    made = make_config(
+        text=text,
+        vision={"depth": np.int32(3), "deepstack_visual_indexes": np.array([0, 1])},
+        image_token_id=np.int64(190),
+    )
     assert made.to_dict() == make_config().to_dict()
     made.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["text_config"]["hidden_size"] == 64
@@ -79,7 +90,10 @@ def test_auto_classes_of_either_version(name):
     auto = getattr(transformers, name, None)
     assert (auto is None) == ((name == "AutoModelForVision2Seq") == (int(transformers.__version__.split(".")[0]) >= 5))
     for folder in (ROOT, ROOT / "checkpoints/moss-vl-nano"):
-        assert json.loads((folder / "config.json").read_text())["auto_map"][name] == "modeling_moss_vl.MossVLForConditionalGeneration"
+        assert (
+            json.loads((folder / "config.json").read_text())["auto_map"][name]
+            == "modeling_moss_vl.MossVLForConditionalGeneration"
+        )
     if auto is not None:
         model = auto.from_pretrained(ROOT / "checkpoints/moss-vl-nano", trust_remote_code=True)
         assert type(model).__name__ == "MossVLForConditionalGeneration"
@@ -113,9 +127,13 @@ def test_a_position_table_whose_side_does_not_divide(positions):
         added = []
         for _, rows, columns in inputs["grid_thw"].tolist():
             grid = interpolated(table, rows, columns).float()
-            added.append(grid.view(rows // m, m, columns // m, m, -1).transpose(1, 2).flatten(0, 3))  # blocks of m x m in a row
+            added.append(
+                grid.view(rows // m, m, columns // m, m, -1).transpose(1, 2).flatten(0, 3)
+            )  # blocks of m x m in a row
         visual.pos_embed.weight.zero_()
-        handle = visual.patch_embed.register_forward_hook(lambda module, args, out: out + torch.cat(added).view_as(out))
+        handle = visual.patch_embed.register_forward_hook(
+            lambda module, args, out: out + torch.cat(added).view_as(out)
+        )
         try:
             by_hand = model(**inputs).logits
         finally:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 from conftest import ROOT
-from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 from tiny import make_config
+
+from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 
 
 def test_the_released_sizes():
@@ -62,7 +63,10 @@ def test_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"text": {"cross_attention_layers": [0, 4]}}, r"cross_attention_layers`, got \[0, 4\]; expected .* from 1 to 5"),
+        (
+            {"text": {"cross_attention_layers": [0, 4]}},
+            r"cross_attention_layers`, got \[0, 4\]; expected .* from 1 to 5",
+        ),
         ({"text": {"cross_attention_layers": [1, 6]}}, "cross_attention_layers"),
         ({"text": {"cross_attention_layers": [4, 1]}}, "rising"),
         ({"text": {"cross_attention_layers": []}}, "at least one"),

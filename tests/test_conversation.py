@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from moss_vl import conversation
-from moss_vl.conversation import clips_of, file_of, for_template, locate, media_of, read_medium, read_messages, read_part, same_medium, split_places
+from moss_vl.conversation import (
+    clips_of,
+    file_of,
+    for_template,
+    locate,
+    media_of,
+    read_medium,
+    read_messages,
+    read_part,
+    same_medium,
+    split_places,
+)
 
 
 @pytest.mark.parametrize("part", [
@@ -36,7 +47,12 @@ def test_forms_of_a_video_part_with_options(part):
 
 def test_texts():
     expected = {"type": "text", "text": "x"}
-    for part in ("x", {"type": "text", "text": "x"}, {"text": "x"}, {"type": "input_text", "text": "x", "image": None}):
+    for part in (
+        "x",
+        {"type": "text", "text": "x"},
+        {"text": "x"},
+        {"type": "input_text", "text": "x", "image": None},
+    ):
         assert read_part(part) == expected
 
 
@@ -83,17 +99,35 @@ def test_no_message_quotes_a_whole_base64_string():
 
 
 def test_messages():
-    messages = ({"role": "user", "name": "u", "tool_calls": None, "content": ("x", {"image": "a.png", "max_pixels": 5000}, {"type": "video"})},)
+    messages = (
+        {
+            "role": "user",
+            "name": "u",
+            "tool_calls": None,
+            "content": ("x", {"image": "a.png", "max_pixels": 5000}, {"type": "video"}),
+        },
+    )
     given = copy.deepcopy(messages)
     plain = read_messages(messages)
     image = {"image": "a.png", "max_pixels": 5000}
-    assert plain == [{"role": "user", "name": "u", "content": [{"type": "text", "text": "x"}, {"type": "image", "image": image}, {"type": "video"}]}]
+    assert plain == [
+        {
+            "role": "user",
+            "name": "u",
+            "content": [{"type": "text", "text": "x"}, {"type": "image", "image": image}, {"type": "video"}],
+        }
+    ]
     assert media_of(plain, "image") == [image] and media_of(plain, "video") == [] and messages == given
     assert read_messages(plain) == plain
 
 
 def test_a_placeholder_for_each_segment():
-    messages = read_messages([{"role": "user", "content": [{"video": "a", "segments": [[0, 1], [2]]}, {"image": "b"}, "x"]}, {"role": "assistant", "content": "y"}])
+    messages = read_messages(
+        [
+            {"role": "user", "content": [{"video": "a", "segments": [[0, 1], [2]]}, {"image": "b"}, "x"]},
+            {"role": "assistant", "content": "y"},
+        ]
+    )
     kinds = [part["type"] for part in for_template(messages)[0]["content"]]
     assert kinds == ["video", "video", "image", "text"] and for_template(messages)[1] == messages[1]
     for segments in ([], "ab", 3):
@@ -102,9 +136,19 @@ def test_a_placeholder_for_each_segment():
 
 
 def test_placeholders_in_texts():
-    parts = [{"type": "text", "text": "a<|image|>b<|video_pad|>"}, {"type": "image", "image": "c"}, {"type": "text", "text": ""}]
+    parts = [
+        {"type": "text", "text": "a<|image|>b<|video_pad|>"},
+        {"type": "image", "image": "c"},
+        {"type": "text", "text": ""},
+    ]
     found = list(split_places(parts))
-    assert found == [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}, {"type": "video"}, *parts[1:]]
+    assert found == [
+        {"type": "text", "text": "a"},
+        {"type": "image"},
+        {"type": "text", "text": "b"},
+        {"type": "video"},
+        *parts[1:],
+    ]
 
 
 def test_the_same_medium():
@@ -126,7 +170,10 @@ def test_the_same_medium():
 def test_paths_relative_to_a_folder(tmp_path):
     assert locate("image", {"url": "a.png"}, tmp_path) == str(tmp_path / "a.png")
     assert locate("image", Path("a.png"), str(tmp_path)) == str(tmp_path / "a.png")
-    assert locate("video", {"video": ["1.png", "/x/2.png"], "fps": 2}, tmp_path) == {"video_path": [str(tmp_path / "1.png"), "/x/2.png"], "video_fps": 2}
+    assert locate("video", {"video": ["1.png", "/x/2.png"], "fps": 2}, tmp_path) == {
+        "video_path": [str(tmp_path / "1.png"), "/x/2.png"],
+        "video_fps": 2,
+    }
     for stays in ("/a.png", "file:///a.png", "https://a/b.png", "data:,x", "~/a.png", b"bytes"):
         assert locate("image", stays, tmp_path) == stays
 
@@ -134,7 +181,9 @@ def test_paths_relative_to_a_folder(tmp_path):
 def test_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert file_of("~/a.png") == str(tmp_path / "a.png") and file_of("file:///x/a%20b.png") == "/x/a b.png"
-    assert file_of("FILE://localhost/x") == "/x" and file_of(Path("x")) == "x" and file_of("http://x/y") == "http://x/y"
+    assert (
+        file_of("FILE://localhost/x") == "/x" and file_of(Path("x")) == "x" and file_of("http://x/y") == "http://x/y"
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~strange").touch()
     assert file_of("~strange") == "~strange" and os.path.exists(file_of("~strange"))

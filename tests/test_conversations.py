@@ -3,10 +3,11 @@
 import pytest
 from conftest import GOLDEN
 from conversation_fuzzer import converse, make_pair
-from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from oracle import Oracle
 from safetensors.torch import load_file
+
+from moss_vl.configuration_moss_vl import MossVLConfig
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])

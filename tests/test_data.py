@@ -1,24 +1,22 @@
-"""The sample files: small, drawn by data/make_samples.py, and showing what its scenes say at the times they say."""
+"""The sample files: small, drawn by training/nano/make_samples.py, and showing what its scenes say at the times they say."""
 
 import math
-import sys
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import av
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
-from scripts import load_script
+from moss_vl.training.nano import make_samples
+from moss_vl.training.nano.world import COLOURS, MOVE_SECONDS, SHAPES, draw_scene, frame_times, sign_mask, thing_mask
 
-sys.path[:0] = [str(ROOT / "training")]
-from world import COLOURS, MOVE_SECONDS, SHAPES, draw_scene, frame_times, sign_mask, thing_mask  # noqa: E402
 
 FOLDER = ROOT / "data"
 
-samples = load_script("data/make_samples.py")
+samples = make_samples
 PICTURES = [name for name in samples.SCENES if name.endswith(".jpg")]
 CLIPS = [name for name in samples.SCENES if name.endswith(".mp4")]
 
@@ -120,7 +118,7 @@ def test_scenes_keep_to_the_drawn_world(name):
         assert scene.sign.text == scene.sign.text.upper() and 0.12 <= scene.sign.height <= 0.30
         assert scene.sign.colour in ("black", "white")
     starts = sorted(time for thing in scene.things for time, _, _ in events(thing))
-    assert all(later - earlier >= 1 for earlier, later in zip(starts, starts[1:]))
+    assert all(later - earlier >= 1 for earlier, later in pairwise(starts))
     for time in frame_times(scene) or [0.0]:
         masks = [thing_mask(thing, scene, 1) for thing in scene.at(time)]
         masks += [sign_mask(scene.sign, scene, 1)] if scene.sign is not None else []

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
-from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 from safetensors.torch import load_file, save_file
 from tiny import Sample, make_config, make_model
+
+from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 @pytest.mark.parametrize("training, gradients, chunks", [
@@ -74,7 +75,11 @@ def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(tmp_path):
 def test_a_cache_that_was_reset_is_an_empty_one():
     """Of another prompt it then says what a new cache says. transformers 4 keeps the length of a growing cache that it resets, and zeros
     for its texts: going on from those is refused."""
-    model, first, second = make_model(), Sample("tFFt", (2, 4, 4), seed=1), Sample("FttFtt", (1, 4, 6), (1, 2, 4), seed=2)
+    model, first, second = (
+        make_model(),
+        Sample("tFFt", (2, 4, 4), seed=1),
+        Sample("FttFtt", (1, 4, 6), (1, 2, 4), seed=2),
+    )
     cache = model(**first.inputs(), use_cache=True)[CACHE]
     cache.reset()
     if transformers.__version__ < "5":
@@ -90,7 +95,10 @@ def test_a_cache_that_was_reset_is_an_empty_one():
 
 
 def test_the_initializer_range_is_the_config_s():
-    for part, name in (("text", "model.language_model.layers.0.mlp.up_proj.weight"), ("vision", "model.visual.blocks.0.mlp.linear_fc1.weight")):
+    for part, name in (
+        ("text", "model.language_model.layers.0.mlp.up_proj.weight"),
+        ("vision", "model.visual.blocks.0.mlp.linear_fc1.weight"),
+    ):
         torch.manual_seed(0)
         config = make_config(**{part: {"initializer_range": 0.5}})
         weights = dict(MossVLForConditionalGeneration(config).named_parameters())

@@ -11,10 +11,21 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 
 LAYERS = {f"model.language_model.layers.{i}": i % 3 for i in range(6)}
 TEXT = {"model.language_model.embed_tokens": 1, **LAYERS, "model.language_model.norm": 2}
-VISION = {"model.visual.patch_embed": 0, "model.visual.pos_embed": 1, **{f"model.visual.blocks.{i}": (i + 2) % 3 for i in range(3)}, "model.visual.merger": 1}
+VISION = {
+    "model.visual.patch_embed": 0,
+    "model.visual.pos_embed": 1,
+    **{f"model.visual.blocks.{i}": (i + 2) % 3 for i in range(3)},
+    "model.visual.merger": 1,
+}
 MAPS = {
     "every part elsewhere": {**VISION, **TEXT, "model.separator_token": 0, "lm_head": 0},
-    "patch_embed and pos_embed": {**dict.fromkeys(VISION, 0), "model.visual.pos_embed": 1, "model.separator_token": 0, "model.language_model": 0, "lm_head": 0},
+    "patch_embed and pos_embed": {
+        **dict.fromkeys(VISION, 0),
+        "model.visual.pos_embed": 1,
+        "model.separator_token": 0,
+        "model.language_model": 0,
+        "lm_head": 0,
+    },
     "vision and text": {"model.visual": 0, "model.separator_token": 1, "model.language_model": 1, "lm_head": 1},
     "the separator": {"model.visual": 0, "model.separator_token": 1, "model.language_model": 0, "lm_head": 0},
 }
@@ -26,9 +37,14 @@ def spread(model, device_map, hooked=True):
     for name, parameter in list(model.named_parameters()):
         module, _, attribute = name.rpartition(".")
         device = next(device for part, device in devices.items() if name == part or name.startswith(part + "."))
-        model.get_submodule(module)._parameters[attribute] = torch.nn.Parameter(torch.empty(parameter.shape, device=device))
+        model.get_submodule(module)._parameters[attribute] = torch.nn.Parameter(
+            torch.empty(parameter.shape, device=device)
+        )
     if hooked:
-        attach_align_device_hook_on_blocks(model, execution_device={name: device for name, device in devices.items() if name != "model.separator_token"})
+        attach_align_device_hook_on_blocks(
+            model,
+            execution_device={name: device for name, device in devices.items() if name != "model.separator_token"},
+        )
 
 
 def within(mode, module):
@@ -56,10 +72,19 @@ def test_no_operation_meets_two_devices(mode, name, implementation, levels):
     inputs["cross_attention_mask"][0, 0, 4:6, 0] = True  # not only prefixes
     inputs["attention_mask"] = None
     if levels:
-        inputs |= {"pixel_values": sample.pixel_values.byte(), "image_mean": [[0.5] * 3] * 3, "image_std": [[0.5] * 3] * 3}
+        inputs |= {
+            "pixel_values": sample.pixel_values.byte(),
+            "image_mean": [[0.5] * 3] * 3,
+            "image_std": [[0.5] * 3] * 3,
+        }
     with mode, torch.no_grad():
         spread(model, MAPS[name])
-    for module in (model.model.language_model.embed_tokens, model.model.visual, model.model.language_model, model.lm_head):
+    for module in (
+        model.model.language_model.embed_tokens,
+        model.model.visual,
+        model.model.language_model,
+        model.lm_head,
+    ):
         within(mode, module)
     with torch.no_grad():
         assert model(**inputs, use_cache=False, vision_chunked_length=2).logits.shape == (1, 7, 200)
@@ -82,7 +107,11 @@ def test_the_devices_are_told_apart(mode):
 def test_levels_with_every_parameter_offloaded():
     """Where the projection has no device yet to normalise on."""
     model, inputs = make_model(), Sample("tFtF", (1, 4, 6), (1, 4, 4), seed=7).inputs()
-    inputs |= {"pixel_values": torch.arange(40 * 48).view(40, 48).to(torch.uint8), "image_mean": [[0.5] * 3] * 2, "image_std": [[0.4] * 3] * 2}
+    inputs |= {
+        "pixel_values": torch.arange(40 * 48).view(40, 48).to(torch.uint8),
+        "image_mean": [[0.5] * 3] * 2,
+        "image_std": [[0.4] * 3] * 2,
+    }
     with torch.no_grad():
         expected = model(**inputs).logits
         cpu_offload(model, execution_device="cpu")

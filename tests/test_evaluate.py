@@ -4,23 +4,20 @@ import gc
 import json
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from conftest import ROOT
-
-sys.path[:0] = [str(ROOT / "training")]
-import evaluate  # noqa: E402
-import world  # noqa: E402
-from evaluate import (  # noqa: E402
+from moss_vl.training.nano import evaluate, world
+from moss_vl.training.nano.evaluate import (
     CLIP_TASKS,
     FRAMES,
     TASKS,
@@ -41,7 +38,8 @@ from evaluate import (  # noqa: E402
     shuffled,
     table,
 )
-from world import draw_scene, write_clip  # noqa: E402
+from moss_vl.training.nano.world import draw_scene, write_clip
+
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 BRIEF = (2.0, 3.0)  # seconds of a clip
@@ -82,7 +80,11 @@ def clips():
 @pytest.fixture(scope="module")
 def mixed(clips):
     """Items of one image, of several, and clips; each with a prompt of its own length that no other has. Clips are asked twice."""
-    found = [*picture_items("color", 2, 1), *picture_items("which image", 3, 1), *(item for task in clips.values() for item in task)]
+    found = [
+        *picture_items("color", 2, 1),
+        *picture_items("which image", 3, 1),
+        *(item for task in clips.values() for item in task),
+    ]
     return [replace(item, question=replace(item.question, prompt=number * "so " + f"question {number}?"))
             for number, item in enumerate(found)]  # fmt: skip
 
@@ -92,14 +94,15 @@ def through_the_processor(processor, item, folder) -> dict:
     medium = "<|video|>" if item.fps else "<|image|>" * len(item.scenes)
     text = medium + item.question.prompt
     if item.template:
-        text = processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
     if not item.fps:
         return processor(text=text, images=[draw_scene(scene) for scene in item.scenes], return_tensors="pt")
     write_clip(item.scenes[0], folder / "clip.mp4")
     return processor(text=text, videos=str(folder / "clip.mp4"), video_fps=item.fps, return_tensors="pt")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Marks
 
 
@@ -135,7 +138,12 @@ def test_every_object_whatever_the_sign_says():
     for given in (things, f'{things}, and the text "K7O"'):
         assert mark("describe picture", signed, given) == {"exact": 0.0, "every object": 1.0}
     assert mark("describe picture", things, signed) == {"exact": 0.0, "every object": 1.0}
-    for given in (signed.replace("red", "black"), signed.removeprefix("a large red circle on the left, "), "the text", ""):
+    for given in (
+        signed.replace("red", "black"),
+        signed.removeprefix("a large red circle on the left, "),
+        "the text",
+        "",
+    ):
         assert mark("describe picture", signed, given) == {"exact": 0.0, "every object": 0.0}
 
 
@@ -144,14 +152,20 @@ def test_when_within_a_frame():
     given = {"1.0 seconds": 1.0, "2.0 seconds": 1.0, "3.0 seconds": 1.0, "0.0 seconds": 0.0, "1.5 seconds": 0.0, "4.0 seconds": 0.0,
              "2 seconds": 0.0, "soon": 0.0, "": 0.0}  # fmt: skip
     for answer, near in given.items():
-        assert mark("when", "2.0 seconds", answer, times) == {"exact": float(answer == "2.0 seconds"), "within a frame": near}
+        assert mark("when", "2.0 seconds", answer, times) == {
+            "exact": float(answer == "2.0 seconds"),
+            "within a frame": near,
+        }
 
 
 def test_duration_within_a_fifth_of_a_second():
     given = {"10.1 seconds": 1.0, "10.3 seconds": 1.0, "9.9 seconds": 1.0, "10.4 seconds": 0.0, "9.8 seconds": 0.0,
              "10 seconds": 0.0, "long": 0.0}  # fmt: skip
     for answer, near in given.items():
-        assert mark("duration", "10.1 seconds", answer) == {"exact": float(answer == "10.1 seconds"), "within 0.2 s": near}
+        assert mark("duration", "10.1 seconds", answer) == {
+            "exact": float(answer == "10.1 seconds"),
+            "within 0.2 s": near,
+        }
 
 
 START = "at 0.0 seconds a large red circle in the center"
@@ -160,8 +174,17 @@ APPEARS, MOVES = "a small blue star appears at the top", "the circle moves left"
 
 def test_events_of_a_description():
     assert events_in(START) == []
-    assert events_in(f"{START}; at 3.0 seconds {APPEARS}; at 12.0 seconds {MOVES}") == [("3.0", APPEARS), ("12.0", MOVES)]
-    for given in ("", "a large red circle", f"{START}; {MOVES}", f"{START}; at 3 seconds {MOVES}", f"{START}; at 3.0 seconds"):
+    assert events_in(f"{START}; at 3.0 seconds {APPEARS}; at 12.0 seconds {MOVES}") == [
+        ("3.0", APPEARS),
+        ("12.0", MOVES),
+    ]
+    for given in (
+        "",
+        "a large red circle",
+        f"{START}; {MOVES}",
+        f"{START}; at 3 seconds {MOVES}",
+        f"{START}; at 3.0 seconds",
+    ):
         assert events_in(given) is None
 
 
@@ -184,13 +207,15 @@ def test_every_event():
     }
     names = ("exact", "every event", "every event, within a frame", "first frame")
     for given, expected in cases.items():
-        assert mark("describe clip", right, given, times) == dict(zip(names, expected)), given
+        assert mark("describe clip", right, given, times) == dict(zip(names, expected, strict=True)), given
 
 
 def test_words_without_a_time_describe_no_clip_in_which_nothing_happens():
     assert mark("describe clip", START, START.replace("red", "blue"))["every event"] == 1.0
     for given in ("", "nothing", "the circle"):
-        assert {mark("describe clip", START, given)[name] for name in ("every event", "every event, within a frame")} == {0.0}
+        assert {
+            mark("describe clip", START, given)[name] for name in ("every event", "every event, within a frame")
+        } == {0.0}
 
 
 def test_average_of_marks():
@@ -198,7 +223,6 @@ def test_average_of_marks():
     assert average([(item, "AB"), (item, "AX"), (item, "A"), (item, "")]) == {"exact": 0.25, "characters": 0.5}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The questions
 
 
@@ -237,7 +261,7 @@ def test_questions_about_clips(clips, processor, tmp_path):
         for item in items:
             assert 2 <= item.scenes[0].seconds <= 3 and item.fps in (1, 2)
             write_clip(item.scenes[0], tmp_path / "clip.mp4")
-            clip, = processor.video_processor.extract(str(tmp_path / "clip.mp4"), video_fps=item.fps)
+            (clip,) = processor.video_processor.extract(str(tmp_path / "clip.mp4"), video_fps=item.fps)
             assert clip.timestamps == pytest.approx(item.times, abs=1e-3)
 
 
@@ -268,7 +292,6 @@ def test_controls_ask_the_same_questions(monkeypatch):
     assert evaluate.examination(("shape",), 3, 0, 1) == {"shape": {"": picture_items("shape", 3, 1)}}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Asking
 
 
@@ -281,7 +304,7 @@ def test_what_is_asked_about_one_sight_is_in_one_lot():
 
 def test_lots_of_clips_are_the_smaller_the_longer_they_are():
     lot = random.Random(0)
-    scene, = picture_items("count", 1, 1)[0].scenes
+    (scene,) = picture_items("count", 1, 1)[0].scenes
     items = [Item(Question("when", f"{number}", ""), (replace(scene, grain=number % 50),), True, 1 + number % 2, (0.0,) * (2 + number % 50))
              for number in range(80)]  # fmt: skip
     lot.shuffle(items)
@@ -297,7 +320,7 @@ def test_lots_of_clips_are_the_smaller_the_longer_they_are():
         return len(found) <= size and len(found) * max(len(about[0].times) for about in found) <= FRAMES * size
 
     assert all(len(found) == 1 or fits(found) for found in lots) and any(len(found) < size for found in lots[:-1])
-    for one, other in zip(lots, lots[1:]):
+    for one, other in pairwise(lots):
         assert not fits([*one, other[0]]), "the next clip had room"
 
 
@@ -328,6 +351,7 @@ class Echo:
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_every_item_gets_its_own_answer(processor, mixed, size, workers, on_cpu, monkeypatch, forks):
     """Whether workers answer or only look."""
+
     class Elsewhere(evaluate.Lots):
         def __init__(self, *args):
             super().__init__(*args)
@@ -347,16 +371,24 @@ def test_every_row_of_a_batch_has_its_own_media(processor, mixed):
     list(ask(model, processor, mixed, size, 0))
     rows = 0
     for call in model.calls:
-        assert call["do_sample"] is False and call["max_new_tokens"] == evaluate.MAX_NEW_TOKENS and len(call["input_ids"]) <= size
+        assert (
+            call["do_sample"] is False
+            and call["max_new_tokens"] == evaluate.MAX_NEW_TOKENS
+            and len(call["input_ids"]) <= size
+        )
         grids = call["grid_thw"].split(call["media_nums_per_sample"])
-        for ids, attended, own, token in zip(call["input_ids"], call["attention_mask"], grids, call["image_features"], strict=True):
+        for ids, attended, own, token in zip(
+            call["input_ids"], call["attention_mask"], grids, call["image_features"], strict=True
+        ):
             item = asked[re.search(r"(so )*question \d+\?", processor.tokenizer.decode(ids))[0]]
             padding = int((attended == 0).sum())
             assert attended.tolist() == [0] * padding + [1] * (len(ids) - padding), "padded on the left"
             inputs = look(processor, item)
             assert ids[padding:].tolist() == prompt_ids(processor, item, inputs["input_ids"][0].tolist())
             assert torch.equal(own, inputs["grid_thw"])
-            assert token.item() == pytest.approx(inputs["pixel_values"].abs().sum().item(), rel=1e-3 if item.fps else 1e-6)
+            assert token.item() == pytest.approx(
+                inputs["pixel_values"].abs().sum().item(), rel=1e-3 if item.fps else 1e-6
+            )
             rows += 1
     assert rows == len(mixed)
 
@@ -373,7 +405,6 @@ def test_answers_are_those_to_each_item_alone(processor, model, mixed, tmp_path,
     assert len(set(alone.values())) > 1, "the test needs different answers"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Controls
 
 
@@ -419,14 +450,16 @@ def test_shuffled_stamps_change_places_and_all_else_stays(processor):
 def test_stamps_are_shuffled_for_their_control_alone(processor, clips):
     item, inputs = clips["when"][0], look(processor, clips["when"][0])
     examinee, columns = Examinee(Echo(), processor), ("", "blanked", "stamps shuffled", "twice as long")
-    ids = {row.item.column: row.ids for row in examinee.rows(0, [replace(item, column=column) for column in columns], inputs)}
+    ids = {
+        row.item.column: row.ids
+        for row in examinee.rows(0, [replace(item, column=column) for column in columns], inputs)
+    }
     assert list(ids) == list(columns) and ids[""] == ids["blanked"] == ids["twice as long"] == prompt_ids(
         processor, item, inputs["input_ids"][0].tolist())  # fmt: skip
     marks = processor.time_start_token_id, processor.time_end_token_id
     assert ids["stamps shuffled"] == shuffled(ids[""], *marks, seed=item.question.prompt) != ids[""]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The table and the command
 
 
@@ -497,8 +530,12 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
                 "describe clip": {"every event", "every event, within a frame", "first frame"}, "direction": set()}  # fmt: skip
     asked = evaluate.examination((*PICTURES, *CLIPS), 2, 1, 3)
     items = [item for columns in asked.values() for found in columns.values() for item in found]
-    expected = [(item.question.task, item.column, item.question.prompt, item.template, item.question.answer) for item in items]
-    assert [tuple(line[name] for name in ("task", "column", "prompt", "template", "right")) for line in lines] == expected
+    expected = [
+        (item.question.task, item.column, item.question.prompt, item.template, item.question.answer) for item in items
+    ]
+    assert [
+        tuple(line[name] for name in ("task", "column", "prompt", "template", "right")) for line in lines
+    ] == expected
     for task, row in tasks.items():
         columns = [column for column in asked[task] if column]
         assert list(row) == ["n", "exact", "commonest answer", "measures", *columns]
@@ -506,8 +543,13 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
         for scores in (row["measures"], *(row[column] for column in columns)):
             assert scores.keys() == {"exact", *measures[task]} and all(0 <= score <= 1 for score in scores.values())
         for column in ("", *columns):
-            exact = [line["given"] == line["right"] for line in lines if (line["task"], line["column"]) == (task, column)]
+            exact = [
+                line["given"] == line["right"] for line in lines if (line["task"], line["column"]) == (task, column)
+            ]
             assert (row[column] if column else row)["exact"] == sum(exact) / len(exact)
     shown = capsys.readouterr()
     assert shown.out == table({"tasks": tasks}) + "\n"
-    assert [line.split("s  ", 1)[1].split(":")[0] for line in shown.err.splitlines() if " s  " in line] == [*PICTURES, *CLIPS]
+    assert [line.split("s  ", 1)[1].split(":")[0] for line in shown.err.splitlines() if " s  " in line] == [
+        *PICTURES,
+        *CLIPS,
+    ]

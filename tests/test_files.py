@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 from conftest import ROOT
+
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.processing_moss_vl import _make_tokenizer_portable
-from scripts import load_script
+from moss_vl.tools import install_into
 
 
 IN_FILE = {
@@ -51,16 +52,34 @@ def test_a_tokenizer_s_file_is_put_so_that_both_versions_read_it(tmp_path, confi
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(config | {"model_max_length": 7, "unk": "\u00e9"}), encoding="utf-8")
     _make_tokenizer_portable(str(path))
-    assert json.loads(path.read_text(encoding="utf-8")) == (config if expected is None else expected) | {"model_max_length": 7, "unk": "\u00e9"}
+    assert json.loads(path.read_text(encoding="utf-8")) == (config if expected is None else expected) | {
+        "model_max_length": 7,
+        "unk": "\u00e9",
+    }
 
 
-@pytest.mark.parametrize("foreign", ["modeling_of_the_past.MossVLModel", "modeling_moss_vl.OfThePast", "a.b.C", "C", "hub/x--modeling_moss_vl.C", None])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "modeling_of_the_past.MossVLModel",
+        "modeling_moss_vl.OfThePast",
+        "a.b.C",
+        "C",
+        "hub/x--modeling_moss_vl.C",
+        None,
+    ],
+)
 def test_classes_that_the_code_does_not_hold_are_replaced(tmp_path, foreign, capsys):
     """Whether their file, the class in it, or the form of the name is not ours."""
-    installer = load_script("install_into.py")
+    installer = install_into
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    for name in ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+    ):
         shutil.copyfile(ROOT / name, folder / name)
     config = json.loads((folder / "config.json").read_text())
     ours = dict(config["auto_map"])

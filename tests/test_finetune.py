@@ -9,21 +9,21 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
+from conftest import ROOT
+from make_media import write_video
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-from conftest import ROOT
-from make_media import write_video
+from moss_vl.training import finetune
+from moss_vl.training.batches import BadRecord, Collator, RecordDataset, encode, render
+from moss_vl.training.records import read_records
 
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-import finetune  # noqa: E402
-from batches import BadRecord, Collator, RecordDataset, encode, render  # noqa: E402
-from records import read_records  # noqa: E402
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 STEADY = ["--schedule", "constant", "--warmup", "0", "--lr", "1e-3"]
@@ -47,7 +47,9 @@ def checkpoint(tmp_path_factory):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -68,7 +70,12 @@ def data(tmp_path_factory):
     Image.new("RGB", (96, 64), "red").save(folder / "red.png")
     Image.new("RGB", (64, 96), "blue").save(folder / "blue.png")
     write_video(folder / "v.mp4", count=30, rate=10)
-    chat = [("user", "And <|image|>?<|video|><|video|>"), ("assistant", "Red."), ("user", "Sure?"), ("assistant", "Yes, I am.")]
+    chat = [
+        ("user", "And <|image|>?<|video|><|video|>"),
+        ("assistant", "Red."),
+        ("user", "Sure?"),
+        ("assistant", "Yes, I am."),
+    ]
     records = [
         {"prompt": "What color is it?", "response": "red", "images": "red.png"},
         {"prompt": "What color is it?", "response": "blue", "images": "blue.png", "system_prompt": "Be short."},
@@ -85,7 +92,9 @@ def data(tmp_path_factory):
 
 
 def run(checkpoint, data, output, *options) -> int:
-    return finetune.main(["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(output), *FAST, *map(str, options)])
+    return finetune.main(
+        ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(output), *FAST, *map(str, options)]
+    )
 
 
 def weights(folder) -> dict:
@@ -112,7 +121,7 @@ def logits_of(model, processor, data):
         return model.eval()(**batch).logits
 
 
-# ----------------------------------------------------------------------------------------------------------- labels
+# labels
 
 
 def learned(processor, sample) -> list[str]:
@@ -129,10 +138,12 @@ def test_the_assistant_alone_is_learned_with_the_end_of_each_turn(processor, dat
     records = read_records(data)
     found = [learned(processor, encode(record, processor)) for record in records]
     answers = ["red", "blue", "3.0 seconds", ["Red.", "Yes, I am."], "yes", "2", "a red picture", "no"]
-    assert found == [[f"{text}<|im_end|>" for text in ([answer] if isinstance(answer, str) else answer)] for answer in answers]
+    assert found == [
+        [f"{text}<|im_end|>" for text in ([answer] if isinstance(answer, str) else answer)] for answer in answers
+    ]
     without = [record for record in records if record.messages[0]["role"] != "system"]
     bare = [learned(processor, encode(record, processor, template=False)) for record in without]
-    assert bare == [turns for record, turns in zip(records, found) if record in without]
+    assert bare == [turns for record, turns in zip(records, found, strict=True) if record in without]
     base = copy.deepcopy(processor)
     base.tokenizer.eos_token = base.tokenizer.pad_token  # as base checkpoints may have it
     assert learned(base, encode(records[3], base, template=False)) == ["Red.<|endoftext|>", "Yes, I am.<|endoftext|>"]
@@ -143,7 +154,7 @@ def test_what_stands_before_an_answer_is_what_generation_is_given(processor, dat
     record = read_records(data)[3]
     sample = encode(record, processor)
     media = {"images": record.images, "videos": record.videos}
-    starts = [i for i, (a, b) in enumerate(zip(sample["labels"], sample["labels"][1:]), start=1) if a == -100 and b != -100]
+    starts = [i for i, (a, b) in enumerate(pairwise(sample["labels"]), start=1) if a == -100 and b != -100]
     prompt = processor.apply_chat_template(record.messages[:1], tokenize=False, add_generation_prompt=True)
     assert sample["input_ids"][: starts[0]].tolist() == processor(prompt, **media)["input_ids"][0]
     prompt = processor.apply_chat_template(record.messages[:3], tokenize=False, add_generation_prompt=True)
@@ -157,7 +168,9 @@ def test_prompt_and_answer_share_no_token(processor, data):
     tokenizer = processor.tokenizer
     word = next(word for word in sorted(tokenizer.get_vocab()) if word.isascii() and word.isalpha() and len(word) > 5)
     text_record = read_records(data)[4]
-    record = type(text_record)("here", [{"role": "user", "content": word[:3]}, {"role": "assistant", "content": word[3:]}], [], [])
+    record = type(text_record)(
+        "here", [{"role": "user", "content": word[:3]}, {"role": "assistant", "content": word[3:]}], [], []
+    )
     sample = encode(record, processor, template=False)
     prompt, answer = (tokenizer(text)["input_ids"] for text in (word[:3], word[3:] + tokenizer.eos_token))
     assert len(tokenizer(word)["input_ids"]) == 1
@@ -178,16 +191,18 @@ def test_a_template_that_rewrites_turns_is_refused(processor, data):
 
         @staticmethod
         def apply_chat_template(messages, tokenize, add_generation_prompt=False):
-            text = processor.apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt)
+            text = processor.apply_chat_template(
+                messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt
+            )
             return text.replace("Red.", "") if len(messages) > 3 else text
 
     record = read_records(data)[3]
-    assert [text for text in render(record, processor)[1]]
+    assert list(render(record, processor)[1])
     with pytest.raises(ValueError, match="turn 3 otherwise"):
         render(record, Rewriting)
 
 
-# ----------------------------------------------------------------------------------------------------------- batches
+# batches
 
 
 def test_a_mixed_batch_is_each_sample_alone(checkpoint, processor, data):
@@ -203,7 +218,7 @@ def test_a_mixed_batch_is_each_sample_alone(checkpoint, processor, data):
     counts = [int((sample["labels"] != -100).sum()) for sample in samples]
     alone = [loss_of(model, Collator(pad)([sample])) for sample in samples]
     assert len({round(loss, 3) for loss in alone}) == len(alone)
-    expected = sum(loss * count for loss, count in zip(alone, counts)) / sum(counts)
+    expected = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / sum(counts)
     assert loss_of(model, batch) == pytest.approx(expected, abs=1e-5)
 
     del batch["logits_to_keep"]
@@ -240,7 +255,9 @@ def test_a_record_that_is_too_long_is_named_or_replaced(processor, data, caplog)
     dataset = RecordDataset(records, processor, skip_bad=True, max_length=longest)
     for _ in range(2):
         assert torch.equal(dataset[0]["input_ids"], dataset[4]["input_ids"])
-    assert ["record 0" in message for message in caplog.messages] == [True, False, False, False], "each is warned of once"
+    assert ["record 0" in message for message in caplog.messages] == [True, False, False, False], (
+        "each is warned of once"
+    )
     with pytest.raises(BadRecord, match="none of the 8 records"):
         RecordDataset(records, processor, skip_bad=True, max_length=3)[0]
 
@@ -254,10 +271,12 @@ def test_a_video_that_breaks_in_a_worker_is_named(checkpoint, data, tmp_path, ca
     (tmp_path / "v.mp4").write_bytes(video)
     (tmp_path / "data.jsonl").write_text(json.dumps({"response": "x", "videos": "v.mp4"}))
     assert run(checkpoint, tmp_path / "data.jsonl", tmp_path / "out", "--workers", 1) == 2
-    assert "finetune.py: " + str(tmp_path / "data.jsonl, record 0 (line 1): ") in capfd.readouterr().err.splitlines()[-1]
+    assert (
+        "finetune.py: " + str(tmp_path / "data.jsonl, record 0 (line 1): ") in capfd.readouterr().err.splitlines()[-1]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- parts and runs
+# parts and runs
 
 
 def test_every_parameter_belongs_to_one_part(checkpoint):
@@ -278,14 +297,18 @@ def test_every_parameter_belongs_to_one_part(checkpoint):
 @pytest.mark.parametrize("parts", [["cross", "merger"], ["vision", "language"], ["head"]])
 def test_only_the_parts_that_are_named_are_trained(checkpoint, data, tmp_path, parts):
     before, out = weights(checkpoint), tmp_path / "out"
-    assert run(checkpoint, data, out, "--train", *parts, "--steps", 2, "--batch-size", 8, "--save-dtype", "bfloat16") == 0
+    assert (
+        run(checkpoint, data, out, "--train", *parts, "--steps", 2, "--batch-size", 8, "--save-dtype", "bfloat16") == 0
+    )
     config, after = load(out).config, weights(out)
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {finetune.part_of(name, config) for name in changed} == set(parts)
     for name in before:
         if finetune.part_of(name, config) not in parts:
-            assert before[name].dtype == after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]), name
+            assert before[name].dtype == after[name].dtype == torch.bfloat16 and torch.equal(
+                before[name], after[name]
+            ), name
 
 
 @pytest.mark.parametrize("options", [
@@ -310,7 +333,9 @@ def assert_same_step(checkpoint, *folders):
     assert len(moved) > 10 and moved == [name for name in other if other[name].any()]
     for name in moved:
         assert (step[name] - other[name]).norm() < 1e-2 * step[name].norm(), name
-    norms = [json.loads((folder / "trainer_state.json").read_text())["log_history"][0]["grad_norm"] for folder in folders]
+    norms = [
+        json.loads((folder / "trainer_state.json").read_text())["log_history"][0]["grad_norm"] for folder in folders
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
@@ -322,13 +347,28 @@ def test_batches_that_make_a_step_count_as_one(checkpoint, data, tmp_path):
 
 
 def test_bfloat16_keeps_what_is_trained_in_float32(checkpoint, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # where transformers 4 leaves "bf16" for later runs of this process
+    monkeypatch.setenv(
+        "ACCELERATE_MIXED_PRECISION", "no"
+    )  # where transformers 4 leaves "bf16" for later runs of this process
     paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path)]
     model = finetune.load_model(finetune.parse([*paths, *FAST, "--bf16", "--train", "cross"]))
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     (tmp_path / "text.json").write_text(json.dumps([{"response": "a red picture"}] * 2))
-    assert run(checkpoint, tmp_path / "text.json", tmp_path / "out", "--bf16", "--train", "cross", "language", "--steps", 1) == 0
+    assert (
+        run(
+            checkpoint,
+            tmp_path / "text.json",
+            tmp_path / "out",
+            "--bf16",
+            "--train",
+            "cross",
+            "language",
+            "--steps",
+            1,
+        )
+        == 0
+    )
     after, before = weights(tmp_path / "out"), weights(checkpoint)
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
@@ -338,7 +378,19 @@ def test_bfloat16_keeps_what_is_trained_in_float32(checkpoint, data, tmp_path, m
 
 @pytest.mark.parametrize("options", [[], ["--lora-rank", 4, "--lora-dropout", 0.3, "--accumulation", 2]])
 def test_a_resumed_run_is_the_uninterrupted_one(checkpoint, data, tmp_path, options):
-    options = ["--steps", 4, "--save-steps", 2, "--batch-size", 3, "--schedule", "cosine", "--eval-share", 0.2, *options]
+    options = [
+        "--steps",
+        4,
+        "--save-steps",
+        2,
+        "--batch-size",
+        3,
+        "--schedule",
+        "cosine",
+        "--eval-share",
+        0.2,
+        *options,
+    ]
     assert run(checkpoint, data, tmp_path / "out", *options) == 0
     shutil.copytree(tmp_path / "out/checkpoint-2", tmp_path / "kept/checkpoint-2")
     (tmp_path / "kept/checkpoint-3").mkdir()  # of a run that was killed while it wrote this
@@ -396,7 +448,10 @@ def test_options_reach_the_trainer(tmp_path):
     assert getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing)
     plain = finetune.training_arguments(parsed(tmp_path, "--steps", 3, "--save-steps", 17))
     assert (plain.max_steps, plain.max_grad_norm, plain.save_total_limit, plain.eval_steps) == (3, 1.0, 2, 17)
-    assert not getattr(plain, "activation_checkpointing", plain.gradient_checkpointing) and plain.eval_strategy.value == "no"
+    assert (
+        not getattr(plain, "activation_checkpointing", plain.gradient_checkpointing)
+        and plain.eval_strategy.value == "no"
+    )
 
 
 def test_gradients_are_cut_and_old_checkpoints_removed(checkpoint, data, tmp_path):
@@ -411,17 +466,24 @@ def test_gradients_are_cut_and_old_checkpoints_removed(checkpoint, data, tmp_pat
     assert moved[1] == pytest.approx(2 * moved[0], rel=0.05)
     options = ["--steps", 4, "--save-steps", 1, "--train", "head", "--batch-size", 2, "--keep"]
     assert run(checkpoint, data, tmp_path / "kept", *options, 3) == 0
-    assert {path.name for path in (tmp_path / "kept").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    assert {path.name for path in (tmp_path / "kept").glob("checkpoint-*")} == {
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    }
 
 
 def test_the_attention_that_is_asked_for_trains(checkpoint, data, tmp_path):
     paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path), *FAST]
     model = finetune.load_model(finetune.parse([*paths, "--attn", "eager"]))
-    assert {part._attn_implementation for part in (model.config, model.config.text_config, model.config.vision_config)} == {"eager"}
+    assert {
+        part._attn_implementation for part in (model.config, model.config.text_config, model.config.vision_config)
+    } == {"eager"}
 
 
 def test_saved_loaded_and_merged_are_one_model(checkpoint, processor, data, tmp_path):
     """The trained model in memory, its folder through the Auto classes, the two ways to merge."""
+
     def trained(out, *options):
         paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(out)]
         args = finetune.parse([*paths, *FAST, "--steps", "3", "--lr", "1e-2", *options])
@@ -456,22 +518,36 @@ def test_adapters_are_where_they_are_asked_for(checkpoint, data, tmp_path):
         paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path)]
         model = finetune.load_model(finetune.parse([*paths, *FAST, "--lora-rank", "2", *options]))
         assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        return {name.removeprefix("base_model.model.").split(".lora_")[0] for name, _ in model.named_parameters() if "lora" in name}
+        return {
+            name.removeprefix("base_model.model.").split(".lora_")[0]
+            for name, _ in model.named_parameters()
+            if "lora" in name
+        }
 
     config = load(checkpoint).config
     layers = config.text_config.cross_attention_layers
     names = [f"{kind}_proj" for kind in "qkvo"]
     cross = {f"model.language_model.layers.{layer}.cross_attn.{name}" for layer in layers for name in names}
     assert targets("--train", "cross", "--lora-targets", *names) == cross
-    mlps = {f"model.language_model.layers.{layer}.mlp.{name}_proj" for layer in layers for name in ("gate", "up", "down")}
-    assert targets("--train", "cross", "merger") == cross | mlps | {f"model.visual.merger.linear_fc{i}" for i in (1, 2)}
+    mlps = {
+        f"model.language_model.layers.{layer}.mlp.{name}_proj" for layer in layers for name in ("gate", "up", "down")
+    }
+    assert targets("--train", "cross", "merger") == cross | mlps | {
+        f"model.visual.merger.linear_fc{i}" for i in (1, 2)
+    }
     everything = targets("--train", *finetune.PARTS)
     assert {finetune.part_of(name, config) for name in everything} == set(finetune.PARTS)
     assert not any("embed" in name for name in everything)
 
 
 def one_of_several(rank, words, processes, port):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in place.items()})  # what torchrun tells each
     assert finetune.main(words) == 0
 
@@ -504,7 +580,7 @@ def test_processes_side_by_side_are_one_with_a_larger_batch(checkpoint, data, tm
     assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# what is refused
 
 
 def test_everything_wrong_is_told_before_a_model_loads(checkpoint, data, tmp_path, monkeypatch, capsys):
@@ -536,7 +612,10 @@ def test_everything_wrong_is_told_before_a_model_loads(checkpoint, data, tmp_pat
         ([checkpoint, data, new, "--min-pixels", "4096", "--max-pixels", "64"], "is above longest_edge"),
         ([checkpoint, data, new, "--min-frames", "20", "--max-frames", "10"], "min_frames 20 is above max_frames 10"),
         ([checkpoint, data, new, "--schedule", "falling"], "falling"),
-        ([checkpoint, data, new, "--lora-rank", "2", "--lora-targets", "q_prj"], "'q_prj' is no linear layer of merger, cross"),
+        (
+            [checkpoint, data, new, "--lora-rank", "2", "--lora-targets", "q_prj"],
+            "'q_prj' is no linear layer of merger, cross",
+        ),
         ([tied, data, new, "--train", "head"], "the head of this checkpoint is its embeddings"),
     ):
         assert run(*options) == 2, reason

@@ -6,9 +6,10 @@ import logging
 import pytest
 import torch
 import transformers
-from moss_vl.modeling_moss_vl import CACHE
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from moss_vl.modeling_moss_vl import CACHE
 
 
 NEW = 8
@@ -43,7 +44,7 @@ def test_greedy_batch_equals_a_plain_loop(model, use_cache):
     samples = assorted_samples()
     expected = [plain_greedy(model, sample) for sample in samples]
     assert continuation(model, batch(samples, "left"), use_cache=use_cache) == expected
-    for sample, one in zip(samples, expected):
+    for sample, one in zip(samples, expected, strict=True):
         assert continuation(model, sample.inputs(), use_cache=use_cache) == [one]
 
 
@@ -75,7 +76,9 @@ def test_encoded_media_in_place_of_pixels(model):
     try:
         assert continuation(model, features) == expected
         assert continuation(model, features, num_beams=2) == beams
-        assert torch.allclose(model(**alone | {"image_features": alone["image_features"].double()}).logits, logits, atol=1e-5)
+        assert torch.allclose(
+            model(**alone | {"image_features": alone["image_features"].double()}).logits, logits, atol=1e-5
+        )
     finally:
         hook.remove()
 
@@ -88,7 +91,9 @@ def test_encoded_media_of_a_second_turn(model):
     assert out.sequences[0, 4:].tolist() == plain_greedy(model, first)
     whole = Sample("t", seed=0)
     whole.ids = torch.cat([out.sequences[0], second.ids])
-    whole.pixel_values, whole.grid_thw = (torch.cat([getattr(s, name) for s in (first, second)]) for name in ("pixel_values", "grid_thw"))
+    whole.pixel_values, whole.grid_thw = (
+        torch.cat([getattr(s, name) for s in (first, second)]) for name in ("pixel_values", "grid_thw")
+    )
     inputs = encoded(model, whole.inputs() | {"cross_attention_mask": None})
     assert continuation(model, inputs, past_key_values=out[CACHE]) == [plain_greedy(model, whole)]
 
@@ -98,7 +103,10 @@ def levels_of(sample, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs = sample.inputs()
     levels = torch.randint(0, 256, inputs["pixel_values"].shape, generator=generator, dtype=torch.uint8)
-    mean, std = (torch.rand(len(inputs["grid_thw"]), 3, generator=generator, dtype=torch.float64) + shift for shift in (0.1, 0.2))
+    mean, std = (
+        torch.rand(len(inputs["grid_thw"]), 3, generator=generator, dtype=torch.float64) + shift
+        for shift in (0.1, 0.2)
+    )
     per_patch = [x.repeat_interleave(inputs["grid_thw"].prod(1), dim=0)[..., None] for x in (mean, std)]
     values = ((levels.view(len(levels), 3, -1).double() / 255 - per_patch[0]) / per_patch[1]).flatten(1).float()
     raw = inputs | {"pixel_values": levels, "image_mean": mean.tolist(), "image_std": std.tolist()}
@@ -115,9 +123,11 @@ def test_levels_in_place_of_values(model):
     same = raw | {name: raw[name][:1] * 3 for name in ("image_mean", "image_std")}
     one_by_one = torch.cat([
         model.get_image_features(same["pixel_values"][part], grid[None], None, raw["image_mean"][:1], raw["image_std"][:1]).last_hidden_state
-        for grid, part in zip(raw["grid_thw"], (slice(0, 16), slice(16, 32), slice(32, 44)))
+        for grid, part in zip(raw["grid_thw"], (slice(0, 16), slice(16, 32), slice(32, 44)), strict=True)
     ])  # fmt: skip
-    whole = model.get_image_features(same["pixel_values"], raw["grid_thw"], None, same["image_mean"], same["image_std"])
+    whole = model.get_image_features(
+        same["pixel_values"], raw["grid_thw"], None, same["image_mean"], same["image_std"]
+    )
     assert torch.allclose(whole.last_hidden_state, one_by_one, atol=1e-5)
     assert continuation(model, raw) == continuation(model, inputs)
 
@@ -125,10 +135,13 @@ def test_levels_in_place_of_values(model):
     more_raw, more = levels_of(Sample("tFt", (1, 4, 6), seed=6), seed=2)
     ids = torch.cat([out.sequences, more["input_ids"]], dim=1)
     both = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "media_nums_per_sample": [4]}
-    joined = [both | {name: torch.cat([a[name], b[name]]) for name in ("pixel_values", "grid_thw")} for a, b in ((raw, more_raw), (inputs, more))]
+    joined = [
+        both | {name: torch.cat([a[name], b[name]]) for name in ("pixel_values", "grid_thw")}
+        for a, b in ((raw, more_raw), (inputs, more))
+    ]
     joined[0] |= {name: raw[name] + more_raw[name] for name in ("image_mean", "image_std")}
     caches = [copy.deepcopy(out[CACHE]) for _ in joined]
-    turns = [continuation(model, one, past_key_values=cache) for one, cache in zip(joined, caches)]
+    turns = [continuation(model, one, past_key_values=cache) for one, cache in zip(joined, caches, strict=True)]
     assert turns[0] == turns[1] == continuation(model, joined[1])
 
 
@@ -233,7 +246,10 @@ def test_stopping_criteria_eos_and_streamer(model):
     sample = assorted_samples()[3]
     expected, streamer = plain_greedy(model, sample), Recorder()
     stopped = continuation(
-        model, sample.inputs(), stopping_criteria=StoppingCriteriaList([StopAt(len(sample.ids) + 3)]), streamer=streamer
+        model,
+        sample.inputs(),
+        stopping_criteria=StoppingCriteriaList([StopAt(len(sample.ids) + 3)]),
+        streamer=streamer,
     )
     assert stopped == [expected[:3]]
     assert streamer.ended and streamer.pieces == [sample.ids.tolist()] + [[token] for token in expected[:3]]
@@ -247,7 +263,11 @@ def test_a_second_turn_on_a_kept_cache(model, with_media):
     whole conversation."""
     first = Sample("tFFt", (1, 4, 4), (1, 2, 6), seed=21)
     out = run(model, first.inputs(), return_dict_in_generate=True)
-    second = Sample("tttt" if with_media == "none" else "tFtFFt", *(() if with_media == "none" else ((1, 4, 6), (2, 4, 4))), seed=22)
+    second = Sample(
+        "tttt" if with_media == "none" else "tFtFFt",
+        *(() if with_media == "none" else ((1, 4, 6), (2, 4, 4))),
+        seed=22,
+    )
     ids = torch.cat([out.sequences[0], second.ids])
     whole = Sample("t" * len(ids), seed=1)
     whole.ids = ids
@@ -303,7 +323,7 @@ def test_a_second_turn_of_a_batch(model):
         do_sample=False,
         pad_token_id=0,
     )
-    for row, (first, second) in enumerate(zip(firsts, seconds)):
+    for row, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         whole = Sample("t", seed=0)
         whole.ids = ids[row, mask[row].bool()]
         real = [sample for sample in (first, second) if sample.frames]
@@ -370,13 +390,20 @@ def test_own_position_ids(model, axes, extra):
 def test_prompt_lookup_decoding(model):
     """Several tokens a step, some of them taken back, `image_pad` among the candidates."""
     sample = assorted_samples()[2]
-    assert continuation(model, sample.inputs(), prompt_lookup_num_tokens=4, eos_token_id=199) == [plain_greedy(model, sample)]
+    assert continuation(model, sample.inputs(), prompt_lookup_num_tokens=4, eos_token_id=199) == [
+        plain_greedy(model, sample)
+    ]
 
 
 def test_outputs_of_generate(model):
     inputs = assorted_samples()[3].inputs()
     out = run(
-        model, inputs, return_dict_in_generate=True, output_hidden_states=True, output_attentions=True, output_logits=True
+        model,
+        inputs,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        output_attentions=True,
+        output_logits=True,
     )
     assert len(out.hidden_states) == len(out.attentions) == NEW
     length = inputs["input_ids"].shape[1]
@@ -392,27 +419,54 @@ def test_outputs_of_generate(model):
     "change, message",
     [
         ({"input_ids": torch.tensor([[5, 5, 5]])}, "0 `image_pad` tokens, but its media have 1 frames"),
-        ({"input_ids": torch.tensor([[IMAGE_PAD, IMAGE_PAD, 5]])}, "2 `image_pad` tokens, but its media have 1 frames"),
+        (
+            {"input_ids": torch.tensor([[IMAGE_PAD, IMAGE_PAD, 5]])},
+            "2 `image_pad` tokens, but its media have 1 frames",
+        ),
         ({"pixel_values": torch.zeros(15, 48)}, r"`pixel_values` has shape \[15, 48\]; expected \[16, 48\]"),
         ({"pixel_values": torch.zeros(16, 768)}, r"expected \[16, 48\]"),
         ({"grid_thw": torch.tensor([[1, 2, 8], [1, 4, 4]])}, r"expected \[32, 48\]"),
         ({"grid_thw": torch.tensor([[1, 1, 16]])}, r"the row \[1, 1, 16\]; expected .* multiples of the merge size 2"),
         ({"grid_thw": None}, "`pixel_values` came without `grid_thw`"),
         ({"image_features": torch.zeros(4, 64)}, "`image_features` came beside `pixel_values`; expected one of them"),
-        ({"image_features": torch.zeros(4, 64), "pixel_values": None, "grid_thw": None}, "`image_features` came without `grid_thw`"),
-        ({"image_features": torch.zeros(16, 64), "pixel_values": None}, r"`image_features` has shape \[16, 64\]; expected \[4, 64\]"),
+        (
+            {"image_features": torch.zeros(4, 64), "pixel_values": None, "grid_thw": None},
+            "`image_features` came without `grid_thw`",
+        ),
+        (
+            {"image_features": torch.zeros(16, 64), "pixel_values": None},
+            r"`image_features` has shape \[16, 64\]; expected \[4, 64\]",
+        ),
         ({"image_features": torch.zeros(4, 32), "pixel_values": None}, r"expected \[4, 64\]"),
-        ({"pixel_values": torch.zeros(16, 48, dtype=torch.uint8)}, r"`image_mean` has shape None; expected \[1, 3\]: `pixel_values` are levels"),
-        ({"image_std": [[1.0, 1.0, 1.0]]}, r"`image_std` has shape \[1, 3\]; expected none: `pixel_values` are not uint8"),
+        (
+            {"pixel_values": torch.zeros(16, 48, dtype=torch.uint8)},
+            r"`image_mean` has shape None; expected \[1, 3\]: `pixel_values` are levels",
+        ),
+        (
+            {"image_std": [[1.0, 1.0, 1.0]]},
+            r"`image_std` has shape \[1, 3\]; expected none: `pixel_values` are not uint8",
+        ),
         ({"media_nums_per_sample": [2]}, r"`media_nums_per_sample` is \[2\]; expected 1 numbers"),
-        ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, r"`attention_mask` has shape \[1, 4\]; expected \[1, 3\]"),
-        ({"cross_attention_mask": torch.ones(1, 1, 4, 1, dtype=torch.bool)}, r"`cross_attention_mask` has shape \[1, 1, 4, 1\]"),
+        (
+            {"attention_mask": torch.ones(1, 4, dtype=torch.long)},
+            r"`attention_mask` has shape \[1, 4\]; expected \[1, 3\]",
+        ),
+        (
+            {"cross_attention_mask": torch.ones(1, 1, 4, 1, dtype=torch.bool)},
+            r"`cross_attention_mask` has shape \[1, 1, 4, 1\]",
+        ),
         ({"cross_attention_mask": torch.ones(1, 1, 3, 1)}, "dtype torch.float32; expected bool"),
-        ({"cross_attention_mask": torch.zeros(1, 1, 3, 2, dtype=torch.bool)}, "shows sample 0 some that it does not have"),
+        (
+            {"cross_attention_mask": torch.zeros(1, 1, 3, 2, dtype=torch.bool)},
+            "shows sample 0 some that it does not have",
+        ),
         ({"cross_attention_mask": torch.zeros(1, 1, 3, 0, dtype=torch.bool)}, "0 frame columns"),
         ({"cross_attention_mask": torch.zeros(2, 1, 3, 1, dtype=torch.bool)}, r"expected bool \[1, 1, 3, frames\]"),
         ({"vision_chunked_length": 0}, "`vision_chunked_length` is 0"),
-        ({"position_ids": torch.zeros(1, 2, dtype=torch.long)}, r"`position_ids` has shape \[1, 2\]; expected \[1, 3\]"),
+        (
+            {"position_ids": torch.zeros(1, 2, dtype=torch.long)},
+            r"`position_ids` has shape \[1, 2\]; expected \[1, 3\]",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit(change, message):
@@ -436,7 +490,11 @@ def test_a_cache_of_another_model_is_an_error(model):
         model(torch.tensor([[5]]), past_key_values=cache)
 
 
-@pytest.mark.parametrize("name, near", [("pixle_values", "pixel_values"), ("max_new_token", "max_new_tokens"), ("zzz", "")])
+@pytest.mark.parametrize(
+    "name, near", [("pixle_values", "pixel_values"), ("max_new_token", "max_new_tokens"), ("zzz", "")]
+)
 def test_unknown_keywords(model, name, near):
-    with pytest.raises(ValueError, match=f"`{name}` is neither .*" + (f"did you mean `{near}`" if near else "generate`$")):
+    with pytest.raises(
+        ValueError, match=f"`{name}` is neither .*" + (f"did you mean `{near}`" if near else "generate`$")
+    ):
         run(model, assorted_samples()[1].inputs(), **{name: 1})

@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from PIL import Image
 from tiny import assorted_samples, make_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, pipeline
 
-from conftest import ROOT
-from scripts import load_script
+from moss_vl.tools import install_into
+
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -49,8 +50,12 @@ def loaded_code(folder):
 def test_two_folders_of_one_name_have_their_own_code(folder_named_alike):
     """Their configs are the same; the second load must not be given the classes of the first."""
     first = folder_named_alike("first")
-    second = folder_named_alike("second", "modeling_moss_vl.py", "DEFAULT_VISION_CHUNK = 64", "DEFAULT_VISION_CHUNK = 63")
-    third = folder_named_alike("third", "processing_moss_vl.py", "class MossVLProcessor(", "CHANGED = True\n\n\nclass MossVLProcessor(")
+    second = folder_named_alike(
+        "second", "modeling_moss_vl.py", "DEFAULT_VISION_CHUNK = 64", "DEFAULT_VISION_CHUNK = 63"
+    )
+    third = folder_named_alike(
+        "third", "processing_moss_vl.py", "class MossVLProcessor(", "CHANGED = True\n\n\nclass MossVLProcessor("
+    )
     assert loaded_code(first)[0].DEFAULT_VISION_CHUNK == 64
     assert loaded_code(second)[0].DEFAULT_VISION_CHUNK == 63
     model, processor = loaded_code(third)
@@ -58,10 +63,14 @@ def test_two_folders_of_one_name_have_their_own_code(folder_named_alike):
     assert loaded_code(first)[0].DEFAULT_VISION_CHUNK == 64
 
 
-@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 reads what an entry file imports once for all folders of a name")
+@pytest.mark.skipif(
+    TRANSFORMERS_4, reason="transformers 4 reads what an entry file imports once for all folders of a name"
+)
 def test_a_change_to_any_file_makes_another_model(folder_named_alike):
     loaded_code(folder_named_alike("first"))
-    model, _ = loaded_code(folder_named_alike("second", "xrope.py", "import torch\n", "import torch\n\nCHANGED = True\n"))
+    model, _ = loaded_code(
+        folder_named_alike("second", "xrope.py", "import torch\n", "import torch\n\nCHANGED = True\n")
+    )
     assert sys.modules[model.rotate.__module__].CHANGED
 
 
@@ -69,13 +78,15 @@ def test_the_config_names_every_code_file():
     """By these lines transformers tells the code of two folders apart, and transformers 4 copies the files."""
     text = (ROOT / "configuration_moss_vl.py").read_text()
     named = {f"{name}.py" for name in re.findall(r"^    from \.(\w+) import", text, flags=re.MULTILINE)}
-    assert named | {"configuration_moss_vl.py"} == set(load_script("install_into.py").code_files())
+    assert named | {"configuration_moss_vl.py"} == set(install_into.code_files())
 
 
 # Continuous batching
 
 
-@pytest.mark.parametrize("method", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+@pytest.mark.parametrize(
+    "method", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+)
 def test_continuous_batching_is_refused_before_it_starts(method):
     model = make_model()
     with pytest.raises(ValueError, match="Continuous batching .* expected `generate`"):
@@ -118,7 +129,9 @@ def test_a_text_pipeline_answers_texts_as_the_model_does(text_pipeline):
 ], ids=range(9))  # fmt: skip
 def test_a_text_pipeline_refuses_media_instead_of_guessing(text_pipeline, prompt, monkeypatch):
     monkeypatch.setattr(text_pipeline.model, "generate", None)
-    with pytest.raises(ValueError, match=r"got (a content part of type|the placeholder) .*; expected text alone.*image-text-to-text"):
+    with pytest.raises(
+        ValueError, match=r"got (a content part of type|the placeholder) .*; expected text alone.*image-text-to-text"
+    ):
         text_pipeline(prompt, max_new_tokens=2)
 
 
@@ -140,9 +153,17 @@ def test_prompts_and_completions_joined_after_the_processor_are_each_sample_alon
     settings = {"return_cross_attention_mask": False, "grid_name": grid_name}
     processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True, **settings)
     model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).train()
-    images = [Image.open(ROOT / f"data/{name}.jpg").resize(size) for name, size in (("example_image", (96, 64)), ("sample_a", (64, 96)))]
-    prompts, answers = ["<|image|>What color is the star?", "<|image|>How many objects are there, please?"], [" It is a blue one.", " 3"]
-    asked = processor(text=prompts, images=[[image] for image in images], padding=True, padding_side="left", return_tensors="pt")
+    images = [
+        Image.open(ROOT / f"data/{name}.jpg").resize(size)
+        for name, size in (("example_image", (96, 64)), ("sample_a", (64, 96)))
+    ]
+    prompts, answers = (
+        ["<|image|>What color is the star?", "<|image|>How many objects are there, please?"],
+        [" It is a blue one.", " 3"],
+    )
+    asked = processor(
+        text=prompts, images=[[image] for image in images], padding=True, padding_side="left", return_tensors="pt"
+    )
     answered = processor.tokenizer(answers, padding=True, padding_side="right", return_tensors="pt")
     ids, mask = (torch.cat([asked[name], answered[name]], 1) for name in ("input_ids", "attention_mask"))
     is_answer = torch.cat([torch.zeros_like(asked["attention_mask"]), answered["attention_mask"]], 1)
@@ -156,8 +177,11 @@ def test_prompts_and_completions_joined_after_the_processor_are_each_sample_alon
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **media).last_hidden_state
         found = cross_entropy((hidden @ model.lm_head.weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         total = count = 0
-        for prompt, answer, image in zip(prompts, answers, images):
-            alone, answer = processor(text=[prompt], images=[image], return_tensors="pt"), processor.tokenizer(answer)["input_ids"]
+        for prompt, answer, image in zip(prompts, answers, images, strict=True):
+            alone, answer = (
+                processor(text=[prompt], images=[image], return_tensors="pt"),
+                processor.tokenizer(answer)["input_ids"],
+            )
             joined = torch.cat([alone["input_ids"], torch.tensor([answer])], 1)
             logits = model.eval()(joined, pixel_values=alone["pixel_values"], **{grid_name: alone[grid_name]}).logits
             total += cross_entropy(logits[0, -len(answer) - 1 : -1], torch.tensor(answer), reduction="sum")

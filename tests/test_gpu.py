@@ -9,12 +9,13 @@ import os
 import pytest
 import torch
 from conftest import GOLDEN
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 from safetensors.torch import load_file
 from tiny import assorted_samples, batch, make_model
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
+
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 DEVICE = os.environ.get("MOSS_VL_GPU_TESTS", "cuda")
@@ -23,7 +24,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (DRY or torch.cuda.is_avai
 
 with_flash = pytest.param(
     "flash_attention_2",
-    marks=pytest.mark.skipif(not (DRY or is_flash_attn_2_available()), reason="flash-attn is not installed: pip install flash-attn"),
+    marks=pytest.mark.skipif(
+        not (DRY or is_flash_attn_2_available()), reason="flash-attn is not installed: pip install flash-attn"
+    ),
 )
 implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa", with_flash])
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -41,7 +44,7 @@ def exact_float32():
     for setting in settings:
         setting.allow_tf32 = False
     yield
-    for setting, value in zip(settings, before):
+    for setting, value in zip(settings, before, strict=True):
         setting.allow_tf32 = value
 
 
@@ -89,13 +92,19 @@ def assert_by_flash(implementation, calls):
         assert not calls
 
 
-@pytest.mark.parametrize("case", sorted(path.stem for path in (GOLDEN / "model" / "tiny").glob("*.safetensors") if path.stem != "model"))
+@pytest.mark.parametrize(
+    "case", sorted(path.stem for path in (GOLDEN / "model" / "tiny").glob("*.safetensors") if path.stem != "model")
+)
 @implementations
 @pytest.mark.parametrize("dtype", LIMITS, ids=["bf16", "fp16", "fp32"])
 def test_golden(case, implementation, dtype, flash_calls):
     folder = GOLDEN / "model" / "tiny"
     data = on_device(load_file(folder / f"{case}.safetensors"))
-    model = MossVLForConditionalGeneration.from_pretrained(folder, attn_implementation=implementation, dtype=dtype).to(DEVICE).eval()
+    model = (
+        MossVLForConditionalGeneration.from_pretrained(folder, attn_implementation=implementation, dtype=dtype)
+        .to(DEVICE)
+        .eval()
+    )
     ids, visual = data["input_ids"][None], {name: data[name] for name in ("pixel_values", "grid_thw") if name in data}
     with torch.no_grad():
         out = model(ids, **visual, use_cache=True)
@@ -121,7 +130,7 @@ def test_padded_rows_in_chunks_and_steps(side, implementation, dtype, flash_call
     for cuts in ([1, 5], [4, length - 1]):
         for cache in (DynamicCache(), StaticCache(config=model.config.text_config, max_cache_len=length + 3)):
             outs, media = [], {name: there[name] for name in MEDIA}
-            for first, last in zip([0, *cuts], [*cuts, length]):
+            for first, last in zip([0, *cuts], [*cuts, length], strict=True):
                 outs.append(logits(
                     model, input_ids=there["input_ids"][:, first:last], attention_mask=there["attention_mask"][:, :last],
                     prompt_length=length, **{CACHE: cache}, **(media if first == 0 else {}),
@@ -146,13 +155,21 @@ def test_masks(mask, implementation, dtype):
         lowest = torch.finfo(torch.float32).min
         inputs["attention_mask"] = torch.zeros(ready.shape).masked_fill(~ready, lowest) if mask == "float32" else ready
     expected = logits(make_model("eager"), **inputs)
-    assert_near(logits(moved(make_model(), implementation, dtype), **on_device(inputs)), expected, dtype, real if mask == "holes" else None)
+    assert_near(
+        logits(moved(make_model(), implementation, dtype), **on_device(inputs)),
+        expected,
+        dtype,
+        real if mask == "holes" else None,
+    )
 
 
 @implementations
 def test_packed_rows(implementation, flash_calls):
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]], device=DEVICE)
-    index, at = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2]], device=DEVICE), torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3]], device=DEVICE)
+    index, at = (
+        torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2]], device=DEVICE),
+        torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3]], device=DEVICE),
+    )
     model = moved(make_model(), implementation, torch.bfloat16).model.language_model
     with torch.no_grad():
         got = model(input_ids=ids, position_ids=at, text_index=index).last_hidden_state
@@ -176,7 +193,9 @@ def test_gradients(how, implementation, flash_calls):
     loss.backward()
     assert_by_flash(implementation, flash_calls)
     assert abs(loss.item() - expected.item()) < 0.02 * expected.item()
-    got, wanted = (torch.cat([parameter.grad.float().cpu().flatten() for parameter in m.parameters()]) for m in (model, reference))
+    got, wanted = (
+        torch.cat([parameter.grad.float().cpu().flatten() for parameter in m.parameters()]) for m in (model, reference)
+    )
     assert (got - wanted).norm() < 0.1 * wanted.norm()
 
 
@@ -190,7 +209,17 @@ def test_beams(implementation, dtype):
     assert torch.equal(out[::3, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"cache_implementation": "offloaded"}, {"cache_implementation": "offloaded_static"}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "offloaded"},
+        {"cache_implementation": "offloaded_static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_generate_in_float32(options, implementation):
     """The tokens of the CPU, with every cache that transformers has."""
@@ -236,7 +265,9 @@ def test_device_maps_over_gpu_and_cpu(tmp_path, name):
     if name == "auto":
         size = sum(4 * parameter.numel() for parameter in model.parameters())
         limit = {"max_memory": {"cpu": 4 * size} if DRY else {0: size // 2, "cpu": 4 * size}}
-    split = MossVLForConditionalGeneration.from_pretrained(tmp_path, device_map=MAPS[name], dtype=torch.float32, **limit).eval()
+    split = MossVLForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=MAPS[name], dtype=torch.float32, **limit
+    ).eval()
     real, there = inputs["attention_mask"].bool(), on_device(inputs)
     assert_near(logits(split, **there), logits(model, **inputs), torch.float32, real)
     assert torch.equal(split.generate(**there, **GREEDY).cpu(), model.generate(**inputs, **GREEDY))

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 from PIL import Image, PngImagePlugin
 
-from conftest import GOLDEN
 from moss_vl import image_processing_moss_vl as room
 from moss_vl.image_processing_moss_vl import (
     MossVLImageProcessor,
@@ -48,7 +48,7 @@ def encoded(image, kind="PNG", **options) -> bytes:
     return file.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------------- golden
+# golden
 
 
 @pytest.mark.parametrize("name", ["01_one_image", "02_three_images", "07_labels_basic"])
@@ -59,7 +59,7 @@ def test_golden_pixels(name):
     assert hashlib.sha256(out["pixel_values"].tobytes()).hexdigest() == case["pixel_values_sha256"]
 
 
-# ----------------------------------------------------------------------------------------------------------------- sizes
+# sizes
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,8 @@ def test_the_share_stays_within_the_limits_of_one_image(processor):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"min_pixels": 262144}, {"shortest_edge": 262144}, {"size": {"shortest_edge": 262144}}, {"min_pixels": 2.0**18}]
+    "knobs",
+    [{"min_pixels": 262144}, {"shortest_edge": 262144}, {"size": {"shortest_edge": 262144}}, {"min_pixels": 2.0**18}],
 )
 def test_names_of_the_lower_limit(processor, knobs):
     assert grids(processor, [(64, 64)], **knobs) == [[1, 32, 32]]
@@ -110,7 +111,7 @@ def test_names_of_the_upper_limit(processor, knobs):
     assert grids(processor, [(640, 640)], **knobs) == [[1, 8, 8]]
 
 
-# ---------------------------------------------------------------------------------------------------- resize and patches
+# resize and patches
 
 
 def cubic(x, a=-0.5):
@@ -169,11 +170,11 @@ def test_normalise():
     exact = (torch.arange(256, dtype=torch.float32) - 127.5) / 127.5
     assert torch.equal(normalise(levels, HALF, HALF), exact.repeat(3)[None])
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-    per_channel = [(torch.arange(256, dtype=torch.float64) / 255 - m) / s for m, s in zip(mean, std)]
+    per_channel = [(torch.arange(256, dtype=torch.float64) / 255 - m) / s for m, s in zip(mean, std, strict=True)]
     torch.testing.assert_close(normalise(levels, mean, std).double(), torch.cat(per_channel)[None], atol=1e-6, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------- what an image may be
+# what an image may be
 
 
 def test_all_sources_give_the_same_pixels(pixels, tmp_path):
@@ -279,13 +280,15 @@ def test_lists_and_arrays_of_images(processor, pixels):
         assert torch.equal(out["pixel_values"], torch.cat([one, one])) and len(out["image_grid_thw"]) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- what is refused
+# what is refused
 
 
 def png_header(width, height) -> bytes:
     """A PNG of this size that has no pixels: only its header may be read."""
     file = io.BytesIO()
-    PngImagePlugin.putchunk(file, b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00")
+    PngImagePlugin.putchunk(
+        file, b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    )
     PngImagePlugin.putchunk(file, b"IDAT", b"")
     return b"\x89PNG\r\n\x1a\n" + file.getvalue()
 
@@ -363,7 +366,7 @@ def test_200_to_1_is_still_taken(processor):
     assert processor(np.zeros((8, 1600, 3), np.uint8))["image_grid_thw"].tolist() == [[1, 2, 58]]
 
 
-# --------------------------------------------------------------------------------------------------------------- downloads
+# downloads
 
 
 @pytest.fixture
@@ -415,7 +418,7 @@ def test_download(server, processor):
         open_source(f"{server}/slow", what="image", allow_http=True, timeout=0.3)
 
 
-# ------------------------------------------------------------------------------------------------------------------- knobs
+# knobs
 
 
 @pytest.mark.parametrize(
@@ -448,7 +451,11 @@ def test_download(server, processor):
 def test_bad_knobs(processor, knobs, message):
     with pytest.raises(ValueError, match=message):
         processor(PHOTO, **knobs)
-    if "return_tensors" not in knobs and "unknown keyword 'video_fps'" != message and "did you mean 'max_pixels'" not in message:
+    if (
+        "return_tensors" not in knobs
+        and "unknown keyword 'video_fps'" != message
+        and "did you mean 'max_pixels'" not in message
+    ):
         with pytest.raises(ValueError, match=message):
             MossVLImageProcessor(**knobs)
 
@@ -504,7 +511,7 @@ def test_images_are_not_changed(processor, pixels):
     assert np.array_equal(pixels, before) and len(images) == 2 and images[1].mode == "RGB"
 
 
-# ------------------------------------------------------------------------------------------------------ saving and loading
+# saving and loading
 
 
 @pytest.mark.parametrize("cls", [MossVLImageProcessor, MossVLImageProcessorFast])
@@ -514,7 +521,10 @@ def test_saved_and_loaded(cls, tmp_path):
     again = cls.from_pretrained(tmp_path)
     assert again.size == {"shortest_edge": 4096, "longest_edge": 16384} and again.image_mean == [0.1, 0.2, 0.3]
     assert cls.from_pretrained(tmp_path, max_pixels=65536).size["longest_edge"] == 65536
-    assert cls.from_pretrained(tmp_path, size={"longest_edge": 65536}).size == {"shortest_edge": 4096, "longest_edge": 65536}
+    assert cls.from_pretrained(tmp_path, size={"longest_edge": 65536}).size == {
+        "shortest_edge": 4096,
+        "longest_edge": 65536,
+    }
     with pytest.raises(ValueError, match="patch_size"):
         cls.from_pretrained(tmp_path, patch_size=0)
 
@@ -527,5 +537,12 @@ def test_released_settings():
 
 
 def test_settings_as_transformers_writes_them():
-    nulls = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255, "crop_size": None}
+    nulls = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "crop_size": None,
+    }
     assert grids(MossVLImageProcessor(**nulls), [(64, 64)]) == [[1, 4, 4]]

@@ -10,15 +10,14 @@ import time
 
 import pytest
 import torch
-
 from conftest import ROOT
-from scripts import load_script
+
+from moss_vl import infer
+
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 IMAGE, VIDEO = ROOT / "data/example_image.jpg", ROOT / "data/example_video.mp4"
 SHORT = ("--max-new-tokens", "4", "--min-pixels", "4096", "--max-pixels", "20000")
-
-infer = load_script("infer.py")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +63,13 @@ def rows(path):
 
 
 def write_lines(path, *queries):
-    path.write_text("".join((query if isinstance(query, str) else json.dumps(query)) + "\n" for query in queries), encoding="utf-8")
+    path.write_text(
+        "".join((query if isinstance(query, str) else json.dumps(query)) + "\n" for query in queries), encoding="utf-8"
+    )
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------ one question
+# one question
 
 
 def test_the_command_of_the_readme():
@@ -81,7 +82,15 @@ def test_the_command_of_the_readme():
 def test_what_is_streamed_is_the_answer(run, loaded):
     processor, model = loaded
     code, out, _ = run(IMAGE, "-p", "What is it?", "--no-template", *SHORT)
-    text = model.offline_image_generate(processor, "What is it?", str(IMAGE), use_template=False, max_new_tokens=4, shortest_edge=4096, longest_edge=20000)
+    text = model.offline_image_generate(
+        processor,
+        "What is it?",
+        str(IMAGE),
+        use_template=False,
+        max_new_tokens=4,
+        shortest_edge=4096,
+        longest_edge=20000,
+    )
     assert (code, out) == (0, text + "\n")
 
 
@@ -111,10 +120,17 @@ OPTIONS = [
     (("--frames", "4", "--fps", "2"), "media_kwargs", dict(max_frames=4, video_fps=2.0)),
     (("--fps", "0.5"), "media_kwargs", dict(video_fps=0.5, max_frames=None, video_max_pixels=None)),
     ((), "media_kwargs", dict(video_fps=None, min_pixels=4096)),
-    (("--temperature", "0.5", "--top-p", "0.9", "--top-k", "7", "--seed", "1"), "generate_kwargs",
-     dict(do_sample=True, temperature=0.5, top_p=0.9, top_k=7)),
+    (
+        ("--temperature", "0.5", "--top-p", "0.9", "--top-k", "7", "--seed", "1"),
+        "generate_kwargs",
+        dict(do_sample=True, temperature=0.5, top_p=0.9, top_k=7),
+    ),
     (("--repetition-penalty", "1.5"), "generate_kwargs", dict(do_sample=False, repetition_penalty=1.5)),
-    (("--system", "Be short.", "--thinking", "deep_thinking"), None, dict(system_prompt="Be short.", thinking_mode="deep_thinking")),
+    (
+        ("--system", "Be short.", "--thinking", "deep_thinking"),
+        None,
+        dict(system_prompt="Be short.", thinking_mode="deep_thinking"),
+    ),
     (("--template",), None, dict(use_template=True)),
     (("--no-template",), None, dict(use_template=False)),
     ((), None, dict(use_template=None)),
@@ -139,7 +155,9 @@ def test_a_seed_makes_sampling_repeatable(run):
 def test_dtype_device_and_attention_of_the_model():
     args = infer.parse(["-p", "", "--device", "cpu", "--dtype", "bfloat16", "--attn", "eager"])
     _, model = infer.load(args)
-    assert model.dtype == torch.bfloat16 and model.device.type == "cpu" and model.config._attn_implementation == "eager"
+    assert (
+        model.dtype == torch.bfloat16 and model.device.type == "cpu" and model.config._attn_implementation == "eager"
+    )
 
 
 WRONG_CALLS = [
@@ -172,12 +190,19 @@ def test_empty_files_are_named(run, tmp_path):
     assert (code, out) == (2, "") and "empty.mp4 is empty" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--checkpoint", "no/such/folder"), "no such checkpoint folder: no/such/folder"),
-    (("--checkpoint", str(ROOT / "data")), "data"),
-    (("--device", "abacus"), "--device abacus"),
-    *([] if torch.cuda.is_available() else [(("--device", "cuda"), "--device cuda: this torch finds no CUDA device")]),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--checkpoint", "no/such/folder"), "no such checkpoint folder: no/such/folder"),
+        (("--checkpoint", str(ROOT / "data")), "data"),
+        (("--device", "abacus"), "--device abacus"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [(("--device", "cuda"), "--device cuda: this torch finds no CUDA device")]
+        ),
+    ],
+)
 def test_what_cannot_be_loaded(capsys, options, message):
     assert infer.main(["-p", "a", *options]) == 2
     err = capsys.readouterr().err
@@ -189,7 +214,18 @@ def test_help_tells_what_it_takes(capsys):
         infer.main(["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    for word in ("--checkpoint", "--frames", "--fps", "--max-new-tokens", "--no-template", "--device", "--dtype", "--batch", "--out", "exit codes"):
+    for word in (
+        "--checkpoint",
+        "--frames",
+        "--fps",
+        "--max-new-tokens",
+        "--no-template",
+        "--device",
+        "--dtype",
+        "--batch",
+        "--out",
+        "exit codes",
+    ):
         assert word in text
 
 
@@ -201,7 +237,7 @@ def test_ctrl_c_is_no_traceback(run, loaded, monkeypatch):
     assert run("-p", "a") == (130, "", "infer.py: interrupted\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- many questions
+# many questions
 
 
 @pytest.fixture
@@ -215,8 +251,12 @@ def many(tmp_path):
         "",
         {"media": ["b.mp4", "a.jpg"], "prompt": "Both — ◯?"},
         {"id": "missing", "prompt": "a", "images": ["c.jpg"]},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "And?"}]}],
-         "generate_kwargs": {"max_new_tokens": 3}},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "And?"}]}
+            ],
+            "generate_kwargs": {"max_new_tokens": 3},
+        },
         {"promt": "a"},
         "{broken",
         "[1]",
@@ -238,7 +278,9 @@ def test_a_batch_goes_on_past_what_fails(run, asked, many, monkeypatch):
     assert [result.get("id") for result in results] == ["picture", 7, None, "missing", None, None, None, None, None]
     assert ["text" in result for result in results] == [True, True, True, False, True, False, False, False, True]
     messages = [result["error"] for result in results if "error" in result]
-    for part, message in zip(("c.jpg", "did you mean 'prompt'", "Expecting property name", "must be a JSON object"), messages):
+    for part, message in zip(
+        ("c.jpg", "did you mean 'prompt'", "Expecting property name", "must be a JSON object"), messages, strict=True
+    ):
         assert part in message and "Traceback" not in message and "query 0" not in message
     assert "9/9" in err and "9 queries, 4 failed" in err
     assert asked[1]["media_kwargs"]["num_frames"] == 3 and asked[0]["media_kwargs"]["num_frames"] == 2
@@ -251,7 +293,9 @@ def test_a_line_says_what_the_command_would_say(run, many):
     assert run(many[0].parent / "a.jpg", "-p", "What is it?", *SHORT)[1] == rows(many[1])[0]["text"] + "\n"
 
 
-@pytest.mark.parametrize("torn", ["", '{"index": 4, "te', '{"index": 4, "text": "cut off, but whole"}'], ids=["clean", "torn", "no newline"])
+@pytest.mark.parametrize(
+    "torn", ["", '{"index": 4, "te', '{"index": 4, "text": "cut off, but whole"}'], ids=["clean", "torn", "no newline"]
+)
 def test_an_interrupted_run_continues(run, asked, many, torn):
     run(*many_arguments(many))
     whole = many[1].read_text(encoding="utf-8")
@@ -270,8 +314,16 @@ def test_nothing_left_to_do_loads_nothing(run, many, monkeypatch):
     assert code == 0 and "1 queries, 0 failed" in err and len(rows(many[1])) == 1
 
 
-@pytest.mark.parametrize("results", ['{"index": 1, "text": ""}\n', '{"index": 0, "id": "other", "text": ""}\n', "not json\n", '{"index": 0}\n',
-                                     '{"index": 0, "text": ""}\n' * 2])
+@pytest.mark.parametrize(
+    "results",
+    [
+        '{"index": 1, "text": ""}\n',
+        '{"index": 0, "id": "other", "text": ""}\n',
+        "not json\n",
+        '{"index": 0}\n',
+        '{"index": 0, "text": ""}\n' * 2,
+    ],
+)
 def test_results_of_something_else_are_left_alone(run, many, results):
     many[1].write_text(results)
     code, _, err = run(*many_arguments(many))
@@ -295,7 +347,10 @@ def test_a_seeded_batch_does_not_depend_on_where_it_was_cut(run, many):
 
 def test_ctrl_c_in_a_batch_keeps_what_is_done(run, tmp_path):
     """A real process and a real signal: half of a long run, then the rest, in this process."""
-    queries = write_lines(tmp_path / "queries.jsonl", *({"id": i, "prompt": "Go on", "generate_kwargs": {"min_new_tokens": 160}} for i in range(5)))
+    queries = write_lines(
+        tmp_path / "queries.jsonl",
+        *({"id": i, "prompt": "Go on", "generate_kwargs": {"min_new_tokens": 160}} for i in range(5)),
+    )
     out = tmp_path / "results.jsonl"
     arguments = ["--batch", str(queries), "--out", str(out), "--max-new-tokens", "160"]
     command = [sys.executable, str(ROOT / "infer.py"), *arguments]
@@ -303,7 +358,9 @@ def test_ctrl_c_in_a_batch_keeps_what_is_done(run, tmp_path):
     listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - whatever the tests were started with
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listening)
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and not (out.exists() and out.read_bytes().count(b"\n")):
+    while (
+        process.poll() is None and time.monotonic() < deadline and not (out.exists() and out.read_bytes().count(b"\n"))
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

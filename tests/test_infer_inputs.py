@@ -11,7 +11,6 @@ import sys
 import threading
 
 import pytest
-
 from conftest import ROOT
 from test_infer_cli import IMAGE, SHORT, VIDEO, asked, infer, loaded, parts_of, rows, run, write_lines  # noqa: F401 - most are fixtures
 
@@ -54,7 +53,7 @@ def data_url(path, kind):
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-# ----------------------------------------------------------------------------------------------------------------- arguments
+# arguments
 
 
 def test_urls_are_as_good_as_paths(run, web, asked, monkeypatch):  # noqa: F811
@@ -66,7 +65,9 @@ def test_urls_are_as_good_as_paths(run, web, asked, monkeypatch):  # noqa: F811
     assert run(f"{url}/picture", "-p", "What color is the star?", "--allow-http", *SHORT) == said
     assert said[0] == 0 and said[1].strip() and [parts_of(query) for query in asked] == [["image", "text"]] * 5
     assert paths == ["/picture"], "one download"
-    code, _, err = run(f"{url}/clip", data_url(VIDEO, "video/mp4"), VIDEO.as_uri(), "--frames", 2, "--allow-http", *SHORT)
+    code, _, err = run(
+        f"{url}/clip", data_url(VIDEO, "video/mp4"), VIDEO.as_uri(), "--frames", 2, "--allow-http", *SHORT
+    )
     assert code == 0 and parts_of(asked[-1]) == ["video"] * 3 + ["text"], err
     assert paths == ["/picture", "/clip"]
 
@@ -92,7 +93,21 @@ def test_frames_are_those_of_each_video(run, grids, asked, options, frames):  # 
     code, _, err = run(VIDEO, VIDEO, "--frames", 8, *options, *SHORT)
     assert code == 0, err
     assert grids[0] == frames if frames else sum(grids[0]) == 8
-    run(VIDEO, VIDEO, VIDEO, "--frames", 100, "-p", "x", "--max-new-tokens", 1, "--min-pixels", 1024, "--max-pixels", 1024)
+    run(
+        VIDEO,
+        VIDEO,
+        VIDEO,
+        "--frames",
+        100,
+        "-p",
+        "x",
+        "--max-new-tokens",
+        1,
+        "--min-pixels",
+        1024,
+        "--max-pixels",
+        1024,
+    )
     assert asked[-1]["media_kwargs"]["max_frames"] == 300
 
 
@@ -101,11 +116,17 @@ def test_the_ends_of_ranges_are_taken(run, asked):  # noqa: F811
                               (("--temperature", "0"), {"do_sample": False}), (("--max-new-tokens", "1"), {"max_new_tokens": 1})):  # fmt: skip
         code, _, err = run("-p", "a", *SHORT, *options)
         assert code == 0 and expected.items() <= asked[-1]["generate_kwargs"].items(), err
-    for options in (("--top-p", "1.01"), ("--top-p", "0"), ("--top-k", "-1"), ("--max-new-tokens", "0"), ("--temperature", "-0.1")):
+    for options in (
+        ("--top-p", "1.01"),
+        ("--top-p", "0"),
+        ("--top-k", "-1"),
+        ("--max-new-tokens", "0"),
+        ("--temperature", "-0.1"),
+    ):
         assert run("-p", "a", "--temperature", "1", *options)[0] == 2
 
 
-# -------------------------------------------------------------------------------------------------------------------- batches
+# batches
 
 
 @pytest.fixture
@@ -134,12 +155,27 @@ def user(*parts):
 
 def test_paths_of_every_key_are_beside_the_file(batch, tmp_path):
     image, video = str(tmp_path / "a.jpg"), str(tmp_path / "b.mp4")
-    images = ({"type": "image", "image": "a.jpg"}, {"type": "image", "image_url": "a.jpg"}, {"type": "image_url", "image_url": {"url": "a.jpg"}},
-              {"type": "image", "url": "a.jpg"}, {"type": "image", "path": "a.jpg"}, {"type": "image", "image": {"path": "a.jpg"}})
-    videos = ({"type": "video", "video": "b.mp4"}, {"type": "video", "video_path": "b.mp4"}, {"type": "video_url", "video_url": {"url": "b.mp4"}},
-              {"type": "video", "path": "b.mp4"}, {"type": "video", "video": {"video_path": "b.mp4", "segments": [[0, 1]]}})
-    code, err, results, asked = batch(*map(user, images), *map(user, videos), {"media": ["b.mp4", {"image": "a.jpg"}]},
-                                      {"images": [{"url": "a.jpg"}], "videos": {"path": "b.mp4"}})
+    images = (
+        {"type": "image", "image": "a.jpg"},
+        {"type": "image", "image_url": "a.jpg"},
+        {"type": "image_url", "image_url": {"url": "a.jpg"}},
+        {"type": "image", "url": "a.jpg"},
+        {"type": "image", "path": "a.jpg"},
+        {"type": "image", "image": {"path": "a.jpg"}},
+    )
+    videos = (
+        {"type": "video", "video": "b.mp4"},
+        {"type": "video", "video_path": "b.mp4"},
+        {"type": "video_url", "video_url": {"url": "b.mp4"}},
+        {"type": "video", "path": "b.mp4"},
+        {"type": "video", "video": {"video_path": "b.mp4", "segments": [[0, 1]]}},
+    )
+    code, err, results, asked = batch(
+        *map(user, images),
+        *map(user, videos),
+        {"media": ["b.mp4", {"image": "a.jpg"}]},
+        {"images": [{"url": "a.jpg"}], "videos": {"path": "b.mp4"}},
+    )
     assert code == 0, results
     parts = [query["messages"][0]["content"] for query in asked[:-1]]
     assert [part[0]["image"] for part in parts[:6]] == [image] * 6
@@ -225,7 +261,11 @@ def test_what_else_stood_in_a_line_stands_in_its_result(batch):
 
 def test_urls_in_lines(batch, web):
     url, paths = web
-    queries = [{"images": [f"{url}/picture"]}, user({"type": "image", "image_url": {"url": f"{url}/picture"}}), {"media": f"{url}/clip"}]
+    queries = [
+        {"images": [f"{url}/picture"]},
+        user({"type": "image", "image_url": {"url": f"{url}/picture"}}),
+        {"media": f"{url}/clip"},
+    ]
     code, _, results, _ = batch(*queries, options=("--allow-http",))
     assert code == 0 and paths == ["/picture", "/picture", "/clip"], results
     code, _, results, _ = batch({"images": [f"{url}/picture"], "media_kwargs": {"allow_http": True}})
@@ -234,29 +274,38 @@ def test_urls_in_lines(batch, web):
 
 def test_a_line_s_own_options_come_first_by_any_name(batch, grids):
     code, _, results, asked = batch(
-        {"videos": "b.mp4"}, {"videos": "b.mp4", "media_kwargs": {"nframes": 3}}, {"videos": "b.mp4", "media_kwargs": {"fps": 0.5}},
-        {"videos": "b.mp4", "media_kwargs": {"longest_edge": 9000}}, {"videos": "b.mp4", "media_kwargs": {"fps": 1, "video_fps": 1}},
+        {"videos": "b.mp4"},
+        {"videos": "b.mp4", "media_kwargs": {"nframes": 3}},
+        {"videos": "b.mp4", "media_kwargs": {"fps": 0.5}},
+        {"videos": "b.mp4", "media_kwargs": {"longest_edge": 9000}},
+        {"videos": "b.mp4", "media_kwargs": {"fps": 1, "video_fps": 1}},
     )
     assert code == 1 and "another name of" in results[4]["error"], results
     assert grids == [[2], [3], [5], [2]]
-    assert batch({"videos": "b.mp4", "media_kwargs": {"nframes": 3}}, options=("--fps", 1))[0] == 0 and grids[-1] == [3]
+    assert batch({"videos": "b.mp4", "media_kwargs": {"nframes": 3}}, options=("--fps", 1))[0] == 0 and grids[-1] == [
+        3
+    ]
     assert asked[3]["media_kwargs"]["longest_edge"] == 9000 and "max_pixels" not in asked[3]["media_kwargs"]
 
 
 def test_null_says_nothing(batch):
-    code, _, results, asked = batch({"prompt": None, "system_prompt": None, "images": None, "generate_kwargs": None},
-                                    options=("-p", "By default?", "--system", "Be short."))
+    code, _, results, asked = batch(
+        {"prompt": None, "system_prompt": None, "images": None, "generate_kwargs": None},
+        options=("-p", "By default?", "--system", "Be short."),
+    )
     assert code == 0 and asked[0]["prompt"] == "By default?" and asked[0]["system_prompt"] == "Be short.", results
 
 
-# --------------------------------------------------------------------------------------------------------------------- caches
+# caches
 
 
 def test_an_unwritable_cache_names_its_variable():
     """A real process: the folder is taken from the environment when the libraries are imported."""
     environment = {**os.environ, "HF_HOME": "/dev/null/cache", "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_MODULES_CACHE", None)
-    done = subprocess.run([sys.executable, ROOT / "infer.py", "-p", "a"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, ROOT / "infer.py", "-p", "a"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "/dev/null/cache/modules, the folder for the code of checkpoints, cannot be written to" in done.stderr
     assert "set HF_MODULES_CACHE or HF_HOME" in done.stderr
@@ -271,6 +320,8 @@ def test_only_what_a_file_system_says_is_laid_to_a_cache(monkeypatch, tmp_path):
     wrapped = OSError("there was a problem")
     wrapped.__cause__ = refused
     for cause in (refused, wrapped):
-        with pytest.raises(OSError, match="/dev/null/hub, the folder for downloaded checkpoints, .*; set HF_HUB_CACHE or HF_HOME") as error:
+        with pytest.raises(
+            OSError, match="/dev/null/hub, the folder for downloaded checkpoints, .*; set HF_HUB_CACHE or HF_HOME"
+        ) as error:
             infer.check_caches(cause, downloads=True)
         assert error.value.__cause__ is cause

@@ -8,17 +8,18 @@ import sys
 
 import pytest
 import transformers.dynamic_module_utils  # noqa: F401 - before a check of this process points it to a cache of its own
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
-from scripts import load_script
+from moss_vl.tools import install_into
+
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
 OLD_CODE = "class MossVLForConditionalGeneration:\n    pass  # of another time\n"
 
-installer = load_script("install_into.py")
+installer = install_into
 
 
 @pytest.fixture
@@ -47,13 +48,18 @@ def auto_map(folder, name):
 
 def snapshot(folder):
     """Every path below the folder, with its content, or the target of a link."""
-    return {str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
-            for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+    }
 
 
 def run_script(*arguments):
     """The command as a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / "install_into.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/install_into.py"), *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 @pytest.fixture
@@ -76,8 +82,14 @@ def test_installs_shows_keeps_and_checks(downloaded):
     weights = (downloaded / "model.safetensors").read_bytes()
     done = run_script(downloaded)
     assert done.returncode == 0, done.stderr
-    for line in ("replace modeling_moss_vl.py", "add     processing_moss_vl.py", "gains AutoModelForImageTextToText",
-                 "gains AutoProcessor, gains AutoImageProcessor", "weights: names and shapes of all", "processor: MossVLProcessor"):
+    for line in (
+        "replace modeling_moss_vl.py",
+        "add     processing_moss_vl.py",
+        "gains AutoModelForImageTextToText",
+        "gains AutoProcessor, gains AutoImageProcessor",
+        "weights: names and shapes of all",
+        "processor: MossVLProcessor",
+    ):
         assert line in done.stdout
     for name in installer.code_files():
         assert (downloaded / name).read_bytes() == (ROOT / name).read_bytes()
@@ -86,7 +98,11 @@ def test_installs_shows_keeps_and_checks(downloaded):
     assert (downloaded / "model.safetensors").read_bytes() == weights
     (backup,) = backups(downloaded)
     assert sorted(path.name for path in backup.iterdir()) == [
-        "config.json", "configuration_moss_vl.py", "modeling_moss_vl.py", "preprocessor_config.json"]
+        "config.json",
+        "configuration_moss_vl.py",
+        "modeling_moss_vl.py",
+        "preprocessor_config.json",
+    ]
     assert (backup / "modeling_moss_vl.py").read_text() == OLD_CODE
     assert str(backup) in done.stdout
 
@@ -136,7 +152,9 @@ def test_parts_that_do_not_belong_together_are_said(downloaded, run):
     edit_json(downloaded / "preprocessor_config.json", lambda settings: settings.update(patch_size=14))
     edit_json(downloaded / "config.json", lambda config: config.update(image_token_id=3))
     weights = load_file(downloaded / "model.safetensors")
-    save_file(weights | {"model.of_the_past": weights["model.separator_token"].clone()}, downloaded / "model.safetensors")
+    save_file(
+        weights | {"model.of_the_past": weights["model.separator_token"].clone()}, downloaded / "model.safetensors"
+    )
     done = run(downloaded)
     assert done.returncode == 0, done.stderr
     assert "warning: patch_size is 14 in MossVLImageProcessor" in done.stdout
@@ -197,21 +215,38 @@ def test_link_lays_links(downloaded):
 
 
 def test_auto_map_entries_are_kept_if_the_code_holds_them(downloaded):
-    edit_json(downloaded / "config.json", lambda config: config["auto_map"].update(
-        AutoModel="modeling_moss_vl.MossVLModel", AutoConfig="someone/moss--configuration_moss_vl.MossVLConfig",
-        AutoModelForCausalLM="modeling_moss_vl.MossVLOfThePast", AutoTokenizer=["tokenization_x.X", None]))
-    edit_json(downloaded / "preprocessor_config.json", lambda config: config.update(
-        auto_map={"AutoImageProcessor": "processing_moss_vl.MossVLImageProcessor"}))
+    edit_json(
+        downloaded / "config.json",
+        lambda config: config["auto_map"].update(
+            AutoModel="modeling_moss_vl.MossVLModel",
+            AutoConfig="someone/moss--configuration_moss_vl.MossVLConfig",
+            AutoModelForCausalLM="modeling_moss_vl.MossVLOfThePast",
+            AutoTokenizer=["tokenization_x.X", None],
+        ),
+    )
+    edit_json(
+        downloaded / "preprocessor_config.json",
+        lambda config: config.update(auto_map={"AutoImageProcessor": "processing_moss_vl.MossVLImageProcessor"}),
+    )
     assert installer.main([str(downloaded), "--no-check"]) == 0
     assert auto_map(downloaded, "config.json") == auto_map(ROOT, "config.json") | {
-        "AutoModel": "modeling_moss_vl.MossVLModel", "AutoTokenizer": ["tokenization_x.X", None]}
+        "AutoModel": "modeling_moss_vl.MossVLModel",
+        "AutoTokenizer": ["tokenization_x.X", None],
+    }
     assert auto_map(downloaded, "preprocessor_config.json") == {
-        "AutoImageProcessor": "processing_moss_vl.MossVLImageProcessor", "AutoProcessor": "processing_moss_vl.MossVLProcessor"}
+        "AutoImageProcessor": "processing_moss_vl.MossVLImageProcessor",
+        "AutoProcessor": "processing_moss_vl.MossVLProcessor",
+    }
 
 
 def test_processor_config_of_transformers_5_is_mended(downloaded, run):
-    parts = {name: json.loads((downloaded / file).read_text()) for name, file in
-             (("image_processor", "preprocessor_config.json"), ("video_processor", "video_preprocessor_config.json"))}
+    parts = {
+        name: json.loads((downloaded / file).read_text())
+        for name, file in (
+            ("image_processor", "preprocessor_config.json"),
+            ("video_processor", "video_preprocessor_config.json"),
+        )
+    }
     for part in parts.values():
         part.pop("auto_map", None)
     (downloaded / "processor_config.json").write_text(json.dumps({"processor_class": "MossVLProcessor", **parts}))
@@ -223,18 +258,26 @@ def test_processor_config_of_transformers_5_is_mended(downloaded, run):
     assert not (downloaded / "preprocessor_config.json").exists()
     mended = json.loads((downloaded / "processor_config.json").read_text())
     assert mended["auto_map"] == {"AutoProcessor": "processing_moss_vl.MossVLProcessor"}
-    assert mended["video_processor"]["auto_map"] == {"AutoVideoProcessor": "video_processing_moss_vl.MossVLVideoProcessor"}
+    assert mended["video_processor"]["auto_map"] == {
+        "AutoVideoProcessor": "video_processing_moss_vl.MossVLVideoProcessor"
+    }
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda folder: shutil.rmtree(folder), "not a folder"),
-    (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object, got list"),
-    (lambda folder: edit_json(folder / "config.json", lambda c: c.update(model_type="qwen2")), "model_type is 'qwen2'"),
-    (lambda folder: edit_json(folder / "config.json", lambda c: c.update(auto_map=[])), "auto_map is list"),
-    (lambda folder: (folder / "xrope.py").mkdir(), "is a folder, expected a file"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "not a folder"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object, got list"),
+        (
+            lambda folder: edit_json(folder / "config.json", lambda c: c.update(model_type="qwen2")),
+            "model_type is 'qwen2'",
+        ),
+        (lambda folder: edit_json(folder / "config.json", lambda c: c.update(auto_map=[])), "auto_map is list"),
+        (lambda folder: (folder / "xrope.py").mkdir(), "is a folder, expected a file"),
+    ],
+)
 def test_errors_say_what_is_wrong_and_change_nothing(downloaded, damage, message, capsys):
     damage(downloaded)
     before = snapshot(downloaded)

@@ -6,9 +6,8 @@ import signal
 import threading
 
 import pytest
-from safetensors.torch import save_file
-
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_install import auto_map, backups, downloaded, edit_json, installer, snapshot  # noqa: F401 - downloaded is a fixture
 from tiny import make_model
 
@@ -101,7 +100,9 @@ def test_a_tied_head_may_be_missing_and_nothing_else(tmp_path, tied):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, tmp_path / "model.safetensors")
     if tied:
-        assert installer.check_weights(tmp_path, model.config, model) == [f"weights: names and shapes of all {len(weights)} tensors match"]
+        assert installer.check_weights(tmp_path, model.config, model) == [
+            f"weights: names and shapes of all {len(weights)} tensors match"
+        ]
         weights.pop("model.language_model.embed_tokens.weight")
         save_file(weights, tmp_path / "model.safetensors")
     missing = "model.language_model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -110,9 +111,14 @@ def test_a_tied_head_may_be_missing_and_nothing_else(tmp_path, tied):
 
 
 def test_every_auto_class_is_added_and_code_is_whole(downloaded):  # noqa: F811
-    edit_json(downloaded / "config.json", lambda config: config.update(auto_map={"AutoConfig": "configuration_moss_vl.MossVLConfig"}))
+    edit_json(
+        downloaded / "config.json",
+        lambda config: config.update(auto_map={"AutoConfig": "configuration_moss_vl.MossVLConfig"}),
+    )
     assert installer.main([str(downloaded), "--no-check"]) == 0
     assert auto_map(downloaded, "config.json") == auto_map(ROOT, "config.json")
     assert {"AutoModelForMultimodalLM", "AutoModelForVision2Seq"} <= auto_map(downloaded, "config.json").keys()
     assert {"conversation.py", "options.py"} <= set(installer.code_files())
-    assert json.loads((ROOT / "checkpoints/moss-vl-nano/config.json").read_text())["auto_map"] == auto_map(ROOT, "config.json")
+    assert json.loads((ROOT / "checkpoints/moss-vl-nano/config.json").read_text())["auto_map"] == auto_map(
+        ROOT, "config.json"
+    )

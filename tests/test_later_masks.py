@@ -7,8 +7,9 @@ import copy
 
 import pytest
 import torch
-from moss_vl.modeling_moss_vl import CACHE
 from tiny import Sample, batch, close, make_model
+
+from moss_vl.modeling_moss_vl import CACHE
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
@@ -18,7 +19,14 @@ def model(request):
 
 def whole(model, ids, media):
     real = [one for one in media if one.frames]
-    visual = {"pixel_values": torch.cat([one.pixel_values for one in real]), "grid_thw": torch.cat([one.grid_thw for one in real])} if real else {}
+    visual = (
+        {
+            "pixel_values": torch.cat([one.pixel_values for one in real]),
+            "grid_thw": torch.cat([one.grid_thw for one in real]),
+        }
+        if real
+        else {}
+    )
     with torch.no_grad():
         return model(ids[None], **visual, use_cache=False).logits[0]
 
@@ -29,7 +37,7 @@ def second_turn(model, first, second, side="left"):
     cache = model(**start, use_cache=True)[CACHE]
     more["attention_mask"] = torch.cat([start["attention_mask"], more["attention_mask"]], dim=1)
     out = model(**more, **{CACHE: cache})
-    for row, (one, other) in enumerate(zip(first, second)):
+    for row, (one, other) in enumerate(zip(first, second, strict=True)):
         length = len(other.ids)
         real = slice(0, length) if side == "right" else slice(out.logits.shape[1] - length, None)
         expected = whole(model, torch.cat([one.ids, other.ids]), [one, other])[len(one.ids) :]

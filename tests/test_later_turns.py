@@ -6,12 +6,13 @@ import io
 import pytest
 import torch
 import transformers
-from moss_vl.cache_layers import VisionCacheLayer
-from moss_vl.modeling_moss_vl import CACHE
-from moss_vl.vision_sequence import PAST_CALLS
 from oracle import Oracle
 from tiny import IMAGE_PAD, Sample, batch, make_model
 from transformers import DynamicCache, StaticCache
+
+from moss_vl.cache_layers import VisionCacheLayer
+from moss_vl.modeling_moss_vl import CACHE
+from moss_vl.vision_sequence import PAST_CALLS
 
 
 V5 = transformers.__version__ >= "5"
@@ -58,10 +59,14 @@ def close(got, want):
 
 
 def media_of(sample):
-    return {name: value for name, value in sample.inputs().items() if name in ("pixel_values", "grid_thw", "media_nums_per_sample")}
+    return {
+        name: value
+        for name, value in sample.inputs().items()
+        if name in ("pixel_values", "grid_thw", "media_nums_per_sample")
+    }
 
 
-# ------------------------------------------------------------------------------------------------------- masks of later turns
+# masks of later turns
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -79,12 +84,15 @@ def test_a_text_turn_as_the_processor_returns_it(model, oracle, with_mask):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_mask_of_the_new_turn_is_not_one_of_the_conversation(model, oracle, side):
     """Row 0 has the image of the first turn, row 1 that of the second: the new turn's mask has as many columns as either."""
-    firsts, seconds = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=2)], [Sample("tt", seed=3), Sample("tFt", (1, 4, 6), seed=4)]
+    firsts, seconds = (
+        [Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=2)],
+        [Sample("tt", seed=3), Sample("tFt", (1, 4, 6), seed=4)],
+    )
     before, inputs = batch(firsts, "left"), batch(seconds, side)
     cache = model(**before, use_cache=True)[CACHE]
     inputs["attention_mask"] = torch.cat([before["attention_mask"], inputs["attention_mask"]], dim=1)
     logits = model(**inputs, past_key_values=cache).logits
-    for row, (first, second) in enumerate(zip(firsts, seconds)):
+    for row, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         real = inputs["attention_mask"][row, 3:].bool()
         close(logits[row, real], expected(oracle, first, second)[3:])
 
@@ -137,15 +145,18 @@ def test_a_processors_mask_of_other_padding(model, text):
 @pytest.mark.parametrize("text", ["Ftt", "tFt"])
 def test_completions_joined_and_rows_moved_to_the_left(model, oracle, text):
     """A batch of left-padded prompts gets completions, and its rows are moved to the left: the mask is shorter, and of other places."""
-    samples, more = [Sample(text, (1, 4, 4), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)], [[7, 8, 9, 10, 11], [12]]
+    samples, more = (
+        [Sample(text, (1, 4, 4), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)],
+        [[7, 8, 9, 10, 11], [12]],
+    )
     inputs = batch(samples, "left")
-    length = max(len(sample.ids) + len(new) for sample, new in zip(samples, more))
+    length = max(len(sample.ids) + len(new) for sample, new in zip(samples, more, strict=True))
     ids, real = torch.zeros(2, length, dtype=torch.long), torch.zeros(2, length, dtype=torch.long)
-    for row, (sample, new) in enumerate(zip(samples, more)):
+    for row, (sample, new) in enumerate(zip(samples, more, strict=True)):
         tokens = [*sample.ids.tolist(), *new]
         ids[row, : len(tokens)], real[row, : len(tokens)] = torch.tensor(tokens), 1
     logits = model(**inputs | {"input_ids": ids, "attention_mask": real}).logits
-    for row, (sample, new) in enumerate(zip(samples, more)):
+    for row, (sample, new) in enumerate(zip(samples, more, strict=True)):
         close(logits[row, real[row].bool()], expected(oracle, sample, more=new))
 
 
@@ -157,11 +168,13 @@ def test_a_mask_that_contradicts_the_text_is_an_error(model):
         other = mask.clone()
         other[row, 0, -1, 0] = True  # not a processor's
         other[row, 0, token, frame] = False
-        with pytest.raises(ValueError, match=f"shows frame {frame} of sample {row} to token {token} of this call, {why}"):
+        with pytest.raises(
+            ValueError, match=f"shows frame {frame} of sample {row} to token {token} of this call, {why}"
+        ):
             model(**inputs | {"cross_attention_mask": other})
 
 
-# ------------------------------------------------------------------------------------------------------ padding and waiting
+# padding and waiting
 
 
 def test_a_row_of_padding_alone_keeps_its_frames(model, oracle):
@@ -173,7 +186,11 @@ def test_a_row_of_padding_alone_keeps_its_frames(model, oracle):
     for part in (slice(0, 4), slice(4, 7)):
         model(inputs["input_ids"][:, part], attention_mask=mask[:, : part.stop], past_key_values=cache, **visual)
         visual = {}
-    for tokens, real, frame_mask in (([0, 8], [0, 1], None), ([0, 9], [0, 1], torch.tensor([True, False])), ([7, 5], [1, 1], None)):
+    for tokens, real, frame_mask in (
+        ([0, 8], [0, 1], None),
+        ([0, 9], [0, 1], torch.tensor([True, False])),
+        ([7, 5], [1, 1], None),
+    ):
         mask = torch.cat([mask, torch.tensor(real)[:, None]], dim=1)
         frame_mask = None if frame_mask is None else frame_mask[:, None, None, None]
         logits = model(
@@ -185,7 +202,10 @@ def test_a_row_of_padding_alone_keeps_its_frames(model, oracle):
 
 def test_rows_that_ended_go_on_without_their_padding(model, oracle):
     """What was written to a row after its end is padding in the next turn's mask: it counts no more, as if it had never been there."""
-    firsts, seconds = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtt", (1, 4, 6), seed=2)], [Sample("ttt", seed=3), Sample("tFt", (1, 2, 4), seed=4)]
+    firsts, seconds = (
+        [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtt", (1, 4, 6), seed=2)],
+        [Sample("ttt", seed=3), Sample("tFt", (1, 2, 4), seed=4)],
+    )
     inputs = batch(firsts, "left")
     cache = model(**inputs, use_cache=True)[CACHE]
     written, mask = torch.tensor([[7, 0, 0], [7, 8, 9]]), inputs["attention_mask"]
@@ -201,7 +221,9 @@ def test_rows_that_ended_go_on_without_their_padding(model, oracle):
         said.ids = written[row, :kept]
         close(logits[row], expected(oracle, firsts[row], said, seconds[row])[-3:])
     step = torch.tensor([[5], [6]])
-    logits = model(step, attention_mask=torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1), past_key_values=cache).logits
+    logits = model(
+        step, attention_mask=torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1), past_key_values=cache
+    ).logits
     for row, kept in enumerate((1, 3)):
         said = Sample("t", seed=0)
         said.ids = written[row, :kept]
@@ -223,10 +245,16 @@ def test_a_crop_into_the_turn_after_a_row_ended(model, oracle, length):
 
 
 def test_frames_that_wait_move_nobody_else(model, oracle):
-    samples, late = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFttt", (1, 4, 6), seed=2)], Sample("F", (1, 4, 8), seed=3)
+    samples, late = (
+        [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFttt", (1, 4, 6), seed=2)],
+        Sample("F", (1, 4, 8), seed=3),
+    )
     inputs = batch(samples, "left")
     cache, mask = model(**inputs, use_cache=True)[CACHE], inputs["attention_mask"]
-    for ids, visual in (([[7, 8], [9, 10]], media_of(late) | {"media_nums_per_sample": [1, 0]}), ([[IMAGE_PAD], [11]], {})):
+    for ids, visual in (
+        ([[7, 8], [9, 10]], media_of(late) | {"media_nums_per_sample": [1, 0]}),
+        ([[IMAGE_PAD], [11]], {}),
+    ):
         mask = torch.cat([mask, torch.ones_like(torch.tensor(ids))], dim=1)
         logits = model(torch.tensor(ids), attention_mask=mask, past_key_values=cache, **visual).logits
     text = Sample("tt", seed=0)
@@ -251,7 +279,7 @@ def test_an_image_of_zeros_whose_text_comes_later(model, oracle, size):
 def test_frames_that_come_one_by_one_before_their_text(model, oracle, encoded):
     """As pixels or encoded; each waits for its `image_pad` in the order in which it came."""
     frames, cache = [Sample("F", (1, 4, 4), seed=1), Sample("F", (1, 4, 8), seed=2)], DynamicCache()
-    for token, frame in zip((5, 6), frames):
+    for token, frame in zip((5, 6), frames, strict=True):
         visual = media_of(frame)
         if encoded:
             visual["image_features"] = model.get_image_features(visual.pop("pixel_values"), frame.grid_thw)
@@ -291,17 +319,22 @@ def test_blank_media_keep_no_pixels_of_others_alive(model):
 def test_a_blank_medium_is_no_frame_of_a_later_turn(model, oracle):
     blank, image = Sample("ttt", seed=1), Sample("tFt", (1, 4, 6), seed=2)
     cache = model(**blank.inputs(), use_cache=True)[CACHE]
-    close(model(image.ids[None], past_key_values=cache, **media_of(image)).logits[0], expected(oracle, blank, image)[3:])
+    close(
+        model(image.ids[None], past_key_values=cache, **media_of(image)).logits[0], expected(oracle, blank, image)[3:]
+    )
 
 
 def test_several_black_frames_without_an_image_pad_are_an_error(model):
-    frames = Sample("ttt", seed=1).inputs() | {"pixel_values": torch.zeros(32, 48), "grid_thw": torch.tensor([[2, 4, 4]])}
+    frames = Sample("ttt", seed=1).inputs() | {
+        "pixel_values": torch.zeros(32, 48),
+        "grid_thw": torch.tensor([[2, 4, 4]]),
+    }
     del frames["cross_attention_mask"]
     with pytest.raises(ValueError, match="0 `image_pad` tokens, but its media have 2 frames"):
         model(**frames)
 
 
-# --------------------------------------------------------------------------------------------------- crops, orders, copies
+# crops, orders, copies
 
 
 def crop(cache, length):
@@ -318,7 +351,9 @@ def test_crop_past_a_frame(model, oracle, length):
     kept = Sample("t", seed=0)
     kept.ids, kept.grids = sample.ids[:length], sample.grids[: int((sample.ids[:length] == IMAGE_PAD).sum())]
     kept.pixel_values = sample.pixel_values
-    close(model(more.ids[None], past_key_values=cache, **media_of(more)).logits[0], expected(oracle, kept, more)[length:])
+    close(
+        model(more.ids[None], past_key_values=cache, **media_of(more)).logits[0], expected(oracle, kept, more)[length:]
+    )
 
 
 def test_crop_into_padding(model, oracle):
@@ -335,7 +370,9 @@ def test_a_crop_too_far_back_is_an_error(model):
         mask = torch.cat([mask, torch.tensor([[0, 1]])], dim=1)
         model(torch.tensor([[0, 5]]), attention_mask=mask, past_key_values=cache)
     crop(cache, 5)
-    with pytest.raises(ValueError, match=rf"cropped to 5 tokens; expected at least 6, as only the last {PAST_CALLS} calls"):
+    with pytest.raises(
+        ValueError, match=rf"cropped to 5 tokens; expected at least 6, as only the last {PAST_CALLS} calls"
+    ):
         model(torch.tensor([[5]]), past_key_values=cache)
 
 
@@ -366,7 +403,7 @@ def test_media_follow_the_order_of_the_rows(model, oracle):
     cache.batch_select_indices(torch.tensor([2, 1]))
     more = [Sample("tF", (1, 2, 4), seed=4), Sample("Ft", (1, 4, 8), seed=5)]
     logits = model(**batch(more, "left") | {"attention_mask": None}, past_key_values=cache).logits
-    for row, (at, new) in enumerate(zip((2, 1), more)):
+    for row, (at, new) in enumerate(zip((2, 1), more, strict=True)):
         close(logits[row], expected(oracle, samples[at], new)[4:])
 
 
@@ -375,7 +412,9 @@ def test_rows_of_one_sample_that_part_cannot_take_frames(model):
     cache = model(**sample.inputs(), use_cache=True)[CACHE]
     cache.batch_repeat_interleave(2)
     visual = media_of(Sample("F", (1, 4, 6), seed=2))
-    with pytest.raises(ValueError, match="Text rows 0 and 1 share the frames of sample 0, but have 1 and 0 `image_pad` tokens"):
+    with pytest.raises(
+        ValueError, match="Text rows 0 and 1 share the frames of sample 0, but have 1 and 0 `image_pad` tokens"
+    ):
         model(torch.tensor([[IMAGE_PAD], [7]]), past_key_values=cache, **visual)
     with pytest.raises(ValueError, match="Text rows 0 and 1 share the frames of sample 0, but place them differently"):
         model(torch.tensor([[IMAGE_PAD, 7], [7, IMAGE_PAD]]), past_key_values=cache, **visual)
@@ -437,7 +476,10 @@ def test_a_cache_half_filled_by_a_failed_call(model, oracle, layer):
                 with pytest.raises(ValueError, match="a call failed half-way"):
                     model(torch.tensor([[7]]), past_key_values=cache)
             else:
-                close(model(torch.tensor([[7]]), past_key_values=cache).logits[0], expected(oracle, sample, more=[7])[-1:])
+                close(
+                    model(torch.tensor([[7]]), past_key_values=cache).logits[0],
+                    expected(oracle, sample, more=[7])[-1:],
+                )
 
 
 def test_an_offloading_cache_fetches_past_the_vision_layers():
@@ -466,7 +508,9 @@ def test_a_cache_goes_on_outside_inference_mode_and_autocast(model, oracle):
     with torch.autocast("cpu", torch.bfloat16):
         cache = model(**sample.inputs(), use_cache=True)[CACHE]
     got = model(torch.tensor([[7]]), past_key_values=cache).logits[0]
-    assert got.dtype == torch.float32 and (got - want).abs().max() < 0.03 * want.abs().max()  # the prompt was read in bfloat16
+    assert (
+        got.dtype == torch.float32 and (got - want).abs().max() < 0.03 * want.abs().max()
+    )  # the prompt was read in bfloat16
 
 
 def test_gradients_through_a_conversation(model):
@@ -484,7 +528,9 @@ def test_gradients_through_a_conversation(model):
 def test_a_static_cache_that_is_too_short(model):
     cache = StaticCache(config=model.config.text_config, max_cache_len=4)
     model(**Sample("tFt", (1, 4, 4)).inputs(), past_key_values=cache)
-    with pytest.raises(ValueError, match="has 4 slots and holds 3 tokens, and the call has 2; expected a cache of at least 5 slots"):
+    with pytest.raises(
+        ValueError, match="has 4 slots and holds 3 tokens, and the call has 2; expected a cache of at least 5 slots"
+    ):
         model(torch.tensor([[7, 8]]), past_key_values=cache)
 
 
@@ -493,7 +539,7 @@ def test_what_is_no_cache(model):
         model(torch.tensor([[7]]), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 
-# -------------------------------------------------------------------------------------------------------------- generate
+# generate
 
 
 def greedy(oracle, samples, more=()):
@@ -513,7 +559,9 @@ def test_a_second_turn_in_chunks(model, oracle, size, with_mask):
     out = model.generate(**first.inputs(), **{CACHE: cache}, **GENERATE)
     written = Sample("t", seed=0)
     written.ids = out[0, 3:]
-    inputs = media_of(second) | ({"cross_attention_mask": second.inputs()["cross_attention_mask"]} if with_mask else {})
+    inputs = media_of(second) | (
+        {"cross_attention_mask": second.inputs()["cross_attention_mask"]} if with_mask else {}
+    )
     ids = torch.cat([out, second.ids[None]], dim=1)
     got = model.generate(ids, **inputs, **{CACHE: cache}, **GENERATE, prefill_chunk_size=size)
     assert got[0, ids.shape[1] :].tolist() == greedy(oracle, [first, written, second])
@@ -537,8 +585,12 @@ def test_a_second_turn_as_the_processor_returns_it(model, oracle, kind):
 def test_a_second_turn_in_chunks_is_refused_by_transformers_4(model):
     cache = DynamicCache()
     out = model.generate(**Sample("tFt", (1, 4, 4)).inputs(), **{CACHE: cache}, **GENERATE)
-    with pytest.raises(ValueError, match="`prefill_chunk_size` came with a cache that holds 6 tokens; expected an empty one"):
-        model.generate(torch.cat([out, torch.tensor([[5, 6]])], dim=1), **{CACHE: cache}, **GENERATE, prefill_chunk_size=2)
+    with pytest.raises(
+        ValueError, match="`prefill_chunk_size` came with a cache that holds 6 tokens; expected an empty one"
+    ):
+        model.generate(
+            torch.cat([out, torch.tensor([[5, 6]])], dim=1), **{CACHE: cache}, **GENERATE, prefill_chunk_size=2
+        )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -580,7 +632,12 @@ def test_positions_that_count_tokens_mean_xrope(model, oracle, side):
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
     out = model(**inputs, position_ids=positions, use_cache=True)
     mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-    step = model(torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=out[CACHE], position_ids=mask.sum(1, keepdim=True) - 1)
+    step = model(
+        torch.tensor([[7], [8]]),
+        attention_mask=mask,
+        past_key_values=out[CACHE],
+        position_ids=mask.sum(1, keepdim=True) - 1,
+    )
     for row, sample in enumerate(samples):
         want = expected(oracle, sample, more=[7 + row])
         close(torch.cat([out.logits[row, inputs["attention_mask"][row].bool()], step.logits[row]]), want)
@@ -596,7 +653,9 @@ def test_rows_of_counts_beside_rows_of_other_positions(model, oracle):
     inputs = batch(samples, "right")
     del inputs["cross_attention_mask"]
     positions = torch.arange(10)[None].repeat(3, 1)
-    positions[0] = model.get_rope_index(**{name: inputs[name] for name in ("input_ids", "grid_thw", "attention_mask", "media_nums_per_sample")})[0][0, 0]
+    positions[0] = model.get_rope_index(
+        **{name: inputs[name] for name in ("input_ids", "grid_thw", "attention_mask", "media_nums_per_sample")}
+    )[0][0, 0]
     positions[2, :4], positions[2, 4:] = torch.tensor([2, 5, 6, 9]), 500  # what padding has does not count
     out = model(**inputs, position_ids=positions, use_cache=True)
     for row in range(2):
@@ -616,7 +675,9 @@ def test_positions_of_texts_alone_with_the_processors_blank_medium(model):
         model(inputs["input_ids"], grid_thw=inputs["grid_thw"])
 
 
-@pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"num_beams": 2}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"num_beams": 2}, {"use_cache": False}]
+)
 def test_generate_with_positions(model, kwargs):
     """Those of the prompt count on over candidates, beams and steps."""
     sample, kwargs = Sample("tFtttFt", (1, 4, 6), (1, 4, 4), seed=5), dict(kwargs) | {"eos_token_id": 199}
@@ -625,11 +686,16 @@ def test_generate_with_positions(model, kwargs):
     positions = model.get_rope_index(sample.ids[None], sample.grid_thw)[0][:, 0]
     want = model.generate(**sample.inputs(), **GENERATE, **kwargs)
     for given in (positions, torch.arange(7)[None]):
-        got = model.generate(**sample.inputs(), position_ids=given if given.ndim == 2 and len(given) == 1 else given[0][None], **GENERATE, **kwargs)
+        got = model.generate(
+            **sample.inputs(),
+            position_ids=given if given.ndim == 2 and len(given) == 1 else given[0][None],
+            **GENERATE,
+            **kwargs,
+        )
         assert torch.equal(got[:, : want.shape[1]], want)
 
 
-# ------------------------------------------------------------------------------------------------------ empty and renamed
+# empty and renamed
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (0, 3)])
@@ -647,7 +713,9 @@ def test_no_media_at_all_are_no_media(model, oracle):
 
 def test_the_grid_by_its_other_name(model):
     inputs = Sample("tFt", (1, 4, 4), seed=1).inputs()
-    renamed = {name: value for name, value in inputs.items() if name != "grid_thw"} | {"image_grid_thw": inputs["grid_thw"]}
+    renamed = {name: value for name, value in inputs.items() if name != "grid_thw"} | {
+        "image_grid_thw": inputs["grid_thw"]
+    }
     types = {"token_type_ids": inputs["input_ids"] * 0, "mm_token_type_ids": (inputs["input_ids"] == IMAGE_PAD).long()}
     assert torch.equal(model(**renamed, **types).logits, model(**inputs).logits)
     assert torch.equal(model.generate(**renamed, **GENERATE), model.generate(**inputs, **GENERATE))

@@ -2,24 +2,45 @@
 
 import random
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from tiny import make_model
 from transformers import AutoProcessor
 
-from conftest import ROOT
-
-sys.path[:0] = [str(ROOT / "training")]
-import lessons  # noqa: E402
-import world  # noqa: E402
-from lessons import (  # noqa: E402
-    FACTS, FINE, HAPPENINGS, LETTERS_A_TOKEN, PLACES, SIGHTS, SLOTS, TASKS, Lessons, clip_facts, fact_rows, facts, in_slots, ink_patches, may_see,
+from moss_vl.training.nano import lessons, world
+from moss_vl.training.nano.lessons import (
+    FACTS,
+    FINE,
+    HAPPENINGS,
+    LETTERS_A_TOKEN,
+    PLACES,
+    SIGHTS,
+    SLOTS,
+    TASKS,
+    Lessons,
+    clip_facts,
+    fact_rows,
+    facts,
+    in_slots,
+    ink_patches,
+    may_see,
     sights,
 )
-from world import COLOURS, SHAPES, SIGN_CHARACTERS, Scene, Sign, Thing, draw_scene, random_clip, sign_mask  # noqa: E402
+from moss_vl.training.nano.world import (
+    COLOURS,
+    SHAPES,
+    SIGN_CHARACTERS,
+    Scene,
+    Sign,
+    Thing,
+    draw_scene,
+    random_clip,
+    sign_mask,
+)
+
 
 KINDS = ("look", "pictures", "images", "clips")
 NAMES = [name for name, _ in SIGHTS]
@@ -27,7 +48,9 @@ NAMES = [name for name, _ in SIGHTS]
 
 @pytest.fixture(scope="module")
 def processor():
-    return AutoProcessor.from_pretrained(ROOT / "checkpoints/moss-vl-nano", trust_remote_code=True, frame_extract_num_threads=1)
+    return AutoProcessor.from_pretrained(
+        ROOT / "checkpoints/moss-vl-nano", trust_remote_code=True, frame_extract_num_threads=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +78,7 @@ def notes(monkeypatch):
         def noting(*args, **kwargs):
             notes["scenes"].append(make(*args, **kwargs))
             return notes["scenes"][-1]
+
         return noting
 
     def note_question(script, question, add=lessons.Script.add):
@@ -96,7 +120,13 @@ def media_of(notes, batch, row) -> dict:
     for time in lessons.sampled_times(scene, rate):
         moment = moments.setdefault(tuple(scene.at(time)), len(moments))
         frames[round(time * scene.fps)] = np.asarray(pictures[moment])
-    return {"videos": [frames], "video_metadata": [{"fps": scene.fps}], "video_fps": rate, "min_pixels": low, "max_pixels": high}
+    return {
+        "videos": [frames],
+        "video_metadata": [{"fps": scene.fps}],
+        "video_fps": rate,
+        "min_pixels": low,
+        "max_pixels": high,
+    }
 
 
 def alone(model, processor, script, question, media) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +152,12 @@ def alone(model, processor, script, question, media) -> tuple[torch.Tensor, torc
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_question_in_a_packed_row_is_the_question_by_itself(processor, model, notes, kind):
-    wanted = {("template", True), ("template", False), ("part", 2), ("media", 2) if kind == "images" else ("empty prompt", True)}
+    wanted = {
+        ("template", True),
+        ("template", False),
+        ("part", 2),
+        ("media", 2) if kind == "images" else ("empty prompt", True),
+    }
     seen = set()
     for step in range(20):
         if wanted <= seen:
@@ -143,7 +178,9 @@ def test_a_question_in_a_packed_row_is_the_question_by_itself(processor, model, 
                 answer = ((parts == part) & (batch["labels"][row] != -100)).nonzero()[:, 0]
                 packed = out.logits[row, answer - 1]
                 assert (packed - logits).abs().max() < 1e-4 * logits.abs().max(), (step, row, question)
-                losses.append(torch.nn.functional.cross_entropy(logits, batch["labels"][row, answer], reduction="none"))
+                losses.append(
+                    torch.nn.functional.cross_entropy(logits, batch["labels"][row, answer], reduction="none")
+                )
                 seen |= {("template", script.template), ("part", part)}
                 seen |= {("media", batch["media_nums"][row]), ("empty prompt", question.prompt == "")}
         assert out.loss.item() == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
@@ -165,7 +202,9 @@ def test_labels_are_the_answers(processor, notes, kind):
             answer = (learned & (parts == part)).nonzero()[:, 0]
             assert processor.tokenizer.decode(ids[answer]) == question.answer + "<|im_end|>"
             assert set(tasks[answer].tolist()) == {TASKS.index(question.task)}
-            assert answer.tolist() == list(range(answer[0], (parts == part).nonzero().max() + 1)), "an answer ends its question"
+            assert answer.tolist() == list(range(answer[0], (parts == part).nonzero().max() + 1)), (
+                "an answer ends its question"
+            )
         assert len({question.prompt for question in script.asked}) == len(script.asked)
 
 
@@ -196,7 +235,7 @@ def test_batches_depend_on_their_number_the_seed_and_the_rank_alone(processor):
     forward = [first.batch(step) for step in range(5)]
     backward = [second.batch(step) for step in reversed(range(5))][::-1]
     assert [batch["kind"] for batch in forward] == [*KINDS, "look"]
-    assert all(same(*pair) for pair in zip(forward, backward))
+    assert all(same(*pair) for pair in zip(forward, backward, strict=True))
     assert not same(forward[0], forward[4]) and not same(forward[0], other.batch(0))
     assert same(first.batch(0, rank=0), forward[0]) and same(first.batch(1, rank=1), second.batch(1, rank=1))
 
@@ -206,13 +245,14 @@ def test_processes_side_by_side_have_batches_of_one_kind_and_no_scene_in_common(
     batches, scenes = [], []
     for rank in range(2):
         notes["scenes"].clear()
-        batches.append(Lessons(processor, seed=0, plan=lambda step: KINDS[step], size=8).batch(KINDS.index(kind), rank))
+        batches.append(
+            Lessons(processor, seed=0, plan=lambda step: KINDS[step], size=8).batch(KINDS.index(kind), rank)
+        )
         scenes.append(set(notes["scenes"]))
     assert [batch["kind"] for batch in batches] == [kind] * 2
     assert all(scenes) and not scenes[0] & scenes[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Sights
 
 STAGE = Scene(
@@ -226,7 +266,7 @@ STAGE = Scene(
 
 
 def named(row) -> dict:
-    return dict(zip(NAMES, row.tolist()))
+    return dict(zip(NAMES, row.tolist(), strict=True))
 
 
 def test_sights_of_things():
@@ -238,10 +278,18 @@ def test_sights_of_things():
     kinds = {"circle": (0, 0, 1), "ring": (5, 1, 0), "star": (3, 2, 0)}
 
     def thing(name, place, x, y, rank, **nearest):
-        sight = dict(zip(("shape", "colour", "size"), kinds[name])) | {"place": PLACES.index(place), "rank": rank, "twin": 0}
-        sight |= {"across": int(x * FINE), "down": int(y * FINE)} | {f"nearest shape {way}": len(SHAPES) for way in world.WAYS}
+        sight = dict(zip(("shape", "colour", "size"), kinds[name], strict=True)) | {
+            "place": PLACES.index(place),
+            "rank": rank,
+            "twin": 0,
+        }
+        sight |= {"across": int(x * FINE), "down": int(y * FINE)} | {
+            f"nearest shape {way}": len(SHAPES) for way in world.WAYS
+        }
         for way, other in nearest.items():
-            sight |= dict(zip((f"nearest {what} {way}" for what in ("shape", "colour", "size")), kinds[other]))
+            sight |= dict(
+                zip((f"nearest {what} {way}" for what in ("shape", "colour", "size")), kinds[other], strict=True)
+            )
         return sight
 
     circle = thing("circle", "center", 120 / 320, 120 / 240, 0, right="ring", up="star", down="ring")
@@ -265,13 +313,16 @@ def test_twins_are_told_apart():
 def test_sights_of_letters():
     """Against the columns in which the sign's ink stands."""
     shown = sights((), STAGE.signs, (320, 240), (6, 8)).reshape(6, 8, len(SIGHTS))
-    spelling, shown = shown[..., NAMES.index("spelling")], shown[..., NAMES.index("letter 0") : NAMES.index("spelling")]
+    spelling, shown = (
+        shown[..., NAMES.index("spelling")],
+        shown[..., NAMES.index("letter 0") : NAMES.index("spelling")],
+    )
     mask, (begin, _) = sign_mask(STAGE.sign, STAGE, 1)
     ink = np.flatnonzero((np.asarray(mask) > 0).any(0)) + begin
     letters = np.split(ink, np.flatnonzero(np.diff(ink) > 1) + 1)
     assert len(letters) == 3, "the test needs letters that do not touch"
     expected, first = np.full((6, 8, LETTERS_A_TOKEN), len(SIGN_CHARACTERS)), np.full((6, 8), -100)
-    for i, (letter, columns) in reversed([*enumerate(zip("K7Q", letters))]):
+    for i, (letter, columns) in reversed([*enumerate(zip("K7Q", letters, strict=True))]):
         column = int((columns[0] + columns[-1]) / 2 / 40)
         expected[1, column] = [SIGN_CHARACTERS.index(letter), *expected[1, column, :-1]]
         first[1, column] = i
@@ -279,7 +330,9 @@ def test_sights_of_letters():
 
 
 def test_more_letters_than_a_token_is_asked():
-    shown = sights((), (Sign("ABCDE", 0.25, 0.3, 0.12, "black"),), (320, 240), (2, 2))[:, NAMES.index("letter 0") : NAMES.index("spelling")]
+    shown = sights((), (Sign("ABCDE", 0.25, 0.3, 0.12, "black"),), (320, 240), (2, 2))[
+        :, NAMES.index("letter 0") : NAMES.index("spelling")
+    ]
     assert shown.tolist() == [[0, 1, 2, 3], *[[len(SIGN_CHARACTERS)] * 4] * 3]
 
 
@@ -291,12 +344,16 @@ def test_sights_stand_in_the_order_of_the_vision_tokens(processor, model, notes)
         notes["scenes"].clear()
         batch = batch_of(processor, "pictures", step)
         tokens = batch["pixel_values"].float().view(-1, 4, 3, 256).transpose(1, 2).flatten(2)  # [N, 3, pixels]
-        assert len(batch["sights"]) == len(tokens) == len(model.model.visual(batch["pixel_values"].float(), batch["grid_thw"]))
+        assert (
+            len(batch["sights"])
+            == len(tokens)
+            == len(model.model.visual(batch["pixel_values"].float(), batch["grid_thw"]))
+        )
         scenes = iter(sorted(notes["scenes"], key=lambda scene: scene.width / scene.height))
         ends = np.cumsum([h * w // 4 for _, h, w in batch["grid_thw"]])
-        for begin, end, scene in zip([0, *ends], ends, scenes, strict=False):
+        for begin, end, scene in zip([0, *ends], ends, scenes, strict=True):
             things = scene.at(0.0)
-            for token, sight in zip(tokens[begin:end], batch["sights"][begin:end]):
+            for token, sight in zip(tokens[begin:end], batch["sights"][begin:end], strict=True):
                 if sight[0] == SHAPES.index("circle"):
                     thing = things[named(sight)["rank"]]
                     assert (thing.shape, list(COLOURS).index(thing.colour)) == ("circle", sight[1])
@@ -318,12 +375,11 @@ def test_ink_stands_in_the_order_of_the_patches(processor):
     assert np.abs(ink - levels).mean() < 0.03
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Facts
 
 
 def told(row) -> dict:
-    return {name: value for (name, _), value in zip(FACTS, row) if value != -100}
+    return {name: value for (name, _), value in zip(FACTS, row, strict=True) if value != -100}
 
 
 def test_slots():
@@ -340,15 +396,28 @@ def test_facts_of_a_picture():
 
     def known(slot, colour, size, place, x, y, rank):
         fine = {f"across {slot}": int(x * FINE), f"down {slot}": int(y * FINE)}
-        return {f"colour {slot}": colour, f"size {slot}": size, f"place {slot}": PLACES.index(place), **fine, f"rank {slot}": rank}
+        return {
+            f"colour {slot}": colour,
+            f"size {slot}": size,
+            f"place {slot}": PLACES.index(place),
+            **fine,
+            f"rank {slot}": rank,
+        }
 
     absent = {f"colour {slot}": len(COLOURS) for slot in SLOTS}
-    star, circle = known("star", 2, 0, "top right", 290 / 320, 30 / 240, 3), known("circle", 0, 1, "center", 120 / 320, 120 / 240, 1)
-    rings = known("ring", 0, 0, "left", 0.1, 0.5, 0) | known("second", 1, 0, "bottom", 201 / 320, 199 / 240, 2) | {"kind second": 5}
+    star, circle = (
+        known("star", 2, 0, "top right", 290 / 320, 30 / 240, 3),
+        known("circle", 0, 1, "center", 120 / 320, 120 / 240, 1),
+    )
+    rings = (
+        known("ring", 0, 0, "left", 0.1, 0.5, 0)
+        | known("second", 1, 0, "bottom", 201 / 320, 199 / 240, 2)
+        | {"kind second": 5}
+    )
     rows = fact_rows([facts(things, 2), facts([])])
     assert told(rows[0].tolist()) == absent | star | circle | rings | {"count": 4, "picture": 2}
     assert told(rows[1].tolist()) == absent | {"count": 0}
-    assert all(value < classes for row in rows.tolist() for value, (_, classes) in zip(row, FACTS))
+    assert all(value < classes for row in rows.tolist() for value, (_, classes) in zip(row, FACTS, strict=True))
 
 
 def test_facts_of_a_clip():
@@ -361,8 +430,12 @@ def test_facts_of_a_clip():
     events = {slot: [row[f"event {slot}"] for row in rows] for slot in SLOTS}
     happens = {name: HAPPENINGS.index(name) for name in HAPPENINGS}
     nothing = len(HAPPENINGS)
-    assert events["star"] == [happens.get({3: "appears", 6: "moves right", 7: "moves right"}.get(second), nothing) for second in range(14)]
-    assert events["ring"] == [happens.get({3: "changes", 13: "disappears"}.get(second), nothing) for second in range(14)]
+    assert events["star"] == [
+        happens.get({3: "appears", 6: "moves right", 7: "moves right"}.get(second), nothing) for second in range(14)
+    ]
+    assert events["ring"] == [
+        happens.get({3: "changes", 13: "disappears"}.get(second), nothing) for second in range(14)
+    ]
     assert events["cross"] == events["second"] == [nothing] * 14
     assert [row["events"] for row in rows] == [0] * 3 + [2] * 3 + [3] * 7 + [4]
     assert [row["count"] for row in rows] == [1] * 3 + [2] * 10 + [1]
@@ -376,7 +449,10 @@ def test_facts_of_the_frame_in_which_an_event_begins():
     cross = Thing("cross", "black", 0.8, 0.8, 0.1, moves=(5.0, 0.0, -0.4))
     scene = Scene(160, 160, ((128, 128, 128),) * 2, (star, ring, cross), seconds=8.0, fps=8)
     rows = clip_facts(scene, [float(second) for second in range(8)])
-    told = {second: {name: value for name, value in row.items() if name.split()[0] in ("begins", "subject")} for second, row in enumerate(rows)}
+    told = {
+        second: {name: value for name, value in row.items() if name.split()[0] in ("begins", "subject")}
+        for second, row in enumerate(rows)
+    }
     colours, what = list(COLOURS), lambda name: HAPPENINGS.index(name)
     subjects = {
         1: ("appears", "star", "blue", 0, {"subject place": PLACES.index("center")}),
@@ -425,10 +501,13 @@ def test_leaps_put_frames_and_questions_farther_on(processor):
     torn = lessons.Script(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
     torn.leap([5, 7])
     first, second = plain.pads
-    added = [now - before for now, before in zip(torn.positions, plain.positions)]
+    added = [now - before for now, before in zip(torn.positions, plain.positions, strict=True)]
     assert added == [5] * (first + 1) + [7] * (len(added) - first - 1) and second > first
     assert torn.begin == plain.begin + 7
-    assert all(sorted(leaps) == leaps and leaps[-1] <= lessons.FURTHEST for leaps in (lessons.random_leaps(random.Random(i), 9) for i in range(50)))
+    assert all(
+        sorted(leaps) == leaps and leaps[-1] <= lessons.FURTHEST
+        for leaps in (lessons.random_leaps(random.Random(i), 9) for i in range(50))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -444,11 +523,13 @@ def test_facts_stand_in_the_order_of_the_text_tokens(processor, notes, kind):
             expected += clip_facts(scene, lessons.sampled_times(scene, rate))
         else:
             group = [next(scenes) for _ in range(pictures)]
-            expected += [facts(scene.numbered_at(0.0), number if kind == "images" else None) for number, scene in enumerate(group)]
+            expected += [
+                facts(scene.numbered_at(0.0), number if kind == "images" else None)
+                for number, scene in enumerate(group)
+            ]
     assert torch.equal(batch["facts"], fact_rows(expected))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Where to look
 
 
@@ -457,7 +538,10 @@ def gazes(batch, name) -> dict:
     heads = {}
     for row, head, text, token, _ in batch["gaze"][name].tolist():
         heads.setdefault((row, text), {}).setdefault(head, set()).add(token)
-    assert all(set(told) in (set(lessons.Gaze.HALF), set(range(8))) and len({*map(frozenset, told.values())}) == 1 for told in heads.values())
+    assert all(
+        set(told) in (set(lessons.Gaze.HALF), set(range(8))) and len({*map(frozenset, told.values())}) == 1
+        for told in heads.values()
+    )
     return {at: told[0] for at, told in heads.items()}
 
 
@@ -526,14 +610,16 @@ def test_pictures_look_at_what_each_slot_holds(processor, notes):
             assert token == begins[row + 1] - begins[row]
         else:
             sight = named(batch["sights"][begins[row] + token])
-            assert [sight[name] for name in ("colour", "place")] == [known[f"{name} {slot}"] for name in ("colour", "place")]
+            assert [sight[name] for name in ("colour", "place")] == [
+                known[f"{name} {slot}"] for name in ("colour", "place")
+            ]
             assert sight["shape"] == (head if head < len(SHAPES) else known[f"kind {slot}"])
             full += 1
     assert full > 8
 
 
 def test_answers_about_clips_look_at_the_frame_that_shows_them(processor, notes):
-    """"When" and "visible at" at the frame whose stamp is the answer, or in the question; several pictures at the one that is the answer."""
+    """ "When" and "visible at" at the frame whose stamp is the answer, or in the question; several pictures at the one that is the answer."""
     found = {"when": 0, "visible at": 0, "which image": 0}
     pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for kind, step in (("clips", 0), ("clips", 1), ("images", 0)):
@@ -549,7 +635,14 @@ def test_answers_about_clips_look_at_the_frame_that_shows_them(processor, notes)
                     scene = script.clip[0]
                     rate = next(rate for rate in (1, 2) if len(lessons.sampled_times(scene, rate)) == len(pads))
                     stamps = [f"{time:.1f} seconds" for time in lessons.sampled_times(scene, rate)]
-                    frame = next((frame for frame, stamp in enumerate(stamps) if stamp == question.answer or question.prompt[:-1].endswith(f" {stamp}")), None)
+                    frame = next(
+                        (
+                            frame
+                            for frame, stamp in enumerate(stamps)
+                            if stamp == question.answer or question.prompt[:-1].endswith(f" {stamp}")
+                        ),
+                        None,
+                    )
                     if frame is None:
                         continue  # asked about a time between two frames
                 else:
@@ -570,11 +663,15 @@ def test_frames_look_at_their_stamps_and_at_the_frame_before(processor):
     answers = [at for at in digits if batch["labels"][at[0], at[1] + 1] != -100]
     assert answers and {TASKS[batch["tasks"][row, text + 1]] for row, text in answers} == {"visible at"}
     for row, text in answers:
-        prompt = processor.tokenizer.decode(batch["input_ids"][row][(batch["parts"][row] == batch["parts"][row, text])]).split(" seconds")[0]
-        assert f"{digits[row, text][2]}{digits[row, text][1]}.{digits[row, text][0]}".strip() == prompt.split(" at ")[-1]
+        prompt = processor.tokenizer.decode(
+            batch["input_ids"][row][(batch["parts"][row] == batch["parts"][row, text])]
+        ).split(" seconds")[0]
+        assert (
+            f"{digits[row, text][2]}{digits[row, text][1]}.{digits[row, text][0]}".strip() == prompt.split(" at ")[-1]
+        )
     pads = (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).nonzero().tolist()
     last = {}
-    for (row, text), facts_of in zip(pads, batch["facts"].tolist()):
+    for (row, text), facts_of in zip(pads, batch["facts"].tolist(), strict=True):
         stamp = [told(facts_of)[f"stamp {i}"] for i in range(3)]
         tens = str(stamp[0]) if stamp[0] else "<|time_start|>"
         assert digits[row, text] == {0: str(stamp[2]), 1: str(stamp[1]), 2: tens}

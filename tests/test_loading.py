@@ -6,20 +6,29 @@ import shutil
 import subprocess
 import sys
 
+import cross_version
 import pytest
 import torch
+from conftest import GOLDEN, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
-                          AutoTokenizer)
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.utils import is_flash_attn_2_available
 
-import cross_version
-from conftest import GOLDEN, ROOT
-from scripts import load_script
+from moss_vl.tools import install_into
+from moss_vl.training.nano import make_nano
+
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
-CODE_FILES = load_script("install_into.py").code_files()
+CODE_FILES = install_into.code_files()
 SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 QUESTION = "<|image|><|video|>What happens?"
 MEDIA = {"images": str(ROOT / "data/example_image.jpg"), "videos": str(ROOT / "data/example_video.mp4")}
@@ -71,12 +80,18 @@ def test_auto_models_are_one_model(copied, loaded, auto_class):
 
 def test_auto_classes_of_the_parts(copied):
     config = AutoConfig.from_pretrained(copied, trust_remote_code=True)
-    assert (type(config).__name__, config.model_type, config.text_config.cross_attention_layers) == ("MossVLConfig", "moss_vl", [2, 6])
+    assert (type(config).__name__, config.model_type, config.text_config.cross_attention_layers) == (
+        "MossVLConfig",
+        "moss_vl",
+        [2, 6],
+    )
     processor = AutoProcessor.from_pretrained(copied, trust_remote_code=True, frame_extract_num_threads=1)
     assert type(processor).__name__ == "MossVLProcessor"
     assert processor.image_token_id == config.image_token_id and processor.video_token_id == config.video_token_id
     assert type(processor.video_processor).__name__ == "MossVLVideoProcessor"
-    assert type(AutoImageProcessor.from_pretrained(copied, trust_remote_code=True)).__name__.startswith("MossVLImageProcessor")
+    assert type(AutoImageProcessor.from_pretrained(copied, trust_remote_code=True)).__name__.startswith(
+        "MossVLImageProcessor"
+    )
     assert AutoTokenizer.from_pretrained(copied, trust_remote_code=True).get_vocab() == processor.tokenizer.get_vocab()
 
 
@@ -93,10 +108,17 @@ def test_flash_attention_falls_back_with_one_warning(copied, caplog, monkeypatch
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     logging.Logger.warning_once.cache_clear()  # what an earlier test was warned of
     processor = AutoProcessor.from_pretrained(copied, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(copied, trust_remote_code=True, device_map="auto", torch_dtype=torch.bfloat16,
-                                                 attn_implementation="flash_attention_2")
+    model = AutoModelForCausalLM.from_pretrained(
+        copied,
+        trust_remote_code=True,
+        device_map="auto",
+        torch_dtype=torch.bfloat16,
+        attn_implementation="flash_attention_2",
+    )
     for _ in range(2):
-        assert model.offline_image_generate(processor, prompt="What color is the star?", image=MEDIA["images"], max_new_tokens=4)
+        assert model.offline_image_generate(
+            processor, prompt="What color is the star?", image=MEDIA["images"], max_new_tokens=4
+        )
     assert len([message for message in caplog.messages if "flash" in message]) == 1, caplog.messages
 
 
@@ -105,7 +127,9 @@ def test_saved_and_loaded_again_by_a_fresh_process(tmp_path):
     cross_version.save(folder)
     for name in CODE_FILES:
         assert not (folder / name).is_symlink() and (folder / name).read_bytes() == (ROOT / name).read_bytes()
-    done = subprocess.run([sys.executable, cross_version.__file__, "load", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, cross_version.__file__, "load", str(folder)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -116,7 +140,9 @@ def test_loading_keywords_do_not_end_up_in_saved_files(copied, tmp_path):
     assert "frame_extract_num_threads" not in (tmp_path / "tokenizer_config.json").read_text()
     again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     ours, theirs = (each(text=QUESTION, return_tensors="pt", **MEDIA) for each in (processor, again))
-    assert torch.equal(ours["input_ids"], theirs["input_ids"]) and torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(ours["input_ids"], theirs["input_ids"]) and torch.equal(
+        ours["pixel_values"], theirs["pixel_values"]
+    )
 
 
 def test_generate_with_what_the_processor_gives(loaded):
@@ -131,25 +157,44 @@ def test_generate_with_what_the_processor_gives(loaded):
 
 def names_of_model_md():
     """The list of spec/model.md section 2 for the 11B model."""
-    layers = {f"model.language_model.layers.{n}.{part}.weight" for n in range(48)
-              for part in ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+    layers = {
+        f"model.language_model.layers.{n}.{part}.weight"
+        for n in range(48)
+        for part in ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    }
     for n in range(48):
         attention = "cross_attn" if n % 4 == 2 else "self_attn"
-        layers |= {f"model.language_model.layers.{n}.{attention}.{part}.weight"
-                   for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+        layers |= {
+            f"model.language_model.layers.{n}.{attention}.{part}.weight"
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        }
         if n % 4 == 2:
             layers |= {f"model.language_model.layers.{n}.cross_attn_{part}_gate" for part in ("attn", "mlp")}
-    modules = {f"blocks.{n}.{part}" for n in range(27)
-               for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")}
+    modules = {
+        f"blocks.{n}.{part}"
+        for n in range(27)
+        for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    }
     modules |= {f"merger.norms.{k}" for k in range(4)} | {"merger.linear_fc1", "merger.linear_fc2", "patch_embed.proj"}
     vision = {f"model.visual.{module}.{kind}" for module in modules for kind in ("weight", "bias")}
-    return layers | vision | {"model.separator_token", "model.visual.pos_embed.weight", "model.language_model.embed_tokens.weight",
-                              "model.language_model.norm.weight", "lm_head.weight"}
+    return (
+        layers
+        | vision
+        | {
+            "model.separator_token",
+            "model.visual.pos_embed.weight",
+            "model.language_model.embed_tokens.weight",
+            "model.language_model.norm.weight",
+            "lm_head.weight",
+        }
+    )
 
 
 def test_released_folder_builds_processor_and_model(released):
     processor = AutoProcessor.from_pretrained(released, trust_remote_code=True)
-    assert processor.image_processor.multi_image_max_pixels == 201326592 and processor.video_processor.max_frames == 256
+    assert (
+        processor.image_processor.multi_image_max_pixels == 201326592 and processor.video_processor.max_frames == 256
+    )
     config = AutoConfig.from_pretrained(released, trust_remote_code=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -163,13 +208,32 @@ def test_released_folder_with_small_sizes_answers(released):
 
     def shrink(config):
         config["text_config"].update(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=128,
-            cross_attention_layers=[1, 3], vocab_size=len(processor.tokenizer), bos_token_id=processor.tokenizer.pad_token_id,
-            eos_token_id=processor.tokenizer.eos_token_id)
-        config["vision_config"].update(depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
-                                       deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
-        config.update(image_token_id=processor.image_token_id, video_token_id=processor.video_token_id,
-                      vision_start_token_id=processor.vision_start_token_id, vision_end_token_id=processor.vision_end_token_id)
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=128,
+            cross_attention_layers=[1, 3],
+            vocab_size=len(processor.tokenizer),
+            bos_token_id=processor.tokenizer.pad_token_id,
+            eos_token_id=processor.tokenizer.eos_token_id,
+        )
+        config["vision_config"].update(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            out_hidden_size=64,
+            deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=16,
+        )
+        config.update(
+            image_token_id=processor.image_token_id,
+            video_token_id=processor.video_token_id,
+            vision_start_token_id=processor.vision_start_token_id,
+            vision_end_token_id=processor.vision_end_token_id,
+        )
 
     edit_config(released, shrink)
     torch.manual_seed(0)
@@ -200,8 +264,10 @@ def test_script_makes_the_committed_checkpoint(tmp_path, monkeypatch):
     arguments = ["make_nano.py", "--output", str(tmp_path), "--weights", str(NANO / "model.safetensors")]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setenv("HF_MODULES_CACHE", "")  # so that what the script sets is taken back
-    load_script("checkpoints/make_nano.py").main()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in NANO.iterdir() if path.is_file())
+    make_nano.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in NANO.iterdir() if path.is_file()
+    )
     for path in tmp_path.iterdir():
         if path.suffix == ".safetensors":
             made, kept = load_file(path), load_file(NANO / path.name)
@@ -213,28 +279,66 @@ def test_script_makes_the_committed_checkpoint(tmp_path, monkeypatch):
 def test_tokenizer():
     """Ids and offsets as literal rows: both transformers versions must give them."""
     tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-               "<|time_start|>", "<|time_end|>"]
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|time_start|>",
+        "<|time_end|>",
+    ]
     assert tokenizer.convert_tokens_to_ids(special) == list(range(639, 648)) and len(tokenizer) == 648
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<|endoftext|>", "<|im_end|>", None)
     text = '<|time_start|>12.5 seconds<|time_end|><|image_pad|>a red star, "K7" \U0001f642'
     encoded = tokenizer(text, return_offsets_mapping=True)
     assert list(encoded) == ["input_ids", "attention_mask", "offset_mapping"]
     assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[:11] == [
-        "<|time_start|>", "1", "2", ".", "5", "\u0120seconds", "<|time_end|>", "<|image_pad|>", "a", "\u0120red", "\u0120star"]
+        "<|time_start|>",
+        "1",
+        "2",
+        ".",
+        "5",
+        "\u0120seconds",
+        "<|time_end|>",
+        "<|image_pad|>",
+        "a",
+        "\u0120red",
+        "\u0120star",
+    ]
     assert encoded["offset_mapping"][:11] == [
-        (0, 14), (14, 15), (15, 16), (16, 17), (17, 18), (18, 26), (26, 38), (38, 51), (51, 52), (52, 56), (56, 61)]
+        (0, 14),
+        (14, 15),
+        (15, 16),
+        (16, 17),
+        (17, 18),
+        (18, 26),
+        (26, 38),
+        (38, 51),
+        (51, 52),
+        (52, 56),
+        (56, 61),
+    ]
     assert tokenizer.decode(encoded["input_ids"]) == text
-    assert tokenizer.decode(encoded["input_ids"], skip_special_tokens=True) == '12.5 secondsa red star, "K7" \U0001f642'
+    assert (
+        tokenizer.decode(encoded["input_ids"], skip_special_tokens=True) == '12.5 secondsa red star, "K7" \U0001f642'
+    )
 
 
 def test_chat_template(loaded):
     processor, _ = loaded
-    messages = [{"role": "system", "content": "S"},
-                {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]},
-                {"role": "assistant", "content": "A"}]
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]},
+        {"role": "assistant", "content": "A"},
+    ]
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|><|video|>What happens?<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     assert processor.apply_chat_template(messages, tokenize=False) == text
-    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text + "<|im_start|>assistant\n"
+    assert (
+        processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        == text + "<|im_start|>assistant\n"
+    )
     with pytest.raises(ValueError, match="audio"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)

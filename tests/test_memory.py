@@ -1,18 +1,15 @@
 """The formula for memory in benchmarks/memory.py and docs/performance.md against what is measured, and the tables there."""
 
 import json
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from moss_vl import attention
 from tiny import make_model
 
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from memory import measured_bytes, prefill_bytes, released_table  # noqa: E402
-from model import tables  # noqa: E402
+from moss_vl import attention
+from moss_vl.benchmarks.memory import measured_bytes, prefill_bytes, released_table
+from moss_vl.benchmarks.model import tables
 
 
 def sized_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4):
@@ -21,7 +18,9 @@ def sized_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4):
         "num_key_value_heads": kv_heads, "head_dim": 64, "cross_attention_layers": list(range(2, layers, 4)),
         "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
     }  # fmt: skip
-    return make_model(text=text, vision={"hidden_size": vision, "intermediate_size": wide * vision, "out_hidden_size": hidden}).to(dtype)
+    return make_model(
+        text=text, vision={"hidden_size": vision, "intermediate_size": wide * vision, "out_hidden_size": hidden}
+    ).to(dtype)
 
 
 # Name -> (model, frames, rows, columns, tokens of text, chunk). What is largest: the encoder in the first two, then the caches, the text.
@@ -36,7 +35,9 @@ CASES = {
 IN_HALF = ("short", "small chunks")  # many CPUs are slow at it
 
 
-@pytest.mark.parametrize("case, dtype", [*[(case, torch.float32) for case in CASES], *[(case, torch.bfloat16) for case in IN_HALF]])
+@pytest.mark.parametrize(
+    "case, dtype", [*[(case, torch.float32) for case in CASES], *[(case, torch.bfloat16) for case in IN_HALF]]
+)
 def test_the_formula_holds(case, dtype, monkeypatch):
     """Never less than what is measured, and at most a fifth more."""
     monkeypatch.setattr(attention, "CPU_BFLOAT16", False)  # where it is, up to CPU_SCORES scores come on top

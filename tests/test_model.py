@@ -8,16 +8,16 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN, ROOT
-from moss_vl import attention, cache_layers, modeling_moss_vl
-from moss_vl.cache_layers import VisionCacheLayer
-from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
-
 from safetensors.torch import load_file
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model, row_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from moss_vl import attention, cache_layers, modeling_moss_vl
+from moss_vl.cache_layers import VisionCacheLayer
+from moss_vl.configuration_moss_vl import MossVLConfig
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 TINY = GOLDEN / "model" / "tiny"
@@ -41,7 +41,9 @@ def close(got, expected, tolerance=1e-5, what=""):
     difference = (got - expected).abs() / expected.abs().max().clamp(min=1)
     assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
     worst = difference.max().item() if difference.numel() else 0.0
-    assert worst <= tolerance, f"{what}: off by {worst:.2e} at {torch.unravel_index(difference.argmax(), difference.shape)}"
+    assert worst <= tolerance, (
+        f"{what}: off by {worst:.2e} at {torch.unravel_index(difference.argmax(), difference.shape)}"
+    )
 
 
 def exactly(got, expected, what):
@@ -59,7 +61,9 @@ def test_golden(golden_model, case):
     visual = {name: data[name] for name in ("pixel_values", "grid_thw") if name in data}
     if visual:
         exactly(golden_model.model.visual(**visual), data["vision_features"], what="vision features")
-        exactly(golden_model.get_image_features(**visual).pooler_output, data["vision_features"], what="image features")
+        exactly(
+            golden_model.get_image_features(**visual).pooler_output, data["vision_features"], what="image features"
+        )
     positions, vision_positions, rope_delta = golden_model.get_rope_index(ids, visual.get("grid_thw"))
     assert torch.equal(positions[:, 0], data["position_ids"])
     assert torch.equal(rope_delta, data["rope_delta"])
@@ -253,7 +257,9 @@ def test_attention_by_blocks_equals_attention_at_once(monkeypatch, mask, scores)
 SIZES = {
     "no groups": {"text": {"num_attention_heads": 2, "num_key_value_heads": 2}},
     "one key head": {"text": {"num_attention_heads": 6, "num_key_value_heads": 1}},
-    "wide heads, bias": {"text": {"head_dim": 40, "attention_bias": True, "rope_scaling": {"mrope_section": [8, 6, 6]}}},
+    "wide heads, bias": {
+        "text": {"head_dim": 40, "attention_bias": True, "rope_scaling": {"mrope_section": [8, 6, 6]}}
+    },
     "cross-attention in a row and last": {"text": {"cross_attention_layers": [2, 3, 5]}},
     "no kept blocks": {"vision": {"deepstack_visual_indexes": []}},
     "last block kept as well": {"vision": {"deepstack_visual_indexes": [1, 2], "num_position_embeddings": 36}},
@@ -269,7 +275,11 @@ SIZES = {
 def test_other_sizes(sizes):
     """eager = sdpa = token by token = batch of each alone."""
     config = SIZES[sizes]
-    samples = [Sample("tFFtt", (1, 8, 4), (1, 4, 12), seed=1), Sample("ttttttt", seed=2), Sample("FFFt", (3, 4, 4), seed=3)]
+    samples = [
+        Sample("tFFtt", (1, 8, 4), (1, 4, 12), seed=1),
+        Sample("ttttttt", seed=2),
+        Sample("FFFt", (3, 4, 4), seed=3),
+    ]
     if config.get("vision", {}).get("temporal_patch_size") == 2:
         for sample in samples:
             sample.pixel_values = sample.pixel_values.repeat(1, 2)
@@ -284,7 +294,9 @@ def test_other_sizes(sizes):
         cache, steps = DynamicCache(), []
         visual = {"pixel_values": sample.pixel_values, "grid_thw": sample.grid_thw}
         for i in range(len(sample.ids)):
-            steps.append(models[1](sample.ids[None, i : i + 1], past_key_values=cache, **(visual if i == 0 else {})).logits)
+            steps.append(
+                models[1](sample.ids[None, i : i + 1], past_key_values=cache, **(visual if i == 0 else {})).logits
+            )
         close(torch.cat(steps, dim=1)[0], alone, what=f"row {row}, token by token")
 
 
@@ -374,7 +386,9 @@ def test_a_changed_token_moves_only_what_stands_behind_it(model):
     assert moved_rows(model, before, after) == [False] * 4 + [True] * 7
 
 
-@pytest.mark.parametrize("frame, pixels, first_row", [(0, slice(0, 16), 0), (2, slice(32, 48), 3), (4, slice(80, 96), 10)])
+@pytest.mark.parametrize(
+    "frame, pixels, first_row", [(0, slice(0, 16), 0), (2, slice(32, 48), 3), (4, slice(80, 96), 10)]
+)
 @torch.no_grad()
 def test_a_changed_frame_moves_only_rows_that_see_it(model, frame, pixels, first_row):
     before = assorted_samples()[3].inputs()
@@ -480,7 +494,9 @@ def test_rows_of_a_cache_may_be_repeated_and_dropped(model, generated):
     expected = model(step, past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
     twice = copy.deepcopy(cache)
     twice.batch_repeat_interleave(2)
-    got = model(step.repeat_interleave(2, 0), past_key_values=twice, attention_mask=mask.repeat_interleave(2, 0)).logits
+    got = model(
+        step.repeat_interleave(2, 0), past_key_values=twice, attention_mask=mask.repeat_interleave(2, 0)
+    ).logits
     close(got, expected.repeat_interleave(2, 0))
     cache.batch_select_indices(torch.tensor([2, 1]))
     close(model(step[[2, 1]], past_key_values=cache, attention_mask=mask[[2, 1]]).logits, expected[[2, 1]])
@@ -525,7 +541,11 @@ def test_the_cache_goes_by_its_older_and_its_newer_name(model):
     out = model(**assorted_samples()[2].inputs(), use_cache=True)
     assert out.past_key_values is getattr(out, CACHE) is out[CACHE]
     step = torch.tensor([[5]])
-    for part, result in ((model, "logits"), (model.model, "last_hidden_state"), (model.model.language_model, "last_hidden_state")):
+    for part, result in (
+        (model, "logits"),
+        (model.model, "last_hidden_state"),
+        (model.model.language_model, "last_hidden_state"),
+    ):
         caches = {name: copy.deepcopy(out.past_key_values) for name in ("cache", "past_key_values")}
         newer, older = (part(step, **{name: cache}) for name, cache in caches.items())
         assert torch.equal(newer[result], older[result])
@@ -635,7 +655,9 @@ def test_tuple_output(model):
 @torch.no_grad()
 def test_a_call_leaves_nothing_behind(model):
     inputs = batch(assorted_samples(), "right")
-    copies = {name: value.clone() if isinstance(value, torch.Tensor) else list(value) for name, value in inputs.items()}
+    copies = {
+        name: value.clone() if isinstance(value, torch.Tensor) else list(value) for name, value in inputs.items()
+    }
     state = {name: set(vars(module)) for name, module in model.named_modules()}
     model(**inputs, use_cache=True)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == state
@@ -701,7 +723,7 @@ def test_a_text_cache_holds_what_a_growing_one_does(work, monkeypatch):
             CACHE_WORK[work](ours), CACHE_WORK[work](plain)
         states = random_states(length, step, rows=2 if step < 3 else plain.keys.shape[0])
         got, expected = ours.update(*states), plain.update(*states)
-        assert all(torch.equal(one, other) for one, other in zip(got, expected)), step
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)), step
         assert ours.get_seq_length() == plain.get_seq_length()
 
 
@@ -718,7 +740,9 @@ def test_a_text_cache_moves_nothing_while_it_has_room(monkeypatch):
     other = copy.deepcopy(layer)
     other.update(*random_states(1, 1))
     kept = layer.update(*random_states(1, 2))
-    assert torch.equal(kept[0][..., -1:, :], random_states(1, 2)[0]) and torch.equal(other.keys[..., -1:, :], random_states(1, 1)[0])
+    assert torch.equal(kept[0][..., -1:, :], random_states(1, 2)[0]) and torch.equal(
+        other.keys[..., -1:, :], random_states(1, 1)[0]
+    )
 
 
 def test_a_text_cache_keeps_gradients():

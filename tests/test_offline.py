@@ -10,10 +10,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextIteratorStreamer, logging
-
 from conftest import GOLDEN
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    logging,
+)
+
 from moss_vl import generation_utils
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.image_processing_moss_vl import MossVLImageProcessorFast
@@ -21,6 +28,7 @@ from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.patches import normalise
 from moss_vl.processing_moss_vl import MossVLProcessor
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+
 
 VIDEO = str(GOLDEN / "processing/media/v05s_320x240_30.mp4")
 LONGER_VIDEO = str(GOLDEN / "processing/media/v5s_320x240_30.mp4")
@@ -45,7 +53,10 @@ def model(processor):
     config = json.loads((GOLDEN / "model/tiny/config.json").read_text())
     config["text_config"]["vocab_size"] = len(processor.tokenizer)
     config["vision_config"]["patch_size"] = 16
-    ids = {f"{kind}_token_id": getattr(processor, f"{kind}_token_id") for kind in ("image", "video", "vision_start", "vision_end")}
+    ids = {
+        f"{kind}_token_id": getattr(processor, f"{kind}_token_id")
+        for kind in ("image", "video", "vision_start", "vision_end")
+    }
     made = MossVLForConditionalGeneration(MossVLConfig(**{**config, **ids})).eval()
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -90,7 +101,9 @@ def nothing_is_encoded(monkeypatch):
 
 def by_hand(model, processor, text, images=None, videos=None, media=SMALL, **generate):
     inputs = processor(text=text, images=images, videos=videos, return_tensors="pt", **media)
-    ids = model.generate(**inputs, **{**NEW, **generate}, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id)
+    ids = model.generate(
+        **inputs, **{**NEW, **generate}, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
+    )
     return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -107,19 +120,57 @@ def query_of(prompt=None, media=SMALL, generate=NEW, **rest):
     return query if prompt is None else {"prompt": prompt, **query}
 
 
-# ------------------------------------------------------------------------------------------------------- the lines as they stand
+# the lines as they stand
 
 
 def test_the_lines_of_the_specification(model, processor, pictures, calls):
-    common = dict(shortest_edge=4096, longest_edge=16777216, patch_size=16, temporal_patch_size=1, merge_size=2,
-                  image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], max_new_tokens=6, temperature=1.0, top_k=50, top_p=1.0,
-                  repetition_penalty=1.0, do_sample=False, vision_chunked_length=64, use_template=False)
-    image = model.offline_image_generate(processor, prompt="", image=pictures[0], multi_image_max_pixels=201326592, **common)
-    video = model.offline_video_generate(processor, prompt="", video=VIDEO, video_max_pixels=201326592, video_fps=1.0, min_frames=1,
-                                         max_frames=256, num_extract_threads=4, **common)
-    queries = [{"images": [pictures[0]], "generate_kwargs": {"max_new_tokens": 6}, "use_template": False},
-               {"videos": [VIDEO], "media_kwargs": {"min_pixels": 4096, "max_pixels": 16777216, "video_max_pixels": 201326592,
-                "video_fps": 1.0, "min_frames": 1, "max_frames": 256}, "generate_kwargs": {"max_new_tokens": 6}, "use_template": False}]
+    common = dict(
+        shortest_edge=4096,
+        longest_edge=16777216,
+        patch_size=16,
+        temporal_patch_size=1,
+        merge_size=2,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+        max_new_tokens=6,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        do_sample=False,
+        vision_chunked_length=64,
+        use_template=False,
+    )
+    image = model.offline_image_generate(
+        processor, prompt="", image=pictures[0], multi_image_max_pixels=201326592, **common
+    )
+    video = model.offline_video_generate(
+        processor,
+        prompt="",
+        video=VIDEO,
+        video_max_pixels=201326592,
+        video_fps=1.0,
+        min_frames=1,
+        max_frames=256,
+        num_extract_threads=4,
+        **common,
+    )
+    queries = [
+        {"images": [pictures[0]], "generate_kwargs": {"max_new_tokens": 6}, "use_template": False},
+        {
+            "videos": [VIDEO],
+            "media_kwargs": {
+                "min_pixels": 4096,
+                "max_pixels": 16777216,
+                "video_max_pixels": 201326592,
+                "video_fps": 1.0,
+                "min_frames": 1,
+                "max_frames": 256,
+            },
+            "generate_kwargs": {"max_new_tokens": 6},
+            "use_template": False,
+        },
+    ]
     with torch.no_grad():
         result = model.offline_batch_generate(processor, queries, session_states=None, vision_chunked_length=64)
     assert [item["text"] for item in result["results"]] == [image, video]
@@ -129,19 +180,38 @@ def test_the_lines_of_the_specification(model, processor, pictures, calls):
 
 
 def test_defaults_are_those_of_the_specification(model):
-    shared = dict(prompt="", shortest_edge=4096, longest_edge=16777216, max_new_tokens=1024, temperature=1.0, top_k=50, top_p=1.0,
-                  repetition_penalty=1.0, do_sample=False, vision_chunked_length=64, use_template=None)
-    for method, own in ((model.offline_image_generate, dict(multi_image_max_pixels=201326592)),
-                        (model.offline_video_generate, dict(video_max_pixels=201326592, video_fps=1.0, min_frames=1, max_frames=256,
-                                                            num_extract_threads=4))):
+    shared = dict(
+        prompt="",
+        shortest_edge=4096,
+        longest_edge=16777216,
+        max_new_tokens=1024,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        do_sample=False,
+        vision_chunked_length=64,
+        use_template=None,
+    )
+    for method, own in (
+        (model.offline_image_generate, dict(multi_image_max_pixels=201326592)),
+        (
+            model.offline_video_generate,
+            dict(video_max_pixels=201326592, video_fps=1.0, min_frames=1, max_frames=256, num_extract_threads=4),
+        ),
+    ):
         parameters = inspect.signature(method).parameters
         assert {name: parameters[name].default for name in {**shared, **own}} == {**shared, **own}
 
 
 def test_text_is_that_of_processor_and_generate_by_hand(model, processor, pictures):
-    bare = model.offline_image_generate(processor, "Hi", pictures[:2], longest_edge=16384, use_template=False, max_new_tokens=8)
+    bare = model.offline_image_generate(
+        processor, "Hi", pictures[:2], longest_edge=16384, use_template=False, max_new_tokens=8
+    )
     assert bare == by_hand(model, processor, "<|image|><|image|>Hi", images=pictures[:2])
-    chat = model.offline_video_generate(processor, "What happens?", VIDEO, longest_edge=16384, video_fps=4, max_new_tokens=8)
+    chat = model.offline_video_generate(
+        processor, "What happens?", VIDEO, longest_edge=16384, video_fps=4, max_new_tokens=8
+    )
     text = "<|im_start|>user\n<|video|>What happens?<|im_end|>\n<|im_start|>assistant\n"
     assert chat == by_hand(model, processor, text, videos=[VIDEO], media={**SMALL, "video_fps": 4})
     result = batch(model, processor, query_of("a", images=pictures[0], videos=[VIDEO]))["results"][0]
@@ -150,7 +220,7 @@ def test_text_is_that_of_processor_and_generate_by_hand(model, processor, pictur
     assert bare and chat and result["text"] and len({bare, chat, result["text"]}) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------------- the knobs
+# the knobs
 
 IMAGE_EFFECTS = [
     (dict(), [[1, 10, 6]]),
@@ -190,12 +260,14 @@ def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, process
     for extra in ({}, {**means, "longest_edge": 16384}, {}):
         model.offline_image_generate(processor, "", pictures[0], max_new_tokens=1, **extra)
     assert all(call["pixel_values"].dtype == torch.uint8 for call in calls), "the model normalises"
-    plain, changed, again = (normalise(call["pixel_values"], *call["image_mean"], *call["image_std"]) for call in calls)
+    plain, changed, again = (
+        normalise(call["pixel_values"], *call["image_mean"], *call["image_std"]) for call in calls
+    )
     assert torch.equal(plain, again) and plain.shape[1] == changed.shape[1] and changed.max() > 2.9 > 1.1 > plain.max()
     calls.clear()
     for extra in ({}, means, {}):
         model.offline_video_generate(processor, "", VIDEO, max_new_tokens=1, **extra)
-    for call, extra in zip(calls, ({}, means, {})):
+    for call, extra in zip(calls, ({}, means, {}), strict=True):
         inputs = processor("<|video|>", videos=VIDEO, return_tensors="pt", **extra)
         with torch.no_grad():
             expected = model.get_image_features(inputs["pixel_values"], inputs["grid_thw"]).last_hidden_state
@@ -220,11 +292,18 @@ def test_generate_gets_sampling_knobs_only_when_it_samples(model, processor, cal
     batch(model, processor, query_of("a", generate=sampling), query_of("a", generate={**sampling, "temperature": 0}))
     (first, second) = calls
     assert {name: first[name] for name in sampling} == sampling
-    assert second["do_sample"] is False and second["temperature"] == 1.0 and second["top_k"] == 50 and second["min_p"] is None
+    assert (
+        second["do_sample"] is False
+        and second["temperature"] == 1.0
+        and second["top_k"] == 50
+        and second["min_p"] is None
+    )
     assert second["repetition_penalty"] == 1.3
 
 
-@pytest.mark.parametrize("generate", [dict(temperature=0), dict(temperature=-1.0, do_sample=True), dict(do_sample=False, temperature=0.3)])
+@pytest.mark.parametrize(
+    "generate", [dict(temperature=0), dict(temperature=-1.0, do_sample=True), dict(do_sample=False, temperature=0.3)]
+)
 def test_greedy_by_temperature_is_greedy(model, processor, pictures, generate):
     assert text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate)) == text_of(
         model, processor, query_of("Hi", images=pictures[0])
@@ -235,7 +314,11 @@ def test_sampling_samples(model, processor, pictures):
     texts = set()
     for seed in (0, 0, 1, 2):
         torch.manual_seed(seed)
-        texts.add(model.offline_image_generate(processor, "Hi", pictures[0], do_sample=True, temperature=2.0, max_new_tokens=8))
+        texts.add(
+            model.offline_image_generate(
+                processor, "Hi", pictures[0], do_sample=True, temperature=2.0, max_new_tokens=8
+            )
+        )
     assert len(texts) == 3
     torch.manual_seed(0)
     assert model.offline_image_generate(processor, "Hi", pictures[0], do_sample=True, top_k=1, max_new_tokens=8) == (
@@ -262,7 +345,11 @@ def test_other_knobs_of_generate(model, processor, pictures, calls):
     ask = lambda **generate: text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate))  # noqa: E731
     plain = ask()
     assert ask(num_beams=3) == by_hand(
-        model, processor, "<|im_start|>user\n<|image|>Hi<|im_end|>\n<|im_start|>assistant\n", images=pictures[:1], num_beams=3
+        model,
+        processor,
+        "<|im_start|>user\n<|image|>Hi<|im_end|>\n<|im_start|>assistant\n",
+        images=pictures[:1],
+        num_beams=3,
     )
     model.offline_batch_generate(processor, [{"prompt": "Hi", "generate_kwargs": {"max_length": 12}}])
     assert calls[-1]["max_length"] == 12 and "max_new_tokens" not in calls[-1]
@@ -285,14 +372,26 @@ def test_a_streamer_gets_the_text_in_pieces(model, processor, pictures):
     assert "".join(streamer) == text
 
 
-# --------------------------------------------------------------------------------------------------------------- wrong queries
+# wrong queries
 
 WRONG_QUERIES = [
     ("promt", dict(promt="a"), "unknown key 'promt'; did you mean 'prompt'"),
     ("image", dict(prompt="a", image="x.png"), "unknown key 'image'; did you mean 'images'"),
-    ("media_kwargs key", dict(prompt="a", media_kwargs={"video_fsp": 1}), "media_kwargs: unknown key 'video_fsp'; did you mean 'video_fps'"),
-    ("generate_kwargs key", dict(prompt="a", generate_kwargs={"max_new_token": 1}), "unknown key 'max_new_token'; did you mean 'max_new_tokens'"),
-    ("several texts", dict(prompt="a", generate_kwargs={"num_return_sequences": 2}), "num_return_sequences.* one text"),
+    (
+        "media_kwargs key",
+        dict(prompt="a", media_kwargs={"video_fsp": 1}),
+        "media_kwargs: unknown key 'video_fsp'; did you mean 'video_fps'",
+    ),
+    (
+        "generate_kwargs key",
+        dict(prompt="a", generate_kwargs={"max_new_token": 1}),
+        "unknown key 'max_new_token'; did you mean 'max_new_tokens'",
+    ),
+    (
+        "several texts",
+        dict(prompt="a", generate_kwargs={"num_return_sequences": 2}),
+        "num_return_sequences.* one text",
+    ),
     ("generate_kwargs type", dict(prompt="a", generate_kwargs=[1]), "generate_kwargs must be a dict, got list"),
     ("nothing", {}, "needs a prompt, messages, images or videos"),
     ("nothing to continue", dict(prompt="", use_template=False), "nothing to continue from"),
@@ -304,21 +403,57 @@ WRONG_QUERIES = [
     ("system type", dict(prompt="a", system_prompt=3), "system_prompt must be a string"),
     ("thinking", dict(prompt="a", thinking_mode="deep_thinkin"), "thinking_mode.*did you mean 'deep_thinking'"),
     ("prompt type choice", dict(prompt="a", system_prompt_type="vidoe"), "system_prompt_type.*did you mean 'video'"),
-    ("system, no template", dict(prompt="a", system_prompt="b", use_template=False), "system turn needs the chat template"),
+    (
+        "system, no template",
+        dict(prompt="a", system_prompt="b", use_template=False),
+        "system turn needs the chat template",
+    ),
     ("no messages", dict(messages=[]), "messages is a list of messages, .*; got "),
-    ("message key", dict(messages=[{"role": "user", "contents": "a"}]), "unknown key 'contents'; did you mean 'content'"),
+    (
+        "message key",
+        dict(messages=[{"role": "user", "contents": "a"}]),
+        "unknown key 'contents'; did you mean 'content'",
+    ),
     ("no role", dict(messages=[{"content": "a"}]), "dicts with 'role' and 'content'; got .* as message 0"),
-    ("part type", dict(messages=[{"role": "user", "content": [{"type": "picture"}]}]), "'type' text, .*image, .*video"),
-    ("part key", dict(messages=[{"role": "user", "content": [{"type": "image", "imge": "a"}]}]), "unknown keyword 'imge'; did you mean 'image'"),
+    (
+        "part type",
+        dict(messages=[{"role": "user", "content": [{"type": "picture"}]}]),
+        "'type' text, .*image, .*video",
+    ),
+    (
+        "part key",
+        dict(messages=[{"role": "user", "content": [{"type": "image", "imge": "a"}]}]),
+        "unknown keyword 'imge'; did you mean 'image'",
+    ),
     ("text part", dict(messages=[{"role": "user", "content": [{"type": "text"}]}]), "needs a string under 'text'"),
-    ("too few", dict(messages=[{"role": "user", "content": "<|image|><|image|>"}], images=["x.png"]), "places for 2 images, but images holds 1"),
-    ("too many", dict(messages=[{"role": "user", "content": "a"}], videos=["x.mp4"]), "places for 0 videos, but videos holds 1"),
+    (
+        "too few",
+        dict(messages=[{"role": "user", "content": "<|image|><|image|>"}], images=["x.png"]),
+        "places for 2 images, but images holds 1",
+    ),
+    (
+        "too many",
+        dict(messages=[{"role": "user", "content": "a"}], videos=["x.mp4"]),
+        "places for 0 videos, but videos holds 1",
+    ),
     ("two systems", dict(messages=[{"role": "system", "content": "a"}], system_prompt="b"), "leave out one"),
-    ("tokens", dict(prompt="a", generate_kwargs={"max_new_tokens": 0}), "max_new_tokens must be a whole number of at least 1, got 0"),
-    ("temperature", dict(prompt="a", generate_kwargs={"temperature": "hot"}), "temperature must be a number, got 'hot'"),
+    (
+        "tokens",
+        dict(prompt="a", generate_kwargs={"max_new_tokens": 0}),
+        "max_new_tokens must be a whole number of at least 1, got 0",
+    ),
+    (
+        "temperature",
+        dict(prompt="a", generate_kwargs={"temperature": "hot"}),
+        "temperature must be a number, got 'hot'",
+    ),
     ("top_p", dict(prompt="a", generate_kwargs={"top_p": 1.5}), "top_p must be above 0 and at most 1, got 1.5"),
     ("top_k", dict(prompt="a", generate_kwargs={"top_k": -1}), "top_k must be a whole number"),
-    ("penalty", dict(prompt="a", generate_kwargs={"repetition_penalty": 0}), "repetition_penalty must be above 0, got 0"),
+    (
+        "penalty",
+        dict(prompt="a", generate_kwargs={"repetition_penalty": 0}),
+        "repetition_penalty must be above 0, got 0",
+    ),
     ("sample", dict(prompt="a", generate_kwargs={"do_sample": 1}), "do_sample must be True or False, got 1"),
     ("no file", dict(prompt="a", images=["nowhere.png"]), "nowhere.png"),
     ("no video", dict(prompt="a", videos=["nowhere.mp4"]), "nowhere.mp4"),
@@ -331,7 +466,9 @@ WRONG_QUERIES = [
 
 
 @pytest.mark.parametrize("wrong, message", [row[1:] for row in WRONG_QUERIES], ids=[row[0] for row in WRONG_QUERIES])
-def test_a_wrong_query_is_named_before_anything_is_encoded(model, processor, pictures, nothing_is_encoded, wrong, message):
+def test_a_wrong_query_is_named_before_anything_is_encoded(
+    model, processor, pictures, nothing_is_encoded, wrong, message
+):
     with pytest.raises((ValueError, FileNotFoundError), match=f"^query 1: .*{message}"):
         batch(model, processor, query_of("fine", images=pictures[0]), wrong)
 
@@ -364,7 +501,7 @@ def test_no_template_to_use(model, processor):
     assert batch(model, bare, query_of("a"))["results"][0]["input_text"] == "a"
 
 
-# ------------------------------------------------------------------------------------------------------------------- batches
+# batches
 
 
 def some_queries(pictures):
@@ -378,8 +515,17 @@ def some_queries(pictures):
     ]
 
 
-@pytest.mark.parametrize("generate", [{}, dict(repetition_penalty=1.5), dict(num_beams=2), dict(no_repeat_ngram_size=2),
-                                      dict(repetition_penalty=3, num_beams=2)], ids=str)
+@pytest.mark.parametrize(
+    "generate",
+    [
+        {},
+        dict(repetition_penalty=1.5),
+        dict(num_beams=2),
+        dict(no_repeat_ngram_size=2),
+        dict(repetition_penalty=3, num_beams=2),
+    ],
+    ids=str,
+)
 def test_in_a_batch_as_alone(model, processor, pictures, generate):
     queries = some_queries(pictures)
     for query in queries:
@@ -410,11 +556,22 @@ def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
     assert [len(call["input_ids"]) for call in calls] == [5, 1]  # by max_new_tokens
     calls.clear()
     same, other = dict(no_repeat_ngram_size=2), dict(no_repeat_ngram_size=3)
-    batch(model, processor, *(query_of(prompt, generate=knobs) for prompt, knobs in (("ab", same), ("ab", other), ("ab", same), ("a longer one", same))))
+    batch(
+        model,
+        processor,
+        *(
+            query_of(prompt, generate=knobs)
+            for prompt, knobs in (("ab", same), ("ab", other), ("ab", same), ("a longer one", same))
+        ),
+    )
     assert [len(call["input_ids"]) for call in calls] == [2, 1, 1]  # this knob would see padding
     calls.clear()
-    streamers = [TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) for _ in range(2)]
-    texts = batch(model, processor, *(query_of("ab", generate=dict(streamer=streamer)) for streamer in streamers))["results"]
+    streamers = [
+        TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) for _ in range(2)
+    ]
+    texts = batch(model, processor, *(query_of("ab", generate=dict(streamer=streamer)) for streamer in streamers))[
+        "results"
+    ]
     assert [len(call["input_ids"]) for call in calls] == [1, 1]
     assert ["".join(streamer) for streamer in streamers] == [item["text"] for item in texts]
 
@@ -432,28 +589,49 @@ class FavourLast(LogitsProcessor):
 
 def test_a_logits_processor_of_the_caller_sees_no_padding(model, processor):
     knobs = dict(logits_processor=LogitsProcessorList([FavourLast()]))
-    short, long = batch(model, processor, query_of("ab", use_template=False, generate=knobs),
-                        query_of("said longer", use_template=False, generate=knobs))["results"]
+    short, long = batch(
+        model,
+        processor,
+        query_of("ab", use_template=False, generate=knobs),
+        query_of("said longer", use_template=False, generate=knobs),
+    )["results"]
     first = processor.tokenizer.decode(processor.tokenizer("ab")["input_ids"][:1])
     assert short["text"] == first * 8 != long["text"]
 
 
-# ------------------------------------------------------------------------------------------------- messages and system turns
+# messages and system turns
 
 
 def test_messages_keep_their_order(model, processor, pictures):
-    parts = [{"type": "text", "text": "First"}, {"type": "image", "image": pictures[0]}, {"type": "text", "text": "then"},
-             {"type": "video", "path": VIDEO}, {"type": "image", "url": pictures[1]}]
+    parts = [
+        {"type": "text", "text": "First"},
+        {"type": "image", "image": pictures[0]},
+        {"type": "text", "text": "then"},
+        {"type": "video", "path": VIDEO},
+        {"type": "image", "url": pictures[1]},
+    ]
     in_parts = query_of(messages=[{"role": "user", "content": parts}])
-    from_lists = query_of(messages=[{"role": "user", "content": "First<|image|>then<|video|><|image_pad|>"}],
-                          images=pictures[:2], videos=VIDEO)
-    mixed = query_of(messages=[{"role": "user", "content": [parts[0], {"type": "image"}, *parts[2:4], {"type": "image"}]}], images=pictures[:2])
+    from_lists = query_of(
+        messages=[{"role": "user", "content": "First<|image|>then<|video|><|image_pad|>"}],
+        images=pictures[:2],
+        videos=VIDEO,
+    )
+    mixed = query_of(
+        messages=[{"role": "user", "content": [parts[0], {"type": "image"}, *parts[2:4], {"type": "image"}]}],
+        images=pictures[:2],
+    )
     before = copy.deepcopy(mixed)
     results = batch(model, processor, in_parts, from_lists, mixed)["results"]
     expected = "<|im_start|>user\nFirst<|image|>then<|video|><|image|><|im_end|>\n<|im_start|>assistant\n"
     assert [item["input_text"] for item in results] == [expected] * 3
-    assert len({item["text"] for item in results}) == 1 and results[0]["messages"] == results[1]["messages"] == results[2]["messages"]
-    assert results[0]["text"] == by_hand(model, processor, expected, images=pictures[:2], videos=[VIDEO]) and mixed == before
+    assert (
+        len({item["text"] for item in results}) == 1
+        and results[0]["messages"] == results[1]["messages"] == results[2]["messages"]
+    )
+    assert (
+        results[0]["text"] == by_hand(model, processor, expected, images=pictures[:2], videos=[VIDEO])
+        and mixed == before
+    )
     said = results[0]["messages"][-1]
     assert said == {"role": "assistant", "content": [{"type": "text", "text": results[0]["text"]}]}
     bare = batch(model, processor, {**in_parts, "use_template": False})["results"][0]
@@ -475,8 +653,10 @@ SYSTEM_TURNS = [
     (dict(thinking_mode="default", system_prompt="Be short."), "Be short."),
     (dict(thinking_mode="standard", system_prompt_type="video"), generation_utils.SYSTEM_PROMPTS["video"]),
     (dict(system_prompt_type="text_image"), generation_utils.SYSTEM_PROMPTS["text_image"]),
-    *((dict(thinking_mode=mode, system_prompt="Be short."), f"Be short.\n{generation_utils.THINKING_PROMPT}")
-      for mode in ("deep_thinking", "thinking", "reasoning")),
+    *(
+        (dict(thinking_mode=mode, system_prompt="Be short."), f"Be short.\n{generation_utils.THINKING_PROMPT}")
+        for mode in ("deep_thinking", "thinking", "reasoning")
+    ),
 ]
 
 
@@ -494,11 +674,13 @@ def test_deep_thinking_about_a_video(model, processor, calls):
     assert re.search("<thinking></thinking>.*<answer></answer>", text)
 
 
-# ------------------------------------------------------------------------------------------------------------------ sessions
+# sessions
 
 
 def test_a_session_goes_on(model, processor, pictures):
-    first = batch(model, processor, query_of("What is it?", images=pictures[0], system_prompt="Be short."), query_of("Hi"))
+    first = batch(
+        model, processor, query_of("What is it?", images=pictures[0], system_prompt="Be short."), query_of("Hi")
+    )
     states = first["session_states"]
     kept = copy.deepcopy(states)
     second = batch(model, processor, query_of("And this?", videos=[VIDEO]), query_of("Again"), session_states=states)
@@ -511,8 +693,16 @@ def test_a_session_goes_on(model, processor, pictures):
     assert second["results"][0]["text"] == by_hand(model, processor, text, images=pictures[:1], videos=[VIDEO])
     assert second["results"][1]["input_text"].count("<|im_start|>") == 4
     assert states == kept
-    third = batch(model, processor, query_of("3", system_prompt="Be long."), query_of("3"), session_states=second["session_states"])
-    assert third["results"][0]["messages"][:1] == [{"role": "system", "content": [{"type": "text", "text": "Be long."}]}]
+    third = batch(
+        model,
+        processor,
+        query_of("3", system_prompt="Be long."),
+        query_of("3"),
+        session_states=second["session_states"],
+    )
+    assert third["results"][0]["messages"][:1] == [
+        {"role": "system", "content": [{"type": "text", "text": "Be long."}]}
+    ]
     assert third["results"][0]["messages"][1:5] == second["results"][0]["messages"][1:]
 
 
@@ -521,11 +711,15 @@ def test_a_session_state_is_plain_data(model, processor, pictures):
     again = json.loads(json.dumps(state))
     assert again == state
     ask = query_of("And now?")
-    assert text_of(model, processor, ask, session_states=[again]) == text_of(model, processor, ask, session_states=[state])
+    assert text_of(model, processor, ask, session_states=[again]) == text_of(
+        model, processor, ask, session_states=[state]
+    )
 
 
 def test_an_earlier_turn_is_seen_as_it_was(model, processor, calls):
-    state = batch(model, processor, query_of("a", videos=[LONGER_VIDEO], media={**SMALL, "video_fps": 2}))["session_states"][0]
+    state = batch(model, processor, query_of("a", videos=[LONGER_VIDEO], media={**SMALL, "video_fps": 2}))[
+        "session_states"
+    ][0]
     batch(model, processor, query_of("b", media={}), session_states=[state])
     batch(model, processor, query_of("b", media={"num_frames": 3}), session_states=[state])
     assert [call["grid_thw"].tolist() for call in calls] == [[[10, 6, 8]], [[10, 6, 8]], [[3, 6, 8]]]
@@ -550,7 +744,7 @@ def test_reset_persist_and_append(model, processor):
             assert after == state
 
 
-# --------------------------------------------------------------------------------------------------------------- the queue
+# the queue
 
 
 def serve(model, processor, *items, stop=True):
@@ -582,16 +776,24 @@ def serve(model, processor, *items, stop=True):
 
 
 def test_the_server_answers_in_order(model, processor, pictures):
-    queries = [query_of("Hi", generate=dict(max_new_tokens=30)), query_of("What?", images=pictures[0]), query_of("Hi", videos=VIDEO, use_template=False)]
+    queries = [
+        query_of("Hi", generate=dict(max_new_tokens=30)),
+        query_of("What?", images=pictures[0]),
+        query_of("Hi", videos=VIDEO, use_template=False),
+    ]
     alone = [text_of(model, processor, query) for query in queries]
     assert serve(model, processor, *queries) == [[text] for text in alone]
-    for text, pieces in zip(alone, serve(model, processor, *({**query, "stream_output": True} for query in queries))):
+    for text, pieces in zip(
+        alone, serve(model, processor, *({**query, "stream_output": True} for query in queries)), strict=True
+    ):
         assert pieces[0] == "<|round_start|>" and "".join(pieces[1:]) == text
 
 
 def test_an_error_is_put_out_and_the_next_query_answered(model, processor):
     good = query_of("Hi")
-    rounds = serve(model, processor, {"promt": "Hi"}, "Hi", {**good, "images": ["nowhere.png"], "stream_output": True}, {}, good)
+    rounds = serve(
+        model, processor, {"promt": "Hi"}, "Hi", {**good, "images": ["nowhere.png"], "stream_output": True}, {}, good
+    )
     assert rounds[0][0].startswith("[ERROR] query: unknown key 'promt'; did you mean 'prompt'")
     assert rounds[1] == ["[ERROR] query must be a dict, got str"]
     assert len(rounds[2]) == 1 and "nowhere.png" in rounds[2][0]
@@ -606,16 +808,25 @@ def test_cancelling_ends_one_answer_and_loses_no_query(model, processor, flag):
     first, second = query_of("a"), query_of("b")
     rounds = serve(model, processor, {flag: True}, {**long, "stream_output": True}, first, {**second, flag: True})
     one_token = text_of(model, processor, query_of("Hi", generate=dict(max_new_tokens=1, suppress_tokens=[eos])))
-    assert rounds == [["<|round_start|>", one_token], [text_of(model, processor, first)], [text_of(model, processor, second)]] or (
-        one_token == "" and rounds[0] == ["<|round_start|>"]
-    )
+    assert rounds == [
+        ["<|round_start|>", one_token],
+        [text_of(model, processor, first)],
+        [text_of(model, processor, second)],
+    ] or (one_token == "" and rounds[0] == ["<|round_start|>"])
 
 
 def test_cancelling_from_another_thread(model, processor):
     asked, said = queue.Queue(), queue.Queue()
     server = threading.Thread(target=model.offline_generate, args=(processor, asked, said), daemon=True)
     server.start()
-    asked.put({**query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id])), "stream_output": True})
+    asked.put(
+        {
+            **query_of(
+                "Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id])
+            ),
+            "stream_output": True,
+        }
+    )
     assert said.get(timeout=60) == "<|round_start|>"
     pieces = [said.get(timeout=60)]
     asked.put({"stop_generation": True})
@@ -631,19 +842,38 @@ def test_cancelling_from_another_thread(model, processor):
 
 def test_the_server_continues_what_it_was_told_to_keep(model, processor):
     state = batch(model, processor, query_of("one"))["session_states"][0]
-    apart, joined = text_of(model, processor, query_of("two")), text_of(model, processor, query_of("two"), session_states=[state])
+    apart, joined = (
+        text_of(model, processor, query_of("two")),
+        text_of(model, processor, query_of("two"), session_states=[state]),
+    )
     assert apart != joined
     assert serve(model, processor, query_of("one"), query_of("two"))[1] == [apart]
-    rounds = serve(model, processor, query_of("one", persist_session=True), query_of("two"), {"promt": 1}, query_of("two"),
-                   query_of("two", reset_session=True), query_of("two"))
-    assert [pieces[0] for pieces in rounds if not pieces[0].startswith("[ERROR]")][1:] == [joined, joined, apart, apart]
+    rounds = serve(
+        model,
+        processor,
+        query_of("one", persist_session=True),
+        query_of("two"),
+        {"promt": 1},
+        query_of("two"),
+        query_of("two", reset_session=True),
+        query_of("two"),
+    )
+    assert [pieces[0] for pieces in rounds if not pieces[0].startswith("[ERROR]")][1:] == [
+        joined,
+        joined,
+        apart,
+        apart,
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------------ threads
+# threads
 
 
 def test_two_threads_at_once(model, processor, pictures):
-    queries = [query_of("Hi", images=pictures, media={"max_pixels": 4096}), query_of("Hi", images=pictures, media={"max_pixels": 25600})]
+    queries = [
+        query_of("Hi", images=pictures, media={"max_pixels": 4096}),
+        query_of("Hi", images=pictures, media={"max_pixels": 25600}),
+    ]
     alone = [text_of(model, processor, query) for query in queries]
     texts, failures = [[], []], []
 

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from conftest import ROOT
 from golden_cases import CLIP, FOLDER, LARGE, PHOTO, SHORT, SMALL, make_processor
+from PIL import Image
+
 from moss_vl import options, video_processing_moss_vl
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.options import OPTIONS, layered, names_of, read_options, shorten
@@ -42,15 +42,21 @@ def grids(processor, parts, **knobs):
     return out["grid_thw"].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# the table
 
 
 def test_the_table_has_each_name_once():
     names = names_of()
     assert len(names) == len(set(names)) and not set(names) & {*options.FIXED_TEXT, *options.REFUSED}
     assert all(option.meaning and option.takers for option in OPTIONS)
-    assert {"fps", "nframes", "total_pixels", "resized_height", "video_start", "sample_fps"} <= set(names_of("video", own=True))
-    assert "fps" not in names_of("image") and "min_pixels" in names_of("image", own=True) and "allow_http" not in names_of("image", stored=True)
+    assert {"fps", "nframes", "total_pixels", "resized_height", "video_start", "sample_fps"} <= set(
+        names_of("video", own=True)
+    )
+    assert (
+        "fps" not in names_of("image")
+        and "min_pixels" in names_of("image", own=True)
+        and "allow_http" not in names_of("image", stored=True)
+    )
 
 
 def test_reading_options():
@@ -67,7 +73,11 @@ def test_reading_options():
 
 def test_the_nearer_level_wins_as_a_whole():
     assert layered({"video_fps": 1, "min_frames": 2}, {"num_frames": 4}) == {"num_frames": 4, "min_frames": 2}
-    assert layered({"max_pixels": 9, "num_frames": 1}, {"resized_height": 1, "resized_width": 1}) == {"num_frames": 1, "resized_height": 1, "resized_width": 1}
+    assert layered({"max_pixels": 9, "num_frames": 1}, {"resized_height": 1, "resized_width": 1}) == {
+        "num_frames": 1,
+        "resized_height": 1,
+        "resized_width": 1,
+    }
     assert layered({"resized_height": 1, "resized_width": 1}, {"max_pixels": 9}) == {"max_pixels": 9}
     assert layered({"video_fps": 1}, {"do_sample_frames": True}) == {"video_fps": 1, "do_sample_frames": True}
     assert layered({"video_fps": 1}, {"do_sample_frames": False}) == {"do_sample_frames": False}
@@ -81,7 +91,11 @@ def test_messages_are_short():
 
 def test_unreadable_base64_is_not_quoted_whole(processor):
     long = base64.b64encode(bytes(200_000)).decode()
-    for source, error in ((long, FileNotFoundError), (f"data:image/png;base64,{long}", ValueError), (f"http://x/{long}", ValueError)):
+    for source, error in (
+        (long, FileNotFoundError),
+        (f"data:image/png;base64,{long}", ValueError),
+        (f"http://x/{long}", ValueError),
+    ):
         for call in (lambda: processor("<|image|>", images=source), lambda: processor("<|video|>", videos=source),
                      lambda: grids(processor, [{"type": "image", "image_url": {"url": source}}])):  # fmt: skip
             with pytest.raises(error) as found:
@@ -89,7 +103,7 @@ def test_unreadable_base64_is_not_quoted_whole(processor):
             assert len(str(found.value)) < 1000
 
 
-# ------------------------------------------------------------------------------------------------- names of other software
+# names of other software
 
 
 @pytest.mark.parametrize(
@@ -105,14 +119,22 @@ def test_frames_by_any_name_at_any_level(processor, knobs, frames):
     small = {"max_pixels": 8192, "min_pixels": 1024}
     assert grids(processor, [{"type": "video", "video": str(CLIP), **knobs, **small}]) == [[frames, 4, 6]]
     assert grids(processor, [{"type": "video", "video": str(CLIP)}], **knobs, **small) == [[frames, 4, 6]]
-    assert grids(processor, [{"type": "video", "video": str(CLIP)}], processor_kwargs={"videos_kwargs": {**knobs, **small}}) == [[frames, 4, 6]]
+    assert grids(
+        processor, [{"type": "video", "video": str(CLIP)}], processor_kwargs={"videos_kwargs": {**knobs, **small}}
+    ) == [[frames, 4, 6]]
     out = processor("<|video|>", videos=[{"video": str(CLIP), **knobs}], return_tensors="pt", **small)
     assert out["grid_thw"].tolist() == [[frames, 4, 6]]
 
 
 def test_a_segment_by_start_and_end_is_the_segment(videos):
-    for knobs, segment in (({"video_start": 1, "video_end": 3.5}, [1, 3.5]), ({"video_start": 2}, [2, 5.0]), ({"video_end": 2.5}, [0, 2.5])):
-        one, other = videos.extract([{"video": str(CLIP), **knobs}, {"video": str(CLIP), "segments": [segment]}], fps=2)
+    for knobs, segment in (
+        ({"video_start": 1, "video_end": 3.5}, [1, 3.5]),
+        ({"video_start": 2}, [2, 5.0]),
+        ({"video_end": 2.5}, [0, 2.5]),
+    ):
+        one, other = videos.extract(
+            [{"video": str(CLIP), **knobs}, {"video": str(CLIP), "segments": [segment]}], fps=2
+        )
         assert torch.equal(one.patches, other.patches) and one.timestamps == other.timestamps
     with pytest.raises(ValueError, match="lies outside the video"):
         videos.plan({"video": str(CLIP), "video_start": 5.0})
@@ -125,16 +147,25 @@ def test_every_frame_of_a_segment(videos):
     assert clip.timestamps == [1.01, *(pytest.approx(i / 30) for i in range(31, 36))]
 
 
-@pytest.mark.parametrize("height, width, expected", [(60, 90, (64, 96)), (1, 40, (32, 32)), (48, 80, (64, 64)), (80, 112, (64, 128))])
+@pytest.mark.parametrize(
+    "height, width, expected", [(60, 90, (64, 96)), (1, 40, (32, 32)), (48, 80, (64, 64)), (80, 112, (64, 128))]
+)
 def test_a_fixed_size(processor, height, width, expected):
     """Rounded as qwen-vl-utils rounds, halves to even, whatever the limits of the call."""
     rows, columns = (side // 16 for side in expected)
     own = {"resized_height": height, "resized_width": width}
-    parts = [{"type": "image", "image": str(PHOTO), **own}, {"type": "video", "video": str(SHORT), "nframes": 2, **own}]
+    parts = [
+        {"type": "image", "image": str(PHOTO), **own},
+        {"type": "video", "video": str(SHORT), "nframes": 2, **own},
+    ]
     assert grids(processor, parts, min_pixels=100000) == [[1, rows, columns], [2, rows, columns]]
     assert grids(processor, [{"type": "image", "image": str(PHOTO)}], **own) == [[1, rows, columns]]
     with pytest.raises(ValueError, match="over video_max_pixels 5000"):
-        grids(processor, [{"type": "video", "video": str(SHORT), "nframes": 2, "resized_height": 64, "resized_width": 64}], video_max_pixels=5000)
+        grids(
+            processor,
+            [{"type": "video", "video": str(SHORT), "nframes": 2, "resized_height": 64, "resized_width": 64}],
+            video_max_pixels=5000,
+        )
 
 
 def test_options_of_one_medium_leave_the_others_alone(processor):
@@ -144,19 +175,34 @@ def test_options_of_one_medium_leave_the_others_alone(processor):
 
     def call(images, clips):
         out = processor(text, images=images, videos=clips, return_tensors="pt", **knobs)
-        return list(zip(out["grid_thw"].tolist(), out["pixel_values"].split(out["grid_thw"].prod(1).tolist())))
+        return list(
+            zip(out["grid_thw"].tolist(), out["pixel_values"].split(out["grid_thw"].prod(1).tolist()), strict=True)
+        )
 
     def same(one, other) -> list[bool]:
         return [a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True)]
 
     plain = call(images, clips)
-    for own in ({"max_pixels": 8192}, {"min_pixels": 80000}, {"multi_image_max_pixels": 5000}, {"resized_height": 64, "resized_width": 64}):
+    for own in (
+        {"max_pixels": 8192},
+        {"min_pixels": 80000},
+        {"multi_image_max_pixels": 5000},
+        {"resized_height": 64, "resized_width": 64},
+    ):
         changed = call([{"image": images[0], **own}, *images[1:]], clips)
         assert same(changed, plain) == [False, True, True, True, True]
-    for own in ({"max_pixels": 8192}, {"total_pixels": 30000}, {"max_frames": 2}, {"fps": 0.5}, {"resized_height": 64, "resized_width": 64}):
+    for own in (
+        {"max_pixels": 8192},
+        {"total_pixels": 30000},
+        {"max_frames": 2},
+        {"fps": 0.5},
+        {"resized_height": 64, "resized_width": 64},
+    ):
         changed = call(images, [{"video": clips[0], **own}, clips[1]])
         assert same(changed, plain) == [True, True, True, False, "fps" not in own and "max_frames" not in own]
-        assert changed[4][0][0] == plain[4][0][0]  # a shared budget of pixels goes by the frames that there are, a shared one of frames does not
+        assert (
+            changed[4][0][0] == plain[4][0][0]
+        )  # a shared budget of pixels goes by the frames that there are, a shared one of frames does not
 
 
 def test_budgets_of_one_video(videos):
@@ -165,13 +211,19 @@ def test_budgets_of_one_video(videos):
 
     clip = str(CLIP)
     assert frames({"video": clip, "max_frames": 8, "fps": 10}, clip, fps=10, max_frames=10) == [8, 5]
-    assert frames({"video": clip, "max_frames": 5, "fps": 10, "segments": [[0, 1], [1, 4]]}, clip, max_frames=1) == [2, 3, 1]
+    assert frames({"video": clip, "max_frames": 5, "fps": 10, "segments": [[0, 1], [1, 4]]}, clip, max_frames=1) == [
+        2,
+        3,
+        1,
+    ]
     with pytest.raises(ValueError, match="2 segments share its max_frames 1"):
         frames({"video": clip, "max_frames": 1, "segments": [[0, 1], [1, 4]]})
     with pytest.raises(ValueError, match="2 clips share max_frames 1"):
         frames(clip, clip, {"video": clip, "max_frames": 2}, max_frames=1)
     own = {"video": clip, "total_pixels": 10 * 9000, "nframes": 10, "max_pixels": 100000}
-    assert [(plan.height, plan.width) for plan in videos.plan([own, clip, clip])][0] == [(plan.height, plan.width) for plan in videos.plan(own)][0]
+    assert [(plan.height, plan.width) for plan in videos.plan([own, clip, clip])][0] == [
+        (plan.height, plan.width) for plan in videos.plan(own)
+    ][0]
     halves = videos.plan([{**own, "segments": [[0, 1], [1, 2]]}, clip])  # its own budget is for all its segments
     assert sum(len(plan.indices) * plan.height * plan.width for plan in halves[:2]) <= 90000
 
@@ -180,10 +232,13 @@ def test_a_budget_of_one_image(processor):
     own = {"image": str(PHOTO), "multi_image_max_pixels": 30000}
     alone = processor("<|image|>", images=own, return_tensors="pt")
     among = processor("<|image|>" * 3, images=[own, str(LARGE), str(SMALL)], return_tensors="pt")
-    assert among["grid_thw"][0].tolist() == alone["grid_thw"][0].tolist() and 20000 < 256 * alone["grid_thw"].prod() <= 30000
+    assert (
+        among["grid_thw"][0].tolist() == alone["grid_thw"][0].tolist()
+        and 20000 < 256 * alone["grid_thw"].prod() <= 30000
+    )
 
 
-# ---------------------------------------------------------------------------------------------- frames that were chosen before
+# frames that were chosen before
 
 
 @pytest.mark.parametrize(
@@ -198,7 +253,11 @@ def test_a_budget_of_one_image(processor):
         ({"fps": 4, "do_sample_frames": False}, {}, [i / 4 for i in range(8)]),
         ({"video_metadata": {"fps": 4}}, {}, [0, 1.75]),
         ({"video_metadata": {"fps": 4}, "fps": 4}, {}, [i / 4 for i in range(8)]),
-        ({"video_metadata": {"timestamps": [0, 1, 2, 3, 5, 8, 13, 21]}, "do_sample_frames": False}, {}, [0, 1, 2, 3, 5, 8, 13, 21]),
+        (
+            {"video_metadata": {"timestamps": [0, 1, 2, 3, 5, 8, 13, 21]}, "do_sample_frames": False},
+            {},
+            [0, 1, 2, 3, 5, 8, 13, 21],
+        ),
         ({"video_metadata": {"fps": 4}}, {"do_sample_frames": False}, [i / 4 for i in range(8)]),
         ({}, {"do_sample_frames": False, "fps": 2}, [i / 2 for i in range(8)]),
         ({}, {"do_sample_frames": False, "fps": [2]}, [i / 2 for i in range(8)]),
@@ -218,21 +277,33 @@ def test_given_frames_in_a_conversation(processor, tmp_path, monkeypatch):
         frame.save(tmp_path / f"{i}.png")
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = [str(tmp_path / "0.png"), (tmp_path / "1.png").as_uri(), "~/2.png", tmp_path / "3.png"]
-    expected = processor("<|video|>x", videos=[FRAMES[:4]], video_metadata=[{"fps": 2}], do_sample_frames=False, return_tensors="pt")
+    expected = processor(
+        "<|video|>x", videos=[FRAMES[:4]], video_metadata=[{"fps": 2}], do_sample_frames=False, return_tensors="pt"
+    )
     for frames in (paths, FRAMES[:4], np.stack([np.asarray(frame) for frame in FRAMES[:4]])):
         out = processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "video", "video": frames, "fps": 2.0}, "x"]}],
             "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|video|>{% endif %}{% endfor %}",
             tokenize=True, return_dict=True, return_tensors="pt",
         )  # fmt: skip
-        assert torch.equal(out["input_ids"], expected["input_ids"]) and torch.equal(out["pixel_values"], expected["pixel_values"])
+        assert torch.equal(out["input_ids"], expected["input_ids"]) and torch.equal(
+            out["pixel_values"], expected["pixel_values"]
+        )
 
 
 def test_rates_one_a_video_over_a_batch(processor):
     """As qwen-vl-utils gives them: fps=[...], do_sample_frames=False."""
     clips = [np.stack([np.asarray(frame) for frame in FRAMES[:n]]).astype(np.float32) for n in (2, 3, 4)]
     text = ["<|video|>", "none", "<|video|><|video|>"]
-    out = processor(text, videos=clips, fps=[1.0, 2.0, 4.0], do_sample_frames=False, padding=True, return_tensors="pt", return_metadata=True)
+    out = processor(
+        text,
+        videos=clips,
+        fps=[1.0, 2.0, 4.0],
+        do_sample_frames=False,
+        padding=True,
+        return_tensors="pt",
+        return_metadata=True,
+    )
     assert out["grid_thw"].tolist() == [[2, 4, 4], [1, 8, 8], [3, 4, 4], [4, 4, 4]]
     assert [metadata.fps for metadata in out["video_metadata"]] == [1.0, 2.0, 4.0]
     assert "0.8 seconds" in processor.decode(out["input_ids"][2])
@@ -260,10 +331,26 @@ def test_frames_that_are_left_out_are_told(videos, monkeypatch):
         ({"video": FRAMES, "nframes": 2}, {}, "nothing says when they are shown"),
         ({"video": FRAMES, "sample_fps": 0}, {}, "sample_fps must be a number above 0"),
         ({"video": FRAMES, "sample_fps": "two"}, {}, "sample_fps must be a number"),
-        ({"video": FRAMES, "sample_fps": 2, "video_metadata": {"fps": 2}}, {}, "sample_fps and video_metadata both say"),
-        ({"video": FRAMES, "sample_fps": 2, "fps": 2, "do_sample_frames": False}, {}, "leaves video_fps without effect"),
-        ({"video": FRAMES, "fps": 2, "max_frames": 2, "do_sample_frames": False}, {}, "leaves max_frames without effect"),
-        ({"video": FRAMES * 10, "fps": 2}, {"video_max_pixels": 70000}, "80 frames of at least 1024 pixels are over video_max_pixels 70000"),
+        (
+            {"video": FRAMES, "sample_fps": 2, "video_metadata": {"fps": 2}},
+            {},
+            "sample_fps and video_metadata both say",
+        ),
+        (
+            {"video": FRAMES, "sample_fps": 2, "fps": 2, "do_sample_frames": False},
+            {},
+            "leaves video_fps without effect",
+        ),
+        (
+            {"video": FRAMES, "fps": 2, "max_frames": 2, "do_sample_frames": False},
+            {},
+            "leaves max_frames without effect",
+        ),
+        (
+            {"video": FRAMES * 10, "fps": 2},
+            {"video_max_pixels": 70000},
+            "80 frames of at least 1024 pixels are over video_max_pixels 70000",
+        ),
         ({"video": str(CLIP), "sample_fps": 2}, {}, "for a file give fps"),
         ({"video": str(CLIP), "fps": 2, "do_sample_frames": False}, {}, "leaves video_fps without effect"),
         ({"video": str(CLIP)}, {"fps": [1, 2]}, "video_fps has 2 entries for 1 videos"),
@@ -280,10 +367,13 @@ def test_an_option_of_a_medium_goes_before_that_of_the_call(videos):
         return len(videos.plan([{"video": str(CLIP), **own}], **knobs)[0].indices)
 
     assert frames({"fps": 2}, nframes=3) == 10 and frames({"nframes": 3}, fps=2) == 3
-    assert frames({"do_sample_frames": False}, fps=2.0, max_frames=4) == 150 and frames({"fps": 2}, do_sample_frames=False) == 10
+    assert (
+        frames({"do_sample_frames": False}, fps=2.0, max_frames=4) == 150
+        and frames({"fps": 2}, do_sample_frames=False) == 10
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ one scale
+# one scale
 
 
 def test_floats_of_a_clip_have_one_scale(videos):
@@ -304,13 +394,15 @@ def test_images_of_one_array_have_one_scale(processor):
     dark[0], dark[1] = 128, np.random.default_rng(0).integers(0, 2, (64, 64, 3))
     expected = processor("<|image|><|image|>", images=dark, return_tensors="pt")["pixel_values"]
     for given in (dark.astype(np.float32), torch.from_numpy(dark).float().permute(0, 3, 1, 2), dark / 255):
-        assert torch.equal(processor("<|image|><|image|>", images=given, return_tensors="pt")["pixel_values"], expected)
+        assert torch.equal(
+            processor("<|image|><|image|>", images=given, return_tensors="pt")["pixel_values"], expected
+        )
         assert torch.equal(processor.image_processor(given)["pixel_values"], expected)
     with pytest.raises(ValueError, match="holds values from -1"):
         processor("<|image|><|image|>", images=dark.astype(np.float32) - 1)
 
 
-# ---------------------------------------------------------------------------------------------------- what comes out
+# what comes out
 
 
 def test_no_mask_for_rows_of_unequal_length(processor):
@@ -329,19 +421,32 @@ def test_settings_of_the_processor(tmp_path, processor):
         shutil.copyfile(ROOT / name, folder / name)
     plain = MossVLProcessor.from_pretrained(folder)
     plain.save_pretrained(tmp_path / "plain")
-    changed = MossVLProcessor.from_pretrained(folder, return_cross_attention_mask=False, grid_name="image_grid_thw", video_fps=2)
+    changed = MossVLProcessor.from_pretrained(
+        folder, return_cross_attention_mask=False, grid_name="image_grid_thw", video_fps=2
+    )
     changed.save_pretrained(tmp_path / "changed")
-    again, plain = MossVLProcessor.from_pretrained(tmp_path / "changed"), MossVLProcessor.from_pretrained(tmp_path / "plain")
+    again, plain = (
+        MossVLProcessor.from_pretrained(tmp_path / "changed"),
+        MossVLProcessor.from_pretrained(tmp_path / "plain"),
+    )
     assert plain.return_cross_attention_mask is True and plain.grid_name == "grid_thw"
     for one in (changed, again):
         out = one("<|image|>", images=PHOTO, return_tensors="pt")
         assert {"cross_attention_mask", "grid_thw"}.isdisjoint(out) and out["image_grid_thw"].tolist() == [[1, 16, 20]]
         assert set(out) == {*one.model_input_names}
-        back = one("<|image|>", images=PHOTO, return_tensors="pt", return_cross_attention_mask=True, grid_name="grid_thw")
-        assert set(back) == {*plain.model_input_names} and "cross_attention_mask" in back and one.video_processor.video_fps == 2
+        back = one(
+            "<|image|>", images=PHOTO, return_tensors="pt", return_cross_attention_mask=True, grid_name="grid_thw"
+        )
+        assert (
+            set(back) == {*plain.model_input_names}
+            and "cross_attention_mask" in back
+            and one.video_processor.video_fps == 2
+        )
     saved = (tmp_path / "changed" / "tokenizer_config.json").read_text()
     assert "grid_name" not in saved and "return_cross_attention_mask" not in saved
-    assert set(processor("a", return_cross_attention_mask=False)) == {*plain.model_input_names} - {"cross_attention_mask"}
+    assert set(processor("a", return_cross_attention_mask=False)) == {*plain.model_input_names} - {
+        "cross_attention_mask"
+    }
     for knobs, message in (({"grid_name": "grid"}, "grid_name must be one of grid_thw, image_grid_thw"),
                            ({"return_cross_attention_mask": "no"}, "must be True or False")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -352,14 +457,39 @@ def test_settings_of_the_processor(tmp_path, processor):
 
 def test_what_other_processors_return(processor):
     text = ["<|image|>a<|video|>", "b"]
-    out = processor(text, PHOTO, SHORT, padding=True, return_tensors="pt", return_token_type_ids=True, return_mm_token_type_ids=True, nframes=2)
+    out = processor(
+        text,
+        PHOTO,
+        SHORT,
+        padding=True,
+        return_tensors="pt",
+        return_token_type_ids=True,
+        return_mm_token_type_ids=True,
+        nframes=2,
+    )
     pads = out["input_ids"] == processor.image_token_id
-    assert out["mm_token_type_ids"][pads].tolist() == [1, 2, 2] and not out["mm_token_type_ids"][~pads].any() and not out["token_type_ids"].any()
+    assert (
+        out["mm_token_type_ids"][pads].tolist() == [1, 2, 2]
+        and not out["mm_token_type_ids"][~pads].any()
+        and not out["token_type_ids"].any()
+    )
     assert out["mm_token_type_ids"].shape == out["token_type_ids"].shape == out["input_ids"].shape
-    plain = processor(text, PHOTO, SHORT, padding=True, return_tensors="pt", nframes=2, audio=None, audios=None, return_mm_token_type_ids=False)
+    plain = processor(
+        text,
+        PHOTO,
+        SHORT,
+        padding=True,
+        return_tensors="pt",
+        nframes=2,
+        audio=None,
+        audios=None,
+        return_mm_token_type_ids=False,
+    )
     assert {"mm_token_type_ids", "token_type_ids"}.isdisjoint(plain)
     without = processor(text, PHOTO, SHORT, padding=True, return_tensors="pt", nframes=2, return_attention_mask=False)
-    assert set(plain) - set(without) == {"attention_mask"} and torch.equal(plain["cross_attention_mask"], without["cross_attention_mask"])
+    assert set(plain) - set(without) == {"attention_mask"} and torch.equal(
+        plain["cross_attention_mask"], without["cross_attention_mask"]
+    )
     for knobs, message in (
         ({"audio": ["a.wav"]}, "audio is no option of MOSS-VL: MOSS-VL takes no audio"), ({"stride": 3}, "stride is always 0"),
         ({"return_overflowing_tokens": True}, "return_overflowing_tokens is always False"), ({"return_attention_mask": 3}, "must be True or False"),
@@ -369,7 +499,7 @@ def test_what_other_processors_return(processor):
     assert set(processor("a", stride=0, is_split_into_words=False, verbose=True)) == set(processor("a"))
 
 
-# ------------------------------------------------------------------------------------------------------- conversations
+# conversations
 
 
 CHATS = [[{"role": "user", "content": text}] for text in ("What?", "What is there to be seen in it?")]
@@ -395,7 +525,11 @@ def test_padding_for_generation_is_on_the_left(processor):
 def test_in_a_pipeline_the_tokenizer_pads_left_and_the_mask_is_left_out():
     """Pipelines load the processor themselves and say so; what is meant for the model comes along."""
     loaded = MossVLProcessor.from_pretrained(NANO, _from_pipeline="image-text-to-text", dtype="auto", device_map=None)
-    assert loaded.tokenizer.padding_side == "left" and not loaded.return_cross_attention_mask and loaded.chat_template == TEMPLATE
+    assert (
+        loaded.tokenizer.padding_side == "left"
+        and not loaded.return_cross_attention_mask
+        and loaded.chat_template == TEMPLATE
+    )
     assert "dtype" not in loaded.tokenizer.init_kwargs
     plain = MossVLProcessor.from_pretrained(NANO)
     assert plain.tokenizer.padding_side == "right" and plain.return_cross_attention_mask
@@ -436,7 +570,7 @@ def test_variables_are_those_that_the_template_reads(processor):
     assert processor.apply_chat_template(chat, "{{ tools[0].name }}", tools=[{"name": "f"}]) == "f"
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# files
 
 
 def test_names_in_settings_files(tmp_path):
@@ -458,7 +592,9 @@ def test_names_in_settings_files(tmp_path):
 
 
 def test_names_of_an_image_processor(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 8, "crop_margin": 3, "do_resize": True, "image_processor_type": "x"}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"patch_size": 8, "crop_margin": 3, "do_resize": True, "image_processor_type": "x"})
+    )
     assert MossVLImageProcessor.from_pretrained(tmp_path).patch_size == 8  # what the file says beyond is left out
     for knobs, message in (({"max_pixel": 3}, "did you mean 'max_pixels'"), ({"crop_margin": 3}, "unknown keyword 'crop_margin'"),
                            ({"resized_height": 3}, "an option of a call"), ({"do_rescale": False}, "always True")):  # fmt: skip
@@ -473,14 +609,20 @@ def test_names_of_an_image_processor(tmp_path):
 def test_a_limit_of_a_file_under_its_other_name(tmp_path, size):
     """A keyword replaces the file's limit however either is named."""
     for mine, theirs in (("min_pixels", "shortest_edge"), ("shortest_edge", "min_pixels")):
-        for cls, name in ((MossVLImageProcessor, "preprocessor_config.json"), (MossVLVideoProcessor, "video_preprocessor_config.json")):
+        for cls, name in (
+            (MossVLImageProcessor, "preprocessor_config.json"),
+            (MossVLVideoProcessor, "video_preprocessor_config.json"),
+        ):
             file = {theirs: 2048} | ({} if size is None else {"size": size})
             (tmp_path / name).write_text(json.dumps(file))
             assert cls.from_pretrained(tmp_path).min_pixels == 2048
             assert cls.from_pretrained(tmp_path, **{mine: 1024}).min_pixels == 1024
             assert cls.from_pretrained(tmp_path, size={"shortest_edge": 1024}).min_pixels == 1024
     for theirs in ("max_pixels", "longest_edge"):
-        for cls, name in ((MossVLImageProcessor, "preprocessor_config.json"), (MossVLVideoProcessor, "video_preprocessor_config.json")):
+        for cls, name in (
+            (MossVLImageProcessor, "preprocessor_config.json"),
+            (MossVLVideoProcessor, "video_preprocessor_config.json"),
+        ):
             (tmp_path / name).write_text(json.dumps({theirs: 9999, "min_pixels": 2048}))
             for knob in ({"size": {"longest_edge": 5000}}, {"max_pixels": 5000}, {"longest_edge": 5000}):
                 loaded = cls.from_pretrained(tmp_path, **knob)
@@ -501,7 +643,9 @@ def test_keywords_of_loading_that_nobody_takes(knobs, message):
 
 
 def test_keywords_of_loading():
-    loaded = MossVLProcessor.from_pretrained(NANO, fps=3, total_pixels=10**6, truncation_side="left", model_max_length=99, do_resize=True)
+    loaded = MossVLProcessor.from_pretrained(
+        NANO, fps=3, total_pixels=10**6, truncation_side="left", model_max_length=99, do_resize=True
+    )
     assert (loaded.video_processor.video_fps, loaded.video_processor.video_max_pixels) == (3, 10**6)
     assert loaded.tokenizer.truncation_side == "left" and loaded.tokenizer.model_max_length == 99
     ready = make_processor().tokenizer

@@ -14,7 +14,11 @@ TEXTS = {
     "words first": (Sample("tFtt", (1, 4, 6), seed=1), Sample("ttFt", (1, 4, 4), seed=2)),
     "a frame first": (Sample("tFtt", (1, 4, 6), seed=1), Sample("FtFt", (1, 2, 8), (1, 4, 4), seed=3)),
     "frames first in both": (Sample("FFt", (2, 4, 4), seed=4), Sample("Ftt", (1, 6, 4), seed=5)),
-    "three, words alone between": (Sample("Ft", (1, 4, 4), seed=6), Sample("ttt", seed=7), Sample("tF", (1, 4, 8), seed=8)),
+    "three, words alone between": (
+        Sample("Ft", (1, 4, 4), seed=6),
+        Sample("ttt", seed=7),
+        Sample("tF", (1, 4, 8), seed=8),
+    ),
 }
 
 
@@ -36,7 +40,7 @@ def test_packed_texts_are_each_alone_wherever_their_positions_begin(model, name,
         grid_thw=torch.cat([one.grid_thw for one in seen]),
         use_cache=False,
     ).logits[0]
-    for index, (one, got) in enumerate(zip(texts, logits.split([len(one.ids) for one in texts]))):
+    for index, (one, got) in enumerate(zip(texts, logits.split([len(one.ids) for one in texts]), strict=True)):
         visual = {"pixel_values": one.pixel_values, "grid_thw": one.grid_thw} if one.frames else {}
         close(got, model(one.ids[None], **visual, use_cache=False).logits[0], f"text {index}")
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from moss_vl.xrope import text_starts
 from oracle import Oracle
 from tiny import Sample, make_model
 from transformers import DataCollatorWithFlattening
+
+from moss_vl.xrope import text_starts
 
 
 SAMPLES = [
@@ -52,7 +53,9 @@ def close(got, want):
 def test_packed_texts_are_each_alone(expected, implementation, positions):
     model, inputs = make_model(implementation), packed()
     if positions != "counts":
-        walked = [model.get_rope_index(sample.ids[None], sample.grid_thw if sample.grids else None)[0] for sample in SAMPLES]
+        walked = [
+            model.get_rope_index(sample.ids[None], sample.grid_thw if sample.grids else None)[0] for sample in SAMPLES
+        ]
         inputs["position_ids"] = torch.cat(walked, dim=-1)[0 if "one" in positions else slice(None)]
     with torch.no_grad():
         close(model(**inputs).logits[0], expected)
@@ -63,7 +66,9 @@ def test_packed_texts_beside_a_ready_mask(expected):
     model, inputs = make_model(), packed()
     lengths = torch.tensor([len(sample.ids) for sample in SAMPLES])
     text = torch.arange(len(SAMPLES)).repeat_interleave(lengths)
-    inputs["attention_mask"] = ((text[:, None] == text) & torch.ones(len(text), len(text), dtype=torch.bool).tril())[None, None]
+    inputs["attention_mask"] = ((text[:, None] == text) & torch.ones(len(text), len(text), dtype=torch.bool).tril())[
+        None, None
+    ]
     with torch.no_grad():
         close(model(**inputs).logits[0], expected)
 
@@ -72,7 +77,10 @@ def test_packed_texts_beside_a_ready_mask(expected):
 def test_rows_packed_by_counts_and_by_xrope(expected, order):
     """Each row is read by itself."""
     model, halves = make_model(), [packed(SAMPLES[:3]), packed(SAMPLES[2:])]
-    walked = [model.get_rope_index(sample.ids[None], sample.grid_thw if sample.grids else None)[0][0] for sample in SAMPLES[:3]]
+    walked = [
+        model.get_rope_index(sample.ids[None], sample.grid_thw if sample.grids else None)[0][0]
+        for sample in SAMPLES[:3]
+    ]
     halves[0]["position_ids"] = torch.cat(walked, dim=-1)
     halves = [halves[i] for i in order]
     length = max(half["input_ids"].shape[1] for half in halves)
@@ -80,7 +88,9 @@ def test_rows_packed_by_counts_and_by_xrope(expected, order):
         name: torch.cat([torch.nn.functional.pad(half[name], (0, length - half[name].shape[1])) for half in halves])
         for name in ("input_ids", "position_ids")
     }
-    inputs["attention_mask"] = torch.cat([(torch.arange(length) < half["input_ids"].shape[1])[None].long() for half in halves])
+    inputs["attention_mask"] = torch.cat(
+        [(torch.arange(length) < half["input_ids"].shape[1])[None].long() for half in halves]
+    )
     inputs |= {name: torch.cat([half[name] for half in halves]) for name in ("pixel_values", "grid_thw")}
     numbers = [len(half["grid_thw"]) for half in halves]
     with torch.no_grad():
@@ -94,7 +104,11 @@ def test_packed_rows_beside_padding(expected):
     """Two rows, each with padding on a side of its own, and in the middle of a text."""
     model, halves = make_model(), [packed(SAMPLES[:2]), packed(SAMPLES[2:])]
     real = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
-    inputs = {"attention_mask": real, "input_ids": torch.zeros(2, 9, dtype=torch.long), "position_ids": torch.zeros(2, 9, dtype=torch.long)}
+    inputs = {
+        "attention_mask": real,
+        "input_ids": torch.zeros(2, 9, dtype=torch.long),
+        "position_ids": torch.zeros(2, 9, dtype=torch.long),
+    }
     for row, half in enumerate(halves):
         for name in ("input_ids", "position_ids"):
             inputs[name][row, real[row].bool()] = half[name][0]

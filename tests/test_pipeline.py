@@ -4,14 +4,19 @@ import warnings
 
 import pytest
 import torch
-from transformers import pipeline
-
 from conftest import ROOT
+from transformers import pipeline
 
 
 NANO = ROOT / "checkpoints" / "moss-vl-nano"
-PHOTO, SAMPLE, VIDEO = (str(ROOT / "data" / name) for name in ("example_image.jpg", "sample_a.jpg", "example_video.mp4"))
-QUERIES = [("What color is the star?", PHOTO), ("How many objects are there, please?", SAMPLE), ("Where is the star?", PHOTO)]
+PHOTO, SAMPLE, VIDEO = (
+    str(ROOT / "data" / name) for name in ("example_image.jpg", "sample_a.jpg", "example_video.mp4")
+)
+QUERIES = [
+    ("What color is the star?", PHOTO),
+    ("How many objects are there, please?", SAMPLE),
+    ("Where is the star?", PHOTO),
+]
 ANSWERS = ["blue", "3", "top right"]
 
 
@@ -19,16 +24,22 @@ ANSWERS = ["blue", "3", "top right"]
 def pipe():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pipeline("image-text-to-text", model=str(NANO), trust_remote_code=True, dtype=torch.float32, device="cpu")
+        return pipeline(
+            "image-text-to-text", model=str(NANO), trust_remote_code=True, dtype=torch.float32, device="cpu"
+        )
 
 
 def chat(question, image, **options):
-    return [{"role": "user", "content": [{"type": "image", "image": image, **options}, {"type": "text", "text": question}]}]
+    return [
+        {"role": "user", "content": [{"type": "image", "image": image, **options}, {"type": "text", "text": question}]}
+    ]
 
 
 def test_settings_of_the_processor_reach_only_its_output(pipe):
     """The offline methods name the grid themselves."""
-    processor = type(pipe.processor).from_pretrained(NANO, grid_name="image_grid_thw", return_cross_attention_mask=False)
+    processor = type(pipe.processor).from_pretrained(
+        NANO, grid_name="image_grid_thw", return_cross_attention_mask=False
+    )
     answer = pipe.model.offline_image_generate(processor, prompt=QUERIES[0][0], image=PHOTO, max_new_tokens=8)
     assert answer == ANSWERS[0]
 
@@ -49,6 +60,8 @@ def test_images_and_texts(pipe):
 def test_options_and_video_of_a_part(pipe):
     """An option of the pipeline's parts reaches the processor; what nobody knows is an error there, too."""
     content = [{"type": "video", "video": VIDEO, "nframes": 2}, {"type": "text", "text": "What happens?"}]
-    assert pipe(text=[{"role": "user", "content": content}], max_new_tokens=2, return_full_text=False)[0]["generated_text"]
+    assert pipe(text=[{"role": "user", "content": content}], max_new_tokens=2, return_full_text=False)[0][
+        "generated_text"
+    ]
     with pytest.raises(ValueError, match="unknown keyword 'max_pixel'; did you mean 'max_pixels'"):
         pipe(text=chat(*QUERIES[0], max_pixel=3), max_new_tokens=2)

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from tiny import assorted_samples, batch, make_model
+
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 
 
 def answer(model):
@@ -78,7 +79,11 @@ def test_flash_attention_falls_back_with_one_warning(saved, caplog):
     if torch.cuda.is_available():
         pytest.skip("flash-attention may run here")
     model, folder = saved
-    library = logging.getLogger("transformers_modules"), logging.getLogger("moss_vl"), logging.getLogger("transformers")
+    library = (
+        logging.getLogger("transformers_modules"),
+        logging.getLogger("moss_vl"),
+        logging.getLogger("transformers"),
+    )
     for logger in library:
         logger.propagate = True
     from moss_vl.modeling_moss_vl import logger as ours

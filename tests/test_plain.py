@@ -3,21 +3,20 @@
 Self-consistency cannot see a number that is ignored everywhere; the plain model reads the same configuration and shares no code.
 """
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
-from moss_vl import attention, modeling_moss_vl
 from tiny import IMAGE_PAD, PATCH, make_model
 
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from plain import PlainMossVL  # noqa: E402
+from moss_vl import attention, modeling_moss_vl
+from moss_vl.benchmarks.plain import PlainMossVL
 
 
 def rope(*section, theta=100.0):
-    return {"head_dim": 24, "rope_theta": theta, "rope_scaling": {"mrope_section": list(section), "mrope_interleaved": True}}
+    return {
+        "head_dim": 24,
+        "rope_theta": theta,
+        "rope_scaling": {"mrope_section": list(section), "mrope_interleaved": True},
+    }
 
 
 # What is changed -> the change. theta is small, so that every frequency turns far enough to be seen.
@@ -43,7 +42,11 @@ SETTINGS = {
     "two frames per patch": {"vision": {"temporal_patch_size": 2}},
     "image_token_id": {"image_token_id": 7},
 }
-SAME_WEIGHTS = [("nothing", "rms_norm_eps"), ("nothing", "layer_norm_eps"), ("rope: as many of h as of w", "rope_theta")]
+SAME_WEIGHTS = [
+    ("nothing", "rms_norm_eps"),
+    ("nothing", "layer_norm_eps"),
+    ("rope: as many of h as of w", "rope_theta"),
+]
 SAME_WEIGHTS += [("rope: as many of h as of w", name) for name in SETTINGS if name.startswith("rope: ")][1:]
 # Two frames, wider than high and the reverse.
 GRIDS = [(4, 12), (8, 4)]
@@ -67,7 +70,7 @@ def test_every_number_does_what_it_says(name, grid):
     expected = [plain.prefill(ids, pixels, 2, *grid), *(plain.decode(step[None]) for step in steps)]
     out = model(ids, pixel_values=pixels, grid_thw=grid_thw, use_cache=True)
     got = [out.logits[:, -1:], *(model(step[None], past_key_values=out.past_key_values).logits for step in steps)]
-    for one, other in zip(got, expected):
+    for one, other in zip(got, expected, strict=True):
         scale = other.abs().max().clamp(min=1)
         assert (one - other).abs().max() < 2e-5 * scale  # float32 in another order
 
@@ -82,7 +85,10 @@ def test_every_change_is_large_enough_to_be_seen(first, second):
     assert (one - other).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("section, fits", [((4, 4, 4), True), ((3, 5, 4), False), ((3, 4, 5), False), ((12, 0, 0), True), ((0, 6, 6), False)])
+@pytest.mark.parametrize(
+    "section, fits",
+    [((4, 4, 4), True), ((3, 5, 4), False), ((3, 4, 5), False), ((12, 0, 0), True), ((0, 6, 6), False)],
+)
 def test_sections_have_every_third_frequency_at_most(section, fits):
     """Of twelve: those of h are 1, 4, 7, 10, those of w 2, 5, 8, 11."""
     if fits:
@@ -107,7 +113,9 @@ def test_activations(name):
     assert torch.allclose(mlp(x), mlp.linear_fc2(ACTIVATIONS[name](mlp.linear_fc1(x))), atol=1e-6)
     merger = model.model.visual.merger
     features = [torch.randn(4, 32, generator=generator) for _ in merger.norms]
-    merged = torch.cat([norm(feature) for norm, feature in zip(merger.norms, features)], dim=-1).view(1, -1)
+    merged = torch.cat([norm(feature) for norm, feature in zip(merger.norms, features, strict=True)], dim=-1).view(
+        1, -1
+    )
     expected = merger.linear_fc2(torch.nn.functional.gelu(merger.linear_fc1(merged)))
     assert torch.allclose(merger(features), expected, atol=1e-6)
 

@@ -10,11 +10,25 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, ROOT
+from golden_cases import (
+    CLIP,
+    FOLDER,
+    LARGE,
+    LONG,
+    NAMES,
+    PHOTO,
+    SHORT,
+    SMALL,
+    SQUARE,
+    Case,
+    decoded_frames,
+    load_tokenizer,
+    make_processor,
+)
 from PIL import Image
 from transformers import AutoTokenizer
 
-from conftest import GOLDEN, ROOT
-from golden_cases import CLIP, FOLDER, LARGE, LONG, NAMES, PHOTO, SHORT, SMALL, SQUARE, Case, decoded_frames, load_tokenizer, make_processor
 from moss_vl import image_processing_moss_vl, video_processing_moss_vl
 from moss_vl.patches import normalise
 from moss_vl.processing_moss_vl import MossVLProcessor
@@ -49,7 +63,7 @@ def learned(processor, text, spans, **media) -> str:
     return processor.decode(out["labels"][out["labels"] >= 0])
 
 
-# ---------------------------------------------------------------------------------------------------------------- golden
+# golden
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,20 +85,31 @@ def test_golden(name):
         assert np.abs(out["pixel_values"] - case.pixel_values).max() * 127.5 <= 3.01
 
 
-@pytest.mark.parametrize("name", ["04_mixed_video_image", "05_batch_right_pad", "08_labels_media_inside", "22_video_budget_1e6"])
+@pytest.mark.parametrize(
+    "name", ["04_mixed_video_image", "05_batch_right_pad", "08_labels_media_inside", "22_video_budget_1e6"]
+)
 def test_golden_from_decoded_frames(name):
     case = Case(name)
     names = {str(path): path for path in (SHORT, CLIP, LONG)}
-    frames, metadata = zip(*(decoded_frames(names[video]) for video in case.videos))
+    frames, metadata = zip(*(decoded_frames(names[video]) for video in case.videos), strict=True)
     out = case.call(videos=list(frames), video_metadata=list(metadata))
-    assert np.array_equal(out["input_ids"], case.arrays["input_ids"]) and np.array_equal(out["grid_thw"], case.arrays["grid_thw"])
+    assert np.array_equal(out["input_ids"], case.arrays["input_ids"]) and np.array_equal(
+        out["grid_thw"], case.arrays["grid_thw"]
+    )
     assert hashlib.sha256(out["pixel_values"].tobytes()).hexdigest() == case.expected["pixel_values_sha256"]
 
 
-# ------------------------------------------------------------------------------------------- each sample is its own affair
+# each sample is its own affair
 
 
-TEXTS = ["<|video|>then<|image|>ok", "no media here", "<|image|>a<|image|>b<|image|>", "<|video|><|video|>", "", "<|image|>"]
+TEXTS = [
+    "<|video|>then<|image|>ok",
+    "no media here",
+    "<|image|>a<|image|>b<|image|>",
+    "<|video|><|video|>",
+    "",
+    "<|image|>",
+]
 IMAGES = [PHOTO, SMALL, LARGE, SQUARE, PHOTO]
 VIDEOS = [CLIP, SHORT, LONG]
 SHARES = [(1, 1), (0, 0), (3, 0), (0, 2), (0, 0), (1, 0)]  # images and videos of each text
@@ -100,11 +125,15 @@ def share_out():
 def test_a_batch_is_each_sample_alone(processor, side, order):
     knobs = {"multi_image_max_pixels": 150000, "video_max_pixels": 300000, "max_frames": 6, "return_tensors": "pt"}
     media = [share_out()[i] for i in order]
-    texts, images, videos = [TEXTS[i] for i in order], [m for own, _ in media for m in own], [m for _, own in media for m in own]
+    texts, images, videos = (
+        [TEXTS[i] for i in order],
+        [m for own, _ in media for m in own],
+        [m for _, own in media for m in own],
+    )
     out = processor(texts, images=images, videos=videos, padding=True, padding_side=side, **knobs)
     patches = iter(out["pixel_values"].split(out["grid_thw"].prod(1).tolist()))
     grids = iter(out["grid_thw"])
-    for row, (text, (own_images, own_videos)) in enumerate(zip(texts, media)):
+    for row, (text, (own_images, own_videos)) in enumerate(zip(texts, media, strict=True)):
         alone = processor(text, images=own_images, videos=own_videos, **knobs)
         keep = out["attention_mask"][row].bool()
         length, width = alone["input_ids"].shape[1], len(keep)
@@ -123,7 +152,9 @@ def test_a_batch_is_each_sample_alone(processor, side, order):
 
 def test_mask_by_its_definition(processor):
     out = processor(TEXTS, images=IMAGES, videos=VIDEOS, padding=True, padding_side="left", return_tensors="pt")
-    frames = [max(1, sum(grid[0].item() for grid in part)) for part in out["grid_thw"].split(out["media_nums_per_sample"])]
+    frames = [
+        max(1, sum(grid[0].item() for grid in part)) for part in out["grid_thw"].split(out["media_nums_per_sample"])
+    ]
     expected = torch.ones(6, 1, out["input_ids"].shape[1], max(frames), dtype=torch.bool)
     for row, ids in enumerate(out["input_ids"].tolist()):
         seen = 0
@@ -147,11 +178,14 @@ def test_long_video_mask_takes_no_loop(processor):
     assert mask.shape == (1, 1, 4000, 1000) and mask.sum().item() == 4 * sum(range(1000))
 
 
-# ------------------------------------------------------------------------------------------------------- giving the media
+# giving the media
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in a.keys() | b.keys())
+    return all(
+        torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key]
+        for key in a.keys() | b.keys()
+    )
 
 
 def test_nested_bare_and_flat_media(processor):
@@ -161,9 +195,15 @@ def test_nested_bare_and_flat_media(processor):
     assert same(processor(text, images=[[PHOTO], [SMALL]], videos=[[], [CLIP]], **knobs), expected)
     assert same(processor(text, images=([PHOTO], (SMALL,)), videos=[None, [CLIP]], **knobs), expected)
     assert same(processor(text, images=[PHOTO, SMALL], videos=str(CLIP), **knobs), expected)
-    assert same(processor("<|image|>", PHOTO, return_tensors="pt"), processor(["<|image|>"], [[str(PHOTO)]], return_tensors="pt"))
+    assert same(
+        processor("<|image|>", PHOTO, return_tensors="pt"),
+        processor(["<|image|>"], [[str(PHOTO)]], return_tensors="pt"),
+    )
     array = np.zeros((2, 32, 32, 3), np.uint8)
-    assert same(processor("<|image|><|image|>", array, return_tensors="pt"), processor("<|image|><|image|>", list(array), return_tensors="pt"))
+    assert same(
+        processor("<|image|><|image|>", array, return_tensors="pt"),
+        processor("<|image|><|image|>", list(array), return_tensors="pt"),
+    )
 
 
 def test_pad_tokens_are_placeholders_too(processor):
@@ -175,9 +215,19 @@ def test_decoded_frames(processor):
     frames, metadata = decoded_frames(CLIP)
     expected = processor("<|video|>", videos=frames, video_metadata=metadata, return_tensors="pt")
     pictures = [Image.fromarray(frame) for frame in frames]
-    for videos in (pictures, [pictures], [list(frames)], [frames], frames[None], [[pictures]], torch.from_numpy(frames)):
+    for videos in (
+        pictures,
+        [pictures],
+        [list(frames)],
+        [frames],
+        frames[None],
+        [[pictures]],
+        torch.from_numpy(frames),
+    ):
         assert same(processor("<|video|>", videos=videos, video_metadata=[metadata], return_tensors="pt"), expected)
-    mixed = processor("<|video|><|video|>", videos=[CLIP, frames], video_metadata=[None, metadata], return_tensors="pt")
+    mixed = processor(
+        "<|video|><|video|>", videos=[CLIP, frames], video_metadata=[None, metadata], return_tensors="pt"
+    )
     assert mixed["grid_thw"].tolist() == [[5, 16, 20]] * 2 and torch.equal(*mixed["input_ids"].reshape(2, -1))
     with pytest.raises(ValueError, match="video_metadata"):
         processor("<|video|>", videos=frames)
@@ -227,7 +277,7 @@ def test_nothing_is_decoded_where_a_later_file_is_missing(processor, monkeypatch
         processor(["<|image|>", "<|video|>"], images=PHOTO, videos="gone.mp4")
 
 
-# ----------------------------------------------------------------------------------------------------------------- labels
+# labels
 
 
 @pytest.mark.parametrize(
@@ -293,7 +343,7 @@ def test_bad_spans(processor, text, spans, message):
         processor(text, labels_spans=spans)
 
 
-# ----------------------------------------------------------------------------------------------- padding, cutting, formats
+# padding, cutting, formats
 
 
 @pytest.mark.filterwarnings("ignore:.max_length. is ignored")
@@ -347,24 +397,47 @@ def test_return_types(processor):
 @pytest.mark.parametrize("texts", [["<|image|>a<|video|>", "b", "<|image|>"], ["<|video|>"], ["a"]])
 def test_levels_for_the_model_to_normalise(processor, texts):
     """`pixel_values` as uint8 with what normalises them; the blank medium stays zero. All else as ever, also in nested keywords."""
-    images, videos = [SQUARE, PHOTO][: sum(map("<|image|>".__eq__, texts)) + ("<|image|>a" in texts[0])], [SHORT] * ("<|video|>" in texts[0])
-    knobs = {"padding": True, "return_tensors": "pt", "images_kwargs": {"image_mean": (0.1, 0.2, 0.3)}, "videos_kwargs": {"image_std": [0.5, 0.6, 0.7]}}
+    images, videos = (
+        [SQUARE, PHOTO][: sum(map("<|image|>".__eq__, texts)) + ("<|image|>a" in texts[0])],
+        [SHORT] * ("<|video|>" in texts[0]),
+    )
+    knobs = {
+        "padding": True,
+        "return_tensors": "pt",
+        "images_kwargs": {"image_mean": (0.1, 0.2, 0.3)},
+        "videos_kwargs": {"image_std": [0.5, 0.6, 0.7]},
+    }
     plain = processor(texts, images=images or None, videos=videos or None, **knobs)
     raw = processor(texts, images=images or None, videos=videos or None, do_normalize=False, **knobs)
-    nested = processor(texts, images=images or None, videos=videos or None, common_kwargs={"do_normalize": False}, **knobs)
+    nested = processor(
+        texts, images=images or None, videos=videos or None, common_kwargs={"do_normalize": False}, **knobs
+    )
     assert set(raw) == {*plain, "image_mean", "image_std"} and raw["pixel_values"].dtype == torch.uint8
     assert torch.equal(nested["pixel_values"], raw["pixel_values"])
     assert all(torch.equal(plain[name], raw[name]) for name in ("input_ids", "grid_thw", "cross_attention_mask"))
     sizes = plain["grid_thw"].prod(1).tolist()
     assert len(raw["image_mean"]) == len(raw["image_std"]) == len(sizes)
-    parts = zip(plain["pixel_values"].split(sizes), raw["pixel_values"].split(sizes), raw["image_mean"], raw["image_std"])
+    parts = zip(
+        plain["pixel_values"].split(sizes),
+        raw["pixel_values"].split(sizes),
+        raw["image_mean"],
+        raw["image_std"],
+        strict=True,
+    )
     assert all(torch.equal(values, normalise(levels, mean, std)) for values, levels, mean, std in parts)
     moved = raw.to("cpu", torch.bfloat16)
     assert moved["pixel_values"].dtype == torch.uint8 and moved["image_mean"] == raw["image_mean"]
-    for part, media, name in ((processor.image_processor, images, "pixel_values"), (processor.video_processor, videos, "pixel_values_videos")):
+    for part, media, name in (
+        (processor.image_processor, images, "pixel_values"),
+        (processor.video_processor, videos, "pixel_values_videos"),
+    ):
         if media:
             own = part(media, do_normalize=False, return_tensors="np")
-            assert own[name].dtype == np.uint8 and own["image_mean"] == [[0.5] * 3] * len(media) and set(own) == {*part(media), "image_mean", "image_std"}
+            assert (
+                own[name].dtype == np.uint8
+                and own["image_mean"] == [[0.5] * 3] * len(media)
+                and set(own) == {*part(media), "image_mean", "image_std"}
+            )
 
 
 @pytest.mark.parametrize("texts", [["<|image|>a<|video|>", "b", "<|image|>"], ["<|video|>"], ["a"]])
@@ -375,8 +448,16 @@ def test_media_that_are_encoded_on_the_way(processor, texts):
         assert len(levels) == sum(t * h * w for t, h, w in grid)
         return normalise(levels, mean, std).view(-1, 4 * levels.shape[1])
 
-    images, videos = [SQUARE, PHOTO][: sum(map("<|image|>".__eq__, texts)) + ("<|image|>a" in texts[0])], [SHORT] * ("<|video|>" in texts[0])
-    knobs = {"padding": True, "return_tensors": "pt", "images_kwargs": {"image_mean": (0.1, 0.2, 0.3)}, "videos_kwargs": {"image_std": [0.5, 0.6, 0.7]}}
+    images, videos = (
+        [SQUARE, PHOTO][: sum(map("<|image|>".__eq__, texts)) + ("<|image|>a" in texts[0])],
+        [SHORT] * ("<|video|>" in texts[0]),
+    )
+    knobs = {
+        "padding": True,
+        "return_tensors": "pt",
+        "images_kwargs": {"image_mean": (0.1, 0.2, 0.3)},
+        "videos_kwargs": {"image_std": [0.5, 0.6, 0.7]},
+    }
     plain = processor(texts, images=images or None, videos=videos or None, **knobs)
     encoded = processor(texts, images=images or None, videos=videos or None, encoder=encoder, **knobs)
     assert set(encoded) == {*plain, "image_features"} - {"pixel_values"}
@@ -384,7 +465,9 @@ def test_media_that_are_encoded_on_the_way(processor, texts):
     assert all(torch.equal(plain[name], encoded[name]) for name in ("input_ids", "grid_thw", "cross_attention_mask"))
     assert plain["media_nums_per_sample"] == encoded["media_nums_per_sample"]
     with pytest.raises(ValueError, match="return_tensors is 'np'; pass return_tensors='pt'"):
-        processor(texts, images=images or None, videos=videos or None, encoder=encoder, **{**knobs, "return_tensors": "np"})
+        processor(
+            texts, images=images or None, videos=videos or None, encoder=encoder, **{**knobs, "return_tensors": "np"}
+        )
 
 
 def test_to_device_and_dtype(processor):
@@ -394,7 +477,7 @@ def test_to_device_and_dtype(processor):
     assert out.to("meta")["input_ids"].device.type == "meta"
 
 
-# ------------------------------------------------------------------------------------------------------------------ knobs
+# knobs
 
 
 KNOBS = [
@@ -419,7 +502,12 @@ def test_every_knob_acts_for_its_call(processor, name, value):
 
 def test_knobs_that_change_no_pixels(processor):
     plain = processor("<|video|>", videos=CLIP, return_tensors="pt")
-    for name, value in (("num_extract_threads", 1), ("frame_extract_num_threads", 2), ("video_backend", "pyav"), ("do_resize", True)):
+    for name, value in (
+        ("num_extract_threads", 1),
+        ("frame_extract_num_threads", 2),
+        ("video_backend", "pyav"),
+        ("do_resize", True),
+    ):
         assert same(processor("<|video|>", videos=CLIP, return_tensors="pt", **{name: value}), plain)
     with pytest.raises(ValueError, match="num_extract_threads"):
         processor("<|video|>", videos=CLIP, frame_extract_num_threads=0)
@@ -429,7 +517,9 @@ def test_knobs_that_change_no_pixels(processor):
 
 def test_nested_text_kwargs(processor):
     flat = processor(["a", "b c"], padding=True, padding_side="left", return_tensors="pt")
-    nested = processor(["a", "b c"], text_kwargs={"padding": True, "padding_side": "left"}, common_kwargs={"return_tensors": "pt"})
+    nested = processor(
+        ["a", "b c"], text_kwargs={"padding": True, "padding_side": "left"}, common_kwargs={"return_tensors": "pt"}
+    )
     assert same(flat, nested)
 
 
@@ -483,7 +573,9 @@ def test_threads_with_other_knobs(processor):
     ]
 
     def call(i):
-        return processor(texts, images=PHOTO, videos=CLIP, return_tensors="pt", labels_spans=[[[9, 10]], [], []], **knobs[i])
+        return processor(
+            texts, images=PHOTO, videos=CLIP, return_tensors="pt", labels_spans=[[[9, 10]], [], []], **knobs[i]
+        )
 
     alone, wrong = [call(i) for i in range(4)], []
 
@@ -501,7 +593,7 @@ def test_threads_with_other_knobs(processor):
     assert not wrong
 
 
-# --------------------------------------------------------------------------------------------------------------- timestamps
+# timestamps
 
 
 def test_calculate_timestamps(processor):
@@ -523,18 +615,30 @@ def test_calculate_timestamps(processor):
 def test_timestamps_are_those_of_the_text(processor):
     out = processor("<|video|>", videos=LONG, return_metadata=True)
     metadata = out["video_metadata"][0]
-    times = processor._calculate_timestamps(metadata.frames_indices, metadata.total_num_frames, metadata.fps, metadata.duration)
+    times = processor._calculate_timestamps(
+        metadata.frames_indices, metadata.total_num_frames, metadata.fps, metadata.duration
+    )
     assert [f"{t:.1f} seconds" in processor.decode(out["input_ids"][0]) for t in times] == [True] * 9
 
 
-# -------------------------------------------------------------------------------------------------------------- tokenizers
+# tokenizers
 
 
 def test_names_and_ids(processor):
     ids = processor.tokenizer.get_vocab()
     assert processor.image_token_id == ids["<|image_pad|>"] and processor.video_token_id == ids["<|video_pad|>"]
-    assert processor.vision_start_token_id == ids["<|vision_start|>"] and processor.vision_end_token_id == ids["<|vision_end|>"]
-    names = ("image_placeholder", "video_placeholder", "image_token", "video_token", "time_start_token", "time_end_token")
+    assert (
+        processor.vision_start_token_id == ids["<|vision_start|>"]
+        and processor.vision_end_token_id == ids["<|vision_end|>"]
+    )
+    names = (
+        "image_placeholder",
+        "video_placeholder",
+        "image_token",
+        "video_token",
+        "time_start_token",
+        "time_end_token",
+    )
     expected = ["<|image|>", "<|video|>", "<|image_pad|>", "<|video_pad|>", "<|time_start|>", "<|time_end|>"]
     assert [getattr(processor, name) for name in names] == expected
 
@@ -549,8 +653,12 @@ def tokenizer_without(tmp_path):
         path.write_text(json.dumps(content))
         path = tmp_path / "tokenizer" / "tokenizer_config.json"
         content = json.loads(path.read_text())
-        content["added_tokens_decoder"] = {k: v for k, v in content["added_tokens_decoder"].items() if v["content"] not in missing}
-        content["additional_special_tokens"] = [token for token in content["additional_special_tokens"] if token not in missing]
+        content["added_tokens_decoder"] = {
+            k: v for k, v in content["added_tokens_decoder"].items() if v["content"] not in missing
+        }
+        content["additional_special_tokens"] = [
+            token for token in content["additional_special_tokens"] if token not in missing
+        ]
         path.write_text(json.dumps(content))
         for name in ("added_tokens.json", "special_tokens_map.json"):
             (tmp_path / "tokenizer" / name).unlink()
@@ -577,13 +685,16 @@ def test_parts_in_the_wrong_place(processor):
         MossVLProcessor(processor.video_processor, processor.tokenizer, processor.image_processor)
 
 
-# ------------------------------------------------------------------------------------------------------------ conversations
+# conversations
 
 
 def test_chat_template_renders_placeholders(processor):
     messages = [
         {"role": "system", "content": "Be short."},
-        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "video"}, {"type": "text", "text": "Why?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "a.png"}, {"type": "video"}, {"type": "text", "text": "Why?"}],
+        },
         {"role": "assistant", "content": "So."},
     ]
     given = copy.deepcopy(messages)
@@ -599,7 +710,9 @@ def test_segments_in_a_conversation(processor):
     video = {"video_path": str(CLIP), "segments": [[0, 2], [3]]}
     messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "x"}]}]
     assert processor.apply_chat_template(messages).count("<|video|>") == 2
-    assert processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")["grid_thw"][:, 0].tolist() == [2, 1]
+    assert processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")["grid_thw"][
+        :, 0
+    ].tolist() == [2, 1]
 
 
 def test_media_of_a_conversation_are_processed(processor):
@@ -610,27 +723,47 @@ def test_media_of_a_conversation_are_processed(processor):
         [{"type": "image", "url": PHOTO.as_uri()}, {"type": "video", "path": SHORT}],
         [{"type": "image", "image": Image.open(PHOTO)}, {"type": "video", "video": SHORT.read_bytes()}],
     ]
-    knobs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt", "max_pixels": 65536}
+    knobs = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+        "max_pixels": 65536,
+    }
     conversations = [[{"role": "user", "content": [*own, {"type": "text", "text": "Why?"}]}] for own in parts]
     text = "<|im_start|>user\n<|image|><|video|>Why?<|im_end|>\n<|im_start|>assistant\n"
     expected = processor(text, PHOTO, SHORT, return_tensors="pt", max_pixels=65536)
     for conversation in conversations:
         assert same(processor.apply_chat_template(conversation, **knobs), expected)
     batch = processor.apply_chat_template(conversations, padding=True, **knobs)
-    assert batch["media_nums_per_sample"] == [2] * 4 and torch.equal(batch["input_ids"], expected["input_ids"].expand(4, -1))
+    assert batch["media_nums_per_sample"] == [2] * 4 and torch.equal(
+        batch["input_ids"], expected["input_ids"].expand(4, -1)
+    )
     bare = [{"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "Why?"}]}]
     assert same(processor.apply_chat_template(bare, images=PHOTO, videos=SHORT, **knobs), expected)
     processor_kwargs = {"images": [PHOTO], "videos": [SHORT]}
-    ids = processor.apply_chat_template(bare, add_generation_prompt=True, tokenize=True, processor_kwargs=processor_kwargs)
+    ids = processor.apply_chat_template(
+        bare, add_generation_prompt=True, tokenize=True, processor_kwargs=processor_kwargs
+    )
     assert ids == expected["input_ids"].tolist()
 
 
 def test_assistant_mask(processor):
     answer = "{% generation %}{{ m.content }}{% endgeneration %}"
-    template = "{% for m in messages %}{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
     messages = [{"role": "user", "content": "<|image|>Describe"}, {"role": "assistant", "content": "A cat."}]
     out = processor.apply_chat_template(
-        messages, template, tokenize=True, return_dict=True, return_tensors="pt", images=SQUARE, return_assistant_tokens_mask=True
+        messages,
+        template,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        images=SQUARE,
+        return_assistant_tokens_mask=True,
     )
     assert processor.decode(out["input_ids"][out["assistant_masks"] == 1]).strip() == "A cat." and "labels" not in out
 
@@ -649,7 +782,11 @@ def test_assistant_mask(processor):
         ([{"role": "user", "content": "x"}], {"add_generation_promt": True}, "did you mean 'add_generation_prompt'"),
         ([{"role": "user", "content": "x"}], {"max_pixel": 3}, "did you mean 'max_pixels'"),
         ([{"role": "user", "content": [{"type": "image"}]}], {"tokenize": True}, "1 <.image.> placeholders, but 0"),
-        ([{"role": "user", "content": [{"type": "image", "image": str(PHOTO)}]}], {"tokenize": True, "images": [PHOTO]}, "given twice"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": str(PHOTO)}]}],
+            {"tokenize": True, "images": [PHOTO]},
+            "given twice",
+        ),
     ],
 )
 def test_bad_conversations(processor, conversation, knobs, message):
@@ -662,7 +799,7 @@ def test_no_template():
         make_processor().apply_chat_template([{"role": "user", "content": "x"}])
 
 
-# ------------------------------------------------------------------------------------------------------- loading and saving
+# loading and saving
 
 
 @pytest.fixture
@@ -688,7 +825,9 @@ def test_places_of_the_chat_template(released, place):
 
 
 def test_keywords_of_loading(released):
-    processor = MossVLProcessor.from_pretrained(released, frame_extract_num_threads=1, max_pixels=65536, video_fps=2, padding_side="left")
+    processor = MossVLProcessor.from_pretrained(
+        released, frame_extract_num_threads=1, max_pixels=65536, video_fps=2, padding_side="left"
+    )
     assert (processor.video_processor.num_extract_threads, processor.video_processor.video_fps) == (1, 2)
     assert processor.image_processor.max_pixels == processor.video_processor.max_pixels == 65536
     assert processor.tokenizer.padding_side == "left"
@@ -721,7 +860,9 @@ def test_a_tokenizer_that_transformers_5_saved_alone(released):
     out = processor(case.text, case.images, case.videos, padding=True, return_tensors="np")
     assert np.array_equal(out["input_ids"], case.arrays["input_ids"])
     processor.save_pretrained(released / "again")
-    assert json.loads((released / "again" / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+    assert (
+        json.loads((released / "again" / "tokenizer_config.json").read_text())["tokenizer_class"] == "Qwen2Tokenizer"
+    )
     assert AutoTokenizer.from_pretrained(released / "again")("<|image_pad|>")["input_ids"] == [412]
 
 

@@ -10,16 +10,22 @@ import av
 import numpy as np
 import pytest
 import torch
+from make_media import draw, write_video
 from PIL import Image
 
-from make_media import draw, write_video
 from moss_vl import image_processing_moss_vl, video_processing_moss_vl
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor, fit_size, load_image, open_source, pixel_limits
-from moss_vl.video_processing_moss_vl import MossVLVideoProcessor, fit_video_size, frame_count, read_segment, segment_times
+from moss_vl.video_processing_moss_vl import (
+    MossVLVideoProcessor,
+    fit_video_size,
+    frame_count,
+    read_segment,
+    segment_times,
+)
 from moss_vl.video_reading import Video, open_video, seconds_of
 
 
-# ---------------------------------------------------------------------------------------------------------- exact limits
+# exact limits
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,7 @@ def test_frames_at_a_whole_number():
     assert segment_times((1.0, 2.0), 2, 9.0).tolist() == [1.0, 1.5]
 
 
-# -------------------------------------------------------------------------------------------------------------- moments
+# moments
 
 
 class Still(Video):
@@ -123,7 +129,9 @@ def test_a_frame_counts_from_a_millisecond_early(rate, early):
 def test_seconds_of_rounded_time_stamps():
     times = np.round(np.arange(30) / 29.97, 3)
     assert seconds_of(times, 0.033, Fraction(2997, 100), 1e-3) == pytest.approx(30 / 29.97, abs=1e-9)
-    assert seconds_of(times + np.linspace(0, 0.003, 30), 0.033, Fraction(2997, 100), 1e-3) == pytest.approx(times[-1] + 0.003 + 0.033)
+    assert seconds_of(times + np.linspace(0, 0.003, 30), 0.033, Fraction(2997, 100), 1e-3) == pytest.approx(
+        times[-1] + 0.003 + 0.033
+    )
     assert seconds_of(np.array([0.0, 1.0]), 0.5, None, 1e-3) == 1.5
 
 
@@ -172,7 +180,7 @@ def test_segments_at_the_ends():
             processor.plan({**frames, "segments": [segment]})
 
 
-# -------------------------------------------------------------------------------------------------------------- warnings
+# warnings
 
 
 @pytest.fixture
@@ -201,7 +209,7 @@ def test_missing_frames_are_told(warnings, monkeypatch):
         processor.extract("still.mp4")
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# pictures
 
 
 def test_sixteen_bits_are_rounded():
@@ -255,7 +263,7 @@ def test_a_picture_that_is_given_twice_is_loaded_by_one_thread_at_a_time(monkeyp
     assert len(set(map(tuple, out["image_grid_thw"].tolist()))) == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- playlists
+# playlists
 
 
 def test_a_playlist_in_bytes_reaches_no_file(tmp_path, monkeypatch):

@@ -4,33 +4,38 @@ import functools
 import http.server
 import json
 import shutil
-import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from test_records import folder, read_one, turns, write  # noqa: F401 - folder is a fixture
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 from transformers.video_utils import VideoMetadata
 
-from conftest import ROOT
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.options import names_of
 from moss_vl.processing_moss_vl import MossVLProcessor
+from moss_vl.training import finetune
+from moss_vl.training.records import check_options
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
-from test_records import folder, read_one, turns, write  # noqa: F401 - folder is a fixture
-
-sys.path[:0] = [str(ROOT / "training")]
-import finetune  # noqa: E402
-from records import check_options  # noqa: E402
 
 
 NANO = ROOT / "checkpoints" / "moss-vl-nano"
-PHOTO, SAMPLE, VIDEO = (str(ROOT / "data" / name) for name in ("example_image.jpg", "sample_a.jpg", "example_video.mp4"))  # the video: 10 s
-QUERIES = [("What color is the star?", PHOTO), ("How many objects are there, please?", SAMPLE), ("Where is the star?", PHOTO)]
+PHOTO, SAMPLE, VIDEO = (
+    str(ROOT / "data" / name) for name in ("example_image.jpg", "sample_a.jpg", "example_video.mp4")
+)  # the video: 10 s
+QUERIES = [
+    ("What color is the star?", PHOTO),
+    ("How many objects are there, please?", SAMPLE),
+    ("Where is the star?", PHOTO),
+]
 ANSWERS = ["blue", "3", "top right"]
-CHATS = [[{"role": "user", "content": [{"type": "image", "image": i}, {"type": "text", "text": q}]}] for q, i in QUERIES]
+CHATS = [
+    [{"role": "user", "content": [{"type": "image", "image": i}, {"type": "text", "text": q}]}] for q, i in QUERIES
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def frames(count, size=(64, 64)):
     return [Image.new("RGB", size, (20 * index, 0, 0)) for index in range(count)]
 
 
-# --------------------------------------------------------------------------------------------------------------- loading
+# loading
 
 
 @pytest.mark.parametrize("given", [
@@ -55,7 +60,10 @@ def frames(count, size=(64, 64)):
     {"proxies": {}}, {"use_auth_token": None}, {"revision": "main", "max_pixels": 60000},
 ], ids=str)  # fmt: skip
 def test_arguments_of_the_hub_reach_no_processor(given):
-    for load in (functools.partial(AutoImageProcessor.from_pretrained, trust_remote_code=True), MossVLVideoProcessor.from_pretrained):
+    for load in (
+        functools.partial(AutoImageProcessor.from_pretrained, trust_remote_code=True),
+        MossVLVideoProcessor.from_pretrained,
+    ):
         loaded = load(NANO, **given)
         assert loaded.size["longest_edge"] == given.get("max_pixels", load(NANO).size["longest_edge"])
         assert not given.keys() & vars(loaded).keys() - {"max_pixels"}
@@ -65,7 +73,9 @@ def test_arguments_of_the_hub_reach_no_processor(given):
 
 @pytest.mark.parametrize("make", [MossVLImageProcessor, MossVLVideoProcessor])
 def test_what_a_pipeline_passes_for_the_model_reaches_no_processor(make):
-    loaded = make.from_dict({"patch_size": 16}, _from_pipeline="image-to-text", dtype="auto", revision="main", max_pixels=60000)
+    loaded = make.from_dict(
+        {"patch_size": 16}, _from_pipeline="image-to-text", dtype="auto", revision="main", max_pixels=60000
+    )
     assert loaded.max_pixels == 60000 and not hasattr(loaded, "dtype") and not hasattr(loaded, "revision")
     with pytest.raises(ValueError, match="unknown keyword 'dtype'"):
         make.from_dict({"patch_size": 16}, dtype="auto")
@@ -100,12 +110,17 @@ def test_a_processor_that_may_download_does_so_in_a_pipeline(model, tmp_path):
     chat = [{"role": "user", "content": [{"type": "image", "url": url}, {"type": "text", "text": QUERIES[0][0]}]}]
     try:
         for allowed in (False, True):
-            loaded = AutoProcessor.from_pretrained(NANO, trust_remote_code=True, **({"allow_http": True} if allowed else {}))
+            loaded = AutoProcessor.from_pretrained(
+                NANO, trust_remote_code=True, **({"allow_http": True} if allowed else {})
+            )
             pipe = pipeline("image-text-to-text", model=model, processor=loaded, device="cpu")
             if allowed:
                 assert pipe(text=chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"] == ANSWERS[0]
             else:
-                with pytest.raises(ValueError, match="allow_http=True to allow that, in the call or to the processor's from_pretrained"):
+                with pytest.raises(
+                    ValueError,
+                    match="allow_http=True to allow that, in the call or to the processor's from_pretrained",
+                ):
                     pipe(text=chat, max_new_tokens=8)
     finally:
         server.shutdown()
@@ -133,7 +148,11 @@ def test_a_limit_is_set_as_an_attribute(make):
     other = make(size=one.size)
     other.size = one.size
     other.max_pixels, other.min_pixels = 9216, 5000
-    assert (other.size, other.resolve({}).max_pixels, other.min_pixels) == ({"shortest_edge": 5000, "longest_edge": 9216}, 9216, 5000)
+    assert (other.size, other.resolve({}).max_pixels, other.min_pixels) == (
+        {"shortest_edge": 5000, "longest_edge": 9216},
+        9216,
+        5000,
+    )
     assert one.size == {"shortest_edge": 4096, "longest_edge": 65536}
     with pytest.raises(ValueError, match="longest_edge must be a positive whole number"):
         other.max_pixels = "big"
@@ -142,15 +161,23 @@ def test_a_limit_is_set_as_an_attribute(make):
         other.resolve({})
 
 
-# ---------------------------------------------------------------------------------------------------- options of one kind
+# options of one kind
 
 
 def test_a_limit_is_held_against_the_media_that_are_there(processor):
     """moss-vl-nano: images of at least 50176 pixels, frames of 36864 to 50176."""
-    assert processor(text="<|video|>", videos=VIDEO, num_frames=2, max_pixels=45000)["grid_thw"].tolist() == [[2, 12, 14]]
+    assert processor(text="<|video|>", videos=VIDEO, num_frames=2, max_pixels=45000)["grid_thw"].tolist() == [
+        [2, 12, 14]
+    ]
     frugal = MossVLProcessor.from_pretrained(NANO, video_max_pixels=40000)
-    assert frugal(text="<|image|>", images=PHOTO, min_pixels=50176, max_pixels=60000)["pixel_values"].shape[0] <= 60000 // 256
-    assert processor(text="<|image|>", images=PHOTO, min_pixels=60000, max_pixels=60000)["pixel_values"].shape[0] <= 60000 // 256
+    assert (
+        frugal(text="<|image|>", images=PHOTO, min_pixels=50176, max_pixels=60000)["pixel_values"].shape[0]
+        <= 60000 // 256
+    )
+    assert (
+        processor(text="<|image|>", images=PHOTO, min_pixels=60000, max_pixels=60000)["pixel_values"].shape[0]
+        <= 60000 // 256
+    )
     assert processor(text="no media", max_pixels=40960)["input_ids"]
     for text, media in (("<|image|>", {"images": PHOTO}), ("<|image|><|video|>", {"images": PHOTO, "videos": VIDEO})):
         with pytest.raises(ValueError, match="50176 is above longest_edge"):
@@ -177,10 +204,17 @@ def test_text_options_without_effect_and_those_of_generate(processor, given, mes
 
 
 def test_no_side_is_said_without_padding(processor):
-    out = processor.apply_chat_template(CHATS[0], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    out = processor.apply_chat_template(
+        CHATS[0], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
     assert out["input_ids"].shape[0] == 1
     both = processor.apply_chat_template(
-        CHATS[:2], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", text_kwargs={"padding": True}
+        CHATS[:2],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        text_kwargs={"padding": True},
     )
     assert sorted(both["attention_mask"][:, 0].tolist()) == [0, 1], "padded on the left"
 
@@ -188,18 +222,25 @@ def test_no_side_is_said_without_padding(processor):
 def test_media_as_bytes_beside_their_path(processor):
     data = open(PHOTO, "rb").read()
     plain = processor(text="<|image|>", images=PHOTO)["pixel_values"]
-    for image in ({"bytes": data, "path": "gone.jpg"}, {"bytes": data, "path": None}, {"bytes": None, "path": PHOTO}, {"bytes": bytearray(data)}):
+    for image in (
+        {"bytes": data, "path": "gone.jpg"},
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": PHOTO},
+        {"bytes": bytearray(data)},
+    ):
         assert torch.equal(processor(text="<|image|>", images=[image])["pixel_values"], plain)
         for part in ({"type": "image", "image": image}, {"type": "image", **image}):
             chat = [{"role": "user", "content": [part]}]
-            assert torch.equal(processor.apply_chat_template(chat, tokenize=True, return_dict=True)["pixel_values"], plain)
+            assert torch.equal(
+                processor.apply_chat_template(chat, tokenize=True, return_dict=True)["pixel_values"], plain
+            )
     with pytest.raises(ValueError, match="its 'bytes' must be bytes"):
         processor(text="<|image|>", images=[{"bytes": PHOTO}])
     with pytest.raises(ValueError, match="holds one image, got two"):
         processor(text="<|image|>", images=[{"bytes": data, "url": PHOTO}])
 
 
-# ------------------------------------------------------------------------------------------------------ videos and frames
+# videos and frames
 
 
 @pytest.mark.parametrize("given, expected", [
@@ -216,7 +257,11 @@ def test_a_span_is_moved_into_the_video_before_it_is_sampled(processor, given, e
         assert whole["video_metadata"][0]["actual_timestamps"] == pytest.approx(expected, abs=0.05)
 
 
-@pytest.mark.parametrize("given", [{"video_start": 10}, {"video_start": 12}, {"video_end": 0}, {"video_start": -2, "video_end": -1}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{"video_start": 10}, {"video_start": 12}, {"video_end": 0}, {"video_start": -2, "video_end": -1}],
+    ids=str,
+)
 def test_a_span_outside_the_video(processor, given):
     with pytest.raises(ValueError, match="lies outside the video, which lasts 10 s"):
         processor(text="<|video|>", videos=VIDEO, **given)
@@ -231,7 +276,10 @@ def test_a_span_outside_the_video(processor, given):
     ({"fps": 1.0, "total_num_frames": "six"}, "total_num_frames must be a positive"),
 ], ids=str)  # fmt: skip
 def test_metadata_that_contradict_the_frames(processor, metadata, message):
-    for given in (metadata, VideoMetadata(**{"total_num_frames": None, **metadata}) if "timestamps" not in metadata else metadata):
+    for given in (
+        metadata,
+        VideoMetadata(**{"total_num_frames": None, **metadata}) if "timestamps" not in metadata else metadata,
+    ):
         with pytest.raises(ValueError, match=message):
             processor.video_processor(videos=[frames(6)], do_sample_frames=False, video_metadata=[given])
 
@@ -254,7 +302,9 @@ def test_frames_with_their_metadata_as_transformers_loads_them(processor, as_arr
     for given in ([(video, metadata)], (video, metadata), [[(video, metadata)]], [{"video": (video, metadata)}]):
         out = processor(text="<|video|>", videos=given, do_sample_frames=False)
         assert out["input_ids"] == plain["input_ids"] and torch.equal(out["pixel_values"], plain["pixel_values"])
-    assert processor(text="<|video|><|video|>", videos=[(video, metadata)] * 2, do_sample_frames=False)["grid_thw"].shape == (2, 3)
+    assert processor(text="<|video|><|video|>", videos=[(video, metadata)] * 2, do_sample_frames=False)[
+        "grid_thw"
+    ].shape == (2, 3)
     assert len(processor.video_processor.extract((video, metadata), do_sample_frames=False)) == 1
     with pytest.raises(ValueError, match="give one of them"):
         processor(text="<|video|>", videos=[(video, metadata)], video_metadata=[{"fps": 1}])
@@ -265,11 +315,14 @@ def test_a_rate_as_a_string_and_frames_under_a_wrong_key(processor):
     assert processor.apply_chat_template(chat, tokenize=True, return_dict=True)["grid_thw"].tolist()[0][0] == 5
     with pytest.raises(ValueError, match="video_fps must be a number above 0, got 'fast'"):
         processor(text="<|video|>", videos=VIDEO, fps="fast")
-    with pytest.raises(ValueError, match=r"a list of frames goes under 'video', as in \{'video': frames, 'fps': rate\}; got it under 'frames'"):
+    with pytest.raises(
+        ValueError,
+        match=r"a list of frames goes under 'video', as in \{'video': frames, 'fps': rate\}; got it under 'frames'",
+    ):
         processor(text="<|video|>", videos={"frames": frames(3), "fps": 1.0})
 
 
-# ------------------------------------------------------------------------------------------------------------- pipelines
+# pipelines
 
 
 def test_a_pipeline_of_ready_objects_answers_in_batches(model):
@@ -316,7 +369,7 @@ def test_a_text_pipeline_pads_left_and_leaves_the_given_tokenizer_as_it_is():
     assert given.padding_side == "right" and given(["a", "b c"], padding=True)["attention_mask"][0][-1] == 0
 
 
-# --------------------------------------------------------------------------------------------------------------- records
+# records
 
 
 @pytest.mark.parametrize("part, message", [
@@ -338,6 +391,7 @@ def test_options_of_records_are_checked_before_training(folder, part, message): 
 
 def test_options_of_records_are_checked_with_those_of_the_command(folder, processor):  # noqa: F811
     """What no checkpoint refuses by itself, this one's settings do."""
+
     def record(**part):
         return read_one(folder, {"messages": turns([{"type": next(iter(part)), **part}, "?"], "yes")})
 
@@ -353,10 +407,14 @@ def test_options_of_records_are_checked_with_those_of_the_command(folder, proces
     check_options(small, *parts, min_pixels=1024, video_fps=2.0, num_extract_threads=1)
 
 
-@pytest.mark.parametrize("options, bad", [([], True), (["--max-frames", "300"], False), (["--max-frames", "200"], True)])
+@pytest.mark.parametrize(
+    "options, bad", [([], True), (["--max-frames", "300"], False), (["--max-frames", "200"], True)]
+)
 def test_finetune_refuses_such_records_before_it_loads_the_model(folder, processor, tmp_path, options, bad):  # noqa: F811
     path = write(folder, {"response": "x", "videos": [{"video": "v.mp4", "nframes": 300}]})
-    args = finetune.parse(["--checkpoint", str(NANO), "--data", str(path), "--output", str(tmp_path), "--cpu", *options])
+    args = finetune.parse(
+        ["--checkpoint", str(NANO), "--data", str(path), "--output", str(tmp_path), "--cpu", *options]
+    )
     if bad:
         with pytest.raises(ValueError, match="record 0: num_frames 300 lies outside min_frames 1 to max_frames"):
             finetune.make_datasets(args, processor)

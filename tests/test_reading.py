@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from moss_vl import image_processing_moss_vl as room
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor, SeenImage, in_threads
-from PIL import Image
 
 
 @pytest.fixture
@@ -121,5 +122,10 @@ def test_order_and_mode_are_those_of_one_thread(count):
 
     for mode in (False, True):
         with torch.inference_mode(mode):
-            assert in_threads(count, work, [0, 1, 2, 3], [5, 6, 7, 8]) == [(0, mode), (6, mode), (14, mode), (24, mode)]
+            assert in_threads(count, work, [0, 1, 2, 3], [5, 6, 7, 8]) == [
+                (0, mode),
+                (6, mode),
+                (14, mode),
+                (24, mode),
+            ]
     assert in_threads(count, work, [], []) == []

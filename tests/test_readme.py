@@ -3,20 +3,16 @@
 import json
 import re
 import shlex
-import sys
 from types import SimpleNamespace
 
 import pytest
-
 from conftest import ROOT
-from scripts import load_script
 
-sys.path[:0] = [str(ROOT / "training")]
-import evaluate  # noqa: E402
+from moss_vl import infer
+from moss_vl.training.nano import evaluate
+
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-infer = load_script("infer.py")
 
 
 def blocks(language):
@@ -54,7 +50,9 @@ def test_python_runs():
 
 def test_commands_run(run):
     """Every `python infer.py` line, without the installation in front of it."""
-    commands = [line.split("&&")[-1].strip() for block in blocks("bash") for line in block.splitlines() if "infer.py" in line]
+    commands = [
+        line.split("&&")[-1].strip() for block in blocks("bash") for line in block.splitlines() if "infer.py" in line
+    ]
     assert len(commands) >= 2
     for command in commands:
         program, script, *arguments = shlex.split(command)
@@ -68,7 +66,10 @@ def test_answers_about_the_samples(run, tmp_path):
     samples = {f"data/{path.name}" for path in (ROOT / "data").iterdir() if path.suffix in (".jpg", ".mp4")}
     assert {name for name, _, _ in rows} == samples
     queries, answers = tmp_path / "queries.jsonl", tmp_path / "answers.jsonl"
-    lines = ({"videos" if name.endswith("mp4") else "images": [str(ROOT / name)], "prompt": question} for name, question, _ in rows)
+    lines = (
+        {"videos" if name.endswith("mp4") else "images": [str(ROOT / name)], "prompt": question}
+        for name, question, _ in rows
+    )
     queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run("--batch", queries, "--out", answers, "--dtype", "float32")
     given = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
@@ -94,6 +95,8 @@ def test_one_test_command():
 
 def test_files_of_the_table_are_there_and_all_code_is_in_it():
     table = README.split("## Files")[1]
-    names = re.findall(r"`([^`]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    names = re.findall(
+        r"`([^`]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    )
     assert all(list(ROOT.glob(name.rstrip("/"))) for name in names)
     assert {path.name for path in ROOT.glob("*.py")} <= set(names)

@@ -2,16 +2,12 @@
 
 import json
 import logging
-import sys
 
 import pytest
+from make_media import write_sound, write_video
 from PIL import Image
 
-from conftest import ROOT
-from make_media import write_sound, write_video
-
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-from records import NAMED_RECORDS, read_records  # noqa: E402
+from moss_vl.training.records import NAMED_RECORDS, read_records
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,10 @@ def read_one(folder, record):
 
 
 def turns(*contents):
-    return [{"role": role, "content": content} for role, content in zip(["user", "assistant"] * len(contents), contents)]
+    return [
+        {"role": role, "content": content}
+        for role, content in zip(["user", "assistant"] * len(contents), contents, strict=False)
+    ]
 
 
 def test_prompt_and_response(folder):
@@ -65,7 +64,7 @@ def test_every_spelling_of_a_conversation_is_one(folder):
     parts = [first, image, second, video, third]
     filled = [first, image | {"image": "a.png"}, second, video | {"path": "v.mp4"}, third]
     openai = {"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "video_url", "video_url": "v.mp4"}
-    sharegpt = zip(["human", "gpt"] * 2, ["Look: <|image_pad|>, and <|video_pad|>?", *rest])
+    sharegpt = zip(["human", "gpt"] * 2, ["Look: <|image_pad|>, and <|video_pad|>?", *rest], strict=True)
     for record in (
         {"conversations": turns("Look: <|image|>, and <|video|>?", *rest), "images": "a.png", "videos": "v.mp4"},
         {"conversations": [{"from": role, "value": value} for role, value in sharegpt], **media},
@@ -83,7 +82,9 @@ def test_segments_have_a_placeholder_each(folder):
     pair = read_one(folder, {"prompt": "What?", "response": "x", "videos": segments})
     once = read_one(folder, {"messages": turns("<|video|>What?", "x"), "videos": [segments]})
     twice = read_one(folder, {"messages": turns("<|video|><|video|>What?", "x"), "videos": [segments]})
-    part = read_one(folder, {"messages": turns([{"type": "video", "video": segments}, {"type": "text", "text": "What?"}], "x")})
+    part = read_one(
+        folder, {"messages": turns([{"type": "video", "video": segments}, {"type": "text", "text": "What?"}], "x")}
+    )
     apart = read_one(folder, {"messages": turns("<|video|> or <|video|>?", "x"), "videos": [segments]})
     assert pair == once == twice == part and pair.messages == turns("<|video|><|video|>What?", "x")
     assert apart.messages == turns("<|video|> or <|video|>?", "x")
@@ -196,7 +197,12 @@ def test_what_a_check_says_makes_a_record_bad(folder):
 def test_files_that_cannot_be_read(folder):
     with pytest.raises(FileNotFoundError, match="no such data file"):
         read_records(folder / "nowhere.json")
-    for content, reason in ((b"[1, 2", "not one"), (b"\xff\xfe\x00", "not UTF-8"), (b"  \n", "no record"), (b"[]", "no record")):
+    for content, reason in (
+        (b"[1, 2", "not one"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"  \n", "no record"),
+        (b"[]", "no record"),
+    ):
         (folder / "bad.json").write_bytes(content)
         with pytest.raises(ValueError, match=reason):
             read_records(folder / "bad.json")

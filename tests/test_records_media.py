@@ -1,9 +1,9 @@
 """Training records whose media are written as clients write them: every key of a part, options, frames, media named twice."""
 
 import pytest
-
 from test_records import folder, read_one, turns  # noqa: F401 - folder is a fixture
-from records import _look
+
+from moss_vl.training.records import _look
 
 
 def asked(*parts):
@@ -27,13 +27,22 @@ def test_every_form_of_an_image(folder, part):  # noqa: F811
 def test_string_parts_urls_and_home(folder, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HOME", str(folder))
     url = (folder / "a.png").as_uri()
-    found = read_one(folder, {"messages": turns(["Look: <|image|>", {"type": "image", "path": url}, "?"], "yes"), "images": ["b.png"]})
+    found = read_one(
+        folder,
+        {"messages": turns(["Look: <|image|>", {"type": "image", "path": url}, "?"], "yes"), "images": ["b.png"]},
+    )
     assert found.messages[0]["content"] == "Look: <|image|><|image|>?"
     assert found.images == [str(folder / "b.png"), url]
 
 
 def test_options_stay_with_their_medium(folder):  # noqa: F811
-    found = read_one(folder, asked({"type": "video", "video": "v.mp4", "fps": 2, "max_pixels": 5000}, {"type": "image", "image": "a.png", "min_pixels": 9}))
+    found = read_one(
+        folder,
+        asked(
+            {"type": "video", "video": "v.mp4", "fps": 2, "max_pixels": 5000},
+            {"type": "image", "image": "a.png", "min_pixels": 9},
+        ),
+    )
     assert found.videos == [{"video_path": str(folder / "v.mp4"), "video_fps": 2, "max_pixels": 5000}]
     assert found.images == [{"image": str(folder / "a.png"), "min_pixels": 9}]
     clip = read_one(folder, asked({"type": "video", "path": "v.mp4", "segments": [[0, 1], [1, 2]]}))
@@ -55,15 +64,25 @@ def test_media_that_are_named_again(folder):  # noqa: F811
     image, video = {"type": "image", "image": "a.png"}, {"type": "video", "video": "v.mp4"}
     segments = {"video_path": "v.mp4", "segments": [[0, 1], [1.5]]}
     once = read_one(folder, asked(image, video))
-    for again in ({"images": ["a.png"]}, {"videos": "v.mp4"}, {"images": [(folder / "a.png").as_uri()], "videos": [{"path": "v.mp4"}]}):
+    for again in (
+        {"images": ["a.png"]},
+        {"videos": "v.mp4"},
+        {"images": [(folder / "a.png").as_uri()], "videos": [{"path": "v.mp4"}]},
+    ):
         found = read_one(folder, asked(image, video) | again)
         assert found.messages == once.messages and len(found.images) == len(found.videos) == 1
     clip = read_one(folder, asked({"type": "video", "video": segments}) | {"videos": [segments]})
     assert clip.videos == [{"video_path": str(folder / "v.mp4"), "segments": [[0, 1], [1.5]]}]
     for record, message in (
         (asked(image) | {"images": ["b.png"]}, "image 0 of the messages is .*a.png.*, but images has .*b.png"),
-        (asked(image) | {"images": ["a.png", "b.png"]}, "has 0 places .*1 more have their own, so that either 0 images are given, or all 1 again"),
-        (asked(image, {"type": "image"}, {"type": "image"}) | {"images": ["a.png"]}, r"has 2 places <\|image\|>, but 1 images; 1 more"),
+        (
+            asked(image) | {"images": ["a.png", "b.png"]},
+            "has 0 places .*1 more have their own, so that either 0 images are given, or all 1 again",
+        ),
+        (
+            asked(image, {"type": "image"}, {"type": "image"}) | {"images": ["a.png"]},
+            r"has 2 places <\|image\|>, but 1 images; 1 more",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             read_one(folder, record)

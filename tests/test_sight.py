@@ -7,9 +7,10 @@ import copy
 
 import pytest
 import torch
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration, usable_implementation
 from tiny import IMAGE_PAD, Sample, batch, close, frame_mask, make_model
 from transformers import DynamicCache
+
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration, usable_implementation
 
 
 NEW = 5
@@ -22,7 +23,10 @@ def model(request):
 
 def whole(model, ids, media, hidden=None):
     """Logits [T, vocab] of one conversation, all media at once. hidden: bool [T, F], True = hidden; default: what the text says."""
-    visual = {"pixel_values": torch.cat([one.pixel_values for one in media]), "grid_thw": torch.cat([one.grid_thw for one in media])}
+    visual = {
+        "pixel_values": torch.cat([one.pixel_values for one in media]),
+        "grid_thw": torch.cat([one.grid_thw for one in media]),
+    }
     mask = None if hidden is None else hidden[None, None]
     with torch.no_grad():
         return model(ids[None], **visual, cross_attention_mask=mask, use_cache=False).logits[0]
@@ -35,7 +39,10 @@ def text_mask(ids, frames):
 def greedy(model, ids, media, steps=NEW):
     """Plain greedy decoding by whole passes; what is written is text, whatever its id."""
     new = []
-    visual = {"pixel_values": torch.cat([one.pixel_values for one in media]), "grid_thw": torch.cat([one.grid_thw for one in media])}
+    visual = {
+        "pixel_values": torch.cat([one.pixel_values for one in media]),
+        "grid_thw": torch.cat([one.grid_thw for one in media]),
+    }
     for _ in range(steps):
         so_far = torch.cat([ids, torch.tensor(new, dtype=torch.long)])[None]
         with torch.no_grad():
@@ -62,7 +69,11 @@ def test_a_later_mask_over_the_whole_conversation_hides_what_was_seen(model):
     token = torch.tensor([[17]])
     hidden = torch.cat([hidden, hidden[-1:]])
     after = model(token, **{CACHE: step[CACHE]})
-    close(after.logits[0], whole(model, torch.cat([ids, token[0]]), [sample], hidden)[-1:], "a token after it sees the same")
+    close(
+        after.logits[0],
+        whole(model, torch.cat([ids, token[0]]), [sample], hidden)[-1:],
+        "a token after it sees the same",
+    )
 
 
 @torch.no_grad()
@@ -135,7 +146,10 @@ def test_a_cache_that_a_failed_call_half_filled_is_refused(model):
 # Media that do not fit the text
 
 
-@pytest.mark.parametrize("row", [[0, 4, 4], [1, 0, 4], [1, 4, 0], [-1, 4, 4], [1, -4, -4], [1, 4], [1, 4, 4, 1], [1, 3, 4], [1, 4, 3], [1, 1, 16]])
+@pytest.mark.parametrize(
+    "row",
+    [[0, 4, 4], [1, 0, 4], [1, 4, 0], [-1, 4, 4], [1, -4, -4], [1, 4], [1, 4, 4, 1], [1, 3, 4], [1, 4, 3], [1, 1, 16]],
+)
 @pytest.mark.parametrize("as_list", [False, True])
 def test_grids_that_are_none(model, row, as_list):
     patches = max(1, abs(int(torch.tensor(row).prod())))

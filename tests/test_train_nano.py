@@ -4,19 +4,15 @@ import argparse
 import json
 import math
 import shutil
-import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from conftest import ROOT
+from moss_vl.training.nano import lessons, train_nano, world
 
-sys.path[:0] = [str(ROOT / "training")]
-import lessons  # noqa: E402
-import train_nano  # noqa: E402
-import world  # noqa: E402
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 STAGES = train_nano.STAGES
@@ -51,11 +47,23 @@ def small_clips(processor, kind) -> dict:
 def run(folder, **options):
     if not folder.exists():
         shutil.copytree(NANO, folder / "start")
-        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):  # small pictures: steps take little time
+        for name in (
+            "preprocessor_config.json",
+            "video_preprocessor_config.json",
+        ):  # small pictures: steps take little time
             settings = json.loads((folder / "start" / name).read_text())
             settings["size"] = {"shortest_edge": 64 * 64, "longest_edge": 96 * 96}
             (folder / "start" / name).write_text(json.dumps(settings))
-    args = {"output": folder, "steps": 3, "size": 8, "processes": 1, "threads": 1, "device": "cpu", "dtype": "float32", "save_minutes": 60}
+    args = {
+        "output": folder,
+        "steps": 3,
+        "size": 8,
+        "processes": 1,
+        "threads": 1,
+        "device": "cpu",
+        "dtype": "float32",
+        "save_minutes": 60,
+    }
     train_nano.train(0, argparse.Namespace(**args | options))
     return load_file(folder / "model.safetensors")
 
@@ -104,7 +112,10 @@ def test_each_moment_is_encoded_once(monkeypatch):
     monkeypatch.setattr(train_nano, "NOISE", 0.0)
     with train_nano.each_moment_once(visual, batch):
         once = visual(pixel_values, grid)
-    assert sizes == [sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid))] * 2
+    assert (
+        sizes
+        == [sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid, strict=True))] * 2
+    )
     assert torch.allclose(once, every, atol=1e-4)
     assert not torch.equal(noisy, once) and (noisy - once).abs().max() < 0.2 * every.std()
     assert torch.equal(visual(pixel_values, grid), every), "outside of it nothing has changed"
@@ -137,7 +148,9 @@ def test_a_word_counts_more_where_it_is_the_whole_answer():
     weights = torch.tensor([[0, *[2**-0.5] * 2, 0, *[0.5] * 4]])
     losses = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
     expected = (2**0.5 * losses[:2].mean() + 2 * losses[3:].mean()) / (2**0.5 + 2)
-    assert train_nano.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert train_nano.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_attention_on_its_points():
@@ -152,7 +165,7 @@ def test_plan_and_rate(stages):
     steps, plan = 5000, train_nano.plan_of(5000)
     kinds, rates = [plan(step) for step in range(steps)], [train_nano.rate_of(step, steps) for step in range(steps)]
     ends = [*(stage.begins for stage in stages[1:]), 1.0]
-    for stage, end in zip(stages, ends):
+    for stage, end in zip(stages, ends, strict=True):
         part = slice(math.ceil(stage.begins * steps), math.ceil(end * steps))
         assert sum(stage.kinds.values()) == pytest.approx(1.0)
         for kind, share in stage.kinds.items():
@@ -182,7 +195,9 @@ def test_every_kind_of_a_stage_can_be_drawn(stages):
 def test_every_weight_of_a_stage_has_something_to_weigh(stages):
     known = {*train_nano.FACT_WEIGHTS, *train_nano.GAZE_WEIGHTS}
     assert all(set(stage.weights) <= known for stage in stages)
-    assert {name.split()[0] for name, _ in (*lessons.CONTENTS, *lessons.CHANGES, *lessons.COURSE)} == set(train_nano.FACT_WEIGHTS)
+    assert {name.split()[0] for name, _ in (*lessons.CONTENTS, *lessons.CHANGES, *lessons.COURSE)} == set(
+        train_nano.FACT_WEIGHTS
+    )
     assert set(lessons.Gaze.NAMES) == set(train_nano.GAZE_WEIGHTS)
 
 

@@ -7,10 +7,11 @@ import peft
 import pytest
 import torch
 import two_ranks
-from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from tiny import Sample, assorted_samples, batch, make_config, make_model
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, Trainer, TrainingArguments
+
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 
 
 def labelled(samples, side="right") -> dict:
@@ -114,10 +115,17 @@ def test_a_later_call_learns_from_its_own_tokens():
     inputs, labels = sample.inputs(), sample.ids[None]
     with torch.no_grad():
         whole = model(**inputs).logits
-        first = {name: value for name, value in inputs.items() if name not in ("attention_mask", "cross_attention_mask")}
+        first = {
+            name: value for name, value in inputs.items() if name not in ("attention_mask", "cross_attention_mask")
+        }
         out = model(**first | {"input_ids": labels[:, :6]}, use_cache=True)
         cache = out.get("cache", out.get("past_key_values"))
-        loss = model(input_ids=labels[:, 6:], attention_mask=torch.ones_like(labels), past_key_values=cache, labels=labels[:, 6:]).loss
+        loss = model(
+            input_ids=labels[:, 6:],
+            attention_mask=torch.ones_like(labels),
+            past_key_values=cache,
+            labels=labels[:, 6:],
+        ).loss
     assert torch.allclose(loss, cross_entropy(whole[0, 6:-1], labels[0, 7:]), atol=1e-5)
 
 
@@ -169,7 +177,11 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, use_cache):
     loss, plain = gradients(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     calls = []
-    layers = (model.model.visual.blocks[1].mlp, model.model.language_model.layers[1].mlp, model.model.language_model.layers[2].mlp)
+    layers = (
+        model.model.visual.blocks[1].mlp,
+        model.model.language_model.layers[1].mlp,
+        model.model.language_model.layers[2].mlp,
+    )
     hooks = [layer.register_forward_pre_hook(lambda module, args: calls.append(id(module))) for layer in layers]
     again, checkpointed = gradients(model, inputs | {"use_cache": use_cache})
     for hook in hooks:
@@ -223,7 +235,9 @@ def test_trainer_lowers_the_loss(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=[{"index": i} for i in range(3)], data_collator=collate)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=[{"index": i} for i in range(3)], data_collator=collate
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0], losses
@@ -240,11 +254,18 @@ def test_compute_metrics_is_given_logits(tmp_path, asked):
 
     def metrics(evaluated):
         seen.append(evaluated)
-        hits = (np.argmax(evaluated.predictions, -1)[:, :-1] == evaluated.label_ids[:, 1:]) & (evaluated.label_ids[:, 1:] != -100)
+        hits = (np.argmax(evaluated.predictions, -1)[:, :-1] == evaluated.label_ids[:, 1:]) & (
+            evaluated.label_ids[:, 1:] != -100
+        )
         return {"accuracy": hits.sum() / (evaluated.label_ids[:, 1:] != -100).sum()}
 
     arguments = TrainingArguments(
-        output_dir=tmp_path, per_device_eval_batch_size=2, report_to=[], remove_unused_columns=False, use_cpu=True, disable_tqdm=True
+        output_dir=tmp_path,
+        per_device_eval_batch_size=2,
+        report_to=[],
+        remove_unused_columns=False,
+        use_cpu=True,
+        disable_tqdm=True,
     )
     trainer = Trainer(
         model=model, args=arguments, eval_dataset=[{"index": i} for i in range(5)], compute_metrics=metrics,
@@ -281,9 +302,14 @@ def test_adapters_of_every_layer_get_gradients_through_checkpointing(use_reentra
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sum("visual.blocks" in name for name in trained) == 2 * 2 * 3
     for name in trained:
-        assert checkpointed[name] is not None and torch.allclose(plain[name], checkpointed[name], atol=1e-5, rtol=1e-4), name
+        assert checkpointed[name] is not None and torch.allclose(
+            plain[name], checkpointed[name], atol=1e-5, rtol=1e-4
+        ), name
     model.disable_input_require_grads()
-    embeddings = model.get_base_model().model.visual.patch_embed, model.get_base_model().model.language_model.embed_tokens
+    embeddings = (
+        model.get_base_model().model.visual.patch_embed,
+        model.get_base_model().model.language_model.embed_tokens,
+    )
     assert not any(embedding._forward_hooks for embedding in embeddings)
 
 

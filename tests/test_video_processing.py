@@ -13,15 +13,25 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import make_media
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, ROOT
+from make_media import (
+    X264_CLOSED,
+    X264_OPEN,
+    X265_OPEN,
+    copy_packets,
+    decode_all,
+    draw,
+    read_number,
+    turn,
+    write_video,
+)
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-import make_media
-from conftest import GOLDEN, ROOT
-from make_media import X264_CLOSED, X264_OPEN, X265_OPEN, copy_packets, decode_all, draw, read_number, turn, write_video
 from moss_vl import video_processing_moss_vl, video_reading
 from moss_vl.video_processing_moss_vl import (
     MossVLVideoProcessor,
@@ -65,7 +75,7 @@ def numbers(clip, height, width, merge=2, patch=16):
     return [read_number(image) for image in images.numpy()]
 
 
-# ------------------------------------------------------------------------------------------------------ which frames, how large
+# which frames, how large
 
 
 @pytest.mark.parametrize(
@@ -144,13 +154,15 @@ def test_fit_video_size(height, width, frames, low, high, share, expected):
     assert fit_video_size(height, width, frames, 32, low, high, share) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------- golden
+# golden
 
 
 def golden_case(name):
     case = json.loads((GOLDEN / "processing" / f"{name}.json").read_text())
     folder = GOLDEN / "processing"
-    videos = [{**v, "video_path": folder / v["video_path"]} if isinstance(v, dict) else folder / v for v in case["videos"]]
+    videos = [
+        {**v, "video_path": folder / v["video_path"]} if isinstance(v, dict) else folder / v for v in case["videos"]
+    ]
     return case, videos, np.load(folder / f"{name}.npz")["pixel_levels_u8"]
 
 
@@ -169,13 +181,17 @@ def test_pixels_are_exact_from_given_frames(processor, video):
     arrays = np.load(GOLDEN / "processing" / f"frames_{video.stem}.npz")
     frames, times = arrays["rgb_u8_thwc"], arrays["pts"].tolist()
     # the 5 frames that stand before the image of case 04, the 9 that are the end of case 05
-    levels = golden_case("04_mixed_video_image")[2][: 5 * 320] if video is CLIP else golden_case("05_batch_right_pad")[2][-9 * 416 :]
+    levels = (
+        golden_case("04_mixed_video_image")[2][: 5 * 320]
+        if video is CLIP
+        else golden_case("05_batch_right_pad")[2][-9 * 416 :]
+    )
     clip = processor.extract([frames], video_metadata={"timestamps": times})[0]
     assert clip.timestamps == times
     assert np.array_equal(clip.patches.numpy(), levels)
 
 
-# ----------------------------------------------------------------------------------------------------- kinds of files
+# kinds of files
 
 
 def quiet_vfr(path):
@@ -186,7 +202,9 @@ def quiet_vfr(path):
 
 
 def cut(codec, options):
-    return lambda path: copy_packets(write_video(path.with_stem("whole"), codec=codec, options=options), path, first=13)
+    return lambda path: copy_packets(
+        write_video(path.with_stem("whole"), codec=codec, options=options), path, first=13
+    )
 
 
 def copied(name, **options):
@@ -199,7 +217,10 @@ KINDS = {
     "h264.mp4": (lambda path: write_video(path, options=X264_CLOSED), WHOLE),
     "h264_open_gop.mp4": (lambda path: write_video(path, options=X264_OPEN), WHOLE),
     "h265_open_gop.mp4": (lambda path: write_video(path, codec="libx265", options=X265_OPEN), WHOLE),
-    "h265_10bit.mp4": (lambda path: write_video(path, codec="libx265", pixels="yuv420p10le", options=X265_OPEN), WHOLE),
+    "h265_10bit.mp4": (
+        lambda path: write_video(path, codec="libx265", pixels="yuv420p10le", options=X265_OPEN),
+        WHOLE,
+    ),
     "h264_cut.mp4": (cut("libx264", X264_CLOSED), WHOLE[13:]),
     "h264_open_gop_cut.mp4": (cut("libx264", X264_OPEN), WHOLE[13:]),
     "h265_cut.mp4": (cut("libx265", X265_OPEN), WHOLE[13:]),
@@ -208,10 +229,24 @@ KINDS = {
     "stream.ts": (lambda path: write_video(path, options=X264_CLOSED), WHOLE),
     "stream_h265.ts": (copied("source.mp4", codec="libx265", options=X265_OPEN), WHOLE),
     "late.mkv": (lambda path: write_video(path, start=75, options=X264_OPEN), WHOLE),
-    "fragments.mp4": (lambda path: write_video(path, options=X264_OPEN, muxer={"movflags": "frag_keyframe+empty_moov"}), WHOLE),
-    "vp9.webm": (lambda path: write_video(path, codec="libvpx-vp9", options={"g": "10", "deadline": "realtime", "cpu-used": "8"}), WHOLE),
-    "vp8.webm": (lambda path: write_video(path, codec="libvpx", options={"g": "10", "deadline": "realtime", "cpu-used": "8"}), WHOLE),
-    "av1.mp4": (lambda path: write_video(path, count=20, codec="libsvtav1", options={"g": "10", "preset": "12"}), WHOLE[:20]),
+    "fragments.mp4": (
+        lambda path: write_video(path, options=X264_OPEN, muxer={"movflags": "frag_keyframe+empty_moov"}),
+        WHOLE,
+    ),
+    "vp9.webm": (
+        lambda path: write_video(
+            path, codec="libvpx-vp9", options={"g": "10", "deadline": "realtime", "cpu-used": "8"}
+        ),
+        WHOLE,
+    ),
+    "vp8.webm": (
+        lambda path: write_video(path, codec="libvpx", options={"g": "10", "deadline": "realtime", "cpu-used": "8"}),
+        WHOLE,
+    ),
+    "av1.mp4": (
+        lambda path: write_video(path, count=20, codec="libsvtav1", options={"g": "10", "preset": "12"}),
+        WHOLE[:20],
+    ),
     "animation.gif": (lambda path: write_video(path, codec="gif", pixels="rgb8", rate=10), WHOLE),
     "mpeg4.avi": (lambda path: write_video(path, codec="mpeg4", options={"bf": "2", "g": "10"}), WHOLE),
     "h264.avi": (lambda path: write_video(path, options=X264_CLOSED), WHOLE),  # time stamps in decoding order
@@ -261,7 +296,12 @@ def test_right_frames_at_right_times(name, make):
 
 
 def test_duration_and_rate(make):
-    expected = {"h264.mp4": (4 / 3, 30.0), "late.mkv": (4 / 3, 30.0), "h264_cut.mp4": (0.9, 30.0), "animation.gif": (4.0, 10.0)}
+    expected = {
+        "h264.mp4": (4 / 3, 30.0),
+        "late.mkv": (4 / 3, 30.0),
+        "h264_cut.mp4": (0.9, 30.0),
+        "animation.gif": (4.0, 10.0),
+    }
     for name, (duration, rate) in expected.items():
         video = open_video(make(name))
         assert (video.duration, video.rate) == pytest.approx((duration, rate), abs=1e-9), name
@@ -290,7 +330,7 @@ QUARTERS = {  # display matrix -> what becomes of the stored picture
 def test_rotation_tag(matrix, make, tmp_path):
     video = open_video(turn(make("h264.mp4"), tmp_path / "turned.mp4", matrix))
     upright = QUARTERS[matrix](decode_all(make("h264.mp4"))[17][1])
-    (_, _, image), = video.frames([17], [])
+    ((_, _, image),) = video.frames([17], [])
     assert (video.height, video.width) == upright.shape[:2]
     assert np.array_equal(image, upright)
 
@@ -300,7 +340,11 @@ def test_rotation_tag(matrix, make, tmp_path):
 def test_jumps(codec, options, suffix, tmp_path, monkeypatch):
     """Far apart frames are reached by one jump each, or where the container jumps badly (MPEG-TS) by reading on; never decoded through."""
     key = "x264-params" if codec == "libx264" else "x265-params"
-    options = {key: options + "keyint=60:min-keyint=60:scenecut=0:log-level=none" + (":pools=none" if codec == "libx265" else "")}
+    options = {
+        key: options
+        + "keyint=60:min-keyint=60:scenecut=0:log-level=none"
+        + (":pools=none" if codec == "libx265" else "")
+    }
     path = write_video(tmp_path / "source.mp4", count=900, codec=codec, options=options)
     path = path if suffix == "mp4" else copy_packets(path, tmp_path / f"long.{suffix}")
     jumps, fed = [], []
@@ -333,11 +377,11 @@ def test_transparency_becomes_white(tmp_path):
     picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     picture.paste((255, 0, 0, 255), (0, 0, 32, 64))
     picture.save(tmp_path / "half.gif")
-    (_, _, image), = open_video(tmp_path / "half.gif").frames([0], [])
+    ((_, _, image),) = open_video(tmp_path / "half.gif").frames([0], [])
     assert image[5, 50].tolist() == [255, 255, 255] and image[5, 5].tolist() == [255, 0, 0]
 
 
-# --------------------------------------------------------------------------------------------------- truncated, damaged
+# truncated, damaged
 
 
 def shortened(path, target, share=0.6):
@@ -414,7 +458,7 @@ def test_damaged_keyframe(make, tmp_path, warnings):
     assert [shown[clips[0].metadata.frames_indices.index(i)] for i in (0, 7, 19, 35)] == [0, 7, 19, 35]
 
 
-# ---------------------------------------------------------------------------------------- encoded while others are decoded
+# encoded while others are decoded
 
 
 def levels_as_features(levels, grid, mean, std):
@@ -429,16 +473,24 @@ def same_clips(processor, video, **knobs):
     encoded = processor.extract(video, encoder=levels_as_features, **knobs)
     for one, other in zip(plain, encoded, strict=True):
         assert (one.grid, one.timestamps, one.metadata) == (other.grid, other.timestamps, other.metadata)
-        assert other.patches is None and torch.equal(other.features, levels_as_features(one.patches, one.grid, (0.5,) * 3, (0.5,) * 3))
+        assert other.patches is None and torch.equal(
+            other.features, levels_as_features(one.patches, one.grid, (0.5,) * 3, (0.5,) * 3)
+        )
     return plain
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("count", [1, 8, 21, 40])
 def test_encoded_frames_are_those_of_the_patches(threads, count):
-    assert same_clips(MossVLVideoProcessor(num_frames=count, **SMALL), CLIP, num_extract_threads=threads)[0].grid[0] == count
+    assert (
+        same_clips(MossVLVideoProcessor(num_frames=count, **SMALL), CLIP, num_extract_threads=threads)[0].grid[0]
+        == count
+    )
     segments = {"video_path": CLIP, "segments": [[0.5, 3.0], [2.0], [1.0, 4.0]]}
-    assert len(same_clips(MossVLVideoProcessor(num_frames=count + 2, **SMALL), segments, num_extract_threads=threads)) == 3
+    assert (
+        len(same_clips(MossVLVideoProcessor(num_frames=count + 2, **SMALL), segments, num_extract_threads=threads))
+        == 3
+    )
 
 
 def test_damaged_frames_are_not_encoded(make, header_first, tmp_path):
@@ -506,7 +558,16 @@ def test_nothing_to_decode(make, tmp_path):
 def test_damage_never_hangs_or_leaks_other_errors(make, tmp_path):
     rng = random.Random(7)
     processor = MossVLVideoProcessor(num_frames=6, num_extract_threads=2, **SMALL)
-    for name in ("h264.mp4", "stream.ts", "late.mkv", "vp9.webm", "mpeg4.avi", "h264.avi", "animation.gif", "fragments.mp4"):
+    for name in (
+        "h264.mp4",
+        "stream.ts",
+        "late.mkv",
+        "vp9.webm",
+        "mpeg4.avi",
+        "h264.avi",
+        "animation.gif",
+        "fragments.mp4",
+    ):
         for seed in range(3):
             path = damaged(make(name), tmp_path / name, rng.random(), rng.choice([3, 60, 900]), seed)
             try:
@@ -515,7 +576,7 @@ def test_damage_never_hangs_or_leaks_other_errors(make, tmp_path):
                 assert name in str(error)
 
 
-# ------------------------------------------------------------------------------------------------------- where a video lies
+# where a video lies
 
 
 def test_sources_give_the_same(make, processor):
@@ -555,7 +616,11 @@ def test_names_that_mean_something_to_ffmpeg(make, tmp_path, monkeypatch):
 def test_playlists_reach_nothing(tmp_path):
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/video.ts\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.m3u8").write_text(playlist)
-    for source in (tmp_path / "list.m3u8", playlist.encode(), playlist.replace("http://127.0.0.1:9/video.ts", CLIP.as_posix()).encode()):
+    for source in (
+        tmp_path / "list.m3u8",
+        playlist.encode(),
+        playlist.replace("http://127.0.0.1:9/video.ts", CLIP.as_posix()).encode(),
+    ):
         with pytest.raises(ValueError, match="is not a video that PyAV can read"):
             open_video(source)
 
@@ -627,7 +692,7 @@ def test_all_videos_are_looked_at_before_one_is_decoded(make, processor, monkeyp
             processor([good, bad])
 
 
-# ------------------------------------------------------------------------------------------------------------- segments
+# segments
 
 
 def test_segments_show_what_is_on_screen(processor):
@@ -635,11 +700,15 @@ def test_segments_show_what_is_on_screen(processor):
     clips = processor.extract({"video_path": str(CLIP), "segments": segments}, video_fps=2.0)
     assert [clip.grid[0] for clip in clips] == [5, 1, 1, 1]
     assert clips[0].timestamps == [0.5, 1.0, 1.5, 2.0, 2.5] and clips[3].timestamps == [1.0]
-    assert all(clip.metadata.frames_indices is None and clip.metadata.actual_timestamps == clip.timestamps for clip in clips)
+    assert all(
+        clip.metadata.frames_indices is None and clip.metadata.actual_timestamps == clip.timestamps for clip in clips
+    )
     one = processor.extract(str(CLIP), num_frames=150, size=SMALL["size"])[0]
-    again = processor.extract({"video_path": CLIP, "segments": [[i / 30] for i in range(0, 150, 7)]}, size=SMALL["size"])
+    again = processor.extract(
+        {"video_path": CLIP, "segments": [[i / 30] for i in range(0, 150, 7)]}, size=SMALL["size"]
+    )
     rows = one.patches.view(150, -1, 768)
-    assert all(torch.equal(clip.patches, rows[number]) for clip, number in zip(again, range(0, 150, 7)))
+    assert all(torch.equal(clip.patches, rows[number]) for clip, number in zip(again, range(0, 150, 7), strict=True))
 
 
 def test_segments_between_frames(make, processor):
@@ -695,7 +764,7 @@ def test_a_video_in_a_dict(processor):
         processor.plan({"video_path": CLIP, "segment": [[0, 1]]})
 
 
-# -------------------------------------------------------------------------------------------------------- several videos
+# several videos
 
 
 def test_videos_of_a_sample_share_max_frames(processor):
@@ -719,17 +788,25 @@ def test_limits(processor):
 def test_two_videos_are_each_alone_but_for_the_limits(processor):
     both = processor.extract([CLIP, LONG])
     alone = [processor.extract(video)[0] for video in (CLIP, LONG)]
-    for a, b in zip(both, alone):
+    for a, b in zip(both, alone, strict=True):
         assert torch.equal(a.patches, b.patches) and a.metadata == b.metadata and a.timestamps == b.timestamps
 
 
-# -------------------------------------------------------------------------------------------------------- decoded frames
+# decoded frames
 
 
 def test_decoded_frames_are_a_video(processor):
     frames = np.stack([draw(i, 128, 96) for i in range(30)])
     tensor = torch.from_numpy(frames)
-    forms = [frames, [frames], list(frames), [list(frames)], [Image.fromarray(x) for x in frames], tensor, tensor.permute(0, 3, 1, 2)]
+    forms = [
+        frames,
+        [frames],
+        list(frames),
+        [list(frames)],
+        [Image.fromarray(x) for x in frames],
+        tensor,
+        tensor.permute(0, 3, 1, 2),
+    ]
     expected = None
     for form in forms:
         clip = processor.extract(form, video_metadata={"fps": 10.0}, video_fps=2.0)[0]
@@ -745,7 +822,9 @@ def test_times_of_decoded_frames(processor):
     given = processor.extract(frames, video_metadata={"timestamps": [0.0, 0.7, 3.2, 9.0]})[0]
     assert given.timestamps == [0.0, 0.7, 3.2, 9.0] == given.metadata.actual_timestamps
     sampled = VideoMetadata(total_num_frames=120, fps=30.0, frames_indices=[0, 40, 80, 119])
-    assert processor.extract([frames], video_metadata=[sampled])[0].timestamps == pytest.approx([0, 4 / 3, 8 / 3, 119 / 30])
+    assert processor.extract([frames], video_metadata=[sampled])[0].timestamps == pytest.approx(
+        [0, 4 / 3, 8 / 3, 119 / 30]
+    )
     mixed = processor.extract([CLIP, frames], video_metadata=[None, {"fps": 1}])
     assert mixed[0].grid[0] == 5 and mixed[1].timestamps == [0.0, 1.0, 2.0, 3.0]
 
@@ -773,14 +852,18 @@ def test_decoded_frames_that_do_not_fit(processor):
     frames = [draw(0), draw(1, 64, 64)]
     with pytest.raises(ValueError, match="frame 1 .*one size"):
         processor.extract([frames], video_metadata={"fps": 1})
-    for bad, message in ((np.zeros((3, 8)), "expected .frames, height"), (np.zeros((0, 8, 8, 3)), "has no frames"), ([[]], "has no frames")):
+    for bad, message in (
+        (np.zeros((3, 8)), "expected .frames, height"),
+        (np.zeros((0, 8, 8, 3)), "has no frames"),
+        ([[]], "has no frames"),
+    ):
         with pytest.raises(ValueError, match=message):
             processor.plan(bad, video_metadata={"fps": 1})
     with pytest.raises(ValueError, match="video_metadata is for decoded frames"):
         processor.plan(CLIP, video_metadata={"fps": 1})
 
 
-# ---------------------------------------------------------------------------------------------------------------- knobs
+# knobs
 
 
 def test_by_hand_call(processor):
@@ -789,10 +872,18 @@ def test_by_hand_call(processor):
     metadata = out["video_metadata"][0]
     assert out["video_grid_thw"].tolist() == [[4, 6, 10]]
     assert out["pixel_values_videos"].shape == (4 * 60, 768) and out["pixel_values_videos"].dtype == torch.float32
-    assert (metadata["frames_indices"], metadata.total_num_frames, metadata.fps, metadata.duration) == ([0, 49, 99, 149], 4, 30.0, 5.0)
+    assert (metadata["frames_indices"], metadata.total_num_frames, metadata.fps, metadata.duration) == (
+        [0, 49, 99, 149],
+        4,
+        30.0,
+        5.0,
+    )
     assert "video_metadata" not in processor(str(CLIP))
     as_numpy = processor(str(CLIP), max_frames=1, return_tensors="np", image_mean=[0.0] * 3, image_std=[1.0] * 3)
-    assert isinstance(as_numpy["pixel_values_videos"], np.ndarray) and 0 <= as_numpy["pixel_values_videos"].min() < 1 / 255
+    assert (
+        isinstance(as_numpy["pixel_values_videos"], np.ndarray)
+        and 0 <= as_numpy["pixel_values_videos"].min() < 1 / 255
+    )
 
 
 @pytest.mark.parametrize(
@@ -846,15 +937,24 @@ def test_knobs_act_for_one_call(processor):
     options = {"size": {"shortest_edge": 1024, "longest_edge": 9000}, "num_frames": 3, "frame_extract_num_threads": 1}
     videos = [str(CLIP)]
     processor(videos, **options)
-    assert processor.to_dict() == before and videos == [str(CLIP)] and options["size"] == {"shortest_edge": 1024, "longest_edge": 9000}
+    assert (
+        processor.to_dict() == before
+        and videos == [str(CLIP)]
+        and options["size"] == {"shortest_edge": 1024, "longest_edge": 9000}
+    )
     assert processor(videos)["video_grid_thw"].tolist() == [[5, 16, 20]]
 
 
 def test_threads_change_nothing(processor, make):
-    videos = [str(LONG), make("stream.ts"), make("h265_open_gop.mp4"), {"video_path": CLIP, "segments": [[0, 2], [1, 4.5]]}]
+    videos = [
+        str(LONG),
+        make("stream.ts"),
+        make("h265_open_gop.mp4"),
+        {"video_path": CLIP, "segments": [[0, 2], [1, 4.5]]},
+    ]
     runs = [processor.extract(videos, video_fps=6.0, num_extract_threads=n, **SMALL) for n in (1, 2, 7)]
     for run in runs[1:]:
-        for a, b in zip(run, runs[0]):
+        for a, b in zip(run, runs[0], strict=True):
             assert torch.equal(a.patches, b.patches) and a.timestamps == b.timestamps
 
 
@@ -879,7 +979,9 @@ def test_two_calls_at_once(processor, make):
 
 def test_full_frames_are_not_kept(tmp_path):
     path = write_video(tmp_path / "large.mp4", count=40, size=(960, 640), options={"preset": "ultrafast"})
-    processor = MossVLVideoProcessor(num_frames=40, num_extract_threads=1, size={"shortest_edge": 1024, "longest_edge": 8192})
+    processor = MossVLVideoProcessor(
+        num_frames=40, num_extract_threads=1, size={"shortest_edge": 1024, "longest_edge": 8192}
+    )
     plan = processor.plan(path)
     tracemalloc.start()
     processor.extract(plan)
@@ -888,7 +990,7 @@ def test_full_frames_are_not_kept(tmp_path):
     assert peak < 5 * 960 * 640 * 3, f"{peak / (960 * 640 * 3):.1f} frames of the source were held at once"
 
 
-# --------------------------------------------------------------------------------------------------------- decord
+# decord
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "variable.mp4", "late.mkv", "one.mp4", "h264_open_gop.mp4"])
@@ -934,6 +1036,7 @@ def test_inference_mode(threads):
 
 def test_decoded_frames_do_not_wait_for_the_garbage_collector():
     """Each holds its picture and the threads that converted it."""
+
     def living():
         return sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
 
@@ -948,7 +1051,7 @@ def test_decoded_frames_do_not_wait_for_the_garbage_collector():
         gc.enable()
 
 
-# ------------------------------------------------------------------------------------------------- loading and saving
+# loading and saving
 
 
 def test_released_file_loads():

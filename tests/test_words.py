@@ -2,17 +2,16 @@
 
 import json
 import logging
-import sys
 
 import pytest
 from conftest import ROOT
-from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-import finetune  # noqa: E402
-from records import NAMED_RECORDS, read_records  # noqa: E402
-from scripts import load_script  # noqa: E402
+from moss_vl import infer
+from moss_vl.training import finetune
+from moss_vl.training.records import NAMED_RECORDS, read_records
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
 
@@ -25,7 +24,11 @@ def test_bad_records_are_counted_only_beyond_those_that_are_named(tmp_path, more
         read_records(path)
     words = str(error.value)
     assert words.startswith(f"{NAMED_RECORDS + more} of the {NAMED_RECORDS + more} records are bad:")
-    assert words.count(", record ") == NAMED_RECORDS and ("and 1 more" in words) == bool(more) and "and 0 more" not in words
+    assert (
+        words.count(", record ") == NAMED_RECORDS
+        and ("and 1 more" in words) == bool(more)
+        and "and 0 more" not in words
+    )
 
 
 def test_a_setting_of_a_file_without_effect_is_said_and_left_out(caplog):
@@ -43,7 +46,10 @@ def test_a_setting_of_a_file_without_effect_is_said_and_left_out(caplog):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return (AutoProcessor.from_pretrained(NANO, trust_remote_code=True), AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True))
+    return (
+        AutoProcessor.from_pretrained(NANO, trust_remote_code=True),
+        AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True),
+    )
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -83,7 +89,7 @@ ENDS = [
 def test_how_the_commands_end(program, error, code, words, monkeypatch, capsys):
     """Where memory runs out a line says what to try; any other failure inside keeps its traceback."""
     module, worker, arguments = {
-        "infer": (load_script("infer.py"), "answer_one", ["-p", "a"]),
+        "infer": (infer, "answer_one", ["-p", "a"]),
         "finetune": (finetune, "finetune", ["--checkpoint", "c", "--data", "d", "--output", "o"]),
     }[program]
 

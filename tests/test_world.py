@@ -3,22 +3,25 @@
 import math
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import av
 import numpy as np
 import pytest
-from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 from PIL import Image
 
-from conftest import ROOT
-
-sys.path[:0] = [str(ROOT / "training")]
-from questions import CLIP_TASKS, PICTURE_TASKS, ask_clip, ask_images, ask_picture, events_of, sampled_times  # noqa: E402
-from world import (  # noqa: E402
+from moss_vl.training.nano.questions import (
+    CLIP_TASKS,
+    PICTURE_TASKS,
+    ask_clip,
+    ask_images,
+    ask_picture,
+    events_of,
+    sampled_times,
+)
+from moss_vl.training.nano.world import (
     COLOURS,
     SHAPES,
     SIGN_CHARACTERS,
@@ -41,6 +44,8 @@ from world import (  # noqa: E402
     thing_mask,
     write_clip,
 )
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+
 
 PICTURES = [random_picture(random.Random(f"picture {i}")) for i in range(300)]
 CLIPS = [random_clip(random.Random(f"clip {i}")) for i in range(200)]
@@ -70,26 +75,34 @@ def filled(scene, time=0.0) -> list[np.ndarray]:
 
 def extent(thing, scene) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of a thing, in pixels."""
-    centre, radius = (thing.x * scene.width, thing.y * scene.height), thing.radius * thing.fill * min(scene.width, scene.height)
+    centre, radius = (
+        (thing.x * scene.width, thing.y * scene.height),
+        thing.radius * thing.fill * min(scene.width, scene.height),
+    )
     if thing.shape in ("circle", "ring"):
         return centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius
-    xs, ys = zip(*outline(thing, centre, radius))
+    xs, ys = zip(*outline(thing, centre, radius), strict=True)
     return min(xs), min(ys), max(xs), max(ys)
 
 
 def solid(thing, scene) -> tuple[int, int]:
     """Row and column of a pixel well inside: the centre, or for a ring the middle of its band."""
     inner = thing.detail if thing.detail is not None else 0.58
-    away = (1 + inner) / 2 * thing.radius * thing.fill * min(scene.width, scene.height) if thing.shape == "ring" else 0.0
+    away = (
+        (1 + inner) / 2 * thing.radius * thing.fill * min(scene.width, scene.height) if thing.shape == "ring" else 0.0
+    )
     return int(thing.y * scene.height), int(thing.x * scene.width + away)
 
 
 def starts_of(thing) -> list[float]:
-    starts = [thing.appears, thing.disappears, *(event[0] for event in (thing.changes, thing.moves) if event is not None)]
+    starts = [
+        thing.appears,
+        thing.disappears,
+        *(event[0] for event in (thing.changes, thing.moves) if event is not None),
+    ]
     return [start for start in starts if 0 < start < math.inf]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Scenes by lot
 
 
@@ -102,7 +115,9 @@ def test_canvases_and_backgrounds():
         assert levels.shape == (2, 3) and levels.min() >= 0 and levels.max() <= 255
     plain = [scene.background[0] == scene.background[1] for scene in PICTURES]
     noisy = [scene.noise > 0 for scene in PICTURES]
-    assert {(a, b) for a, b in zip(plain, noisy)} == {(a, b) for a in (True, False) for b in (True, False)}
+    assert {(a, b) for a, b in zip(plain, noisy, strict=True)} == {
+        (a, b) for a in (True, False) for b in (True, False)
+    }
     brightness = [max(scene.background[0]) / 255 for scene in PICTURES]
     assert min(brightness) < 0.35 and max(brightness) > 0.75 and any(0.4 < value < 0.75 for value in brightness)
     assert {scene.antialias for scene in PICTURES} == {True, False}
@@ -138,14 +153,19 @@ def test_no_two_things_are_ever_alike():
 def test_things_are_on_the_canvas_and_apart_at_every_time():
     assert len(MOVING) == 200
     for scene in PICTURES + CLIPS + MOVING:
-        moves = [(thing.moves[0], thing.moves[0] + thing.move_seconds) for thing in scene.things if thing.moves is not None]
+        moves = [
+            (thing.moves[0], thing.moves[0] + thing.move_seconds) for thing in scene.things if thing.moves is not None
+        ]
         times = {0.0, scene.seconds, *(start for thing in scene.things for start in starts_of(thing))}
         times |= {float(time) for begin, end in moves for time in np.linspace(begin, end, 12)}
         for time in sorted(times):
             assert [thing.x for thing in scene.at(time)] == sorted(thing.x for thing in scene.at(time))
             for thing in scene.at(time):
                 left, top, right, bottom = extent(thing, scene)
-                assert min(left, top) > -1e-6 and right < scene.width + 1e-6 and bottom < scene.height + 1e-6, (scene, time)
+                assert min(left, top) > -1e-6 and right < scene.width + 1e-6 and bottom < scene.height + 1e-6, (
+                    scene,
+                    time,
+                )
             assert all(not (a & b).any() for a, b in combinations(filled(scene, time), 2)), (scene, time)
 
 
@@ -177,7 +197,9 @@ def test_signs():
         rows, columns = (np.flatnonzero(letters.any(axis)) for axis in (1, 0))
         # In a part of them 12 to 30 % are meant of the font, whose capitals are 0.72 as high.
         assert 0.72 * 0.12 * scene.height - 3 < len(rows) < 0.30 * scene.height + 4
-        assert rows[0] > 0 and rows[-1] < scene.height - 1 and columns[0] > 0 and columns[-1] < scene.width - 1, "cut off"
+        assert rows[0] > 0 and rows[-1] < scene.height - 1 and columns[0] > 0 and columns[-1] < scene.width - 1, (
+            "cut off"
+        )
         ground = pixels(draw_background(replace(scene, noise=0)))[letters].mean(0)
         stands_out = {name: contrast(COLOURS[name], ground) for name in ("black", "white")}
         assert stands_out[scene.sign.colour] > max(max(stands_out.values()) - 20, 250)
@@ -185,7 +207,9 @@ def test_signs():
 
 def test_every_font_tells_all_characters_apart():
     for path in fonts():
-        shapes = [(mask.size, bytes(mask)) for mask in (load_font(path, 40).getmask(letter) for letter in SIGN_CHARACTERS)]
+        shapes = [
+            (mask.size, bytes(mask)) for mask in (load_font(path, 40).getmask(letter) for letter in SIGN_CHARACTERS)
+        ]
         assert len(set(shapes)) == len(SIGN_CHARACTERS) and all(min(size) > 0 for size, _ in shapes), path
 
 
@@ -197,12 +221,14 @@ def test_clips_and_their_events():
         assert scene.seconds * scene.fps == pytest.approx(round(scene.seconds * scene.fps))
         assert scene.width % 2 == scene.height % 2 == 0, "h264 wants even sides"
         starts = sorted(start for thing in scene.things for start in starts_of(thing))
-        assert all(later - sooner >= 1 for sooner, later in zip(starts, starts[1:]))
+        assert all(later - sooner >= 1 for sooner, later in pairwise(starts))
         assert all(0 < start < scene.seconds for start in starts)
         for thing in scene.things:
             assert len(starts_of(thing)) <= 1
             kinds.update({"appears": thing.appears > 0, "disappears": thing.disappears < math.inf})
-            kinds.update({"changes": thing.changes is not None, "moves": thing.moves is not None, "rests": not starts_of(thing)})
+            kinds.update(
+                {"changes": thing.changes is not None, "moves": thing.moves is not None, "rests": not starts_of(thing)}
+            )
             if thing.moves is not None:
                 start, right, down = thing.moves
                 assert min(abs(right), abs(down)) == 0 and max(abs(right), abs(down)) >= 1 / 3
@@ -230,7 +256,9 @@ def test_a_move_is_drawn_where_there_is_room_and_time_for_it():
     assert len(found) > 30
     for moved in found:  # nor crosses the other's way, be it gone by then
         for now in (moved.at(3.0 + share * moved.move_seconds) for share in np.linspace(0, 1, 25)):
-            assert all(math.hypot((now.x - x) * 200, (now.y - 0.3) * 160) > 0.2 * 160 for x in np.linspace(0.2, 0.8, 25))
+            assert all(
+                math.hypot((now.x - x) * 200, (now.y - 0.3) * 160) > 0.2 * 160 for x in np.linspace(0.2, 0.8, 25)
+            )
     assert drawn([], time=4.6) == [None] * 40, "no time"
     assert drawn([replace(thing, radius=0.4)], thing=replace(thing, radius=0.26)) == [None] * 40, "no room"
 
@@ -241,7 +269,6 @@ def test_lots_are_repeatable():
     assert len(set(PICTURES)) == len(PICTURES)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -250,7 +277,7 @@ def test_things_are_drawn_where_they_are_and_nothing_else_is():
         drawn, ground = pixels(draw_scene(scene)), pixels(draw_background(scene))
         assert drawn.shape == (scene.height, scene.width, 3)
         for thing in scene.things:
-            (colour, tint), = thing.tints
+            ((colour, tint),) = thing.tints
             assert colour == thing.colour and tuple(drawn[solid(thing, scene)]) == tint, (scene, thing)
         assert not (drawn != ground).any(-1)[~np.any(filled(scene), axis=0)].any()
         if scene.sign is not None:
@@ -286,7 +313,11 @@ def test_a_rotated_thing_leans_to_the_right():
 
 
 def test_gradient_runs_along_its_direction():
-    for direction, corners in (((1.0, 0.0), (0, 100, 0, 100)), ((0.0, 1.0), (0, 0, 100, 100)), ((1.0, 1.0), (0, 50, 50, 100))):
+    for direction, corners in (
+        ((1.0, 0.0), (0, 100, 0, 100)),
+        ((0.0, 1.0), (0, 0, 100, 100)),
+        ((1.0, 1.0), (0, 50, 50, 100)),
+    ):
         levels = pixels(draw_background(Scene(120, 96, ((0, 0, 0), (100, 100, 100)), (), direction=direction)))[..., 0]
         assert (levels[0, 0], levels[0, -1], levels[-1, 0], levels[-1, -1]) == corners
 
@@ -299,7 +330,9 @@ def test_same_scene_same_pixels():
 
 
 def test_ink_is_where_things_and_letters_are():
-    for scene, time in [(scene, 0.0) for scene in PICTURES[:60]] + [(scene, scene.seconds / 2) for scene in CLIPS[:60]]:
+    for scene, time in [(scene, 0.0) for scene in PICTURES[:60]] + [
+        (scene, scene.seconds / 2) for scene in CLIPS[:60]
+    ]:
         ink = np.asarray(draw_ink(scene, time))
         assert np.array_equal(ink > 0, np.any([np.zeros_like(ink, dtype=bool), *filled(scene, time)], axis=0))
         for thing in scene.at(time):
@@ -311,7 +344,6 @@ def test_unknown_shape():
         draw_scene(Scene(96, 96, ((0, 0, 0),) * 2, (Thing("hexagon", "red", 0.5, 0.5, 0.2),)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Clips through the project's video processor
 
 
@@ -324,7 +356,7 @@ def test_sampled_times_are_those_of_the_video_processor():
         scene = Scene(32, 32, ((0, 0, 0),) * 2, (), seconds=seconds, fps=fps)
         frames = np.broadcast_to(np.zeros(3, dtype=np.uint8), (round(seconds * fps), 32, 32, 3))
         for rate in (1, 2, 1.5):
-            clip, = processor.extract(frames, video_metadata={"fps": fps}, video_fps=rate)
+            (clip,) = processor.extract(frames, video_metadata={"fps": fps}, video_fps=rate)
             assert sampled_times(scene, rate) == pytest.approx(clip.timestamps), (seconds, fps, rate)
 
 
@@ -344,7 +376,7 @@ def eventful():
 
 def test_written_clip_decodes_to_what_the_scene_says(eventful, tmp_path):
     write_clip(eventful, tmp_path / "clip.mp4")
-    clip, = MossVLVideoProcessor(num_extract_threads=1).extract(str(tmp_path / "clip.mp4"), video_fps=2)
+    (clip,) = MossVLVideoProcessor(num_extract_threads=1).extract(str(tmp_path / "clip.mp4"), video_fps=2)
     t, h, w = clip.grid
     assert (t, 16 * h, 16 * w) == (8, 128, 160), "the test needs frames that are not resized"
     assert clip.timestamps == pytest.approx(sampled_times(eventful, 2), abs=1e-3)
@@ -352,7 +384,7 @@ def test_written_clip_decodes_to_what_the_scene_says(eventful, tmp_path):
     frames = clip.patches.view(t, h // 2, w // 2, 2, 2, 3, 16, 16).permute(0, 1, 3, 6, 2, 4, 7, 5)
     frames = frames.reshape(t, 16 * h, 16 * w, 3).int().numpy()
     states = set()
-    for frame, time in zip(frames, clip.timestamps):
+    for frame, time in zip(frames, clip.timestamps, strict=True):
         shown = eventful.at(time)
         for thing in shown:
             assert np.abs(frame[solid(thing, eventful)] - thing.rgb).max() < 40, (thing, time)
@@ -371,13 +403,12 @@ def test_every_frame_of_a_written_clip_is_the_scene_at_its_time(eventful, tmp_pa
     with av.open(str(tmp_path / "clip.mp4")) as container:
         frames = [(frame.time, frame.to_ndarray(format="rgb24").astype(int)) for frame in container.decode(video=0)]
     assert [time for time, _ in frames] == pytest.approx(frame_times(eventful), abs=1e-3)
-    for (_, frame), time in zip(frames, frame_times(eventful)):
+    for (_, frame), time in zip(frames, frame_times(eventful), strict=True):
         nearest = min(moments, key=lambda moment: np.abs(moments[moment] - frame).mean())
         assert nearest == tuple(eventful.at(time)), time
     assert 5 < len(moments) < len(frames)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Questions with answers by hand
 
 
@@ -389,7 +420,9 @@ def asked(ask, tasks, draws=400) -> dict[str, str]:
             question = ask(task, random.Random(f"{task} {i}"))
             if question is not None:
                 assert question.task == task
-                assert found.setdefault(question.prompt, question.answer) == question.answer, "a question with two answers"
+                assert found.setdefault(question.prompt, question.answer) == question.answer, (
+                    "a question with two answers"
+                )
     return found
 
 
@@ -434,7 +467,9 @@ def test_what_there_is_and_what_not():
     expected = {}
     for colour in COLOURS:
         article = "an" if colour == "orange" else "a"
-        expected |= {f"Is there {article} {colour} {shape}?": "yes" if (colour, shape) in there else "no" for shape in SHAPES}
+        expected |= {
+            f"Is there {article} {colour} {shape}?": "yes" if (colour, shape) in there else "no" for shape in SHAPES
+        }
     assert asked(lambda task, lot: ask_picture(task, CORNERED, lot, plain=True), ["exists"], draws=1500) == expected
     assert "Is there a green ring?" in expected and "Is there an orange cross?" in expected
 
@@ -471,10 +506,16 @@ def test_questions_about_several_images():
     groups = (circle,), (star, replace(star, colour="red"), square), (ring, circle)
     scenes = [replace(CORNERED, things=things) for things in groups]
     found = asked(lambda task, lot: ask_images(scenes, lot, plain=True), ["which image"])
-    assert found == {"Which image shows a star?": "2", "Which image shows a square?": "2", "Which image shows a ring?": "3"}
+    assert found == {
+        "Which image shows a star?": "2",
+        "Which image shows a square?": "2",
+        "Which image shows a ring?": "3",
+    }
     everything = asked(lambda task, lot: ask_images(scenes, lot), ["which image"], draws=800)
     assert found.items() <= everything.items()
-    assert everything["Which image shows an orange ring?"] == "3" and everything["Which image shows a red star?"] == "2"
+    assert (
+        everything["Which image shows an orange ring?"] == "3" and everything["Which image shows a red star?"] == "2"
+    )
     assert not any("circle" in prompt for prompt in everything)
     assert ask_images([scenes[0], scenes[0]], random.Random(0)) is None
 
@@ -546,7 +587,12 @@ def test_questions_about_a_clip_twice_a_second():
     start, both = "a small green star at the bottom", "a small purple star at the top left, a small green star {}"
     description = (f"at 0.0 seconds {start}; at 2.5 seconds a small purple star appears at the top left; "
                    "at 6.5 seconds the green star moves up")  # fmt: skip
-    visible = [start] * 5 + [both.format("at the bottom")] * 8 + [both.format("in the center")] + [both.format("at the top")] * 7
+    visible = (
+        [start] * 5
+        + [both.format("at the bottom")] * 8
+        + [both.format("in the center")]
+        + [both.format("at the top")] * 7
+    )
     found, between = about_clip(MOVES, 2)
     assert found == {
         "Describe the video.": description, "": description,
@@ -569,7 +615,12 @@ def test_questions_about_a_clip_in_which_nothing_happens():
         "What happens first?": "nothing", "What happens last?": "nothing", "How long is the video?": "4.0 seconds",
         **{f"What is visible at {time} seconds?": cross for time in ("0.0", "1.3", "2.6", "3.9")},
     }  # fmt: skip
-    assert between.items() <= dict.fromkeys(tenths(0, 3.9), cross).items() and {int(time) for time in between} == {0, 1, 2, 3}
+    assert between.items() <= dict.fromkeys(tenths(0, 3.9), cross).items() and {int(time) for time in between} == {
+        0,
+        1,
+        2,
+        3,
+    }
 
 
 def test_a_thing_with_several_events_and_one_that_no_frame_shows():
@@ -578,7 +629,9 @@ def test_a_thing_with_several_events_and_one_that_no_frame_shows():
     scene = replace(ONE_OF_EACH, things=(busy, brief))
     assert [(event.time, event.clause) for event in events_of(scene, [float(time) for time in range(11)])] == [
         (2.0, "a small red star appears on the left"), (5.0, "the star moves right"), (9.0, "the star disappears")]  # fmt: skip
-    assert all(ask_clip("first or last", scene, [0.0, 6.0], random.Random(i)) is None for i in range(9)), "one frame shows both"
+    assert all(ask_clip("first or last", scene, [0.0, 6.0], random.Random(i)) is None for i in range(9)), (
+        "one frame shows both"
+    )
     assert [(event.time, event.clause) for event in events_of(scene, [0.0, 6.0, 10.0])] == [
         (6.0, "a small red star appears on the right"), (6.0, "the star moves right"), (10.0, "the star disappears")]  # fmt: skip
 
@@ -590,7 +643,6 @@ def test_unknown_tasks():
         ask_clip("where", STILL, [0.0], random.Random(0))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Questions about scenes by lot
 
 
@@ -605,15 +657,17 @@ def place_by_comparison(thing) -> str:
 
 
 def test_every_wording_means_one_thing_and_is_asked():
-    """"The star" where there are two is never asked, in no wording; and every task has several."""
+    """ "The star" where there are two is never asked, in no wording; and every task has several."""
     wordings = {}
-    for i, (picture, clip) in enumerate(zip(PICTURES, CLIPS)):
+    for i, (picture, clip) in enumerate(zip(PICTURES, CLIPS, strict=False)):
         lot, times = random.Random(i), sampled_times(clip, 1 + i % 2)
         questions = [(ask_picture(task, picture, lot), picture) for task in PICTURE_TASKS for _ in range(3)]
         questions += [(ask_clip(task, clip, times, lot), clip) for task in CLIP_TASKS for _ in range(3)]
         for question, scene in questions:
             if question is not None:
-                wordings.setdefault(question.task, set()).add(NAME.sub("{}", re.sub(r"\d+\.\d", "{}", question.prompt)))
+                wordings.setdefault(question.task, set()).add(
+                    NAME.sub("{}", re.sub(r"\d+\.\d", "{}", question.prompt))
+                )
                 if question.task not in ("exists", "first or last"):
                     for colour, shape in NAME.findall(question.prompt):
                         assert len(meant(colour, shape, scene.things)) == 1, (question, scene)
@@ -659,7 +713,9 @@ def test_answers_about_pictures_agree_with_a_slow_search():
                 assert parts[2] == (scene.sign.text if scene.sign is not None else None)
                 expected = question.answer
                 for thing, part in zip(in_order, parts[1].split(", "), strict=True):
-                    phrase = rf"a {thing.size} {thing.colour} {thing.shape} (on|in|at) the {place_by_comparison(thing)}"
+                    phrase = (
+                        rf"a {thing.size} {thing.colour} {thing.shape} (on|in|at) the {place_by_comparison(thing)}"
+                    )
                     assert re.fullmatch(phrase, part)
             assert question.answer == expected, (question, scene)
             checked[task, expected in ("yes", "nothing")] += 1
@@ -671,13 +727,18 @@ def test_answers_about_clips_agree_with_a_slow_search():
     """Times by comparing what stands at one sampled frame with what stood at the one before."""
     checked = Counter()
     kind_of = {"direction": "start moving", "color after": "change color"}
-    clauses_of = {"appear": "appears", "disappear": "disappears", "change color": "changes color to", "start moving": "moves"}
+    clauses_of = {
+        "appear": "appears",
+        "disappear": "disappears",
+        "change color": "changes color to",
+        "start moving": "moves",
+    }
     for i, scene in enumerate(CLIPS + MOVING):
         times, lot = sampled_times(scene, 1 + i % 2), random.Random(i)
         before, first_seen = [], {}
         for time in times:
             now = [thing.at(time) for thing in scene.things]
-            for index, (old, new) in enumerate(zip(before, now)):
+            for index, (old, new) in enumerate(zip(before, now, strict=False)):
                 if (old is None) != (new is None):
                     first_seen[index] = time, "appear" if old is None else "disappear"
                 elif new is not None and new.colour != old.colour:
@@ -694,7 +755,11 @@ def test_answers_about_clips_agree_with_a_slow_search():
                 assert task in kind_of or not stamps or task == "first or last" and len(set(stamps)) < len(stamps)
                 continue
             checked[task] += 1
-            named = [scene.things.index(thing) for name in NAME.findall(question.prompt) for thing in meant(*name, scene.things)]
+            named = [
+                scene.things.index(thing)
+                for name in NAME.findall(question.prompt)
+                for thing in meant(*name, scene.things)
+            ]
             if task == "when":
                 time, kind = first_seen[named[0]]
                 assert question.prompt.endswith(f" {kind}?") and question.answer == f"{time:.1f} seconds"
@@ -704,10 +769,17 @@ def test_answers_about_clips_agree_with_a_slow_search():
             elif task == "duration":
                 assert question.answer == f"{scene.seconds:.1f} seconds"
             elif task == "color after":
-                assert question.answer == scene.things[named[0]].at(scene.seconds).colour != scene.things[named[0]].colour
+                assert (
+                    question.answer == scene.things[named[0]].at(scene.seconds).colour != scene.things[named[0]].colour
+                )
             elif task == "direction":
                 first, last = scene.things[named[0]], scene.things[named[0]].at(scene.seconds)
-                ways = {"left": last.x < first.x, "right": last.x > first.x, "up": last.y < first.y, "down": last.y > first.y}
+                ways = {
+                    "left": last.x < first.x,
+                    "right": last.x > first.x,
+                    "up": last.y < first.y,
+                    "down": last.y > first.y,
+                }
                 assert [way for way, true in ways.items() if true] == [question.answer]
             elif task == "visible at":
                 moment = re.search(r"at (\d+\.\d) seconds", question.prompt)[1]
@@ -720,7 +792,9 @@ def test_answers_about_clips_agree_with_a_slow_search():
                 shown = [thing.at(frames[0]) for thing in scene.things if thing.at(frames[0]) is not None]
                 parts = question.answer.split(", ") if shown else []
                 shown.sort(key=lambda thing: thing.x)
-                assert [part.split()[1:4] for part in parts] == [[thing.size, thing.colour, thing.shape] for thing in shown]
+                assert [part.split()[1:4] for part in parts] == [
+                    [thing.size, thing.colour, thing.shape] for thing in shown
+                ]
             else:
                 order = sorted(first_seen.values(), reverse="last" in question.prompt)
                 assert len(order) < 2 or order[0][0] != order[1][0], "nobody can tell which was first"

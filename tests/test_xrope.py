@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from moss_vl.xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
 from tiny import IMAGE_PAD, make_model
+
+from moss_vl.xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
 
 
 def index(ids, grids, attention_mask=None, nums=None):
@@ -60,7 +61,16 @@ def test_walk_goes_on_from_where_it_stopped():
     assert frame_positions(origins, 1, 4).tolist() == [[11] * 4 + [15], [11] * 4 + [15], [11, 12, 13, 14, 15]]
 
 
-SECTIONS = [(128, [24, 20, 20]), (16, [4, 2, 2]), (20, [4, 3, 3]), (12, [6, 0, 0]), (24, [8, 3, 1]), (24, [8, 1, 3]), (24, [9, 0, 3]), (24, [4, 4, 4])]
+SECTIONS = [
+    (128, [24, 20, 20]),
+    (16, [4, 2, 2]),
+    (20, [4, 3, 3]),
+    (12, [6, 0, 0]),
+    (24, [8, 3, 1]),
+    (24, [8, 1, 3]),
+    (24, [9, 0, 3]),
+    (24, [4, 4, 4]),
+]
 
 
 @pytest.mark.parametrize("theta", [5_000_000.0, 100.0])
@@ -85,7 +95,7 @@ def test_angles_are_made_in_float32():
     positions = torch.full((3, 1), 200_001)
     exact = rotation(positions, 16, 5e6, [4, 2, 2], torch.float32)
     half = rotation(positions, 16, 5e6, [4, 2, 2], torch.bfloat16)
-    assert all(torch.equal(a.to(torch.bfloat16), b) for a, b in zip(exact, half))
+    assert all(torch.equal(a.to(torch.bfloat16), b) for a, b in zip(exact, half, strict=True))
 
 
 def test_grid_rotation_against_a_slow_version():

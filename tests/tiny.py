@@ -1,6 +1,7 @@
 """A small random MOSS-VL and prompts for it. Ids follow the golden model: 190 is `image_pad`, 0 pads."""
 
 import torch
+
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 

@@ -8,7 +8,7 @@ from logging import getLogger
 import torch
 from jinja2.exceptions import TemplateError
 
-from records import Record
+from moss_vl.training.records import Record
 
 
 logger = getLogger(__name__)
@@ -57,7 +57,9 @@ def _bare(messages: list[dict], eos_token: str) -> tuple[str, list[tuple[int, in
     text, spans = "", []
     for message in messages:
         if message["role"] == "system":
-            raise ValueError("a system turn needs the chat template; leave out --no-template, or put its words into the prompt")
+            raise ValueError(
+                "a system turn needs the chat template; leave out --no-template, or put its words into the prompt"
+            )
         start = len(text)
         text += message["content"]
         if message["role"] == "assistant":

@@ -12,21 +12,26 @@ import sys
 from inspect import signature
 from pathlib import Path
 
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [folder for folder in (str(ROOT), str(ROOT / "training")) if folder not in sys.path]
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data-loader workers do not go together
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig, AutoModelForCausalLM, AutoProcessor, Trainer, TrainerCallback, TrainingArguments,
-)  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from batches import BadRecord, Collator, RecordDataset, render  # noqa: E402
-from infer import above_0, at_least, message_of, share  # noqa: E402
-from records import check_options, read_records  # noqa: E402
+from moss_vl.infer import above_0, at_least, message_of, share
+from moss_vl.training.batches import BadRecord, Collator, RecordDataset, render
+from moss_vl.training.records import check_options, read_records
 
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not go with forked data-loader workers
 
 logger = logging.getLogger("finetune")
 
@@ -34,14 +39,34 @@ PARTS = ("vision", "merger", "cross", "language", "head")
 SETTINGS_FILE = "finetune.json"  # in the output folder: the options of the run
 ADAPTER_FOLDER = "adapter"  # inside the output folder, where that holds the merged checkpoint
 KNOBS = {  # options that go to the processor with every call
-    "min_pixels": "min_pixels", "max_pixels": "max_pixels", "multi_image_max_pixels": "multi_image_max_pixels",
-    "video_max_pixels": "video_max_pixels", "fps": "video_fps", "min_frames": "min_frames", "max_frames": "max_frames",
-}  # fmt: skip
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
+    "multi_image_max_pixels": "multi_image_max_pixels",
+    "video_max_pixels": "video_max_pixels",
+    "fps": "video_fps",
+    "min_frames": "min_frames",
+    "max_frames": "max_frames",
+}
 # What a resumed run has in common with the one it goes on with: the rest (steps, paths of logs, workers) may change.
 KEPT_SETTINGS = (
-    "checkpoint", "data", "eval_data", "eval_share", "template", "max_length", "skip_bad", *KNOBS, "train", "lora_rank",
-    "lora_alpha", "lora_dropout", "lora_targets", "batch_size", "accumulation", "seed", "bf16",
-)  # fmt: skip
+    "checkpoint",
+    "data",
+    "eval_data",
+    "eval_share",
+    "template",
+    "max_length",
+    "skip_bad",
+    *KNOBS,
+    "train",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "batch_size",
+    "accumulation",
+    "seed",
+    "bf16",
+)
 EPILOG = """\
 data: a JSON list, or JSONL with an object a line, of
   {"prompt": "What is this?", "response": "a star", "images": ["a.png"], "videos": ["b.mp4"], "system_prompt": "..."}
@@ -105,7 +130,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- the command line
+# the command line
 
 
 def parse(argv) -> argparse.Namespace:
@@ -114,74 +139,170 @@ def parse(argv) -> argparse.Namespace:
     )
     count, positive = at_least(int, 0), at_least(int, 1)
     parser.add_argument("--checkpoint", metavar="PATH", help="folder or hub name of the checkpoint to start from")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write; new or empty, unless --resume")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="folder to write; new or empty, unless --resume"
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="FILE", type=Path, nargs="+", help="records to learn, JSON or JSONL")
-    data.add_argument("--eval-data", metavar="FILE", type=Path, nargs="+", help="records on which the loss is measured")
-    data.add_argument("--eval-share", metavar="SHARE", type=share, help="or the share of --data that is set aside for that")
-    data.add_argument("--skip-bad", action="store_true", help="leave bad records out, with a warning, where else they are an error")
-    data.add_argument("--template", action=argparse.BooleanOptionalAction,
-                      help="render the chat template, or not, for base checkpoints (default: if there is one)")  # fmt: skip
-    data.add_argument("--max-length", metavar="TOKENS", type=positive, help="longest record; a longer one is bad (default: any)")
-    data.add_argument("--workers", metavar="N", type=count, default=2,
-                      help="processes that decode and preprocess; each has two batches ready (default: 2)")  # fmt: skip
-    data.add_argument("--min-pixels", metavar="N", type=positive, help="least pixels of an image or frame after its resize")
-    data.add_argument("--max-pixels", metavar="N", type=positive, help="most pixels of an image or frame after its resize")
-    data.add_argument("--multi-image-max-pixels", metavar="N", type=positive, help="most pixels of all images of a record")
+    data.add_argument(
+        "--eval-data", metavar="FILE", type=Path, nargs="+", help="records on which the loss is measured"
+    )
+    data.add_argument(
+        "--eval-share", metavar="SHARE", type=share, help="or the share of --data that is set aside for that"
+    )
+    data.add_argument(
+        "--skip-bad", action="store_true", help="leave bad records out, with a warning, where else they are an error"
+    )
+    data.add_argument(
+        "--template",
+        action=argparse.BooleanOptionalAction,
+        help="render the chat template, or not, for base checkpoints (default: if there is one)",
+    )
+    data.add_argument(
+        "--max-length", metavar="TOKENS", type=positive, help="longest record; a longer one is bad (default: any)"
+    )
+    data.add_argument(
+        "--workers",
+        metavar="N",
+        type=count,
+        default=2,
+        help="processes that decode and preprocess; each has two batches ready (default: 2)",
+    )
+    data.add_argument(
+        "--min-pixels", metavar="N", type=positive, help="least pixels of an image or frame after its resize"
+    )
+    data.add_argument(
+        "--max-pixels", metavar="N", type=positive, help="most pixels of an image or frame after its resize"
+    )
+    data.add_argument(
+        "--multi-image-max-pixels", metavar="N", type=positive, help="most pixels of all images of a record"
+    )
     data.add_argument("--video-max-pixels", metavar="N", type=positive, help="most pixels of all frames of a record")
-    data.add_argument("--fps", metavar="RATE", type=above_0,
-                      help="frames a second of a video (of this and all limits: default the checkpoint's)")  # fmt: skip
+    data.add_argument(
+        "--fps",
+        metavar="RATE",
+        type=above_0,
+        help="frames a second of a video (of this and all limits: default the checkpoint's)",
+    )
     data.add_argument("--min-frames", metavar="N", type=positive, help="least frames of a video")
     data.add_argument("--max-frames", metavar="N", type=positive, help="most frames of the videos of a record")
 
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=["merger", "cross", "language"],
-                      help=f"parts: {', '.join(PARTS)} (default: merger cross language)")  # fmt: skip
-    what.add_argument("--lora-rank", metavar="R", type=count, default=0,
-                      help="rank of adapters; 0: train the parts whole (default: 0)")  # fmt: skip
+    what.add_argument(
+        "--train",
+        metavar="PART",
+        nargs="+",
+        choices=PARTS,
+        default=["merger", "cross", "language"],
+        help=f"parts: {', '.join(PARTS)} (default: merger cross language)",
+    )
+    what.add_argument(
+        "--lora-rank",
+        metavar="R",
+        type=count,
+        default=0,
+        help="rank of adapters; 0: train the parts whole (default: 0)",
+    )
     what.add_argument("--lora-alpha", metavar="A", type=above_0, help="adapters count A / R (default: twice the rank)")
-    what.add_argument("--lora-dropout", metavar="P", type=at_least(float, 0), default=0.0,
-                      help="dropout before adapters (default: 0)")  # fmt: skip
-    what.add_argument("--lora-targets", metavar="NAME", nargs="+",
-                      help="linear layers that get adapters, such as q_proj v_proj (default: all of the parts)")  # fmt: skip
-    what.add_argument("--merge", metavar="ADAPTER_DIR", nargs="?", const=True,
-                      help="write the merged checkpoint, the adapter in a folder inside it; "
-                           "with ADAPTER_DIR: merge that, train nothing")  # fmt: skip
+    what.add_argument(
+        "--lora-dropout",
+        metavar="P",
+        type=at_least(float, 0),
+        default=0.0,
+        help="dropout before adapters (default: 0)",
+    )
+    what.add_argument(
+        "--lora-targets",
+        metavar="NAME",
+        nargs="+",
+        help="linear layers that get adapters, such as q_proj v_proj (default: all of the parts)",
+    )
+    what.add_argument(
+        "--merge",
+        metavar="ADAPTER_DIR",
+        nargs="?",
+        const=True,
+        help="write the merged checkpoint, the adapter in a folder inside it; "
+        "with ADAPTER_DIR: merge that, train nothing",
+    )
 
     how = parser.add_argument_group("how it is trained")
-    how.add_argument("--epochs", metavar="N", type=above_0, default=1.0, help="times that all records are learned (default: 1)")
+    how.add_argument(
+        "--epochs", metavar="N", type=above_0, default=1.0, help="times that all records are learned (default: 1)"
+    )
     how.add_argument("--steps", metavar="N", type=positive, help="optimizer steps, in place of --epochs")
-    how.add_argument("--batch-size", metavar="N", type=positive, default=1, help="records a batch and process (default: 1)")
+    how.add_argument(
+        "--batch-size", metavar="N", type=positive, default=1, help="records a batch and process (default: 1)"
+    )
     how.add_argument("--accumulation", metavar="N", type=positive, default=1, help="batches a step (default: 1)")
-    how.add_argument("--lr", metavar="RATE", type=above_0, help="highest learning rate (default: 1e-5; 1e-4 for adapters)")
-    how.add_argument("--schedule", default="cosine",
-                     help="how it falls: linear, cosine, constant_with_warmup, ... (default: cosine)")  # fmt: skip
-    how.add_argument("--warmup", metavar="N", type=at_least(float, 0), default=0.03,
-                     help="steps in which it rises at first; below 1: share of all steps (default: 0.03)")  # fmt: skip
+    how.add_argument(
+        "--lr", metavar="RATE", type=above_0, help="highest learning rate (default: 1e-5; 1e-4 for adapters)"
+    )
+    how.add_argument(
+        "--schedule",
+        default="cosine",
+        help="how it falls: linear, cosine, constant_with_warmup, ... (default: cosine)",
+    )
+    how.add_argument(
+        "--warmup",
+        metavar="N",
+        type=at_least(float, 0),
+        default=0.03,
+        help="steps in which it rises at first; below 1: share of all steps (default: 0.03)",
+    )
     how.add_argument("--weight-decay", metavar="W", type=at_least(float, 0), default=0.0, help="default: 0")
-    how.add_argument("--max-grad-norm", metavar="N", type=at_least(float, 0), default=1.0,
-                     help="gradients are cut to this (default: 1)")  # fmt: skip
-    how.add_argument("--seed", metavar="N", type=count, default=0, help="of order, dropout and new adapters (default: 0)")
+    how.add_argument(
+        "--max-grad-norm",
+        metavar="N",
+        type=at_least(float, 0),
+        default=1.0,
+        help="gradients are cut to this (default: 1)",
+    )
+    how.add_argument(
+        "--seed", metavar="N", type=count, default=0, help="of order, dropout and new adapters (default: 0)"
+    )
 
     running = parser.add_argument_group("running")
-    running.add_argument("--bf16", action=argparse.BooleanOptionalAction,
-                         help="compute in bfloat16; of the weights, only what is trained is kept in float32 "
-                              "(default: on a GPU that can)")  # fmt: skip
-    running.add_argument("--save-dtype", choices=("float32", "bfloat16"),
-                         help="of the output (default: bfloat16 with --bf16, else float32)")  # fmt: skip
+    running.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16; of the weights, only what is trained is kept in float32 "
+        "(default: on a GPU that can)",
+    )
+    running.add_argument(
+        "--save-dtype",
+        choices=("float32", "bfloat16"),
+        help="of the output (default: bfloat16 with --bf16, else float32)",
+    )
     running.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    running.add_argument("--vision-chunk", metavar="FRAMES", type=positive,
-                         help="frames that the encoder takes at once (default: all; not for DeepSpeed's stage 3)")  # fmt: skip
+    running.add_argument(
+        "--vision-chunk",
+        metavar="FRAMES",
+        type=positive,
+        help="frames that the encoder takes at once (default: all; not for DeepSpeed's stage 3)",
+    )
     running.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2"), help="attention (default: sdpa)")
     running.add_argument("--deepspeed", metavar="CONFIG", type=Path, help="DeepSpeed's JSON file, passed through")
     running.add_argument("--cpu", action="store_true", help="use no GPU")
-    running.add_argument("--log-steps", metavar="N", type=positive, default=10, help="steps between losses (default: 10)")
-    running.add_argument("--save-steps", metavar="N", type=positive, default=500, help="steps between checkpoints (default: 500)")
-    running.add_argument("--eval-steps", metavar="N", type=positive, help="steps between evaluations (default: --save-steps)")
-    running.add_argument("--keep", metavar="N", type=positive, default=2, help="newest checkpoints to keep (default: 2)")
-    running.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output, if there is one")
-    running.add_argument("--report-to", metavar="NAME", nargs="+", default=[], help="tensorboard, wandb, ... (default: nothing)")
+    running.add_argument(
+        "--log-steps", metavar="N", type=positive, default=10, help="steps between losses (default: 10)"
+    )
+    running.add_argument(
+        "--save-steps", metavar="N", type=positive, default=500, help="steps between checkpoints (default: 500)"
+    )
+    running.add_argument(
+        "--eval-steps", metavar="N", type=positive, help="steps between evaluations (default: --save-steps)"
+    )
+    running.add_argument(
+        "--keep", metavar="N", type=positive, default=2, help="newest checkpoints to keep (default: 2)"
+    )
+    running.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --output, if there is one"
+    )
+    running.add_argument(
+        "--report-to", metavar="NAME", nargs="+", default=[], help="tensorboard, wandb, ... (default: nothing)"
+    )
 
     args = parser.parse_args(argv)
     if args.data is None and not isinstance(args.merge, str):
@@ -222,13 +343,19 @@ def check_output(args) -> str | None:
     if is_main():
         settings = args.output / SETTINGS_FILE
         if not settings.is_file():
-            raise ValueError(f"--resume: {args.output} has no {SETTINGS_FILE}, so it is no run's output; name the folder of one")
+            raise ValueError(
+                f"--resume: {args.output} has no {SETTINGS_FILE}, so it is no run's output; name the folder of one"
+            )
         before, now = json.loads(settings.read_text(encoding="utf-8")), settings_of(args)
         for name in KEPT_SETTINGS:
             if before.get(name) != now[name]:
                 option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"--resume: the run began with {option} {before.get(name)}, got {now[name]}; it must be the same")
-    whole = [path.parent for path in args.output.glob("checkpoint-*/trainer_state.json")]  # the file that is written last
+                raise ValueError(
+                    f"--resume: the run began with {option} {before.get(name)}, got {now[name]}; it must be the same"
+                )
+    whole = [
+        path.parent for path in args.output.glob("checkpoint-*/trainer_state.json")
+    ]  # the file that is written last
     newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     return str(newest) if args.resume and newest else None
 
@@ -242,7 +369,7 @@ def settings_of(args) -> dict:
     return json.loads(json.dumps(vars(args), default=str))
 
 
-# ---------------------------------------------------------------------------------------------------------- parts of the model
+# parts of the model
 
 
 def part_of(name: str, config) -> str:
@@ -289,7 +416,9 @@ def check_model(args) -> None:
     if config.model_type != "moss_vl":
         raise ValueError(f"--checkpoint {args.checkpoint} is a {config.model_type}; expected moss_vl")
     if config.tie_word_embeddings and "head" in args.train:
-        raise ValueError("--train head: the head of this checkpoint is its embeddings (tie_word_embeddings); choose language")
+        raise ValueError(
+            "--train head: the head of this checkpoint is its embeddings (tie_word_embeddings); choose language"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     if args.lora_rank:
@@ -337,7 +466,10 @@ def merge_adapter(adapter, output, checkpoint=None, dtype=None) -> None:
     adapter, output = Path(adapter), Path(output)
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"--merge {adapter}: there is no adapter_config.json; expected the folder of an adapter")
-    base = checkpoint or json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = (
+        checkpoint
+        or json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    )
     if dtype is None:
         settings = adapter / SETTINGS_FILE
         dtype = json.loads(settings.read_text(encoding="utf-8"))["save_dtype"] if settings.is_file() else "auto"
@@ -349,7 +481,7 @@ def merge_adapter(adapter, output, checkpoint=None, dtype=None) -> None:
     logger.info("%s: %s with the adapter %s merged into it", output, base, adapter)
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# training
 
 
 def finetune(args) -> int:
@@ -361,7 +493,9 @@ def finetune(args) -> int:
     gc.collect()  # a frame that this process decoded and left behind would hang the forked worker that collects it
     trainer.train(resume_from_checkpoint=last)
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:  # transformers 5 does it by itself
+    if (
+        trainer.eval_dataset is not None and trainer.state.global_step not in evaluated
+    ):  # transformers 5 does it by itself
         trainer.evaluate()
     trainer.save_state()
     save(args, trainer, processor)
@@ -373,7 +507,10 @@ def prepare(args) -> tuple:
 
     Raises ValueError, OSError or ImportError for what is wrong with the options or the data, before the model is loaded.
     """
-    for option, package in (("--lora-rank", args.lora_rank and "peft"), ("--deepspeed", args.deepspeed and "deepspeed")):
+    for option, package in (
+        ("--lora-rank", args.lora_rank and "peft"),
+        ("--deepspeed", args.deepspeed and "deepspeed"),
+    ):
         if package:
             require(package, option)
     if args.deepspeed is not None:
@@ -399,8 +536,13 @@ def prepare(args) -> tuple:
     )
     vars(model.config).pop("use_cache", None)  # Trainer of transformers 5 writes it there, to be saved with the model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("%d records, %d for evaluation; %s parameters of %s are trained", len(train_data), len(eval_data or ()),
-                f"{trained:,}", ", ".join(args.train))  # fmt: skip
+    logger.info(
+        "%d records, %d for evaluation; %s parameters of %s are trained",
+        len(train_data),
+        len(eval_data or ()),
+        f"{trained:,}",
+        ", ".join(args.train),
+    )
     if is_main():
         args.output.mkdir(parents=True, exist_ok=True)
         write_settings(args, args.output)
@@ -422,16 +564,28 @@ def read_json(path: Path):
 def make_datasets(args, processor) -> tuple[RecordDataset, RecordDataset | None]:
     """The records to learn, and those to evaluate on, checked."""
     if args.template and not processor.chat_template:
-        raise ValueError("--template: the checkpoint has no chat template; add chat_template.jinja to it, or give --no-template")
+        raise ValueError(
+            "--template: the checkpoint has no chat template; add chat_template.jinja to it, or give --no-template"
+        )
     template = bool(processor.chat_template) if args.template is None else args.template
     if processor.tokenizer.pad_token is None or processor.tokenizer.eos_token is None:
-        raise ValueError("the checkpoint's tokenizer has no pad_token or no eos_token; set them in its tokenizer_config.json")
+        raise ValueError(
+            "the checkpoint's tokenizer has no pad_token or no eos_token; set them in its tokenizer_config.json"
+        )
     knobs = {knob: getattr(args, name) for name, knob in KNOBS.items() if getattr(args, name) is not None}
-    processor.image_processor.resolve({name: value for name, value in knobs.items() if name in processor.image_processor.knobs})
-    processor.video_processor.resolve({name: value for name, value in knobs.items() if name in processor.video_processor.knobs})
+    processor.image_processor.resolve(
+        {name: value for name, value in knobs.items() if name in processor.image_processor.knobs}
+    )
+    processor.video_processor.resolve(
+        {name: value for name, value in knobs.items() if name in processor.video_processor.knobs}
+    )
     if args.workers:
         knobs["num_extract_threads"] = 1  # the workers are side by side already
-    options = {"template": template, "max_length": args.max_length, "pixel_dtype": torch.bfloat16 if args.bf16 else torch.float32}
+    options = {
+        "template": template,
+        "max_length": args.max_length,
+        "pixel_dtype": torch.bfloat16 if args.bf16 else torch.float32,
+    }
 
     def check(record):
         render(record, processor, template)
@@ -478,7 +632,8 @@ def training_arguments(args) -> TrainingArguments:
         bf16=args.bf16,
         deepspeed=None if args.deepspeed is None else str(args.deepspeed),
         ddp_find_unused_parameters=False,  # every parameter gets a gradient, of a batch of texts too
-        use_cpu=args.cpu or not torch.accelerator.is_available(),  # else several processes without a GPU would each train by itself
+        use_cpu=args.cpu
+        or not torch.accelerator.is_available(),  # else several processes without a GPU would each train by itself
         dataloader_num_workers=args.workers,
         dataloader_pin_memory=not args.cpu and torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -492,7 +647,9 @@ def training_arguments(args) -> TrainingArguments:
         report_to=args.report_to or "none",
     )
     if arguments.n_gpu > 1:  # Trainer would split the packed patches among them, as if they were samples
-        logger.warning("one of the %d GPUs is used; for all of them start with torchrun or accelerate launch", arguments.n_gpu)
+        logger.warning(
+            "one of the %d GPUs is used; for all of them start with torchrun or accelerate launch", arguments.n_gpu
+        )
         arguments._n_gpu = 1
     return arguments
 

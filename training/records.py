@@ -20,22 +20,27 @@ Keys whose value is null count as missing, and "id" is left to the user.
 import json
 import math
 import os
-import sys
-import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
-if "moss_vl" not in sys.modules:  # the project's files, which import each other, as a package
-    sys.modules["moss_vl"] = types.ModuleType("moss_vl")
-    sys.modules["moss_vl"].__path__ = [str(Path(__file__).resolve().parent.parent)]
-from moss_vl.conversation import (  # noqa: E402
-    PLACEHOLDER, PLACEHOLDERS, SOURCE_KEYS, clips_of, fill_places, is_frames, locate, read_medium, read_part, scheme_of, split_places,
-)  # fmt: skip
-from moss_vl.image_processing_moss_vl import ANY_SIZE, MossVLImageProcessor, open_source, see_image  # noqa: E402
-from moss_vl.options import nearest_name, shorten  # noqa: E402
-from moss_vl.video_processing_moss_vl import MossVLVideoProcessor  # noqa: E402
+from moss_vl.conversation import (
+    PLACEHOLDER,
+    PLACEHOLDERS,
+    SOURCE_KEYS,
+    clips_of,
+    fill_places,
+    is_frames,
+    locate,
+    read_medium,
+    read_part,
+    scheme_of,
+    split_places,
+)
+from moss_vl.image_processing_moss_vl import ANY_SIZE, MossVLImageProcessor, open_source, see_image
+from moss_vl.options import nearest_name, shorten
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
 logger = getLogger(__name__)
@@ -44,7 +49,11 @@ MEDIA_KEYS = ("images", "videos", "system_prompt", "id")
 PAIR_KEYS = ("prompt", "response")
 CHAT_KEYS = ("messages", "conversations")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-TURN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # the template's own: inside a text they would end a turn
+TURN_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+)  # the template's own: inside a text they would end a turn
 LOOKING_THREADS = 8  # opening files waits for the disk
 NAMED_RECORDS = 20  # bad ones that a message names
 # Processors that set no limits of their own: what they refuse, every checkpoint's refuse.
@@ -117,14 +126,18 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
             raise ValueError("\n  ".join(lines) + "\nMend them, or leave them out with --skip-bad.")
         logger.warning("%s", "\n  ".join([*lines, "They are left out."]))
     if not records:
-        raise ValueError(f"{names}: no {'good ' if bad else ''}record; expected a JSON list of objects, or a JSON object a line")
+        raise ValueError(
+            f"{names}: no {'good ' if bad else ''}record; expected a JSON list of objects, or a JSON object a line"
+        )
     return records
 
 
 def check_options(record: Record, images, videos, seconds=None, **options) -> None:
     """ValueError for options of a record's media that are wrong, or that do not fit each other, the settings of the processors of `images`
     and `videos`, or the `options` of a call to these. `seconds`: how long each video is, None if unknown."""
-    images_options, videos_options = ({n: x for n, x in options.items() if n in processor.knobs} for processor in (images, videos))
+    images_options, videos_options = (
+        {n: x for n, x in options.items() if n in processor.knobs} for processor in (images, videos)
+    )
     if record.images:
         images.check(record.images, **images_options)
     if record.videos:
@@ -156,12 +169,14 @@ def _rows(file: Path) -> list[tuple]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                value = ValueError(f"not a JSON object: {error}; expected one a line, or a JSON list as the whole file")
+                value = ValueError(
+                    f"not a JSON object: {error}; expected one a line, or a JSON list as the whole file"
+                )
             rows.append((f"{file}, record {len(rows)} (line {number})", file.parent, value))
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------- conversations
+# conversations
 
 
 def _conversation(raw, folder: Path) -> tuple[list[dict], list, list]:
@@ -182,7 +197,9 @@ def _conversation(raw, folder: Path) -> tuple[list[dict], list, list]:
         raise ValueError(f"system_prompt must be a string, got {system!r:.60}")
     if system:
         if turns[0][0] == "system":
-            raise ValueError("the messages begin with a system turn, and there is a system_prompt; leave out one of them")
+            raise ValueError(
+                "the messages begin with a system turn, and there is a system_prompt; leave out one of them"
+            )
         turns = [("system", [{"type": "text", "text": _text("system_prompt", system)}]), *turns]
     _check_roles([role for role, _ in turns])
 
@@ -209,7 +226,9 @@ def _pair(raw: dict, media: dict) -> list[tuple[str, list]]:
                 f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
             )
     places = [{"type": kind, kind: medium} for kind in SOURCE_KEYS for medium in media[kind]]
-    question, answer = ({"type": "text", "text": _text(*pair)} for pair in (("prompt", prompt), ("response", response)))
+    question, answer = (
+        {"type": "text", "text": _text(*pair)} for pair in (("prompt", prompt), ("response", response))
+    )
     return [("user", [*places, question]), ("assistant", [answer])]
 
 
@@ -223,7 +242,9 @@ def _turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
         message = _keys(what, message, ("role", "content", "from", "value"))
         keys = ("from", "value") if "from" in message else ("role", "content")
         if message.keys() != set(keys):
-            raise ValueError(f"{what}: expected role and content, or from and value; got {', '.join(message) or 'nothing'}")
+            raise ValueError(
+                f"{what}: expected role and content, or from and value; got {', '.join(message) or 'nothing'}"
+            )
         role, content = (message[key] for key in keys)
         if not isinstance(role, str) or role not in ROLES:
             near = nearest_name(role, ROLES)
@@ -268,7 +289,9 @@ def _deal(kind: str, messages: list, media: list) -> list:
     clips = sum(clips_of(kind, medium) for medium in media)
     if len(empty) == len(places) == clips != len(media):
         return media  # a place for each segment, which stays as it is
-    again = not empty and clips == sum(clips_of(kind, place[kind]) for place in places)  # each segment, otherwise divided into media
+    again = not empty and clips == sum(
+        clips_of(kind, place[kind]) for place in places
+    )  # each segment, otherwise divided into media
     if len(media) not in (len(empty), len(places)) and not again:
         own, of, hint = len(places) - len(empty), "", ""
         if clips != len(media) and not own:
@@ -282,7 +305,7 @@ def _deal(kind: str, messages: list, media: list) -> list:
     return [place[kind] for place in places]
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# values
 
 
 def _keys(what: str, given, known) -> dict:
@@ -308,7 +331,13 @@ def _text(what: str, text) -> str:
 
 
 def _media(kind: str, given, folder: Path) -> list:
-    given = [] if given is None else given if isinstance(given, list) and not (kind == "video" and is_frames(given)) else [given]
+    given = (
+        []
+        if given is None
+        else given
+        if isinstance(given, list) and not (kind == "video" and is_frames(given))
+        else [given]
+    )
     return [_medium(kind, medium, folder) for medium in given]
 
 
@@ -321,7 +350,9 @@ def _medium(kind: str, medium, folder: Path):
         raise ValueError(f"expected {expected} for {kind}s, got {shorten(medium)}")
     for one in frames:
         if scheme_of(one) in ("http", "https"):
-            raise ValueError(f"{kind} {shorten(one)} would be downloaded at every turn; download it once and give its path")
+            raise ValueError(
+                f"{kind} {shorten(one)} would be downloaded at every turn; download it once and give its path"
+            )
     if "segments" in options:
         _check_segments(source, options["segments"])
     return locate(kind, medium, folder)

@@ -1,9 +1,9 @@
-"""A worked example: teaches moss-vl-nano a seventh shape with LoRA: python training/teach_shape.py --output runs/heart
+"""A worked example: teaches moss-vl-nano a seventh shape with LoRA: python training/nano/teach_shape.py --output runs/heart
 
 Hearts are nothing the checkpoint knows. 200 examples are about them, each a picture with one question and its answer; twice as many
 about pictures without keep what is known from being forgotten. They are written with a data.json as training/finetune.py reads it; that
 command tunes the checkpoint (it is printed, to be copied) and merges the adapter; then the checkpoint and what became of it are asked
-about fresh pictures with hearts. What it knew before is examined by training/evaluate.py.
+about fresh pictures with hearts. What it knew before is examined by training/nano/evaluate.py.
 """
 
 import argparse
@@ -14,12 +14,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-TRAINING = Path(__file__).resolve().parent
-PROJECT = TRAINING.parent
-sys.path[:0] = [str(PROJECT), str(TRAINING)]
-from questions import PICTURE_TASKS, Question, ask_picture  # noqa: E402
-from world import Scene, draw_scene, random_picture  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from moss_vl.training.nano.questions import PICTURE_TASKS, Question, ask_picture
+from moss_vl.training.nano.world import Scene, draw_scene, random_picture
+
+
+PROJECT = Path(__file__).resolve().parents[2]
 SHAPE = "heart"
 TASKS = ("color", "shape", "place", "exists", "describe picture")  # what is asked about hearts
 OPTIONS = (
@@ -77,8 +79,9 @@ def write_data(folder: Path, count: int) -> Path:
 def examine(checkpoint: Path, count: int) -> dict[str, float]:
     """Task -> share of right answers about hearts in pictures that are in no lesson."""
     import torch
-    from evaluate import Item, ask, average
     from transformers import AutoModelForCausalLM, AutoProcessor
+
+    from moss_vl.training.nano.evaluate import Item, ask, average
 
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.bfloat16).eval()
@@ -106,7 +109,7 @@ def main():
     if args.output.exists():
         parser.error(f"{args.output} is there already; name a new folder")
     data = write_data(args.output, args.examples)
-    command = [sys.executable, str(TRAINING / "finetune.py"), "--checkpoint", str(args.checkpoint), "--data", str(data),
+    command = [sys.executable, str(PROJECT / "training/finetune.py"), "--checkpoint", str(args.checkpoint), "--data", str(data),
                "--output", str(args.output / "tuned"), *OPTIONS]  # fmt: skip
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)

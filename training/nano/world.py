@@ -13,10 +13,12 @@ import math
 import random
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
@@ -125,10 +127,11 @@ class Scene:
 
     def later(self, seconds: float) -> "Scene":
         """The same clip as a part of a longer one, in which it begins at `seconds`; what it shows from its start on stays so."""
-        return replace(self, seconds=self.seconds + seconds, things=tuple(thing.later(seconds) for thing in self.things))
+        return replace(
+            self, seconds=self.seconds + seconds, things=tuple(thing.later(seconds) for thing in self.things)
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -147,12 +150,16 @@ def outline(thing: Thing, centre, radius: float) -> list[tuple[float, float]]:
         arm = thing.detail if thing.detail is not None else 0.3
         half = math.degrees(math.atan2(arm, 1.0))  # half the width of an arm over its length
         inner = math.hypot(arm, arm) / math.hypot(arm, 1.0)
-        polar = [corner for i in range(4) for corner in ((90 * i - half, 1.0), (90 * i + half, 1.0), (90 * i + 45, inner))]
-    elif thing.shape == "heart":  # not of this world; training/teach_shape.py teaches it
+        polar = [
+            corner for i in range(4) for corner in ((90 * i - half, 1.0), (90 * i + half, 1.0), (90 * i + 45, inner))
+        ]
+    elif thing.shape == "heart":  # not of this world; training/nano/teach_shape.py teaches it
         turns = [2 * math.pi * i / 60 for i in range(60)]
         across = [16 * math.sin(turn) ** 3 / 18 for turn in turns]
-        down = [(3 - 13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t)) / -18 for t in turns]
-        polar = [(math.degrees(math.atan2(-y, x)), math.hypot(x, y)) for x, y in zip(across, down)]
+        down = [
+            (3 - 13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t)) / -18 for t in turns
+        ]
+        polar = [(math.degrees(math.atan2(-y, x)), math.hypot(x, y)) for x, y in zip(across, down, strict=True)]
     else:
         raise ValueError(f"no shape named {thing.shape!r}; the shapes are {', '.join(SHAPES)}")
     turned = [(math.radians(degrees + thing.angle), length * radius) for degrees, length in polar]
@@ -165,7 +172,9 @@ def thing_mask(thing: Thing, scene: Scene, scale: int) -> tuple[Image.Image, tup
     radius = thing.radius * thing.fill * min(scene.width, scene.height) * scale
     left, top = (max(math.floor((middle - radius) / scale) - 1, 0) for middle in centre)
     sides = (scene.width, scene.height)
-    right, bottom = (min(math.ceil((middle + radius) / scale) + 2, side) for middle, side in zip(centre, sides))
+    right, bottom = (
+        min(math.ceil((middle + radius) / scale) + 2, side) for middle, side in zip(centre, sides, strict=True)
+    )
     mask = Image.new("L", (max(right - left, 1) * scale, max(bottom - top, 1) * scale))
     draw = ImageDraw.Draw(mask)
     centre = (centre[0] - left * scale, centre[1] - top * scale)
@@ -204,11 +213,16 @@ def sign_mask(sign: Sign, scene: Scene, scale: int) -> tuple[Image.Image, tuple[
     """The letters' pixels, as `thing_mask` has a thing's."""
     font, (left, top, right, bottom) = sign_font(sign, scene.height * scale)
     corner = (sign.x * scene.width * scale - (left + right) / 2, sign.y * scene.height * scale - (top + bottom) / 2)
-    begin = tuple(max(math.floor((at + low) / scale) - 1, 0) for at, low in zip(corner, (left, top)))
+    begin = tuple(max(math.floor((at + low) / scale) - 1, 0) for at, low in zip(corner, (left, top), strict=True))
     sides = (scene.width, scene.height)
-    end = tuple(min(math.ceil((at + high) / scale) + 2, side) for at, high, side in zip(corner, (right, bottom), sides))
-    mask = Image.new("L", tuple(max(stop - start, 1) * scale for start, stop in zip(begin, end)))
-    ImageDraw.Draw(mask).text((corner[0] - begin[0] * scale, corner[1] - begin[1] * scale), sign.text, font=font, fill=255)
+    end = tuple(
+        min(math.ceil((at + high) / scale) + 2, side)
+        for at, high, side in zip(corner, (right, bottom), sides, strict=True)
+    )
+    mask = Image.new("L", tuple(max(stop - start, 1) * scale for start, stop in zip(begin, end, strict=True)))
+    ImageDraw.Draw(mask).text(
+        (corner[0] - begin[0] * scale, corner[1] - begin[1] * scale), sign.text, font=font, fill=255
+    )
     return mask, begin
 
 
@@ -276,7 +290,6 @@ def write_clip(scene: Scene, path) -> None:
         container.mux(stream.encode(None))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Scenes by lot. Colours, outlines and letters vary as those of different hands would: others draw this world too.
 
 TINTS = {
@@ -294,7 +307,18 @@ FONT_PACKAGES = {  # package -> where in it fonts lie
     "font_manrope": "files", "font_roboto": "files", "font_source_sans_pro": "files", "font_source_serif_pro": "files",
 }  # fmt: skip
 # Of these files the letters are not A-Z 0-9, or thinner than a few pixels can show.
-OTHER_FONTS = ("Display", "LastResort", "NonUni", "STIXSiz", "cmex", "cmmi", "cmsy", "Thin", "ExtraLight", "VariableFont")
+OTHER_FONTS = (
+    "Display",
+    "LastResort",
+    "NonUni",
+    "STIXSiz",
+    "cmex",
+    "cmmi",
+    "cmsy",
+    "Thin",
+    "ExtraLight",
+    "VariableFont",
+)
 
 
 @functools.cache
@@ -313,14 +337,16 @@ def fonts() -> tuple[str | None, ...]:
 def contrast(first, second) -> float:
     """How far apart two colours look, about 0 to 765 ("redmean", a low-cost approximation; CompuPhase, Colour metric)."""
     red = (first[0] + second[0]) / 2
-    r, g, b = (x - y for x, y in zip(first, second))
+    r, g, b = (x - y for x, y in zip(first, second, strict=True))
     return math.sqrt((2 + red / 256) * r * r + 4 * g * g + (2 + (255 - red) / 256) * b * b)
 
 
 def random_tint(lot: random.Random, colour: str) -> tuple[int, int, int]:
     first, second = lot.choice(TINTS[colour]), lot.choice(TINTS[colour])
     share = lot.random()
-    return tuple(min(max(round(a + share * (b - a) + lot.uniform(-6, 6)), 0), 255) for a, b in zip(first, second))
+    return tuple(
+        min(max(round(a + share * (b - a) + lot.uniform(-6, 6)), 0), 255) for a, b in zip(first, second, strict=True)
+    )
 
 
 def random_ground(lot: random.Random) -> tuple[int, int, int]:
@@ -397,7 +423,7 @@ def random_sign(lot: random.Random, stage: dict) -> Sign:
             x, y = 0.5 + right * lot.uniform(-0.5, 0.5), 0.5 + down * lot.uniform(-0.5, 0.5)
             run, fall = stage["direction"]
             share = (run * x + fall * y) / (run + fall)
-            ground = [a + share * (b - a) for a, b in zip(first, second)]
+            ground = [a + share * (b - a) for a, b in zip(first, second, strict=True)]
             colour = max(("black", "white"), key=lambda name: contrast(COLOURS[name], ground))
             return replace(sign, x=x, y=y, colour=colour)
     raise AssertionError("a sign of one small letter always fits")
@@ -424,7 +450,9 @@ def random_place(lot: random.Random, thing: Thing, stage: dict) -> Thing:
 
 def on_canvas(thing: Thing, stage: dict) -> bool:
     reach = thing.radius * thing.fill * min(stage["width"], stage["height"])
-    return all(reach <= at * stage[side] <= stage[side] - reach for at, side in ((thing.x, "width"), (thing.y, "height")))
+    return all(
+        reach <= at * stage[side] <= stage[side] - reach for at, side in ((thing.x, "width"), (thing.y, "height"))
+    )
 
 
 def random_thing(lot: random.Random, stage: dict, taken) -> Thing:
@@ -444,7 +472,9 @@ def random_things(lot: random.Random, stage: dict, count: int, sign: Sign | None
         thing = random_thing(lot, stage, {(other.shape, other.colour) for other in things})
         for _ in range(30):
             thing = random_place(lot, thing, stage)
-            if all(clear_of(thing, other, stage) for other in things) and (sign is None or clear_of_sign(thing, sign, box, stage)):
+            if all(clear_of(thing, other, stage) for other in things) and (
+                sign is None or clear_of_sign(thing, sign, box, stage)
+            ):
                 things.append(thing)
                 break
         else:
@@ -475,7 +505,10 @@ def random_crowd(lot: random.Random, canvas: tuple[int, int] | None = None) -> S
         width, height = sign_box(sign, stage)
         across, down = ([abs(getattr(sign, axis) - getattr(other, axis)) * stage[side] for other, _ in signs]
                         for axis, side in (("x", "width"), ("y", "height")))  # fmt: skip
-        clear = [x > (width + wide) / 2 + 3 or y > (height + high) / 2 + 3 for x, y, (_, (wide, high)) in zip(across, down, signs)]
+        clear = [
+            x > (width + wide) / 2 + 3 or y > (height + high) / 2 + 3
+            for x, y, (_, (wide, high)) in zip(across, down, signs, strict=True)
+        ]
         if all(clear) and len(signs) < 4:
             signs.append((sign, (width, height)))
     for _ in range(24):
@@ -487,7 +520,9 @@ def random_crowd(lot: random.Random, canvas: tuple[int, int] | None = None) -> S
     return Scene(things=tuple(things), more_signs=tuple(sign for sign, _ in signs), **stage)
 
 
-def random_clip(lot: random.Random, seconds: tuple[float, float] = (2.0, 20.0), canvas: tuple[int, int] | None = None) -> Scene:
+def random_clip(
+    lot: random.Random, seconds: tuple[float, float] = (2.0, 20.0), canvas: tuple[int, int] | None = None
+) -> Scene:
     """A clip of 1 to 3 things; each may appear, disappear, change colour or move once, events at least a second apart."""
     while True:
         clip = try_clip(lot, seconds, canvas)
@@ -503,7 +538,9 @@ def halts(thing: Thing) -> list[Thing]:
     return [replace(thing, x=thing.x + share / 8 * right, y=thing.y + share / 8 * down) for share in range(9)]
 
 
-def random_move(lot: random.Random, thing: Thing, time: float, duration: float, others: list[Thing], stage: dict) -> Thing | None:
+def random_move(
+    lot: random.Random, thing: Thing, time: float, duration: float, others: list[Thing], stage: dict
+) -> Thing | None:
     """The thing at another place, from which it moves at `time`, on a way clear of the others'; None where none was found."""
     seconds = [seconds for seconds in (0.5, 1.0, 1.0, 1.5, 2.0) if time + seconds <= duration]
     if not seconds:
@@ -536,13 +573,13 @@ def try_clip(lot: random.Random, seconds, canvas) -> Scene | None:
     times = sorted(lot.uniform(0.5, duration - 0.3) for _ in range(wanted))
     if lot.random() < 0.3:
         times = [float(round(time)) for time in times]
-    if any(later - sooner < 1.0 for sooner, later in zip(times, times[1:])):
+    if any(later - sooner < 1.0 for sooner, later in pairwise(times)):
         return None
     if any(not 0.3 < time < duration - 0.25 for time in times):
         return None
     lot.shuffle(times)
     kinds = {(thing.shape, thing.colour) for thing in things}
-    for index, (thing, event) in enumerate(zip(things, events)):
+    for index, (thing, event) in enumerate(zip(things, events, strict=True)):
         if event is None:
             continue
         time = times.pop()
@@ -554,7 +591,9 @@ def try_clip(lot: random.Random, seconds, canvas) -> Scene | None:
             kinds.add((thing.shape, colour))
             thing = replace(thing, changes=(time, colour), tints=(*thing.tints, (colour, tint)))
         else:
-            thing = random_move(lot, thing, time, duration, [other for at, other in enumerate(things) if at != index], stage)
+            thing = random_move(
+                lot, thing, time, duration, [other for at, other in enumerate(things) if at != index], stage
+            )
             if thing is None:
                 return None
         things[index] = thing

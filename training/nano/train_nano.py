@@ -1,4 +1,4 @@
-"""Trains moss-vl-nano from nothing on the drawn world: python training/train_nano.py --output runs/nano
+"""Trains moss-vl-nano from nothing on the drawn world: python training/nano/train_nano.py --output runs/nano
 
 First the vision encoder alone learns to name what each of its tokens shows. Then the language model learns to answer from what the encoder
 gives it, in turns with the encoder, which goes on naming. Pictures and clips are drawn afresh for every step. Each processor core trains on
@@ -23,13 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TRAINING = Path(__file__).resolve().parent
-PROJECT = TRAINING.parent
-sys.path[:0] = [str(PROJECT), str(TRAINING)]
-from lessons import CHANGES, CONTENTS, COURSE, SIGHTS, SLOTS, TASKS, Lessons, may_see  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from moss_vl.training.nano.lessons import CHANGES, CONTENTS, COURSE, SIGHTS, SLOTS, TASKS, Lessons, may_see
+
+
+PROJECT = Path(__file__).resolve().parents[2]
 SEED = 2026
 WARM_UP = 50
 FAST = 5.0  # times AdamW's rate for what it learns of the language model: attention grows sharp by its norms' gains
@@ -43,8 +46,20 @@ FACT_WEIGHTS = {
     "picture": 1.0, "events": 0.5, "begins": 1.0, "subject": 0.5,
 }  # fmt: skip
 FACTS_WEIGHT = 0.2
-GAZE_WEIGHTS = {"stamps": 0.1, "slots": 0.2, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}  # of attention elsewhere
-NOTHING = {"shape": 0.3, "letter": 0.05, "event": 0.03, "begins": 0.1}  # weights of the last class, where most are of it
+GAZE_WEIGHTS = {
+    "stamps": 0.1,
+    "slots": 0.2,
+    "before": 0.1,
+    "asked": 0.2,
+    "looks": 0.2,
+    "frames": 0.2,
+}  # of attention elsewhere
+NOTHING = {
+    "shape": 0.3,
+    "letter": 0.05,
+    "event": 0.03,
+    "begins": 0.1,
+}  # weights of the last class, where most are of it
 NOISE = 0.02  # of the encoder's vectors, in their standard deviations: frames of a file that show the same are not quite equal
 
 
@@ -64,7 +79,12 @@ STAGES = (
     Stage(0.0, {"look": 1.0}, (1.0, 1.0)),
     Stage(0.113, MIX, (1.0, 1.0)),
     Stage(0.3382, MIX, (1.0, 0.0)),
-    Stage(0.8456, {"pictures": 0.25, "clips": 0.2, "later": 0.25, "look": 0.22, "images": 0.08}, (0.4, 0.0), {"stamp": 1.0, "frames": 0.3}),
+    Stage(
+        0.8456,
+        {"pictures": 0.25, "clips": 0.2, "later": 0.25, "look": 0.22, "images": 0.08},
+        (0.4, 0.0),
+        {"stamp": 1.0, "frames": 0.3},
+    ),
 )
 
 
@@ -74,11 +94,21 @@ class Muon:
     The model may compute in bfloat16; the weights that are learned are float32 copies, which `step` writes back.
     """
 
-    def __init__(self, named_parameters, rate: float = 0.02, adam_rate: float = 6e-4, momentum: float = 0.95, decay: float = 0.02):
+    def __init__(
+        self,
+        named_parameters,
+        rate: float = 0.02,
+        adam_rate: float = 6e-4,
+        momentum: float = 0.95,
+        decay: float = 0.02,
+    ):
         self.rate, self.adam_rate, self.momentum, self.decay = rate, adam_rate, momentum, decay
         self.parameters = dict(named_parameters)
         self.weights = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
-        self.moments = {name: [torch.zeros_like(weight) for _ in range(1 if self.is_matrix(name) else 2)] for name, weight in self.weights.items()}
+        self.moments = {
+            name: [torch.zeros_like(weight) for _ in range(1 if self.is_matrix(name) else 2)]
+            for name, weight in self.weights.items()
+        }
         self.steps = dict.fromkeys(self.weights, 0)
         self.dtype = next(iter(self.parameters.values())).dtype
 
@@ -98,19 +128,31 @@ class Muon:
             if self.is_matrix(name):
                 moments[0].lerp_(gradient, 1 - self.momentum)
                 update = gradient.lerp(moments[0], self.momentum)
-                for part, rows in zip(update.chunk(3), weight.chunk(3)) if name.endswith("qkv.weight") else [(update, weight)]:
+                for part, rows in (
+                    zip(update.chunk(3), weight.chunk(3), strict=True)
+                    if name.endswith("qkv.weight")
+                    else [(update, weight)]
+                ):
                     alike[part.shape].append((part, rows))
             else:
                 moments[0].lerp_(gradient, 0.1)
                 moments[1].lerp_(gradient.square(), 0.02)
-                update = moments[0] / (1 - 0.9 ** self.steps[name]) / ((moments[1] / (1 - 0.98 ** self.steps[name])).sqrt() + 1e-8)
-                fast = name.startswith(("lm_head", "model.language_model", "tutor.facts"))  # of which matrices are Muon's
+                update = (
+                    moments[0]
+                    / (1 - 0.9 ** self.steps[name])
+                    / ((moments[1] / (1 - 0.98 ** self.steps[name])).sqrt() + 1e-8)
+                )
+                fast = name.startswith(
+                    ("lm_head", "model.language_model", "tutor.facts")
+                )  # of which matrices are Muon's
                 weight.sub_(update, alpha=scale * self.adam_rate * (FAST if fast else 1))
                 parameter.copy_(weight)
         for shape, pairs in alike.items():
             updates = orthogonal(torch.stack([update for update, _ in pairs]).to(self.dtype)).float()
-            for update, (_, weight) in zip(updates, pairs):
-                weight.mul_(1 - scale * self.rate * self.decay).sub_(update, alpha=scale * self.rate * max(1, shape[0] / shape[1]) ** 0.5)
+            for update, (_, weight) in zip(updates, pairs, strict=True):
+                weight.mul_(1 - scale * self.rate * self.decay).sub_(
+                    update, alpha=scale * self.rate * max(1, shape[0] / shape[1]) ** 0.5
+                )
         for name, parameter in self.parameters.items():
             if self.is_matrix(name):
                 parameter.copy_(self.weights[name])
@@ -145,12 +187,14 @@ class Quiz(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.heads = nn.Linear(width, sum(classes for _, classes in questions))
 
-    def forward(self, vectors: torch.Tensor, targets: torch.Tensor, **weights: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(
+        self, vectors: torch.Tensor, targets: torch.Tensor, **weights: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """vectors [N, D] and targets [N, len(questions)], -100 where not asked -> loss, and the share answered rightly. `weights` of
         groups take the place of the usual ones."""
         logits = self.heads(self.norm(vectors)).float().split([classes for _, classes in self.questions], dim=1)
         groups, total, right = [name.split()[0] for name, _ in self.questions], 0.0, defaultdict(list)
-        for group, (_, classes), scores, target in zip(groups, self.questions, logits, targets.unbind(1)):
+        for group, (_, classes), scores, target in zip(groups, self.questions, logits, targets.unbind(1), strict=True):
             asked = target >= 0
             if not asked.any():
                 continue
@@ -190,7 +234,11 @@ class Tutor(nn.Module):
             tokens = visual(batch["pixel_values"], batch["grid_thw"])
         naming, right = self.sights(tokens, batch["sights"])
         inking = F.binary_cross_entropy_with_logits(self.inks(self.ink_norm(halfway[0])).float(), batch["inks"])
-        log = {"naming": [naming.item()], "inking": [inking.item()], **{f"names {name}": values for name, values in right.items()}}
+        log = {
+            "naming": [naming.item()],
+            "inking": [inking.item()],
+            **{f"names {name}": values for name, values in right.items()},
+        }
         return naming + INK_WEIGHT * inking, log
 
     def ask_language_model(self, model, batch: dict, **weights: float) -> tuple[torch.Tensor, dict]:
@@ -208,7 +256,7 @@ class Tutor(nn.Module):
         log = {f"loss {batch['kind']}": [loss.item()], **answers_right(out.logits, batch)}
         at = batch["input_ids"] == model.config.image_token_id
         targets = batch["facts"].split([len(quiz.questions) for quiz in self.facts], dim=1)
-        for quiz, [(states, _)], target in zip(self.facts, told, targets):
+        for quiz, [(states, _)], target in zip(self.facts, told, targets, strict=True):
             quizzed, right = quiz(states[at], target, **weights)
             loss = loss + FACTS_WEIGHT * quizzed
             log |= {f"knows {name}": values for name, values in right.items()}
@@ -223,7 +271,9 @@ class Tutor(nn.Module):
 def attention_on(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """weights [B, H, T, S], points [points, 5] as lessons.Gaze has them -> [groups]: how much of a head's attention each group gets."""
     row, head, text, token, group = points.unbind(1)
-    return weights.new_zeros(int(group[-1]) + 1, dtype=torch.float32).index_add_(0, group, weights[row, head, text, token].float())
+    return weights.new_zeros(int(group[-1]) + 1, dtype=torch.float32).index_add_(
+        0, group, weights[row, head, text, token].float()
+    )
 
 
 @contextmanager
@@ -238,14 +288,20 @@ def each_moment_once(visual, batch: dict):
 
     def fewer(module, args):
         frames = args[0].split([t * h * w for t, h, w in batch["grid_thw"]])
-        kept = [part.unflatten(0, (-1, size))[first].flatten(0, 1) for part, size, first in zip(frames, sizes, firsts)]
-        grid = [[len(first), h, w] for first, (_, h, w) in zip(firsts, batch["grid_thw"])]
+        kept = [
+            part.unflatten(0, (-1, size))[first].flatten(0, 1)
+            for part, size, first in zip(frames, sizes, firsts, strict=True)
+        ]
+        grid = [[len(first), h, w] for first, (_, h, w) in zip(firsts, batch["grid_thw"], strict=True)]
         return torch.cat(kept), grid, *args[2:]
 
     def all_again(module, args, out):
         tokens = [size // visual.spatial_merge_size**2 for size in sizes]
-        parts = out.split([len(first) * number for first, number in zip(firsts, tokens)])
-        parts = [part.unflatten(0, (-1, number))[moments].flatten(0, 1) for part, number, moments in zip(parts, tokens, batch["moments"])]
+        parts = out.split([len(first) * number for first, number in zip(firsts, tokens, strict=True)])
+        parts = [
+            part.unflatten(0, (-1, number))[moments].flatten(0, 1)
+            for part, number, moments in zip(parts, tokens, batch["moments"], strict=True)
+        ]
         whole, grain = torch.cat(parts), torch.Generator().manual_seed(batch["grain"])
         return whole + NOISE * whole.std(0) * torch.randn(whole.shape, generator=grain).to(whole)
 
@@ -265,7 +321,10 @@ def torn(language_model, batch: dict):
         return
 
     def farther(module, args, kwargs):
-        return args, kwargs | {"vision_position_ids": kwargs["vision_position_ids"] + batch["leaps"].to(kwargs["vision_position_ids"].device)}
+        return args, kwargs | {
+            "vision_position_ids": kwargs["vision_position_ids"]
+            + batch["leaps"].to(kwargs["vision_position_ids"].device)
+        }
 
     hook = language_model.register_forward_pre_hook(farther, with_kwargs=True)
     try:
@@ -328,7 +387,9 @@ def answers_right(logits: torch.Tensor, batch: dict) -> dict[str, list[int]]:
     rows, columns = asked.nonzero(as_tuple=True)
     parts, tasks = batch["parts"][:, 1:][rows, columns], batch["tasks"][:, 1:][rows, columns]
     failed = defaultdict(int)
-    for row, part, task, miss in zip(rows.tolist(), parts.tolist(), tasks.tolist(), wrong[rows, columns].tolist()):
+    for row, part, task, miss in zip(
+        rows.tolist(), parts.tolist(), tasks.tolist(), wrong[rows, columns].tolist(), strict=True
+    ):
         failed[row, part, task] |= miss
     right = defaultdict(list)
     for (_, _, task), miss in failed.items():
@@ -348,7 +409,11 @@ def learn(model, tutor, batch: dict, done: float) -> tuple[torch.Tensor, dict]:
 def placed(batch: dict, device) -> dict:
     """The batch with its tensors on the device, those of dicts in it too."""
     return {
-        name: placed(value, device) if isinstance(value, dict) else value.to(device) if isinstance(value, torch.Tensor) else value
+        name: placed(value, device)
+        if isinstance(value, dict)
+        else value.to(device)
+        if isinstance(value, torch.Tensor)
+        else value
         for name, value in batch.items()
     }
 
@@ -359,7 +424,7 @@ def average_gradients(parameters) -> None:
     flat = torch.cat([gradient.flatten().float() for gradient in gradients])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
@@ -408,7 +473,9 @@ def train(rank: int, args) -> None:
     model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True, dtype=dtype,
                                                  attn_implementation="eager" if args.device == "cpu" else "sdpa").train()  # fmt: skip
     model, tutor = model.to(args.device), Tutor(model.config).to(args.device, dtype)
-    optimizer = Muon([*model.named_parameters(), *((f"tutor.{name}", parameter) for name, parameter in tutor.named_parameters())])
+    optimizer = Muon(
+        [*model.named_parameters(), *((f"tutor.{name}", parameter) for name, parameter in tutor.named_parameters())]
+    )
     begin = 0
     if state.exists():
         saved = torch.load(state, map_location=args.device)
@@ -446,7 +513,9 @@ def train(rank: int, args) -> None:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
             if not all(math.isfinite(value) for value in means.values()):
-                raise FloatingPointError(f"the loss of step {step + 1} is not finite; go on from the last state with another seed")
+                raise FloatingPointError(
+                    f"the loss of step {step + 1} is not finite; go on from the last state with another seed"
+                )
             logged.clear(), times.clear()
         if time.monotonic() - saved_at > 60 * args.save_minutes or step + 1 == args.steps:
             save(model, optimizer, args.output, step + 1)
@@ -455,12 +524,21 @@ def train(rank: int, args) -> None:
 
 def main():
     cpu = not torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train moss-vl-nano from nothing.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
     parser.add_argument("--steps", type=int, default=7450, help="may be changed when a run goes on")
     parser.add_argument("--size", type=int, default=16, help="pictures in a batch of each process, a multiple of 8")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count(), 2) if cpu else 1, help="side by side, each with batches of its own")
-    parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(os.cpu_count(), 2) if cpu else 1,
+        help="side by side, each with batches of its own",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=max(1, os.cpu_count() // 2) if cpu else os.cpu_count(), help="of each process"
+    )
     parser.add_argument("--device", default="cpu" if cpu else "cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in; by default the faster one")
     parser.add_argument("--save-minutes", type=float, default=10.0)
@@ -472,7 +550,10 @@ def main():
     (args.output / "meeting").unlink(missing_ok=True)
     if not (args.output / "start" / "model.safetensors").exists():
         # A process of its own: it sets where the loaded code is cached.
-        subprocess.run([sys.executable, str(PROJECT / "checkpoints" / "make_nano.py"), "--output", str(args.output / "start")], check=True)
+        subprocess.run(
+            [sys.executable, str(PROJECT / "training/nano/make_nano.py"), "--output", str(args.output / "start")],
+            check=True,
+        )
     if args.processes > 1:
         torch.multiprocessing.spawn(train, (args,), args.processes)
     else:

@@ -1,4 +1,4 @@
-"""Examines a checkpoint on the drawn world: python training/evaluate.py --checkpoint FOLDER --json evaluation.json
+"""Examines a checkpoint on the drawn world: python training/nano/evaluate.py --checkpoint FOLDER --json evaluation.json
 
 Fresh pictures and clips (written to h264 files and read back), from seeds that no training uses, are asked about; an answer counts
 if it is the right one to the letter. Controls: the same questions with the pixels blanked, and clips with their time stamps
@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-TRAINING = Path(__file__).resolve().parent
-PROJECT = TRAINING.parent
-sys.path.insert(0, str(TRAINING))
-from questions import (  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from moss_vl.training.nano.questions import (
     CLIP_TASKS,
     IMAGES_TASK,
     PICTURE_TASKS,
@@ -37,8 +37,10 @@ from questions import (  # noqa: E402
     ask_picture,
     sampled_times,
 )
-from world import Scene, draw_scene, random_clip, random_picture, write_clip  # noqa: E402
+from moss_vl.training.nano.world import Scene, draw_scene, random_clip, random_picture, write_clip
 
+
+PROJECT = Path(__file__).resolve().parents[2]
 TEXTS = ("text", "no text")  # pictures with a sign and without
 TASKS = (*(task for task in PICTURE_TASKS if task != "text"), *TEXTS, IMAGES_TASK, *CLIP_TASKS)
 TIMED = ("describe clip", "when", "visible at")  # what cannot be answered without time stamps
@@ -61,7 +63,6 @@ class Item:
     column: str = ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The questions
 
 
@@ -88,7 +89,9 @@ def picture_items(task: str, n: int, seed, scale=lambda scene: scene) -> list[It
 def clip_items(tasks, n: int, seed, seconds) -> dict[str, list[Item]]:
     """`n` questions of each task; a clip is asked one of each at most."""
     lot, items = random.Random(f"clips {seed} {seconds}"), {task: [] for task in tasks}
-    lots = {task: random.Random(f"{task} {seed} {seconds}") for task in tasks}  # a task's questions do not hang on the others
+    lots = {
+        task: random.Random(f"{task} {seed} {seconds}") for task in tasks
+    }  # a task's questions do not hang on the others
     while any(len(found) < n for found in items.values()):
         scene, fps = random_clip(lot, seconds), lot.choice((1, 2))
         times = tuple(sampled_times(scene, fps))
@@ -115,11 +118,12 @@ def examination(tasks, n: int, controls: int, seed) -> dict[str, dict[str, list[
                 columns[LONGER] = long_clips[task]
             else:
                 columns[LARGER] = picture_items(task, controls, seed, larger)
-            asked[task] |= {column: [replace(item, column=column) for item in items] for column, items in columns.items()}
+            asked[task] |= {
+                column: [replace(item, column=column) for item in items] for column, items in columns.items()
+            }
     return asked
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Asking
 
 
@@ -167,10 +171,10 @@ def prompt_ids(processor, item: Item, media_ids: list[int]) -> list[int]:
 def shuffled(ids: list[int], begin: int, end: int, seed) -> list[int]:
     """The stamps, which stand between the tokens `begin` and `end`, change places; frames move along where they differ in length."""
     starts, ends = ([at for at, token in enumerate(ids) if token == mark] for mark in (begin, end))
-    stamps = [ids[start + 1 : stop] for start, stop in zip(starts, ends)]
+    stamps = [ids[start + 1 : stop] for start, stop in zip(starts, ends, strict=True)]
     random.Random(seed).shuffle(stamps)
     out, at = [], 0
-    for start, stop, stamp in zip(starts, ends, stamps):
+    for start, stop, stamp in zip(starts, ends, stamps, strict=True):
         out += [*ids[at : start + 1], *stamp]
         at = stop
     return out + ids[at:]
@@ -200,21 +204,33 @@ class Examinee:
 
         The rows of a batch, at most `size`, have right answers of about one length: all wait for the longest.
         """
-        rows = [row for sight, (about, inputs) in enumerate(zip(lot, seen)) for row in self.rows(sight, about, inputs)]
+        rows = [
+            row
+            for sight, (about, inputs) in enumerate(zip(lot, seen, strict=True))
+            for row in self.rows(sight, about, inputs)
+        ]
         rows.sort(key=lambda row: (len(row.item.question.answer), len(row.ids)))
         batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        return [(*row.place, answer) for batch in batches for row, answer in zip(batch, self.generate(batch))]
+        return [
+            (*row.place, answer) for batch in batches for row, answer in zip(batch, self.generate(batch), strict=True)
+        ]
 
     def rows(self, sight: int, about: list[Item], inputs) -> Iterator[Row]:
         """What is asked about one sight, which is encoded once. `inputs`: what `look` gives."""
-        pixels, grids, media_ids = inputs["pixel_values"].to(self.model.device), inputs["grid_thw"], inputs["input_ids"][0].tolist()
+        pixels, grids, media_ids = (
+            inputs["pixel_values"].to(self.model.device),
+            inputs["grid_thw"],
+            inputs["input_ids"][0].tolist(),
+        )
         tokens = self.model.model.visual(pixels, grids)
         for number, item in enumerate(about):
             ids = prompt_ids(self.processor, item, media_ids)
             if item.column == SHUFFLED:
                 marks = self.processor.time_start_token_id, self.processor.time_end_token_id
                 ids = shuffled(ids, *marks, seed=item.question.prompt)
-            yield Row((sight, number), item, ids, grids, self.blank(pixels, grids) if item.column == BLANKED else tokens)
+            yield Row(
+                (sight, number), item, ids, grids, self.blank(pixels, grids) if item.column == BLANKED else tokens
+            )
 
     def blank(self, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """Tokens [V, D] as of `pixels` [P, values], but every pixel grey. The encoder sees each frame by itself: one of a size does."""
@@ -230,8 +246,8 @@ class Examinee:
         """The greedy answers of one batch."""
         length, pad = max(len(row.ids) for row in rows), self.processor.tokenizer.pad_token_id
         padding = [length - len(row.ids) for row in rows]  # on the left
-        ids = torch.tensor([[pad] * space + row.ids for space, row in zip(padding, rows)])
-        attended = torch.tensor([[0] * space + [1] * len(row.ids) for space, row in zip(padding, rows)])
+        ids = torch.tensor([[pad] * space + row.ids for space, row in zip(padding, rows, strict=True)])
+        attended = torch.tensor([[0] * space + [1] * len(row.ids) for space, row in zip(padding, rows, strict=True)])
         out = self.model.generate(
             input_ids=ids.to(self.model.device), attention_mask=attended.to(self.model.device),
             image_features=torch.cat([row.tokens for row in rows]), grid_thw=torch.cat([row.grids for row in rows]),
@@ -261,13 +277,14 @@ def ask(model, processor, items: list[Item], size: int, workers: int) -> Iterato
     them are faster than several threads."""
     examinee, lots = Examinee(model, processor), lots_of(items, size)
     dataset, context = Lots(examinee, lots, size), "fork" if workers else None  # the model's code is not to be pickled
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
-    for lot, found in zip(lots, loader):
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
+    )
+    for lot, found in zip(lots, loader, strict=True):
         for sight, number, answer in found if dataset.answered else examinee.answers(lot, found, size):
             yield lot[sight][number], answer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Marks
 
 
@@ -310,12 +327,14 @@ def marks(item: Item, given: str) -> dict[str, float]:
     elif task == "when":
         out["within a frame"] = float(a_frame_off(item, given, right))
     elif task == "duration":
-        out["within 0.2 s"] = float(seconds_in(given) is not None and abs(seconds_in(given) - seconds_in(right)) < 0.25)
+        out["within 0.2 s"] = float(
+            seconds_in(given) is not None and abs(seconds_in(given) - seconds_in(right)) < 0.25
+        )
     elif task == "describe clip":
         ours, theirs = events_in(right), events_in(given)
         out["every event"] = float(ours == theirs)
         alike = theirs is not None and [what for _, what in ours] == [what for _, what in theirs]
-        near = alike and all(a_frame_off(item, told, due) for (told, _), (due, _) in zip(theirs, ours))
+        near = alike and all(a_frame_off(item, told, due) for (told, _), (due, _) in zip(theirs, ours, strict=True))
         out["every event, within a frame"] = float(near)
         out["first frame"] = float(given.split("; ")[0] == right.split("; ")[0])
     return out
@@ -368,12 +387,18 @@ def main(arguments=None):
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=f"some of: {', '.join(TASKS)}"
     )
     parser.add_argument("--n", type=int, default=500, help="questions a task")
-    parser.add_argument("--control-n", type=int, default=200, help="questions a task for each control; 0 leaves the controls out")
+    parser.add_argument(
+        "--control-n", type=int, default=200, help="questions a task for each control; 0 leaves the controls out"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw, read and, on a CPU, answer")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that draw, read and, on a CPU, answer"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="to compute in; by default the faster one")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), help="to compute in; by default the faster one"
+    )
     args = parser.parse_args(arguments)
     for name, least in (("n", 1), ("control_n", 0), ("batch", 1), ("workers", 1)):
         if getattr(args, name) < least:
@@ -386,13 +411,16 @@ def main(arguments=None):
     if args.json and args.answers and args.json.resolve() == args.answers.resolve():
         parser.error(f"--json and --answers are both {args.json}; expected two files")
 
-    from train_nano import faster_dtype
     from transformers import AutoModelForCausalLM, AutoProcessor
+
+    from moss_vl.training.nano.train_nano import faster_dtype
 
     began = time.monotonic()
     args.dtype = args.dtype or faster_dtype(args.device)
     processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype)
+    )
     model = model.to(args.device).eval()
     controls = min(args.control_n, args.n)
     result = {
@@ -403,7 +431,11 @@ def main(arguments=None):
         args.answers.write_text("", encoding="utf-8")
     asked = examination(args.tasks, args.n, controls, args.seed)
     left = {task: sum(map(len, columns.values())) for task, columns in asked.items()}
-    given, waiting, everything = {}, list(asked), [item for task in asked.values() for items in task.values() for item in items]
+    given, waiting, everything = (
+        {},
+        list(asked),
+        [item for task in asked.values() for items in task.values() for item in items],
+    )
     for item, answer in ask(model, processor, everything, args.batch, args.workers):
         given[item] = answer
         left[item.question.task] -= 1
@@ -414,7 +446,11 @@ def main(arguments=None):
             if args.answers:
                 with args.answers.open("a", encoding="utf-8") as file:
                     file.write(answer_lines(columns))
-            print(f"{time.monotonic() - began:6.0f} s  {task}: {result['tasks'][task]['exact']:.1%}", file=sys.stderr, flush=True)
+            print(
+                f"{time.monotonic() - began:6.0f} s  {task}: {result['tasks'][task]['exact']:.1%}",
+                file=sys.stderr,
+                flush=True,
+            )
             if args.json:
                 args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))

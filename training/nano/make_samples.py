@@ -1,6 +1,6 @@
-"""Draws the sample pictures and clips that lie beside this file: python data/make_samples.py [--output FOLDER]
+"""Draws the sample pictures and clips that lie beside this file: python training/nano/make_samples.py [--output FOLDER]
 
-They are of the drawn world (training/world.py). The scenes below are the truth of the four files: what is where, and what happens
+They are of the drawn world (training/nano/world.py). The scenes below are the truth of the four files: what is where, and what happens
 when. The same scene gives the same pixels every time.
 """
 
@@ -8,12 +8,18 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
-from world import Scene, Sign, Thing, draw_scene, write_clip  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from moss_vl.training.nano.world import Scene, Sign, Thing, draw_scene, write_clip
+
 
 SCENES = {
     "example_image.jpg": Scene(
-        width=320, height=240, background=((214, 228, 240), (176, 200, 222)), noise=4,
+        width=320,
+        height=240,
+        background=((214, 228, 240), (176, 200, 222)),
+        noise=4,
         things=(
             Thing("circle", "red", x=0.17, y=0.50, radius=0.20),
             Thing("triangle", "green", x=0.50, y=0.28, radius=0.21, angle=8),
@@ -23,7 +29,10 @@ SCENES = {
         sign=Sign("MOSS", x=0.55, y=0.84, height=0.16, colour="black"),
     ),
     "sample_a.jpg": Scene(
-        width=224, height=288, background=((38, 42, 62), (70, 52, 84)), noise=10,
+        width=224,
+        height=288,
+        background=((38, 42, 62), (70, 52, 84)),
+        noise=10,
         things=(
             Thing("cross", "yellow", x=0.27, y=0.21, radius=0.22, angle=-12),
             Thing("square", "white", x=0.78, y=0.50, radius=0.13, angle=10),
@@ -32,7 +41,11 @@ SCENES = {
         sign=Sign("K7Q", x=0.50, y=0.86, height=0.14, colour="white"),
     ),
     "example_video.mp4": Scene(
-        width=320, height=240, background=((236, 232, 220), (216, 208, 188)), seconds=10.0, fps=24,
+        width=320,
+        height=240,
+        background=((236, 232, 220), (216, 208, 188)),
+        seconds=10.0,
+        fps=24,
         things=(
             Thing("circle", "red", x=0.50, y=0.50, radius=0.20, moves=(6.0, -0.34, 0.0)),
             Thing("star", "blue", x=0.84, y=0.20, radius=0.13, angle=5, appears=3.0),
@@ -40,7 +53,12 @@ SCENES = {
         ),
     ),
     "sample_b.mp4": Scene(
-        width=192, height=256, background=((58, 74, 70), (58, 74, 70)), noise=6, seconds=6.0, fps=15,
+        width=192,
+        height=256,
+        background=((58, 74, 70), (58, 74, 70)),
+        noise=6,
+        seconds=6.0,
+        fps=15,
         things=(
             Thing("ring", "white", x=0.30, y=0.25, radius=0.21, changes=(2.0, "orange")),
             Thing("cross", "yellow", x=0.74, y=0.82, radius=0.14, angle=-8, moves=(4.0, 0.0, -0.40)),
@@ -55,7 +73,9 @@ def write_picture(scene: Scene, path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the sample pictures and clips.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write into (default: this one)")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="folder to write into (default: this one)"
+    )
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     for name, scene in SCENES.items():

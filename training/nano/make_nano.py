@@ -1,8 +1,8 @@
 """Makes moss-vl-nano, a MOSS-VL of eleven million parameters, in the folder beside this file, from trained weights:
-python checkpoints/make_nano.py --weights FILE
+python training/nano/make_nano.py --weights FILE
 
 Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the code files of the
-folder are relative symbolic links to those of the project. training/train_nano.py trains the weights; it starts from those that are
+folder are relative symbolic links to those of the project. training/nano/train_nano.py trains the weights; it starts from those that are
 written where no file is given.
 """
 
@@ -16,32 +16,66 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "training")]
-import questions  # noqa: E402
-import world  # noqa: E402
-from install_into import code_files, read_json  # noqa: E402
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                  "<|video_pad|>", "<|time_start|>", "<|time_end|>")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from moss_vl.tools.install_into import code_files, read_json
+from moss_vl.training.nano import questions, world
+
+
+PROJECT = Path(__file__).resolve().parents[2]
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|time_start|>",
+    "<|time_end|>",
+)
 VOCABULARY = 768  # at most: merging ends when every word of the corpus is one token
 SEED = 20
 PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most, of a picture and of a clip's frame
 FRAME_PIXELS = (192 * 192, 224 * 224)
 TEXT_SIZES = {
-    "cross_attention_layers": [2, 6], "num_hidden_layers": 10, "hidden_size": 192, "intermediate_size": 448,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "rope_theta": 10000.0,
+    "cross_attention_layers": [2, 6],
+    "num_hidden_layers": 10,
+    "hidden_size": 192,
+    "intermediate_size": 448,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "rope_theta": 10000.0,
 }
 VISION_SIZES = {
-    "deepstack_visual_indexes": [2], "depth": 8, "hidden_size": 192, "intermediate_size": 768, "num_heads": 6,
-    "num_position_embeddings": 256, "out_hidden_size": 192,
+    "deepstack_visual_indexes": [2],
+    "depth": 8,
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_heads": 6,
+    "num_position_embeddings": 256,
+    "out_hidden_size": 192,
 }
 
 # The pattern by which Qwen2 cuts text into words; digits stand alone.
-QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 CHAT_TEMPLATE = r"""{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\n' -}}
@@ -96,14 +130,22 @@ def build_tokenizer():
     """A byte-level BPE of the corpus with the parts of Qwen2TokenizerFast; special tokens come last, as there."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
 
@@ -112,7 +154,9 @@ def tokenizer_config(tokenizer):
     token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(tokenizer.token_to_id(text)): {"content": text, **token} for text in SPECIAL_TOKENS},
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(text)): {"content": text, **token} for text in SPECIAL_TOKENS
+        },
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
@@ -130,9 +174,12 @@ def model_config(tokenizer):
     """The project's config.json with nano's sizes and this tokenizer's ids."""
     config = read_json(PROJECT / "config.json")
     config["text_config"] |= {
-        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"), "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 32768,
-        "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]}, **TEXT_SIZES,
+        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": 32768,
+        "rope_scaling": config["text_config"]["rope_scaling"] | {"mrope_section": [6, 5, 5]},
+        **TEXT_SIZES,
     }
     config["vision_config"] |= VISION_SIZES
     for name in ("image", "video"):
@@ -145,7 +192,7 @@ def model_config(tokenizer):
 def processor_settings(name, pixels):
     """The project's, with these (fewest, most) pixels."""
     settings = read_json(PROJECT / name)
-    settings["size"] = dict(zip(("shortest_edge", "longest_edge"), pixels))
+    settings["size"] = dict(zip(("shortest_edge", "longest_edge"), pixels, strict=True))
     if "image_processor_type" in settings:
         # The other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast.
         settings["image_processor_type"] = "MossVLImageProcessor"
@@ -169,10 +216,15 @@ def write_folder(folder):
 
     config = model_config(tokenizer)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", read_json(PROJECT / "generation_config.json") | {
-        key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id")})
+    write_json(
+        folder / "generation_config.json",
+        read_json(PROJECT / "generation_config.json")
+        | {key: config["text_config"][key] for key in ("bos_token_id", "eos_token_id")},
+    )
     write_json(folder / "preprocessor_config.json", processor_settings("preprocessor_config.json", PICTURE_PIXELS))
-    write_json(folder / "video_preprocessor_config.json", processor_settings("video_preprocessor_config.json", FRAME_PIXELS))
+    write_json(
+        folder / "video_preprocessor_config.json", processor_settings("video_preprocessor_config.json", FRAME_PIXELS)
+    )
 
 
 def weight_shapes(folder):
@@ -219,10 +271,17 @@ def write_json(path, content):
 
 def main():
     parser = argparse.ArgumentParser(description="Make moss-vl-nano.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "moss-vl-nano",
-                        help="checkpoint folder to write (default: moss-vl-nano beside this file)")
-    parser.add_argument("--weights", type=Path,
-                        help="model.safetensors of a run of training/train_nano.py (default: the weights that training starts from)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent / "moss-vl-nano",
+        help="checkpoint folder to write (default: moss-vl-nano beside this file)",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="model.safetensors of a run of training/nano/train_nano.py (default: the weights that training starts from)",
+    )
     args = parser.parse_args()
     weights = load_file(args.weights) if args.weights else None  # read first: it may be the folder's own
     write_folder(args.output)
@@ -230,7 +289,9 @@ def main():
     if weights is None:
         weights = first_weights(shapes)
     elif {name: tensor.shape for name, tensor in weights.items()} != shapes:
-        parser.error(f"{args.weights} does not hold the tensors of this model; expected those that training/train_nano.py writes")
+        parser.error(
+            f"{args.weights} does not hold the tensors of this model; expected those that training/nano/train_nano.py writes"
+        )
     write_weights(args.output, weights)
 
 

@@ -9,7 +9,9 @@ import random
 from dataclasses import dataclass, replace
 
 import numpy as np
-from world import COLOURS, SHAPES, WAYS, Scene, Thing
+
+from moss_vl.training.nano.world import COLOURS, SHAPES, WAYS, Scene, Thing
+
 
 PICTURE_TASKS = ("describe picture", "color", "shape", "count", "place", "relation", "exists", "text")
 CLIP_TASKS = ("describe clip", "first or last", "when", "visible at", "direction", "color after", "duration")
@@ -169,7 +171,6 @@ def beside(scene: Scene, thing: Thing, way: str) -> Thing | None:
     return min(others, key=distance, default=None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -242,12 +243,13 @@ def ask_images(scenes: list[Scene], lot: random.Random, plain: bool = False) -> 
     name = lot.choice(shapes if shapes and (plain or lot.random() < 0.6) else single)
     prompt = (WHICH_IMAGE[0] if plain else lot.choice(WHICH_IMAGE)).format(name).replace(" a orange", " an orange")
     image = names[name].pop()
-    thing = next(i for i, thing in enumerate(scenes[image].things) if name in (thing.shape, f"{thing.colour} {thing.shape}"))
+    thing = next(
+        i for i, thing in enumerate(scenes[image].things) if name in (thing.shape, f"{thing.colour} {thing.shape}")
+    )
     look = Look(frame=image, thing=thing)
     return Question(IMAGES_TASK, prompt, str(image + 1), (look,), look)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Clips
 
 
@@ -269,7 +271,11 @@ class Event:
             return with_place(self.thing).replace(self.thing.shape, f"{self.thing.shape} appears")
         if self.kind == "changes":
             return f"the {self.name} changes color to {self.thing.changes[1]}"
-        return f"the {self.name} disappears" if self.kind == "disappears" else f"the {self.name} moves {way_of(self.thing)}"
+        return (
+            f"the {self.name} disappears"
+            if self.kind == "disappears"
+            else f"the {self.name} moves {way_of(self.thing)}"
+        )
 
 
 def way_of(thing: Thing) -> str:
@@ -331,10 +337,14 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         frame = lot.choice(range(len(times)))
         time, shown = times[frame], listing(scene.at(times[frame]))
         later = times[frame + 1 : frame + 2]
-        if later and lot.random() < 0.25 and scene.at(time) == scene.at(later[0]):  # between two frames that show the same
+        if (
+            later and lot.random() < 0.25 and scene.at(time) == scene.at(later[0])
+        ):  # between two frames that show the same
             time = lot.uniform(time, later[0])
             frame += f"{time:.1f}" == f"{later[0]:.1f}"
-        return Question(task, word(VISIBLE_AT, time), shown, tuple(listing_looks(scene.numbered_at(times[frame]), frame)))
+        return Question(
+            task, word(VISIBLE_AT, time), shown, tuple(listing_looks(scene.numbered_at(times[frame]), frame))
+        )
     if task == "duration":
         return Question(task, word(DURATION), f"{scene.seconds:.1f} seconds", (Look(frame=len(times) - 1),))
     if task == "first or last":
@@ -343,7 +353,11 @@ def ask_clip(task: str, scene: Scene, times: list[float], lot: random.Random, pl
         if len(at_end) == 2 and at_end[0].time == at_end[1].time:
             return None  # the same frame shows both
         return about(prompt, at_end[0].clause, at_end[0]) if at_end else Question(task, prompt, "nothing")
-    kinds = {"when": ("appears", "disappears", "changes", "moves"), "direction": ("moves",), "color after": ("changes",)}
+    kinds = {
+        "when": ("appears", "disappears", "changes", "moves"),
+        "direction": ("moves",),
+        "color after": ("changes",),
+    }
     if task not in kinds:
         raise ValueError(f"no task named {task!r}; those of clips are {', '.join(CLIP_TASKS)}")
     events = [event for event in events if event.kind in kinds[task]]

@@ -1,4 +1,4 @@
-"""Draws the log of a run of train_nano.py: python training/curves.py runs/nano/log.jsonl curves.png"""
+"""Draws the log of a run of train_nano.py: python training/nano/curves.py runs/nano/log.jsonl curves.png"""
 
 import argparse
 import json
@@ -44,13 +44,20 @@ def main():
             name for name in logged if name.startswith(("knows ", "attends "))
         ],
         "loss of the answers": [name for name in logged if name.startswith("loss ")],
-        "answers with every token right": [name for name in logged if not name.startswith(("names ", "knows ", "attends ", "loss ", "naming", "inking"))],
+        "answers with every token right": [
+            name
+            for name in logged
+            if not name.startswith(("names ", "knows ", "attends ", "loss ", "naming", "inking"))
+        ],
     }
     figure, axes = pyplot.subplots(2, 2, figsize=(15, 11), constrained_layout=True)
-    for axis, (title, names) in zip(axes.flat, groups.items()):
+    for axis, (title, names) in zip(axes.flat, groups.items(), strict=True):
         for number, name in enumerate(names):
             steps, values = logged[name]
-            label, style = name.removeprefix("names ").removeprefix("knows ").removeprefix("loss "), ("-", "--", ":")[number // 10 % 3]
+            label, style = (
+                name.removeprefix("names ").removeprefix("knows ").removeprefix("loss "),
+                ("-", "--", ":")[number // 10 % 3],
+            )
             axis.plot(steps, smooth(values), label=label, linestyle=style)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)

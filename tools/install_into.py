@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lays the MOSS-VL code files into a checkpoint folder: python install_into.py CHECKPOINT
+"""Lays the MOSS-VL code files into a checkpoint folder: python tools/install_into.py CHECKPOINT
 
 Weights, tokenizer and settings of the checkpoint stay as they are. Code files are added or replaced, `auto_map` entries that the
 folder's JSON files lack are added, and what was there before is kept in a backup folder. Afterwards the folder is loaded as a
@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent
+
+PROJECT = Path(__file__).resolve().parents[1]
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -43,8 +44,13 @@ class Change:
 def code_files():
     """The project's .py files that a checkpoint needs: those its auto_map names, and all that these import from beside them, for type
     checkers too: transformers copies those as well."""
-    files = sorted({reference.split(".")[0] + ".py" for name in ("config.json", *PROCESSOR_FILES)
-                    for reference in read_json(PROJECT / name)["auto_map"].values()})
+    files = sorted(
+        {
+            reference.split(".")[0] + ".py"
+            for name in ("config.json", *PROCESSOR_FILES)
+            for reference in read_json(PROJECT / name)["auto_map"].values()
+        }
+    )
     for name in files:  # grows as imports are found
         if not (PROJECT / name).is_file():
             raise InstallError(f"{PROJECT}: incomplete, {name} is missing")
@@ -67,8 +73,10 @@ def read_json(path):
 def verify_checkpoint(folder):
     """Raises InstallError where `folder` is not a MOSS-VL checkpoint that can be written to."""
     if not folder.is_dir():
-        raise InstallError(f"{folder}: not a folder. Expected a checkpoint's folder on this disk; download a released one first, "
-                           "for example with: hf download NAME --local-dir FOLDER")
+        raise InstallError(
+            f"{folder}: not a folder. Expected a checkpoint's folder on this disk; download a released one first, "
+            "for example with: hf download NAME --local-dir FOLDER"
+        )
     if folder.resolve() == PROJECT:
         raise InstallError(f"{folder}: this is the project's own folder, where the code files already are")
     if not (folder / "config.json").is_file():
@@ -120,8 +128,14 @@ def plan_processor_config(folder):
     config = read_json(folder / name)
     image_map, video_map = (read_json(PROJECT / file)["auto_map"] for file in PROCESSOR_FILES)
     parts = [(config, {"AutoProcessor": image_map["AutoProcessor"]})]
-    parts += [(config[key], {auto: mapping[auto]}) for key, auto, mapping in (
-        ("image_processor", "AutoImageProcessor", image_map), ("video_processor", "AutoVideoProcessor", video_map)) if key in config]
+    parts += [
+        (config[key], {auto: mapping[auto]})
+        for key, auto, mapping in (
+            ("image_processor", "AutoImageProcessor", image_map),
+            ("video_processor", "AutoVideoProcessor", video_map),
+        )
+        if key in config
+    ]
     remarks = [remark for part, wanted in parts for remark in mend_auto_map(part, wanted, folder / name)]
     return edit(name, config, remarks)
 
@@ -185,7 +199,9 @@ class Transaction:
     def apply(self, changes):
         replaced = [change.name for change in changes if os.path.lexists(self.folder / change.name)]
         if replaced:
-            self.backup = Path(tempfile.mkdtemp(prefix=time.strftime(".moss-vl-backup-%Y%m%d-%H%M%S-"), dir=self.folder))
+            self.backup = Path(
+                tempfile.mkdtemp(prefix=time.strftime(".moss-vl-backup-%Y%m%d-%H%M%S-"), dir=self.folder)
+            )
         for name in replaced:
             old = self.folder / name
             shutil.copy2(old, self.backup / name, follow_symlinks=old.exists())  # a dead link is kept as one
@@ -248,13 +264,17 @@ def check_folder(folder):
     Raises InstallError where something does not load or does not fit the weights.
     """
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["HF_MODULES_CACHE"] = cache  # read when transformers is imported; the user's own cache stays untouched
+        os.environ["HF_MODULES_CACHE"] = (
+            cache  # read when transformers is imported; the user's own cache stays untouched
+        )
         try:
             import torch
             import transformers
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
         except ImportError as error:
-            raise InstallError(f"cannot check the folder: {error}. Install what requirements.txt lists, or use --no-check") from error
+            raise InstallError(
+                f"cannot check the folder: {error}. Install what requirements.txt lists, or use --no-check"
+            ) from error
         transformers.logging.set_verbosity_error()
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
@@ -281,13 +301,24 @@ def check_processor(folder, config):
         raise InstallError(f"{folder}: the processor does not load: {error}") from error
     lines = [f"processor: {type(processor).__name__}, {len(processor.tokenizer)} tokens"]
     vision = config.vision_config
-    agreements = [(type(part).__name__, name, getattr(part, name), expected)
-                  for part in (processor.image_processor, processor.video_processor)
-                  for name, expected in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size),
-                                         ("temporal_patch_size", vision.temporal_patch_size))]
-    agreements += [("the tokenizer", name, getattr(processor, name), getattr(config, name)) for name in ("image_token_id", "video_token_id")]
-    lines += [f"warning: {name} is {got} in {where}, {expected} in config.json; they belong to different models"
-              for where, name, got, expected in agreements if got != expected]
+    agreements = [
+        (type(part).__name__, name, getattr(part, name), expected)
+        for part in (processor.image_processor, processor.video_processor)
+        for name, expected in (
+            ("patch_size", vision.patch_size),
+            ("merge_size", vision.spatial_merge_size),
+            ("temporal_patch_size", vision.temporal_patch_size),
+        )
+    ]
+    agreements += [
+        ("the tokenizer", name, getattr(processor, name), getattr(config, name))
+        for name in ("image_token_id", "video_token_id")
+    ]
+    lines += [
+        f"warning: {name} is {got} in {where}, {expected} in config.json; they belong to different models"
+        for where, name, got, expected in agreements
+        if got != expected
+    ]
     return lines
 
 
@@ -299,16 +330,23 @@ def check_weights(folder, config, model):
         return ["weights: not checked, the folder holds no safetensors file"]
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     problems = [f"missing: {name}" for name in sorted(expected.keys() - found.keys() - tied)]
-    problems += [f"{name}: {shape} in the file, {expected[name]} in the model" for name, shape in sorted(found.items())
-                 if shape is not None and expected.get(name, shape) != shape]
+    problems += [
+        f"{name}: {shape} in the file, {expected[name]} in the model"
+        for name, shape in sorted(found.items())
+        if shape is not None and expected.get(name, shape) != shape
+    ]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InstallError(f"{folder}: the weights are not those of this model:\n  " + "\n  ".join(problems[:10]) + more)
+        raise InstallError(
+            f"{folder}: the weights are not those of this model:\n  " + "\n  ".join(problems[:10]) + more
+        )
     lines = [f"weights: names and shapes of all {len(found)} tensors match"]
     if absent:
         lines = [f"weights: names match; {len(absent)} files are not there, first {absent[0]}"]
     if found.keys() - expected.keys():
-        lines.append(f"warning: the model has no place for these tensors: {', '.join(sorted(found.keys() - expected.keys()))}")
+        lines.append(
+            f"warning: the model has no place for these tensors: {', '.join(sorted(found.keys() - expected.keys()))}"
+        )
     return lines
 
 
@@ -361,11 +399,14 @@ def install(folder, link=False, dry_run=False, check=True):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Lay the MOSS-VL code files into a checkpoint folder and check that it loads. Weights, tokenizer and settings "
-                    "stay as they are; files that are replaced are kept in a backup folder inside the checkpoint.",
-        epilog="Exit codes: 0 done, 1 not done and nothing changed, 2 wrong usage, 130 interrupted and nothing changed.")
+        "stay as they are; files that are replaced are kept in a backup folder inside the checkpoint.",
+        epilog="Exit codes: 0 done, 1 not done and nothing changed, 2 wrong usage, 130 interrupted and nothing changed.",
+    )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that holds a MOSS-VL config.json")
     parser.add_argument("--dry-run", action="store_true", help="show what would be changed and stop")
-    parser.add_argument("--link", action="store_true", help="lay symbolic links to this folder's files instead of copies")
+    parser.add_argument(
+        "--link", action="store_true", help="lay symbolic links to this folder's files instead of copies"
+    )
     parser.add_argument("--no-check", action="store_true", help="do not load the folder afterwards")
     arguments = parser.parse_args(argv)
     try:

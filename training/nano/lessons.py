@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from questions import (
+
+from moss_vl.training.nano.questions import (
     CLIP_TASKS,
     IMAGES_TASK,
     PICTURE_TASKS,
@@ -31,7 +32,7 @@ from questions import (
     way_gone,
     way_of,
 )
-from world import (
+from moss_vl.training.nano.world import (
     COLOURS,
     SHAPES,
     SIGN_CHARACTERS,
@@ -48,6 +49,7 @@ from world import (
     text_box,
 )
 
+
 TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
 CHANCES = {  # how often a picture or clip is asked the question; above 1: several times
     "describe picture": 0.7, "color": 0.4, "shape": 0.4, "count": 0.5, "place": 0.6, "relation": 1.8, "exists": 1.6, "text": 0.5,
@@ -61,7 +63,10 @@ THINGS = 6  # of a picture or a crowd, at most
 TWINS = ("second", "third")  # of one shape, from the left
 FINE = 24  # parts into which a side of the canvas is divided where a thing's centre is asked
 LATEST = 20.0  # seconds at which a clip begins, at most, as part of a longer one
-LEAPING, FURTHEST = 0.5, 600  # share of those whose frames lie farther apart than their text puts them, and by how many positions at most
+LEAPING, FURTHEST = (
+    0.5,
+    600,
+)  # share of those whose frames lie farther apart than their text puts them, and by how many positions at most
 ALIKE = 8  # pictures of one size in a batch: kernels are prepared for every shape, and equal grids are encoded as one
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, those of released checkpoints
 
@@ -100,7 +105,6 @@ COURSE = (
 FACTS = (*CONTENTS, *CHANGES, *COURSE)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Text
 
 
@@ -119,15 +123,20 @@ class Script:
         self.begin = at  # of the questions
         self.labels, self.parts, self.tasks = [-100] * len(self.ids), [0] * len(self.ids), [-1] * len(self.ids)
         self.weights = [0.0] * len(self.ids)
-        self.looks, self.named = [], []  # (text token, where to look for the next one), (text token, at what is asked about)
+        self.looks, self.named = (
+            [],
+            [],
+        )  # (text token, where to look for the next one), (text token, at what is asked about)
         self.pads = [at for at, token in enumerate(self.ids) if token == image_pad]
         points = [at for at, token in enumerate(self.ids) if token == self.point]  # one in each stamp
-        self.stamps = [(pad, self.digits(point)) for pad, point in zip(self.pads, points)]  # (text token, where its time stands)
+        self.stamps = [
+            (pad, self.digits(point)) for pad, point in zip(self.pads, points, strict=False)
+        ]  # (text token, where its time stands)
 
     def leap(self, leaps: list[int]) -> None:
         """Puts each frame, from behind the one before, and the questions that much farther on."""
         before, self.begin = 0, self.begin + leaps[-1]
-        for pad, leap in zip(self.pads, leaps):
+        for pad, leap in zip(self.pads, leaps, strict=True):
             self.positions[before : pad + 1] = [position + leap for position in self.positions[before : pad + 1]]
             before = pad + 1
         self.positions[before:] = [position + leaps[-1] for position in self.positions[before:]]
@@ -163,7 +172,9 @@ class Script:
         self.positions += range(self.begin, self.begin + length)
         self.parts += [part] * length
         self.tasks += [-1] * len(asked) + [TASKS.index(question.task)] * len(answered)
-        self.weights += [0.0] * len(asked) + [len(answered) ** -0.5] * len(answered)  # a word counts more where it is the whole answer
+        self.weights += [0.0] * len(asked) + [len(answered) ** -0.5] * len(
+            answered
+        )  # a word counts more where it is the whole answer
 
     @staticmethod
     def digits(point: int) -> list[int]:
@@ -191,10 +202,14 @@ def choose(lot: random.Random, tasks, ask) -> list:
 
 def join(scripts: list[Script], pad: int) -> dict:
     """Rows of text as tensors [B, T]."""
-    length = -(-max(len(script.ids) for script in scripts) // 32) * 32  # few lengths: the CPU's kernels are prepared for each
+    length = (
+        -(-max(len(script.ids) for script in scripts) // 32) * 32
+    )  # few lengths: the CPU's kernels are prepared for each
 
     def rows(name, fill):
-        return torch.tensor([getattr(script, name) + [fill] * (length - len(getattr(script, name))) for script in scripts])
+        return torch.tensor(
+            [getattr(script, name) + [fill] * (length - len(getattr(script, name))) for script in scripts]
+        )
 
     return {
         "input_ids": rows("ids", pad), "labels": rows("labels", -100), "position_ids": rows("positions", 0),
@@ -208,7 +223,6 @@ def may_see(parts: torch.Tensor) -> torch.Tensor:
     return (same & torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool, device=parts.device).tril())[:, None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Pixels
 
 
@@ -224,7 +238,10 @@ def thing_tokens(things, canvas: tuple[int, int], grid: tuple[int, int]) -> np.n
     (width, height), (rows, columns) = canvas, grid
     out = np.full(grid, -1)
     if things:
-        ys, xs = ((np.arange(rows) + 0.5) / rows * height)[:, None], ((np.arange(columns) + 0.5) / columns * width)[None]
+        ys, xs = (
+            ((np.arange(rows) + 0.5) / rows * height)[:, None],
+            ((np.arange(columns) + 0.5) / columns * width)[None],
+        )
         reach = np.array([thing.radius * thing.fill * min(canvas) for thing in things])
         middles = np.array([(thing.x * width, thing.y * height) for thing in things])
         away = np.hypot(xs[..., None] - middles[:, 0], ys[..., None] - middles[:, 1])  # [H, W, things]
@@ -248,7 +265,11 @@ def letter_tokens(sign, canvas: tuple[int, int], grid: tuple[int, int]) -> list[
 
 
 def what_it_is(thing) -> dict[str, int]:
-    return {"shape": SHAPES.index(thing.shape), "colour": list(COLOURS).index(thing.colour), "size": int(thing.size == "large")}
+    return {
+        "shape": SHAPES.index(thing.shape),
+        "colour": list(COLOURS).index(thing.colour),
+        "size": int(thing.size == "large"),
+    }
 
 
 def fine(thing) -> dict[str, int]:
@@ -267,7 +288,10 @@ def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.
     out = np.full((rows, columns, len(SIGHTS)), -100, dtype=np.int64)
     out[..., 0], out[..., names.index("letter 0") : names.index("spelling")] = len(SHAPES), len(SIGN_CHARACTERS)
     things, ranks = sorted(things, key=lambda thing: thing.x), Counter()
-    shown, middles = thing_tokens(things, canvas, grid), np.array([(thing.x * width, thing.y * height) for thing in things])
+    shown, middles = (
+        thing_tokens(things, canvas, grid),
+        np.array([(thing.x * width, thing.y * height) for thing in things]),
+    )
     for number, thing in enumerate(things):
         values = {**what_it_is(thing), "place": PLACES.index(place_of(thing)), **fine(thing), "rank": number}
         values["twin"] = min(ranks[thing.shape], len(TWINS))
@@ -281,7 +305,7 @@ def sights(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -> np.
             out[shown == number, names.index(name)] = value
     filled = np.zeros((rows, columns), dtype=int)
     for sign in signs:
-        for i, (letter, (row, column)) in enumerate(zip(sign.text, letter_tokens(sign, canvas, grid))):
+        for i, (letter, (row, column)) in enumerate(zip(sign.text, letter_tokens(sign, canvas, grid), strict=True)):
             if not filled[row, column]:
                 out[row, column, names.index("spelling")] = i
             if filled[row, column] < LETTERS_A_TOKEN:
@@ -338,7 +362,7 @@ class Gaze:
         def tokens(look):
             return tokens_of(look.frame, look.thing, look.letter)
 
-        for frame, (pad, (_, things, *_)) in enumerate(zip(script.pads, frames)):
+        for frame, (pad, (_, things, *_)) in enumerate(zip(script.pads, frames, strict=True)):
             slots = in_slots(things)
             for head, slot in enumerate(SLOTS):
                 look = Look(frame=frame, thing=slots[slot][0]) if slot in slots else Look(frame=frame)
@@ -358,11 +382,13 @@ class Gaze:
             self.tell("asked", row, self.HALF, text, tokens(look))
 
     def points(self) -> dict[str, torch.Tensor]:
-        """"gaze": name -> [points, 5]: row, head, text token, token to look at, and the number of the group of which any will do."""
+        """ "gaze": name -> [points, 5]: row, head, text token, token to look at, and the number of the group of which any will do."""
         points = {}
         for name, told in self.told.items():
             if told:
-                points[name] = torch.tensor([(*place, token, i) for i, (*place, tokens) in enumerate(told) for token in tokens])
+                points[name] = torch.tensor(
+                    [(*place, token, i) for i, (*place, tokens) in enumerate(told) for token in tokens]
+                )
         return {"gaze": points}
 
 
@@ -399,7 +425,10 @@ def happening(event) -> str:
 
 def beginning(event) -> dict[str, int]:
     """Of the frame in which an event begins."""
-    told = {"begins": HAPPENINGS.index(happening(event)), **{f"subject {name}": value for name, value in what_it_is(event.thing).items()}}
+    told = {
+        "begins": HAPPENINGS.index(happening(event)),
+        **{f"subject {name}": value for name, value in what_it_is(event.thing).items()},
+    }
     if event.kind == "appears":
         told["subject place"] = PLACES.index(place_of(event.thing))
     if event.kind == "changes":
@@ -439,12 +468,14 @@ def ink_patches(scene, grid: tuple[int, int]) -> np.ndarray:
     """How much of each of its 8 x 8 squares is covered by things and letters, for every patch of a picture: [P, 64], 0 to 1, in the
     order of `pixel_values`."""
     rows, columns = grid  # merged
-    levels = np.asarray(draw_ink(scene).resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    levels = (
+        np.asarray(draw_ink(scene).resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR), dtype=np.float32)
+        / 255
+    )
     # [Y, my, py, X, mx, px] -> [Y, X, my, mx, py, px]
     return levels.reshape(rows, 2, 8, columns, 2, 8).transpose(0, 3, 1, 4, 2, 5).reshape(-1, 64)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -487,7 +518,11 @@ class Lessons:
 
     def batch(self, step: int, rank: int = 0) -> dict:
         """That of one of the processes that train side by side; all have the same sizes, so that none waits for the others."""
-        lot, sizes, kind = random.Random(f"{self.seed} {step} {rank}"), random.Random(f"{self.seed} {step}"), self.plan(step)
+        lot, sizes, kind = (
+            random.Random(f"{self.seed} {step} {rank}"),
+            random.Random(f"{self.seed} {step}"),
+            self.plan(step),
+        )
         if kind in ("clips", "later"):
             return {"kind": kind, **self.clips(lot, sizes, later=kind == "later")}
         make = {"look": self.look, "pictures": self.pictures, "images": self.images}[kind]
@@ -508,8 +543,14 @@ class Lessons:
         pictures = [compressed(lot, picture) if lot.random() < 0.3 else picture for picture in pictures]
         pixel_values, grids = self.pixels(pictures, limits)
         merged = [(h // 2, w // 2) for _, h, w in grids]
-        shown = [sights(scene.things, scene.signs, (scene.width, scene.height), grid) for scene, grid in zip(scenes, merged)]
-        shown, inks = np.concatenate(shown), np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged)])
+        shown = [
+            sights(scene.things, scene.signs, (scene.width, scene.height), grid)
+            for scene, grid in zip(scenes, merged, strict=True)
+        ]
+        shown, inks = (
+            np.concatenate(shown),
+            np.concatenate([ink_patches(scene, grid) for scene, grid in zip(scenes, merged, strict=True)]),
+        )
         named = {"sights": torch.from_numpy(shown), "inks": torch.from_numpy(inks)}
         return {"pixel_values": pixel_values, "grid_thw": grids, **named}, merged
 
@@ -532,7 +573,7 @@ class Lessons:
         limits = self.some_limits(sizes)
         scenes, scripts, gaze = self.scenes(lot, limits), [], Gaze()
         seen, grids = self.seen(lot, scenes, limits)
-        for scene, grid in zip(scenes, grids):
+        for scene, grid in zip(scenes, grids, strict=True):
             script = Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>", [grid])
             tasks = [task for task in PICTURE_TASKS if task != "text" or scene.sign is None and lot.random() < 0.4]
             questions = choose(lot, tasks, lambda task, plain: ask_picture(task, scene, lot, plain))
@@ -559,13 +600,22 @@ class Lessons:
                 asked.append(questions.values())
         seen, grids = self.seen(lot, [scene for group in groups for scene in group], limits)
         scripts, rest, gaze = [], iter(grids), Gaze()
-        for group, questions in zip(groups, asked):
+        for group, questions in zip(groups, asked, strict=True):
             own = [next(rest) for _ in group]
             scripts.append(Script(self.tokenizer, lot.random() < 0.5, "<|image_pad|>" * len(group), own))
             scripts[-1].add_all(questions)
-            gaze.add(len(scripts) - 1, scripts[-1], [frame_of(scene, grid) for scene, grid in zip(group, own)])
-        seen["facts"] = fact_rows([facts(scene.numbered_at(0.0), number) for group in groups for number, scene in enumerate(group)])
-        return {**seen, **gaze.points(), **join(scripts, self.tokenizer.pad_token_id), "media_nums": [len(group) for group in groups]}
+            gaze.add(
+                len(scripts) - 1, scripts[-1], [frame_of(scene, grid) for scene, grid in zip(group, own, strict=True)]
+            )
+        seen["facts"] = fact_rows(
+            [facts(scene.numbered_at(0.0), number) for group in groups for number, scene in enumerate(group)]
+        )
+        return {
+            **seen,
+            **gaze.points(),
+            **join(scripts, self.tokenizer.pad_token_id),
+            "media_nums": [len(group) for group in groups],
+        }
 
     def clips(self, lot, sizes, later: bool = False) -> dict:
         """Clips of about the same length, drawn at the times that the video processor takes."""
@@ -583,8 +633,12 @@ class Lessons:
         pixel_values, told = (torch.cat([getattr(clip, name) for clip in clips]) for name in ("pixel_values", "facts"))
         seen = {"pixel_values": pixel_values, "grid_thw": [clip.grid for clip in clips], "facts": told}
         seen |= {"moments": [clip.moments for clip in clips], "grain": lot.getrandbits(32)}
-        tokens = [clip.grid[1] * clip.grid[2] // 4 + 1 for clip in clips for _ in clip.moments]  # of each frame, its separator too
-        seen["leaps"] = torch.tensor([leap for clip in clips for leap in clip.leaps]).repeat_interleave(torch.tensor(tokens))
+        tokens = [
+            clip.grid[1] * clip.grid[2] // 4 + 1 for clip in clips for _ in clip.moments
+        ]  # of each frame, its separator too
+        seen["leaps"] = torch.tensor([leap for clip in clips for leap in clip.leaps]).repeat_interleave(
+            torch.tensor(tokens)
+        )
         rows = join([clip.script for clip in clips], self.tokenizer.pad_token_id)
         return {**seen, **gaze.points(), **rows, "media_nums": [1] * len(clips)}
 
@@ -610,4 +664,6 @@ class Lessons:
         script.leap(leaps)
         script.add_all(choose(lot, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, lot, plain)))
         frames = [frame_of(scene, merged, time) for time in times]
-        return Clip(script, pixel_values, [len(times), h, w], moments, leaps, fact_rows(clip_facts(scene, times)), frames)
+        return Clip(
+            script, pixel_values, [len(times), h, w], moments, leaps, fact_rows(clip_facts(scene, times)), frames
+        )
