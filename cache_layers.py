@@ -8,11 +8,30 @@ from typing import Optional
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from .vision_sequence import VisionCall, VisionState
 
 
+# What outputs and `generate` of this transformers call the cache: `cache` from 5.24 on, `past_key_values` before.
+CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
+
 TEXT_ROOM = 256  # tokens, at least, that a text cache makes room for at once
+
+
+def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Optional[Cache]:
+    """The cache that a caller gave by its name, or by the one it had before transformers 5.24."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            f"The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of this transformers "
+            f"calls it `{CACHE}`."
+        )
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not hasattr(cache, "layers"):
+        raise ValueError(
+            f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or StaticCache."
+        )
+    return cache
 
 
 def cached_length(cache: Optional[Cache]) -> int:

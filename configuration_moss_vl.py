@@ -22,17 +22,20 @@ if TYPE_CHECKING:
     from .attention import attend  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
+    from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
     from .options import nearest_name  # noqa: F401
     from .patches import patchify  # noqa: F401
     from .pipeline_moss_vl import MossVLTextGenerationPipeline  # noqa: F401
+    from .pretrained_model import MossVLPreTrainedModel  # noqa: F401
     from .processing_moss_vl import MossVLProcessor  # noqa: F401
     from .video_processing_moss_vl import MossVLVideoProcessor  # noqa: F401
     from .video_reading import open_video  # noqa: F401
+    from .vision_encoder import MossVLVisionModel  # noqa: F401
     from .vision_sequence import VisionState  # noqa: F401
-    from .xrope import rotation  # noqa: F401
+    from .xrope import xrope_rotary  # noqa: F401
 
 # The Auto classes that `auto_map` gives the model to. AutoModelForVision2Seq is of transformers 4 alone, AutoModelForMultimodalLM of 5.
 AUTO_MODELS = (

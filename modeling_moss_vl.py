@@ -5,18 +5,15 @@ heads, G = H / K, d head size, F frames, P patches, V vision tokens (each frame'
 behind the other without padding).
 """
 
-import inspect
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
@@ -30,457 +27,35 @@ from .attention import (
     check_implementations,
     check_ready_mask,
     compute_dtype,
-    is_kernel_name,
     self_attention_mask,
     usable_implementation,
 )
-from .cache_layers import cached_length, install_layers, static_length, vision_state
-from .configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig, check_parts
-from .conversation import PLACEHOLDERS  # noqa: F401 - for generation_utils: transformers 4.57 copies direct imports only
+from .cache_layers import CACHE, cache_of, cached_length, install_layers, static_length, vision_state
+from .configuration_moss_vl import MossVLConfig, MossVLTextConfig
+from .conversation import PLACEHOLDERS  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
+from .generation_hooks import MossVLGenerateHooks
 from .generation_utils import MossVLGenerationMixin
-from .options import nearest_name
-from .patches import normalise
+from .options import nearest_name  # noqa: F401
+from .patches import normalise  # noqa: F401
+from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
+from .vision_encoder import MossVLVisionModel, frame_groups, with_separators
 from .vision_sequence import (
     Span,
     VisionCall,
     VisionRequest,
-    VisionState,
-    count_media,
-    pads_of_samples,
+    grid_of,
     plan_call,
-    read_grid,
     read_request,
     split_by,
-    take_media,
-    whole_mask,
 )
-from .xrope import count_tokens, frame_positions, grid_rotation, rotate, rotation, text_starts, walk_text
+from .xrope import count_tokens, frame_positions, rotate, text_starts, walk_text, xrope_rotary
 
 
 logger = logging.get_logger(__name__)
 
-# What outputs and `generate` of this transformers call the cache: `cache` from 5.24 on, `past_key_values` before.
-CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
-DEFAULT_VISION_CHUNK = 64  # frames the encoder takes at once
-MLP_ROWS = 4096  # patches that its MLP takes at once where no gradient is kept
 VISION_ROWS = 4096  # vision tokens whose keys and values are made at once where no gradient is kept
-# Patches that the encoder takes at once, at most, where no gradient is kept: on a CPU as many as lie in its caches, elsewhere enough to
-# keep any GPU busy while large frames do not fill its memory.
-CPU_PATCHES, GPU_PATCHES = 1 << 12, 1 << 16
 IGNORED = -100  # the label of a row that predicts nothing, as transformers' losses know it
-
-
-# Vision encoder
-
-
-class FrameRun(NamedTuple):
-    """`frames` frames in a row that share a grid of `rows` x `columns` patches."""
-
-    frames: int
-    rows: int
-    columns: int
-
-    @property
-    def patches(self) -> int:
-        return self.frames * self.rows * self.columns
-
-
-def frame_runs(grid_thw) -> list[FrameRun]:
-    """[[t, h, w], ...] -> runs of equal grids, in order."""
-    runs: list[FrameRun] = []
-    for t, h, w in grid_thw:
-        if runs and runs[-1][1:] == (h, w):
-            runs[-1] = runs[-1]._replace(frames=runs[-1].frames + t)
-        else:
-            runs.append(FrameRun(t, h, w))
-    return runs
-
-
-def chunk_runs(runs: list[FrameRun], frames: int, patches: Optional[int] = None) -> list[list[FrameRun]]:
-    """Cuts runs into chunks of at most `frames` frames, and of at most `patches` patches where more than one frame is in them."""
-    chunks, room, patch_room = [], 0, 0
-    patches = sum(run.patches for run in runs) if patches is None else patches
-    for run in runs:
-        left, of_frame = run.frames, run.rows * run.columns
-        while left:
-            taken = min(left, room, patch_room // of_frame)
-            if not taken:
-                chunks.append([])
-                room, patch_room = frames, max(patches, of_frame)
-                continue
-            chunks[-1].append(run._replace(frames=taken))
-            left, room, patch_room = left - taken, room - taken, patch_room - taken * of_frame
-    return chunks
-
-
-def patch_statistics(of_media, grid: list[list[int]], sizes: list[int]) -> list:
-    """Three numbers for each medium -> for each chunk of `sizes` patches: three numbers where all media have the same, else
-    [patches, 3]. None for each where there are none."""
-    if of_media is None or all(list(row) == list(of_media[0]) for row in of_media):
-        return [None if of_media is None else of_media[0]] * len(sizes)
-    counts = torch.tensor([t * h * w for t, h, w in grid])
-    return list(torch.tensor(of_media, dtype=torch.float64).repeat_interleave(counts, dim=0).split(sizes))
-
-
-def with_separators(
-    features: torch.Tensor, runs: list[FrameRun], merge: int, separator: Optional[torch.Tensor]
-) -> torch.Tensor:
-    """Features [tokens, D] of frames -> the same with the separator [D] behind each frame, where one is given."""
-    if separator is None:
-        return features
-    pieces = []
-    for run, part in zip(runs, features.split([run.patches // merge**2 for run in runs]), strict=True):
-        part = part.unflatten(0, (run.frames, -1))  # [frames, tokens, D]
-        pieces.append(torch.cat([part, separator.to(part).expand(run.frames, 1, -1)], dim=1).flatten(0, 1))
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-
-def gather_rows(parts, rows: int) -> torch.Tensor:
-    """Tensors [n, D] with `rows` rows in all -> one; each is let go before the next is asked for. Not for gradients."""
-    out, at = None, 0
-    for part in parts:
-        out = part.new_empty(rows, part.shape[1]) if out is None else out
-        out[at : at + len(part)] = part
-        at += len(part)
-    return out
-
-
-class MossVLVisionPatchProjection(nn.Conv3d):
-    """A convolution whose kernel is one patch, as the linear map it is."""
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[P, values], float -> [P, hidden]"""
-        return F.linear(pixel_values.to(self.weight), self.weight.flatten(1), self.bias)
-
-
-class MossVLVisionPatchEmbed(nn.Module):
-    def __init__(self, config: MossVLVisionConfig):
-        super().__init__()
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = MossVLVisionPatchProjection(config.in_channels, config.hidden_size, kernel, stride=kernel)
-
-    def forward(self, pixel_values: torch.Tensor, image_mean=None, image_std=None) -> torch.Tensor:
-        """[P, channels * time * row * column], float, or levels (uint8) with their means and standard deviations, [3] or [P, 3], ->
-        [P, hidden]. Levels are normalised here and not in the projection, which adapters may wrap."""
-        if pixel_values.dtype == torch.uint8:
-            device = next(self.proj.parameters()).device
-            pixel_values = normalise(
-                pixel_values if device.type == "meta" else pixel_values.to(device), image_mean, image_std
-            )
-        return self.proj(pixel_values)
-
-
-class MossVLVisionMLP(nn.Module):
-    def __init__(self, config: MossVLVisionConfig):
-        super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states):
-        if torch.is_grad_enabled():
-            return self.linear_fc2(self.act_fn(self.linear_fc1(hidden_states)))
-        out = torch.empty_like(hidden_states)  # rows by rows: the wide layer of a whole chunk is its largest tensor
-        for rows, out_rows in zip(hidden_states.split(MLP_ROWS), out.split(MLP_ROWS), strict=True):
-            out_rows.copy_(self.linear_fc2(self.act_fn(self.linear_fc1(rows))))
-        return out
-
-
-class MossVLVisionAttention(nn.Module):
-    def __init__(self, config: MossVLVisionConfig):
-        super().__init__()
-        self.config = config
-        self.num_heads = config.num_heads
-        self.head_dim = config.hidden_size // config.num_heads
-        self.num_key_value_groups = 1  # functions that users register may ask for it
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states, runs, rotations, implementation):
-        qkv = self.qkv(hidden_states)  # [P, 3 * hidden]
-        outs = []
-        for run, part, (cos, sin) in zip(runs, qkv.split([run.patches for run in runs]), rotations, strict=True):
-            part = part.view(run.frames, -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            query, key = (
-                rotate(one.float(), cos, sin).to(part.dtype) for one in part[:2]
-            )  # [frames, heads, rows * columns, d] each
-            out, _ = attend(self, query, key, part[2], None, implementation)
-            outs.append(out.reshape(run.patches, -1))
-        return self.proj(torch.cat(outs) if len(outs) > 1 else outs[0])
-
-
-class MossVLLayer(GradientCheckpointingLayer):
-    """A layer that gradient checkpointing runs again in the backward pass."""
-
-    def __call__(self, *args, **kwargs):
-        if torch.is_grad_enabled():
-            return super().__call__(*args, **kwargs)
-        # There is no backward pass. transformers 4 would checkpoint all the same, and keep the cache from the layer.
-        return nn.Module.__call__(self, *args, **kwargs)
-
-
-class MossVLVisionBlock(MossVLLayer):
-    def __init__(self, config: MossVLVisionConfig):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attn = MossVLVisionAttention(config)
-        self.mlp = MossVLVisionMLP(config)
-
-    def forward(self, hidden_states, runs, rotations, implementation):
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), runs, rotations, implementation)
-        return hidden_states + self.mlp(self.norm2(hidden_states))
-
-
-class MossVLVisionMerger(nn.Module):
-    """Last and kept features of m x m patches -> one vision token."""
-
-    def __init__(self, config: MossVLVisionConfig):
-        super().__init__()
-        features = len(config.deepstack_visual_indexes) + 1
-        self.merged_size = features * config.hidden_size * config.spatial_merge_size**2
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(features)
-        )
-        self.linear_fc1 = nn.Linear(self.merged_size, self.merged_size)
-        self.act_fn = nn.GELU()
-        self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
-
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """[last, kept...], each [P, hidden] -> [P / m^2, out]"""
-        merged = torch.cat([norm(feature) for norm, feature in zip(self.norms, features, strict=True)], dim=-1)
-        merged = self.linear_fc1(merged.view(-1, self.merged_size))
-        return self.linear_fc2(self.act_fn(merged))
-
-
-class MossVLPreTrainedModel(PreTrainedModel):
-    config_class = MossVLConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MossVLVisionBlock", "MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
-    _skip_keys_device_placement = ["cache", "past_key_values", "layer_past"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-
-    def __init__(self, config, cross_attention_implementation: Optional[str] = None):
-        """`cross_attention_implementation`: what `from_pretrained` and `from_config` were given, as `attn_implementation` is, but for the
-        cross-attention layers alone."""
-        super().__init__(config)
-        text = getattr(config, "text_config", config)
-        name = getattr(text, "cross_attention_implementation", None)
-        name = name if cross_attention_implementation is None else cross_attention_implementation
-        if name is not None:
-            text.cross_attention_implementation = self._check_and_adjust_attn_implementation(name, is_init_check=True)
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, MossVLCrossAttentionLayer):
-            nn.init.zeros_(module.cross_attn_attn_gate)
-            nn.init.zeros_(module.cross_attn_mlp_gate)
-        elif isinstance(module, MossVLModel):
-            nn.init.zeros_(module.separator_token)
-
-    def enable_input_require_grads(self):
-        """Makes the embeddings of text and patches require gradients, so that adapters in layers after frozen ones get theirs if
-        checkpointing is reentrant. transformers 4 does so for the text alone."""
-        models = [module for module in self.modules() if isinstance(module, MossVLPreTrainedModel)]
-        embeddings = {id(embedding): embedding for embedding in (model.get_input_embeddings() for model in models)}
-        self.disable_input_require_grads()
-        hooks = [embedding.register_forward_hook(require_gradients) for embedding in embeddings.values()]
-        self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
-
-    def disable_input_require_grads(self):
-        """Takes back `enable_input_require_grads`."""
-        for hook in getattr(self, "_require_grads_hooks", ()):
-            hook.remove()
-        self._require_grads_hooks = []
-
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # before transformers 5.24
-
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-            """Not reentrant unless it is asked for, as in transformers 5: else a trained layer after frozen ones gets no gradient."""
-            if gradient_checkpointing_kwargs is None:
-                gradient_checkpointing_kwargs = {"use_reentrant": False}
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # read from the config at every call
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """transformers' check at construction and in `set_attn_implementation`, which may load a kernel: the name that is used."""
-        loads_kernel = isinstance(attn_implementation, str) and is_kernel_name(attn_implementation)
-        if attn_implementation is not None and not loads_kernel and attention_kind(attn_implementation) == "function":
-            return attn_implementation  # transformers takes any name with "flash" in it for a kernel
-        name = self._or_sdpa(super()._check_and_adjust_attn_implementation, attn_implementation, *args, **kwargs)
-        attention_kind(name)
-        return name
-
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
-        """transformers' check of the parts in `set_attn_implementation`, without loading a kernel."""
-        if requested_attention is not None:
-            attention_kind(requested_attention)
-        return self._or_sdpa(super().get_correct_attn_implementation, requested_attention, *args, **kwargs)
-
-    @staticmethod
-    def _or_sdpa(check, name: Optional[str], *args, **kwargs) -> str:
-        """What `check` makes of the name; sdpa, with a warning, for a version of flash-attention that cannot be used here."""
-        try:
-            return check(name, *args, **kwargs)
-        except (ImportError, ValueError) as error:
-            if name is None or not name.startswith("flash_attention"):
-                raise
-            logger.warning_once(f"{name} cannot be used here, sdpa is used instead. The reason: {error}")
-            return check("sdpa", *args, **kwargs)
-
-    def set_attn_implementation(
-        self, attn_implementation, *, cross_attention_implementation: Optional[str] = None, **kwargs
-    ):
-        """Changes the attention functions of the whole model, or by a dict those of the parts that it names.
-
-        Args:
-            attn_implementation: a name, or {"text_config": name, "vision_config": name}.
-            cross_attention_implementation: another one for the cross-attention layers alone. Without it they follow a name given for the
-                whole model, and keep theirs if a dict is given.
-
-        Raises:
-            ValueError: for names that are not allowed, before anything is changed.
-        """
-        of_parts, check = (
-            isinstance(attn_implementation, dict),
-            partial(self._check_and_adjust_attn_implementation, **kwargs),
-        )
-        if of_parts:
-            check_parts(self.config, attn_implementation)
-            attn_implementation = {part: check(name) for part, name in attn_implementation.items() if name is not None}
-        else:
-            attn_implementation = check(attn_implementation)
-        text = getattr(self.config, "text_config", self.config)
-        if cross_attention_implementation is not None or not of_parts:
-            cross = None if cross_attention_implementation is None else check(cross_attention_implementation)
-            text.cross_attention_implementation = cross
-        super().set_attn_implementation(attn_implementation, **kwargs)
-
-
-def require_gradients(module, args, output) -> None:
-    """A forward hook: gradients reach what comes after an embedding, though its weights are frozen."""
-    output.requires_grad_(True)
-
-
-class MossVLVisionModel(MossVLPreTrainedModel):
-    config_class = MossVLVisionConfig
-    main_input_name = "pixel_values"
-    _no_split_modules = ["MossVLVisionBlock"]
-
-    def __init__(self, config: MossVLVisionConfig):
-        super().__init__(config)
-        self.head_dim = config.hidden_size // config.num_heads
-        self.spatial_merge_size = config.spatial_merge_size
-        self.patch_embed = MossVLVisionPatchEmbed(config)
-        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(MossVLVisionBlock(config) for _ in range(config.depth))
-        self.merger = MossVLVisionMerger(config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.patch_embed
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        grid_thw,
-        vision_chunked_length: Optional[int] = None,
-        image_mean=None,
-        image_std=None,
-        separator: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """Encodes frames, `vision_chunked_length` at a time; attention never leaves a frame.
-
-        Args:
-            pixel_values: [P, channels * time * patch * patch], patches merge block by merge block.
-            grid_thw: [media, 3], (frames, patch rows, patch columns): a tensor or nested list.
-            vision_chunked_length: frames a chunk at most; default 64, in training all at once. Large frames make smaller chunks.
-            image_mean, image_std: where `pixel_values` are levels (uint8), three numbers for each medium.
-            separator: [out_hidden_size], put behind each frame's tokens where it is given.
-
-        Returns:
-            [P / m^2, out_hidden_size], row-major over merge blocks, frame after frame; with a separator one row more a frame.
-
-        Raises:
-            ValueError: if pixels and grid do not fit each other, or the model.
-        """
-        grid = read_grid(pixel_values, grid_thw, self.config, image_mean, image_std)
-        if vision_chunked_length is None:
-            vision_chunked_length = max(1, sum(t for t, _, _ in grid)) if self.training else DEFAULT_VISION_CHUNK
-        elif not isinstance(vision_chunked_length, int) or vision_chunked_length < 1:
-            raise ValueError(
-                f"`vision_chunked_length` is {vision_chunked_length!r}; expected a positive number of frames."
-            )
-        patches = None if torch.is_grad_enabled() else CPU_PATCHES if self.device.type == "cpu" else GPU_PATCHES
-        chunks = chunk_runs(frame_runs(grid), vision_chunked_length, patches)
-        sizes = [sum(run.patches for run in chunk) for chunk in chunks]
-        statistics = [patch_statistics(given, grid, sizes) for given in (image_mean, image_std)]
-        places = {}  # of each size of frame
-        parts = (
-            with_separators(self._encode(part, chunk, *own, places), chunk, self.spatial_merge_size, separator)
-            for part, chunk, *own in zip(pixel_values.split(sizes), chunks, *statistics, strict=True)
-        )
-        if len(chunks) == 1 or torch.is_grad_enabled():
-            parts = list(parts)
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        rows = sum(sizes) // self.spatial_merge_size**2 + (0 if separator is None else sum(t for t, _, _ in grid))
-        return gather_rows(parts, rows)
-
-    def _encode(
-        self, pixel_values: torch.Tensor, runs: list[FrameRun], image_mean, image_std, positions: dict
-    ) -> torch.Tensor:
-        """Features of a chunk [P / m^2, out]. `positions`: those worked out so far in this call, by the size of the frame."""
-        hidden_states = self.patch_embed(pixel_values, image_mean, image_std)
-        for run in runs:
-            if run[1:] not in positions:
-                positions[run[1:]] = self._positions(run, hidden_states)
-        places, rotations = zip(*(positions[run[1:]] for run in runs), strict=True)
-        parts = hidden_states.split([run.patches for run in runs])
-        parts = [
-            part.unflatten(0, (run.frames, -1)) + place for run, part, place in zip(runs, parts, places, strict=True)
-        ]
-        hidden_states = torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else parts[0].flatten(0, 1)
-        del parts
-        implementation = usable_implementation(self.config._attn_implementation, hidden_states)
-        kept = []
-        for index, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, runs, rotations, implementation)
-            if index in self.config.deepstack_visual_indexes:
-                kept.append(hidden_states)
-        return self.merger([hidden_states, *kept])
-
-    def _positions(self, run: FrameRun, like: torch.Tensor):
-        """Learned positions [rows * columns, hidden] and rotations [rows * columns, d] of a frame, in merge-block order."""
-        m, device = self.spatial_merge_size, like.device
-        # [block rows, 1, m, 1] x [1, block columns, 1, m] -> block row, block column, row in block, column in block
-        rows = torch.arange(run.rows, device=device).view(-1, 1, m, 1)
-        columns = torch.arange(run.columns, device=device).view(1, -1, 1, m)
-        rows, columns = (part.flatten() for part in torch.broadcast_tensors(rows, columns))
-
-        side = round(self.config.num_position_embeddings**0.5)
-        y = torch.linspace(0, side - 1, run.rows, device=device)[rows]
-        x = torch.linspace(0, side - 1, run.columns, device=device)[columns]
-        y0, x0 = y.long(), x.long()
-        y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
-        dy, dx = (y - y0)[:, None], (x - x0)[:, None]
-        corners = self.pos_embed(torch.stack([y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1])).to(
-            device, torch.float32
-        )
-        weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
-        return (corners * weights).sum(0).to(like.dtype), grid_rotation(rows, columns, self.head_dim)
-
-
-# Decoder
 
 
 class MossVLRMSNorm(nn.Module):
@@ -529,29 +104,29 @@ class MossVLTextAttention(nn.Module):
         self.q_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def queries(self, states: torch.Tensor, table) -> torch.Tensor:
+    def queries(self, states: torch.Tensor, rotary) -> torch.Tensor:
         """[B, T, D] -> [B, H, T, d], normalised and rotated."""
-        return self._rotated(self.q_proj(states), self.q_norm, table)
+        return self._rotated(self.q_proj(states), self.q_norm, rotary)
 
-    def keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, states: torch.Tensor, rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, D] -> two of [B, K, S, d]; the keys normalised and rotated."""
-        key = self._rotated(self.k_proj(states), self.k_norm, table)
+        key = self._rotated(self.k_proj(states), self.k_norm, rotary)
         return key, self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _rotated(self, projected: torch.Tensor, norm: nn.Module, table) -> torch.Tensor:
+    def _rotated(self, projected: torch.Tensor, norm: nn.Module, rotary) -> torch.Tensor:
         """[B, T, heads * d] -> [B, heads, T, d], in the dtype of the projection: norms in float32, or those under autocast, change it."""
         dtype, states = projected.dtype, norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         del projected
-        return rotate(states, *table).to(dtype)
+        return rotate(states, *rotary).to(dtype)
 
 
 class MossVLSelfAttention(MossVLTextAttention):
     is_causal = True
 
-    def forward(self, hidden_states, table, self_mask, implementation, cache=None, cache_position=None):
+    def forward(self, hidden_states, rotary, self_mask, implementation, cache=None, cache_position=None):
         """hidden_states [B, T, D] -> the same, and the weights [B, H, T, S] or None. self_mask: a `SelfAttentionMask`."""
-        query = self.queries(hidden_states, table)
-        key, value = self.keys_values(hidden_states, table)
+        query = self.queries(hidden_states, rotary)
+        key, value = self.keys_values(hidden_states, rotary)
         if cache is not None:
             # Where the tokens stand: the static cache of transformers 4 asks for it.
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": cache_position})
@@ -569,8 +144,8 @@ class MossVLCrossAttention(MossVLTextAttention):
         self,
         hidden_states,
         vision_states,
-        table,
-        vision_table,
+        rotary,
+        vision_rotary,
         call,
         implementation,
         cache=None,
@@ -580,17 +155,17 @@ class MossVLCrossAttention(MossVLTextAttention):
 
         Args:
             vision_states: [v, D], the vision tokens that are new in this call, or None.
-            vision_table: their rotation, two of [v, d].
+            vision_rotary: their xrope_rotary, two of [v, d].
 
         Returns:
             [B, T, D], and where they are asked for (eager alone has them) the weights [B, H, T, longest sample's V], else None.
         """
         key = value = None
         if vision_states is not None:
-            key, value = self.vision_keys_values(vision_states, vision_table)
+            key, value = self.vision_keys_values(vision_states, vision_rotary)
         if cache is not None:
             key, value = cache.layers[self.layer_idx].store(key, value, call)
-        query = self.queries(hidden_states, table).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+        query = self.queries(hidden_states, rotary).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
         if cache is not None:
             key, value = cache.layers[self.layer_idx].in_dtype(query.dtype)
         with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
@@ -617,17 +192,17 @@ class MossVLCrossAttention(MossVLTextAttention):
         weights = self._all_weights(weights, call, hidden_states, self.num_heads) if output_attentions else None
         return self.o_proj(out), weights
 
-    def vision_keys_values(self, states: torch.Tensor, table) -> tuple[torch.Tensor, torch.Tensor]:
+    def vision_keys_values(self, states: torch.Tensor, rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """[v, D] -> two of [1, K, v, d]. Without gradients they are made piece by piece, and each head's lie together in memory: as every
         token to come reads them."""
         if torch.is_grad_enabled():
-            return self.keys_values(states[None], table)
+            return self.keys_values(states[None], rotary)
         shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
         key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         for first in range(0, len(states), VISION_ROWS):
             part = slice(first, first + VISION_ROWS)
             key[:, :, part], value[:, :, part] = self.keys_values(
-                states[None, part], tuple(angles[part] for angles in table)
+                states[None, part], tuple(part_of[part] for part_of in rotary)
             )
         return key, value
 
@@ -648,10 +223,10 @@ class MossVLSelfAttentionLayer(MossVLLayer):
         self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, table, self_mask, implementation, layer_past=None, cache_position=None):
+    def forward(self, hidden_states, rotary, self_mask, implementation, layer_past=None, cache_position=None):
         """layer_past: the cache, by the one name under which every transformers keeps it from a layer that is checkpointed."""
         attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), table, self_mask, implementation, layer_past, cache_position
+            self.input_layernorm(hidden_states), rotary, self_mask, implementation, layer_past, cache_position
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
@@ -673,8 +248,8 @@ class MossVLCrossAttentionLayer(MossVLLayer):
         self,
         hidden_states,
         vision_states,
-        table,
-        vision_table,
+        rotary,
+        vision_rotary,
         call,
         implementation,
         layer_past=None,
@@ -683,8 +258,8 @@ class MossVLCrossAttentionLayer(MossVLLayer):
         attended, weights = self.cross_attn(
             self.input_layernorm(hidden_states),
             vision_states,
-            table,
-            vision_table,
+            rotary,
+            vision_rotary,
             call,
             implementation,
             layer_past,
@@ -784,16 +359,16 @@ class MossVLTextModel(MossVLPreTrainedModel):
         if position_ids.ndim == 2:
             position_ids = position_ids.expand(3, *position_ids.shape)
         rope = config.rope_parameters
-        angles = (config.head_dim, rope["rope_theta"], rope["mrope_section"], hidden_states.dtype)
-        table = tuple(
-            part[:, None] for part in rotation(position_ids.to(hidden_states.device), *angles)
+        rope_args = (config.head_dim, rope["rope_theta"], rope["mrope_section"], hidden_states.dtype)
+        rotary = tuple(
+            part[:, None] for part in xrope_rotary(position_ids.to(hidden_states.device), *rope_args)
         )  # [B, 1, T, d]
-        vision_table = None
+        vision_rotary = None
         if vision_states is not None:
             vision_states = vision_states.to(
                 hidden_states.device, compute_dtype(hidden_states)
             )  # the encoder may have another dtype
-            vision_table = rotation(vision_position_ids.to(hidden_states.device), *angles)  # [v, d]
+            vision_rotary = xrope_rotary(vision_position_ids.to(hidden_states.device), *rope_args)  # [v, d]
         implementation = crossing = self._implementation(config._attn_implementation, hidden_states, output_attentions)
         if config.cross_attention_implementation is not None:
             crossing = self._implementation(config.cross_attention_implementation, hidden_states, output_attentions)
@@ -807,7 +382,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
                 all_states.append(hidden_states)
             if isinstance(layer, MossVLSelfAttentionLayer):
                 hidden_states, weights = layer(
-                    hidden_states, table, self_mask, implementation, layer_past=cache, cache_position=cache_position
+                    hidden_states, rotary, self_mask, implementation, layer_past=cache, cache_position=cache_position
                 )
                 if output_attentions:
                     attentions.append(weights)
@@ -815,8 +390,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
                 hidden_states, weights = layer(
                     hidden_states,
                     vision_states,
-                    table,
-                    vision_table,
+                    rotary,
+                    vision_rotary,
                     vision_call,
                     crossing,
                     layer_past=cache,
@@ -846,21 +421,6 @@ class MossVLTextModel(MossVLPreTrainedModel):
             )
             return "sdpa"
         return name
-
-
-def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Optional[Cache]:
-    """The cache that a caller gave by its name, or by the one it had before transformers 5.24."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError(
-            f"The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of this transformers "
-            f"calls it `{CACHE}`."
-        )
-    cache = past_key_values if cache is None else cache
-    if cache is not None and not hasattr(cache, "layers"):
-        raise ValueError(
-            f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or StaticCache."
-        )
-    return cache
 
 
 # The whole
@@ -1069,7 +629,7 @@ class MossVLModel(MossVLPreTrainedModel):
             return self.visual(
                 media["pixel_values"], request.grid, vision_chunked_length, *statistics, self.separator_token
             )
-        runs, merge = frame_runs(request.grid), self.config.vision_config.spatial_merge_size
+        runs, merge = frame_groups(request.grid), self.config.vision_config.spatial_merge_size
         return with_separators(media["image_features"].to(request.is_token.device), runs, merge, self.separator_token)
 
     def _packed_texts(self, request: VisionRequest, position_ids, ready_mask: bool) -> Optional[torch.Tensor]:
@@ -1180,7 +740,7 @@ class MossVLModel(MossVLPreTrainedModel):
                 )
         pieces = []
         for sample, row in enumerate(first_rows):
-            runs = frame_runs((1, h, w) for h, w in request.frames_placed(sample))
+            runs = frame_groups((1, h, w) for h, w in request.frames_placed(sample))
             for run, origin in zip(runs, of_rows[row].split([run.frames for run in runs]), strict=True):
                 pieces.append(frame_positions(origin, run.rows, run.columns))
         vision = torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.long, device=device)
@@ -1276,7 +836,9 @@ def row_targets(
     return targets.masked_fill(~is_token, IGNORED)
 
 
-class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixin, GenerationMixin):
+class MossVLForConditionalGeneration(
+    MossVLPreTrainedModel, MossVLGenerationMixin, MossVLGenerateHooks, GenerationMixin
+):
     """MOSS-VL with its language model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -1452,319 +1014,7 @@ class MossVLForConditionalGeneration(MossVLPreTrainedModel, MossVLGenerationMixi
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
-    # Hooks of `generate`. What belongs to the prompt rides in one entry of the model kwargs, `prompt_kwargs`: transformers 5 does not
-    # prefill in chunks if it sees `pixel_values`. Assistants get it under its public names.
 
-    def _validate_model_kwargs(self, model_kwargs):
-        """Checks names; media are checked against the prompt in `_expand_inputs_for_generation`."""
-        known = set(inspect.signature(self.forward).parameters)
-        for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
-            near = nearest_name(name, {*known, *self.generation_config.to_dict()})
-            hint = f"; did you mean `{near}`?" if near else ""
-            raise ValueError(f"`{name}` is neither an input of this model nor a setting of `generate`{hint}")
-        super()._validate_model_kwargs(model_kwargs)
-
-    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """Keeps the caller's `attention_mask`: transformers 5 drops one of ones, and its length says whether `input_ids` is the whole
-        conversation or a new turn."""
-        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        return inputs, name, {**model_kwargs, "prompt_kwargs": {"attention_mask": model_kwargs.get("attention_mask")}}
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Checks a prompt and its media, drops the media that the cache holds already, and repeats text rows for beams and answers; the
-        media stay as they are, shared by the rows of their sample."""
-        prompt = {name: model_kwargs.pop(name, None) for name in PROMPT_KWARGS}
-        prompt = {name: value for name, value in prompt.items() if value is not None}
-        if "image_grid_thw" in prompt:
-            prompt["grid_thw"] = grid_of(prompt.get("grid_thw"), prompt.pop("image_grid_thw"))
-        cache, past_length = model_kwargs.get(CACHE), cached_length(model_kwargs.get(CACHE))
-        given = (model_kwargs.pop("prompt_kwargs", None) or {}).get("attention_mask")
-        attention_mask = model_kwargs.get("attention_mask") if given is None else given
-        if attention_mask is not None and attention_mask.ndim == 2 and (attention_mask[:, -1] == 0).any():
-            raise ValueError(
-                "`attention_mask` ends in padding, so the rows are padded on the right, and a new token would come after the padding; "
-                "expected padding on the left. Call the processor with padding_side='left'."
-            )
-        if input_ids is not None and input_ids.shape[1]:
-            prompt = self._read_prompt(cache, past_length, input_ids, attention_mask, prompt)
-        if expand_size > 1:
-            if past_length:
-                cache.batch_repeat_interleave(expand_size)
-            else:
-                prompt["rows_per_sample"] = expand_size
-            for name, axis in (("cross_attention_mask", 0), ("position_ids", -2)):
-                if name in prompt and prompt[name].shape[axis] == len(input_ids):  # else one for all rows
-                    prompt[name] = prompt[name].repeat_interleave(expand_size, dim=axis)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, "prompt_kwargs": prompt}
-
-    def _read_prompt(self, cache, past_length: int, input_ids, attention_mask, prompt: dict) -> dict:
-        """What belongs to the prompt, checked as a whole: forward may get it in chunks.
-
-        Adds `past_length`, the text tokens in the cache, and `prompt_length`, which tells the prompt from what the model writes. Of the
-        media of the whole conversation only those of the new turn stay (`media_as_given` has all of them, for an assistant); a mask over
-        these becomes one over all frames.
-        """
-        new = input_ids
-        if past_length:
-            only_new = (
-                attention_mask is not None
-                and attention_mask.ndim == 2
-                and attention_mask.shape[1] != input_ids.shape[1]
-            )
-            if only_new and not NEXT_LENGTH:
-                raise ValueError(
-                    f"`input_ids` has {input_ids.shape[1]} tokens and `attention_mask` {attention_mask.shape[1]}; expected as many, those of "
-                    f"the whole conversation: this transformers does not take the tokens of the new turn alone."
-                )
-            new = input_ids if only_new else input_ids[:, past_length:]
-            if not new.shape[1]:
-                raise ValueError(
-                    f"`input_ids` has {input_ids.shape[1]} tokens, and the cache holds {past_length}; expected the whole conversation, with "
-                    f"at least one token that the cache does not hold."
-                )
-        state = vision_state(cache, self.config.text_config)
-        if state is not None and new is not input_ids and state.last_ids is not None:
-            last = input_ids[:, past_length - 1].to(state.last_ids.device)
-            seen = (
-                True if attention_mask is None else attention_mask[:, past_length - 1].to(last.device).bool()
-            )  # what padding is says nothing
-            if ((last != state.last_ids) & seen).any():
-                raise ValueError(
-                    f"`input_ids` is not the conversation that the cache holds: token {past_length - 1} is {last.tolist()}, and the cache's "
-                    f"{state.last_ids.tolist()}; expected the whole conversation, or with transformers 5 the tokens of the new turn and an "
-                    f"`attention_mask` for the whole."
-                )
-        given = {name: prompt[name] for name in MEDIA_KWARGS if name in prompt}
-        length = prompt.setdefault("prompt_length", past_length + new.shape[1])
-        if state is not None and "grid_thw" in prompt:
-            prompt = self._without_known_media(state, new[:, : max(length - past_length, 0)], prompt)
-        names = prompt.keys() - {"position_ids", "rows_per_sample"}
-        # What the model wrote last is not in the cache yet, and stands before the new turn that a mask is about.
-        request = read_request(
-            self.config,
-            state,
-            past_length,
-            new,
-            attention_mask,
-            **{name: prompt[name] for name in names},
-            mask_at_end=past_length > 0,
-        )
-        if past_length and request.mask is not None and not state.is_waiting():
-            prompt = prompt | {"cross_attention_mask": whole_mask(request)}
-        return {**prompt, "past_length": past_length, **({"media_as_given": given} if past_length else {})}
-
-    def _get_cache(self, cache_implementation, batch_size, max_cache_len, model_kwargs):
-        """A static cache of this call's own; transformers 4 would keep one on the model, where two threads would share it."""
-        offloading = "offloaded" in cache_implementation
-        return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
-
-    def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
-        """Of transformers 4, which takes up the conversation from its first token, whatever the cache holds."""
-        if length := cached_length(model_kwargs.get(CACHE)):
-            raise ValueError(
-                f"`prefill_chunk_size` came with a cache that holds {length} tokens; expected an empty one: transformers 4 prefills in chunks "
-                f"from the first token on. Leave `prefill_chunk_size` out, or use transformers 5."
-            )
-        return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
-
-    def _get_candidate_generator(
-        self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
-    ):
-        """The assistant gets what belongs to the prompt under its public names, as far as it takes them, but for the frame mask: without
-        it some candidates may be rejected, and none is wrong."""
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip its cross-attention. "
-                "Pass `assistant_model=` or `prompt_lookup_num_tokens=`."
-            )
-        public = {name: value for name, value in model_kwargs.items() if name != "prompt_kwargs"}
-        prompt = model_kwargs.get("prompt_kwargs") or {}
-        given = prompt.get("media_as_given", prompt)
-        public |= {name: given[name] for name in given if name in MEDIA_KWARGS and name != "cross_attention_mask"}
-        public |= {"position_ids": prompt["position_ids"]} if "position_ids" in prompt else {}
-        if assistant_model is not None and assistant_model.config.model_type == self.config.model_type:
-            public["prompt_length"] = prompt.get("prompt_length")
-            pads = int((input_ids[:, : prompt.get("prompt_length")] == self.config.image_token_id).sum())
-            frames = sum(int(t) for t, _, _ in given.get("grid_thw", ()))
-            if prompt.get("past_length") and pads and pads != frames:
-                raise ValueError(
-                    f"The conversation has {pads} `image_pad` tokens, and {frames} frames were given for the assistant, which starts "
-                    f"without a cache; expected the media of all turns. Pass these, or leave `assistant_model` out."
-                )
-        elif assistant_model is not None:
-            accepted = inspect.signature(assistant_model.forward).parameters
-            public = {name: value for name, value in public.items() if name in accepted or name not in MEDIA_KWARGS}
-        return super()._get_candidate_generator(
-            generation_config, input_ids, *args, model_kwargs=public, assistant_model=assistant_model, **kwargs
-        )
-
-    def _prepare_position_ids_for_generation(self, *args, **kwargs):
-        """None: positions are XRoPE's, and forward works them out."""
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        cache_position=None,
-        next_sequence_length=None,
-        is_first_iteration=False,
-        use_cache=True,
-        prompt_kwargs=None,
-        position_ids=None,
-        past_key_values=None,
-        **kwargs,
-    ):
-        """The inputs of the next call: the tokens that the cache does not hold yet, with the media they need.
-
-        transformers 4 tells how many tokens are new by `cache_position`, transformers 5 by `next_sequence_length`. The positions
-        that transformers makes (`position_ids`) are not XRoPE's; a caller's own are in `prompt_kwargs`.
-        """
-        cache = cache_of(cache, past_key_values)
-        past_length = cached_length(cache)
-        if inputs_embeds is not None and past_length == 0:
-            kwargs["inputs_embeds"] = inputs_embeds
-            kwargs["input_ids"] = input_ids if input_ids.shape[1] == inputs_embeds.shape[1] else None
-            length = inputs_embeds.shape[1]
-        else:
-            new = cache_position.shape[0] if cache_position is not None else next_sequence_length
-            if (
-                new is None
-                and past_length
-                and input_ids.shape[1] >= (prompt_kwargs or {}).get("prompt_length", past_length + 1)
-            ):
-                new = (
-                    input_ids.shape[1] - past_length
-                )  # assisted generation on a kept cache hands over the whole conversation
-            kwargs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
-            length = kwargs["input_ids"].shape[1]
-        for name in (
-            "labels",
-            "token_type_ids",
-            "mm_token_type_ids",
-            "tokenizer",
-            "assistant_tokenizer",
-        ):  # of `generate`, not of forward
-            kwargs.pop(name, None)
-        prompt = {name: value for name, value in (prompt_kwargs or {}).items() if name != "media_as_given"}
-        if past_length > prompt.pop("past_length", 0):  # a later chunk of the prompt: its media came with the first
-            prompt = {
-                name: value
-                for name, value in prompt.items()
-                if name not in MEDIA_KWARGS or name == "cross_attention_mask"
-            }
-        if past_length:
-            prompt.pop("rows_per_sample", None)
-        if "position_ids" in prompt and prompt["position_ids"].shape[-1] != length:
-            prompt["position_ids"] = counted_on(prompt["position_ids"], past_length + length)[
-                ..., past_length : past_length + length
-            ]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = attention_mask[:, : past_length + length]
-        return {
-            **kwargs,
-            **prompt,
-            CACHE: cache,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-        }
-
-    def _without_known_media(self, state: VisionState, new: torch.Tensor, prompt: dict) -> dict:
-        """Drops the media that the cache holds already. A later turn may bring those of the whole conversation, or its own.
-
-        Args:
-            new: [B, T], the text of the new turn.
-        """
-        pads = pads_of_samples(state, (new == self.config.image_token_id).sum(1).tolist())
-        if "image_features" in prompt:
-            prompt = prompt | {
-                "image_features": getattr(prompt["image_features"], "pooler_output", prompt["image_features"])
-            }
-        media = {
-            name: prompt[name]
-            for name in ("pixel_values", "image_features", "image_mean", "image_std")
-            if name in prompt
-        }
-        statistics = (prompt.get(name) for name in ("pixel_values", "grid_thw"))
-        grid = read_grid(*statistics, self.config.vision_config, prompt.get("image_mean"), prompt.get("image_std"))
-        nums = count_media(grid, prompt.get("media_nums_per_sample"), pads)
-        kept, kept_nums, first = [], [], 0
-        for sample, (asked, own) in enumerate(zip(pads, split_by(grid, nums), strict=True)):
-            known, frames = len(state.grids[sample]), sum(t for t, _, _ in own)
-            wanted = max(0, asked - (known - state.placed[sample]))
-            if wanted and frames not in (wanted, known + wanted):
-                raise ValueError(
-                    f"The new text of sample {sample} asks for {wanted} frames beyond the cache, but its media have {frames}; "
-                    f"expected {wanted}, or {known + wanted} with those of the earlier turns."
-                )
-            kept_nums.append(0)
-            for number, (t, _, _) in enumerate(own, first):
-                frames -= t  # frames after this medium
-                if frames < wanted:
-                    kept.append(number)
-                    kept_nums[-1] += 1
-            first += len(own)
-        if len(kept) == len(grid):
-            return {**prompt, "media_nums_per_sample": kept_nums}
-        mask = prompt.get("cross_attention_mask")
-        if not kept and mask is not None and mask.shape[2] <= new.shape[1]:
-            prompt = {
-                name: value for name, value in prompt.items() if name != "cross_attention_mask"
-            }  # of the new turn, without frames
-        prompt = {
-            name: value for name, value in prompt.items() if name not in {*media, "grid_thw", "media_nums_per_sample"}
-        }
-        if not kept:
-            return prompt
-        media = take_media(media, grid, kept, self.config.vision_config.spatial_merge_size)
-        return {**prompt, **media, "grid_thw": [grid[number] for number in kept], "media_nums_per_sample": kept_nums}
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
-        )
-        prompt = model_kwargs.get("prompt_kwargs") or {}
-        if model_kwargs.get("use_cache", True):  # the cache knows the media
-            model_kwargs["prompt_kwargs"] = {name: value for name, value in prompt.items() if name == "prompt_length"}
-        elif "position_ids" in prompt:
-            positions = prompt["position_ids"]
-            model_kwargs["prompt_kwargs"] = prompt | {
-                "position_ids": counted_on(positions, positions.shape[-1] + num_new_tokens)
-            }
-        return model_kwargs
-
-
-def counted_on(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions [..., T] of a prompt and, one by one from its last, of what is written after it: [..., length] if that is longer."""
-    steps = torch.arange(1, max(0, length - positions.shape[-1]) + 1, device=positions.device, dtype=positions.dtype)
-    return torch.cat([positions, positions[..., -1:] + steps], dim=-1)
-
-
-def grid_of(grid_thw, image_grid_thw):
-    """The grid that a caller gave by its name, or by the one that other models have."""
-    if grid_thw is not None and image_grid_thw is not None:
-        raise ValueError("The grid was given twice, as `grid_thw` and as `image_grid_thw`; expected one of them.")
-    return image_grid_thw if grid_thw is None else grid_thw
-
-
-MEDIA_KWARGS = (
-    "pixel_values",
-    "image_mean",
-    "image_std",
-    "image_features",
-    "grid_thw",
-    "media_nums_per_sample",
-    "cross_attention_mask",
-)
-PROMPT_KWARGS = (*MEDIA_KWARGS, "image_grid_thw", "position_ids", "prompt_length", "rows_per_sample")
-# Whether `generate` tells how many tokens are new, and so takes those of a new turn alone; transformers 4 does not.
-NEXT_LENGTH = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-
-# `save_pretrained` copies the code beside the weights.
 MossVLForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [

@@ -647,6 +647,13 @@ def with_recalled(
     return joined, grid, [count + len(recalled.get(sample, ())) for sample, count in enumerate(media_nums)]
 
 
+def grid_of(grid_thw, image_grid_thw):
+    """The grid that a caller gave by its name, or by the one that other models have."""
+    if grid_thw is not None and image_grid_thw is not None:
+        raise ValueError("The grid was given twice, as `grid_thw` and as `image_grid_thw`; expected one of them.")
+    return image_grid_thw if grid_thw is None else grid_thw
+
+
 def read_grid(
     pixel_values: Optional[torch.Tensor], grid_thw, config, image_mean=None, image_std=None
 ) -> list[list[int]]:

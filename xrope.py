@@ -77,7 +77,7 @@ def frame_positions(origins: torch.Tensor, height: int, width: int) -> torch.Ten
     return (origins[None, :, None] + offsets[:, None, :]).flatten(1)
 
 
-def rotation(
+def xrope_rotary(
     positions: torch.Tensor, head_dim: int, theta: float, section: list[int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Interleaved XRoPE as `rotate` takes it. Frequency j of the d/2, theta^(-2j/d), turns with h if j % 3 == 1 and
@@ -95,10 +95,10 @@ def rotation(
     axis[(j % 3 == 1) & (j < 3 * section[1])] = 1
     axis[(j % 3 == 2) & (j < 3 * section[2])] = 2
     angles = positions.float()[axis].movedim(0, -1) * frequencies  # [..., d / 2]
-    return turns(angles, dtype)
+    return cos_sin(angles, dtype)
 
 
-def grid_rotation(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def grid_rotary(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The vision encoder's 2D rotary positions as `rotate` takes them, in float32: d/4 frequencies 10000^(-4i/d), first of the row,
     then of the column.
 
@@ -111,10 +111,10 @@ def grid_rotation(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> t
     i = torch.arange(head_dim // 4, device=rows.device)
     frequencies = 10000.0 ** (-4.0 * i.float() / head_dim)
     angles = torch.cat([rows.float()[:, None] * frequencies, columns.float()[:, None] * frequencies], dim=-1)
-    return turns(angles, torch.float32)
+    return cos_sin(angles, torch.float32)
 
 
-def turns(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def cos_sin(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles [..., d / 2] -> [cos cos] and [-sin sin], each [..., d]."""
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -124,6 +124,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turns the pairs (j, j + d/2): [x_a x_b] -> [x_a x_b] [cos cos] + [x_b x_a] [-sin sin].
 
     Args:
-        x: [..., d]; cos, sin: broadcast to it, as `turns` makes them.
+        x: [..., d]; cos, sin: broadcast to it, as `cos_sin` makes them.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

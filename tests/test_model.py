@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from moss_vl import attention, cache_layers, modeling_moss_vl
+from moss_vl import attention, cache_layers, modeling_moss_vl, vision_encoder
 from moss_vl.cache_layers import VisionCacheLayer
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
@@ -326,7 +326,7 @@ def test_chunks_of_few_patches_change_nothing(model, patches, monkeypatch):
     pixels, grid = torch.randn(5 * 16 + 4 * 32, 48), torch.tensor([[5, 4, 4], [4, 8, 4]])
     separator, calls = torch.randn(64), []
     whole = model.model.visual(pixels, grid, separator=separator)
-    monkeypatch.setattr(modeling_moss_vl, "CPU_PATCHES", patches)
+    monkeypatch.setattr(vision_encoder, "CPU_PATCHES", patches)
     hook = model.model.visual.blocks[0].register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[0]))
     got = model.model.visual(pixels, grid, separator=separator)
     hook.remove()

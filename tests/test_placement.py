@@ -86,7 +86,7 @@ def test_flash_attention_falls_back_with_one_warning(saved, caplog):
     )
     for logger in library:
         logger.propagate = True
-    from moss_vl.modeling_moss_vl import logger as ours
+    from moss_vl.pretrained_model import logger as ours
 
     ours.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):

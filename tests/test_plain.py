@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import IMAGE_PAD, PATCH, make_model
 
-from moss_vl import attention, modeling_moss_vl
+from moss_vl import attention, modeling_moss_vl, vision_encoder
 from moss_vl.benchmarks.plain import PlainMossVL
 
 
@@ -139,7 +139,8 @@ def test_dropout_of_both_kinds_of_attention(implementation, monkeypatch):
         shares.append((type(module).__name__, kwargs.get("dropout", 0.0)))
         return attend(module, *args, **kwargs)
 
-    monkeypatch.setattr(modeling_moss_vl, "attend", spy)
+    for file in (modeling_moss_vl, vision_encoder):
+        monkeypatch.setattr(file, "attend", spy)
     ids, pixels, grid_thw = inputs_of(model.config, *GRIDS[0])
     model(ids, pixel_values=pixels, grid_thw=grid_thw)
     assert {share for name, share in shares if "Vision" in name} == {0.0}

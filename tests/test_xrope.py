@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import IMAGE_PAD, make_model
 
-from moss_vl.xrope import frame_positions, grid_rotation, rotate, rotation, walk_text
+from moss_vl.xrope import frame_positions, grid_rotary, rotate, walk_text, xrope_rotary
 
 
 def index(ids, grids, attention_mask=None, nums=None):
@@ -79,7 +79,7 @@ def test_rotation_against_a_slow_version(head_dim, section, theta):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, head_dim, generator=generator)
     positions = torch.tensor([[0, 7, 300], [0, 9, 301], [0, 2, 500]])  # (t, h, w) of three tokens
-    cos, sin = rotation(positions, head_dim, theta, section, torch.float32)
+    cos, sin = xrope_rotary(positions, head_dim, theta, section, torch.float32)
     got = rotate(x, cos, sin)
     half = head_dim // 2
     for token in range(3):
@@ -93,13 +93,13 @@ def test_rotation_against_a_slow_version(head_dim, section, theta):
 
 def test_angles_are_made_in_float32():
     positions = torch.full((3, 1), 200_001)
-    exact = rotation(positions, 16, 5e6, [4, 2, 2], torch.float32)
-    half = rotation(positions, 16, 5e6, [4, 2, 2], torch.bfloat16)
+    exact = xrope_rotary(positions, 16, 5e6, [4, 2, 2], torch.float32)
+    half = xrope_rotary(positions, 16, 5e6, [4, 2, 2], torch.bfloat16)
     assert all(torch.equal(a.to(torch.bfloat16), b) for a, b in zip(exact, half, strict=True))
 
 
 def test_grid_rotation_against_a_slow_version():
-    cos, sin = grid_rotation(torch.tensor([3]), torch.tensor([5]), 72)
+    cos, sin = grid_rotary(torch.tensor([3]), torch.tensor([5]), 72)
     frequencies = [10000 ** (-2 * i / 36) for i in range(18)]
     angles = [3 * f for f in frequencies] + [5 * f for f in frequencies]
     assert cos[0].tolist() == pytest.approx(2 * [math.cos(angle) for angle in angles], abs=1e-6)
