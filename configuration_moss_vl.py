@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     # the same would get the model of the first one, whatever its own code says.
     from .attention import attend  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
+    from .checks import nearest_name  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
-    from .options import nearest_name  # noqa: F401
+    from .options import OPTIONS  # noqa: F401
     from .patches import patchify  # noqa: F401
     from .pipeline_moss_vl import MossVLTextGenerationPipeline  # noqa: F401
     from .pretrained_model import MossVLPreTrainedModel  # noqa: F401

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .options import names_of, nearest_name, read_options, shorten
+from .checks import nearest_name, shorten
+from .options import names_of, read_options
 
 
 PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")  # what stands for a medium in a text

@@ -7,7 +7,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import StaticCache
 
 from .cache_layers import CACHE, cache_of, cached_length, vision_state
-from .options import nearest_name
+from .checks import nearest_name
 from .vision_sequence import (
     VisionState,
     count_media,

@@ -27,6 +27,7 @@ from transformers import (
     TextStreamer,
 )
 
+from .checks import nearest_name, shorten
 from .conversation import (
     PLACEHOLDER,
     PLACEHOLDERS,
@@ -40,7 +41,7 @@ from .conversation import (
     read_messages,
     split_places,
 )
-from .options import REFUSED, drop_fixed, layered, names_of, nearest_name, read_options, reject_unknown, shorten
+from .options import REFUSED, drop_fixed, layered, names_of, read_options, reject_unknown
 
 
 class _Int(int):

@@ -24,19 +24,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from .checks import flag, positive_int, shorten
 from .conversation import SOURCE_KEYS, file_of, read_medium, scheme_of
-from .options import (
-    FIXED,
-    FIXED_SIZE,
-    canonical,
-    drop_fixed,
-    layered,
-    names_of,
-    nearest_name,  # noqa: F401
-    read_options,
-    reject_unknown,
-    shorten,
-)
+from .options import FIXED, FIXED_SIZE, canonical, drop_fixed, layered, names_of, read_options, reject_unknown
 from .patches import join_patches, patchify
 
 
@@ -54,21 +44,6 @@ STRIP = 64  # rows of a decoded picture that Pillow hands over at once
 
 
 # checking arguments
-
-
-def positive_int(name: str, value) -> int:
-    """`value` as an int of at least 1 (1e6 is one, True is not), else a ValueError that names it."""
-    whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not whole or not math.isfinite(value) or value != int(value) or value < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    return int(value)
-
-
-def flag(name: str, value) -> bool:
-    """`value` as a bool, None as False, else a ValueError that names it."""
-    if value not in (None, True, False):
-        raise ValueError(f"{name} must be True or False, got {shorten(value)}")
-    return bool(value)
 
 
 def three_floats(name: str, value) -> tuple[float, float, float]:

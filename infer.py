@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from moss_vl.checks import shorten
 from moss_vl.conversation import (
     SOURCE_KEYS,
     file_of,
@@ -17,7 +18,7 @@ from moss_vl.conversation import (
     read_messages,
     scheme_of,
 )
-from moss_vl.options import ALTERNATIVES, OPTIONS, shorten
+from moss_vl.options import ALTERNATIVES, OPTIONS
 
 
 NANO = Path(__file__).resolve().parent / "checkpoints" / "moss-vl-nano"

@@ -31,11 +31,12 @@ from .attention import (
     usable_implementation,
 )
 from .cache_layers import CACHE, cache_of, cached_length, install_layers, static_length, vision_state
+from .checks import nearest_name  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig
-from .conversation import PLACEHOLDERS  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
+from .conversation import PLACEHOLDERS  # noqa: F401
 from .generation_hooks import MossVLGenerateHooks
 from .generation_utils import MossVLGenerationMixin
-from .options import nearest_name  # noqa: F401
+from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
 from .vision_encoder import MossVLVisionModel, frame_groups, with_separators

@@ -4,17 +4,13 @@
 None stands for the default everywhere. No media, no tensors here.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from .checks import nearest_name, shorten
+
 
 # checking arguments
-
-
-def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
-    """The name of `known` that is spelled most like `name`, None if none is near."""
-    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), None)
 
 
 def reject_unknown(given, known, what: str) -> None:
@@ -25,21 +21,6 @@ def reject_unknown(given, known, what: str) -> None:
             near = nearest_name(name, free)
             hint = f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(free))}"
             raise ValueError(f"{what}: unknown keyword {name!r}; {hint}")
-
-
-def shorten(value, length: int = 100) -> str:
-    """`repr(value)` for a message, at most `length` characters of it: a base64 string is never quoted whole."""
-    if isinstance(value, str):
-        return repr(value) if len(value) <= length else f"{value[:length]!r}... ({len(value)} characters)"
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return f"{len(value)} bytes"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{shorten(k, length)}: {shorten(v, length)}" for k, v in list(value.items())[:8]) + "}"
-    if isinstance(value, (list, tuple)):
-        rest = f", ... ({len(value)} in all)" if len(value) > 4 else ""
-        return "[" + ", ".join(shorten(x, length) for x in value[:4]) + rest + "]"
-    text = repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
-    return text[:length]
 
 
 # the table

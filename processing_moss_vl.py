@@ -22,29 +22,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .checks import flag, nearest_name, shorten
 from .conversation import PLACEHOLDER, clips_of, for_template, is_frames, media_of, read_messages
 from .image_processing_moss_vl import (
     HUB_KEYS,
     MossVLImageProcessor,
     MossVLImageProcessorFast,
     check_return_tensors,
-    flag,
     split_array,
     to_format,
     wants_levels,
 )
-from .options import (
-    FIXED,
-    FIXED_TEMPLATE,
-    FIXED_TEXT,
-    REFUSED,
-    canonical,
-    drop_fixed,
-    names_of,
-    nearest_name,
-    read_options,
-    shorten,
-)
+from .options import FIXED, FIXED_TEMPLATE, FIXED_TEXT, REFUSED, canonical, drop_fixed, names_of, read_options
 from .patches import join_patches
 from .video_processing_moss_vl import MossVLVideoProcessor
 from .video_reading import is_pair

@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .checks import finite_number, flag, positive_int, positive_number, shorten
 from .conversation import SOURCE_KEYS, is_frames, read_medium
 from .image_processing_moss_vl import (
     ANY_SIZE,
@@ -26,12 +27,10 @@ from .image_processing_moss_vl import (
     SERVICE_KEYS,
     check_return_tensors,
     fixed_size,
-    flag,
     grow,
     in_threads,
     known_settings,
     pixel_limits,
-    positive_int,
     resize_uint8,
     settings_only,
     shrink,
@@ -43,9 +42,9 @@ from .image_processing_moss_vl import (
     wants_levels,
     with_knobs,
 )
-from .options import drop_fixed, layered, names_of, read_options, reject_unknown, shorten
+from .options import drop_fixed, layered, names_of, read_options, reject_unknown
 from .patches import join_patches, patchify
-from .video_reading import GivenFrames, UntrueKeyframes, Video, is_pair, open_video, positive_number
+from .video_reading import GivenFrames, UntrueKeyframes, Video, is_pair, open_video
 
 
 logger = logging.get_logger(__name__)
@@ -177,17 +176,6 @@ def _timing(general: Mapping, own: Mapping, metadata, name: str) -> tuple[dict, 
     for level in (own, general):
         level.pop("sample_fps", None)
     return layered(general, own), metadata
-
-
-def _number(name: str, value) -> float:
-    """`value` as a finite float (a numeric string is one), else a ValueError that names it."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a number, got {shorten(value)}")
-    return number
 
 
 def _read_segments(segments, name: str) -> list[tuple[float, ...]]:
@@ -734,7 +722,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                     f"{name}: segments and video_start or video_end both say which part is looked at; give one of them"
                 )
             span = [
-                None if x is None else _number(key, x)
+                None if x is None else finite_number(key, x)
                 for key, x in zip(("video_start", "video_end"), span, strict=True)
             ]
             if None not in span:

@@ -5,7 +5,6 @@ Axes: N frames of a video, h rows, w columns. Times are in seconds from the firs
 
 import bisect
 import io
-import math
 import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -15,17 +14,16 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .checks import positive_int, positive_number, shorten
 from .image_processing_moss_vl import (
     MAX_SOURCE_PIXELS,
     check_aspect,
     float_unit,
     load_image,
     open_source,
-    positive_int,
     reject_unknown,
     see_image,
 )
-from .options import shorten
 
 
 logger = logging.get_logger(__name__)
@@ -637,16 +635,3 @@ def video_backend(name: str | None):
             "PyAV is not installed, videos are read with decord, which gets some files wrong: pip install av"
         )
     return DecordVideo, decord
-
-
-def positive_number(name: str, value) -> float:
-    """`value` (a numeric string is one) as a float above 0, else a ValueError that names it."""
-    number = isinstance(value, (int, float, np.integer, np.floating, Fraction)) and not isinstance(value, bool)
-    if isinstance(value, str):  # as examples of Qwen write it
-        try:
-            value, number = float(value), True
-        except ValueError:
-            pass
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return float(value)

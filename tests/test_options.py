@@ -13,8 +13,9 @@ from golden_cases import CLIP, FOLDER, LARGE, PHOTO, SHORT, SMALL, make_processo
 from PIL import Image
 
 from moss_vl import options, video_processing_moss_vl
+from moss_vl.checks import shorten
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
-from moss_vl.options import OPTIONS, layered, names_of, read_options, shorten
+from moss_vl.options import OPTIONS, layered, names_of, read_options
 from moss_vl.processing_moss_vl import MossVLProcessor
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
+from moss_vl.checks import nearest_name, shorten
 from moss_vl.conversation import (
     PLACEHOLDER,
     PLACEHOLDERS,
@@ -39,7 +40,6 @@ from moss_vl.conversation import (
     split_places,
 )
 from moss_vl.image_processing_moss_vl import ANY_SIZE, MossVLImageProcessor, open_source, see_image
-from moss_vl.options import nearest_name, shorten
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
