@@ -29,8 +29,9 @@ from test_offline import (  # noqa: F401 - most are fixtures
 )  # fmt: skip
 from test_records import read_records
 
-from moss_vl import generation_utils
+from moss_vl import generation_options, generation_queries
 from moss_vl.conversation import read_medium, read_messages, same_medium, same_source
+from moss_vl.tools import query_files
 
 
 def frames_of(calls):  # noqa: F811
@@ -57,14 +58,14 @@ def test_frames_are_those_of_the_processor(model, processor, pictures, calls, kn
 
 def test_defaults_that_stay():
     """Those that contradict nothing hold, whatever the processor's own settings are."""
-    every = generation_utils.MEDIA_DEFAULTS
+    every = generation_options.MEDIA_DEFAULTS
     rate = {name: value for name, value in every.items() if name != "video_fps"}
     none = {name: value for name, value in rate.items() if name not in ("min_frames", "max_frames")}
     for given, left in (
         ({}, every), ({"max_frames": 3}, every), ({"do_sample_frames": True}, every), ({"sample_fps": None}, every), ({"do_sample_frames": False}, none),
         ({"sample_fps": 2}, none), ({"sample_fps": 2, "max_frames": 3}, rate), ({"sample_fps": 2, "do_sample_frames": True}, every),
     ):  # fmt: skip
-        assert generation_utils._defaults_beside(given) == left, given
+        assert generation_options.defaults_beside(given) == left, given
 
 
 def test_every_frame_of_a_file(model, processor, calls):  # noqa: F811
@@ -94,8 +95,8 @@ def test_size_is_the_two_limits(model, processor, pictures, calls):  # noqa: F81
     assert state["media_kwargs"] == {"max_pixels": 16384} and json.loads(json.dumps(state)) == state
     for media, message in (
         ({"size": 5}, "size must be"), ({"size": {"height": 3}}, "size: unknown keyword 'height'"), ({"size": {"longest_edge": 0}}, "max_pixels"),
-        ({"size": {"longest_edge": 9000}, "max_pixels": 9000}, "size has 'longest_edge', and max_pixels, the same knob"),
-        ({"size": {"shortest_edge": 9000}, "shortest_edge": 9000}, "size has 'shortest_edge', and shortest_edge, the same knob"),
+        ({"size": {"longest_edge": 9000}, "max_pixels": 9000}, "size has 'longest_edge', and max_pixels, the same option"),
+        ({"size": {"shortest_edge": 9000}, "shortest_edge": 9000}, "size has 'shortest_edge', and shortest_edge, the same option"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             batch(model, processor, query_of("a", images=pictures[0], media=media))
@@ -244,7 +245,7 @@ def test_segments_named_again_as_one_video(model, processor, calls, tmp_path):  
 
 @pytest.mark.parametrize("again, message", [
     ([clip((3.5,), (0, 2))], "video 0 of the messages has the options .*, but in videos"),
-    ([clip((0, 2), (3.5,), max_frames=4)], "videos names 1 videos, of which the messages show the segments in 2 parts, and says their max_frames"),
+    ([clip((0, 2), (3.5,), max_frames=4)], "videos names 1 videos whose segments are 2 parts of the messages, and gives them max_frames"),
     ([clip((0, 2), (3.5,), (4,))], "but videos holds 1"), ([{**clip((0, 2), (3.5,)), "video_path": VIDEO}], "in its place"),
 ])  # fmt: skip
 def test_segments_that_are_not_the_same(model, processor, nothing_is_encoded, again, message):  # noqa: F811
@@ -296,7 +297,7 @@ def test_options_that_would_have_no_effect(model, processor, nothing_is_encoded,
         batch(model, processor, query)
     [[error]] = serve(model, processor, query)
     assert error.startswith("[ERROR] query: ")
-    assert generation_utils._check_query({"prompt": "a", key: None}, generation_utils.QUERY_KEYS) == {key: None}
+    assert generation_queries.check_query({"prompt": "a", key: None}, generation_queries.QUERY_KEYS) == {key: None}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_options_that_would_have_no_effect(model, processor, nothing_is_encoded,
     ["prompt_2", "top_1", "videos2", "image_1", "seed", "resolution", "image_size", "frames", "raw_fps", "media_type"],
 )
 def test_keys_of_a_record_travel(key):
-    assert generation_utils._check_query({"prompt": "a", key: 1}, generation_utils.QUERY_KEYS) == {key: 1}
+    assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
 
 @pytest.mark.parametrize("box, knobs, message", [
@@ -396,7 +397,7 @@ def test_knobs_of_every_kind(model, processor):  # noqa: F811
         {"eos_token_id": None, "stop_strings": None, "num_beams": None},
     ):
         given = {**knobs, **extra}
-        taken = generation_utils._generate_kwargs(model, processor.tokenizer, given, 64)
+        taken = generation_options.generate_arguments(model, processor.tokenizer, given, 64)
         assert all(taken[name] is value or taken[name] == value for name, value in given.items() if value is not None)
 
 
@@ -554,7 +555,7 @@ def test_damaged_files_are_what_they_are_called(tmp_path):
         ("a", "video"),
     ):
         (tmp_path / name).write_bytes(b"damaged")
-        assert infer.media_kind(tmp_path / name) == kind, name
+        assert query_files.probe_file(tmp_path / name) == kind, name
 
 
 def test_a_json_file_may_hold_one_object(run, asked, tmp_path):  # noqa: F811
@@ -567,7 +568,7 @@ def test_a_json_file_may_hold_one_object(run, asked, tmp_path):  # noqa: F811
         (f"{json.dumps(query)}\n[", 2),
     ):
         file.write_text(text)
-        assert len(infer.read_queries(file)) == count
+        assert len(query_files.read_lines(file)) == count
     file.write_text(json.dumps(query, indent=1)[:-1])
     code, _, err = run("--batch", file, "--out", out)
     assert code == 2 and "begins like a JSON object, but is not one" in err and not out.exists()

@@ -26,8 +26,8 @@ from test_offline import (  # noqa: F401 - most are fixtures
 )  # fmt: skip
 from transformers import LogitsProcessorList
 
-from moss_vl import generation_utils
-from moss_vl.generation_utils import _UnpaddedPenalty
+from moss_vl import generation_options, generation_queries
+from moss_vl.generation_batches import UnpaddedPenalty
 
 
 RECORD = {
@@ -125,12 +125,12 @@ NOT_THE_SAME = [
     (
         ["a", "b"],
         {},
-        "leave places for 0 images, and have 1 of their own .images may also name all 1 again., but images holds 2",
+        "leave placeholders for 0 images, and have 1 of their own .images may also name all 1 again., but images holds 2",
     ),
     (
         ["a"],
         {"extra": 2},
-        "leave places for 2 images, and have 1 of their own .images may also name all 3 again., but images holds 1",
+        "leave placeholders for 2 images, and have 1 of their own .images may also name all 3 again., but images holds 1",
     ),
     (
         [{"image": "a", "max_pixels": 5000}],
@@ -195,7 +195,7 @@ def test_options_of_a_part_hold_for_it_alone(model, processor, calls):  # noqa: 
 def test_a_list_of_pictures_is_one_video(model, processor, pictures, calls):  # noqa: F811
     frames = [pictures[0]] * 3
     assert (
-        generation_utils._as_list("video", frames) == [frames] and generation_utils._as_list("image", frames) == frames
+        generation_queries.list_media("video", frames) == [frames] and generation_queries.list_media("image", frames) == frames
     )
     model.offline_video_generate(processor, "x", frames, sample_fps=2.0, max_new_tokens=1)
     assert calls[0]["grid_thw"][:, 0].tolist() == [3]
@@ -229,7 +229,7 @@ def test_a_key_that_was_meant_to_be_another(model, processor, nothing_is_encoded
 @pytest.mark.parametrize("key", ["prompt_id", "source", "task", "answer", "question", "image_id", "video_id", "caption", "category", "split",
                                  "image_path", "conversations", "system", "n_frames", "url", "choices", "tools", "x", "timestamps"])  # fmt: skip
 def test_a_key_of_its_own_is_none(key):
-    assert generation_utils._check_query({"prompt": "a", key: 1}, generation_utils.QUERY_KEYS) == {key: 1}
+    assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
 
 def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # noqa: F811
@@ -243,8 +243,8 @@ def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # no
             batch(model, processor, {"prompt": "a", key: 2})
     with pytest.raises(ValueError, match="stream_output is for the queue"):
         batch(model, processor, {"prompt": "a", "stream_output": True})
-    assert generation_utils._check_query(
-        {"prompt": "a", "stream_output": False, "fps": None}, generation_utils.QUERY_KEYS
+    assert generation_queries.check_query(
+        {"prompt": "a", "stream_output": False, "fps": None}, generation_queries.QUERY_KEYS
     ) == {"fps": None}
 
 
@@ -269,7 +269,7 @@ def test_other_names_of_options(model, processor, calls):  # noqa: F811
     for media in ({"fps": 2}, {"nframes": 4}, {"total_pixels": 5 * 16384}, {"longest_edge": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media=media))
     assert [call["grid_thw"].tolist() for call in calls] == [[[10, 16, 20]], [[4, 16, 20]], [[5, 6, 8]], [[5, 6, 8]]]
-    with pytest.raises(ValueError, match="video_fps is another name of fps, the same knob"):
+    with pytest.raises(ValueError, match="video_fps is another name of fps, the same option"):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"fps": 2, "video_fps": 2}))
 
 
@@ -372,7 +372,7 @@ def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
         ("repetition_penalty", 1e-9),
     ):
         knobs = {"do_sample": True, name: value}
-        assert generation_utils._generate_kwargs(model, processor.tokenizer, knobs, 64)[name] == value
+        assert generation_options.generate_arguments(model, processor.tokenizer, knobs, 64)[name] == value
     for name, value in (
         ("top_p", 0),
         ("top_p", 1.0000001),
@@ -381,7 +381,7 @@ def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
         ("repetition_penalty", 0),
     ):
         with pytest.raises(ValueError, match=f"{name} must be"):
-            generation_utils._generate_kwargs(model, processor.tokenizer, {name: value}, 64)
+            generation_options.generate_arguments(model, processor.tokenizer, {name: value}, 64)
 
 
 # ends and penalties
@@ -418,7 +418,7 @@ def test_the_penalty_of_a_beam_leaves_out_its_own_prompt_s_padding():
     """Three prompts with 2, 0 and 1 padding tokens in front, of which the padding token 0 is otherwise said by none; two beams each."""
     ids = torch.tensor([[0, 0, 1], [0, 0, 2], [1, 2, 3], [0, 2, 3], [0, 3, 3], [0, 0, 3]])
     scores = torch.full((6, 4), 2.0)
-    out = _UnpaddedPenalty(2.0, [2, 0, 1])(ids, scores)
+    out = UnpaddedPenalty(2.0, [2, 0, 1])(ids, scores)
     said = [{1}, {2}, {1, 2, 3}, {0, 2, 3}, {3}, {0, 3}]
     assert (
         out.tolist() == [[1.0 if token in row else 2.0 for token in range(4)] for row in said] and (scores == 2).all()

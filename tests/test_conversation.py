@@ -9,16 +9,16 @@ import pytest
 
 from moss_vl import conversation
 from moss_vl.conversation import (
-    clips_of,
-    file_of,
+    collect_media,
+    count_placeholders,
     for_template,
+    local_path,
     locate,
-    media_of,
     read_medium,
     read_messages,
     read_part,
     same_medium,
-    split_places,
+    split_placeholders,
 )
 
 
@@ -117,7 +117,7 @@ def test_messages():
             "content": [{"type": "text", "text": "x"}, {"type": "image", "image": image}, {"type": "video"}],
         }
     ]
-    assert media_of(plain, "image") == [image] and media_of(plain, "video") == [] and messages == given
+    assert collect_media(plain, "image") == [image] and collect_media(plain, "video") == [] and messages == given
     assert read_messages(plain) == plain
 
 
@@ -132,7 +132,7 @@ def test_a_placeholder_for_each_segment():
     assert kinds == ["video", "video", "image", "text"] and for_template(messages)[1] == messages[1]
     for segments in ([], "ab", 3):
         with pytest.raises(ValueError, match="at least one"):
-            clips_of("video", {"video_path": "a", "segments": segments})
+            count_placeholders("video", {"video_path": "a", "segments": segments})
 
 
 def test_placeholders_in_texts():
@@ -141,7 +141,7 @@ def test_placeholders_in_texts():
         {"type": "image", "image": "c"},
         {"type": "text", "text": ""},
     ]
-    found = list(split_places(parts))
+    found = list(split_placeholders(parts))
     assert found == [
         {"type": "text", "text": "a"},
         {"type": "image"},
@@ -180,19 +180,19 @@ def test_paths_relative_to_a_folder(tmp_path):
 
 def test_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert file_of("~/a.png") == str(tmp_path / "a.png") and file_of("file:///x/a%20b.png") == "/x/a b.png"
+    assert local_path("~/a.png") == str(tmp_path / "a.png") and local_path("file:///x/a%20b.png") == "/x/a b.png"
     assert (
-        file_of("FILE://localhost/x") == "/x" and file_of(Path("x")) == "x" and file_of("http://x/y") == "http://x/y"
+        local_path("FILE://localhost/x") == "/x" and local_path(Path("x")) == "x" and local_path("http://x/y") == "http://x/y"
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~strange").touch()
-    assert file_of("~strange") == "~strange" and os.path.exists(file_of("~strange"))
+    assert local_path("~strange") == "~strange" and os.path.exists(local_path("~strange"))
     with pytest.raises(ValueError, match="another machine, 'host'"):
-        file_of("file://host/x")
+        local_path("file://host/x")
 
 
 def test_every_option_of_a_medium_can_be_read():
-    for kind, names in conversation.OWN_OPTIONS.items():
+    for kind, names in conversation.MEDIUM_OPTIONS.items():
         assert len(names) > 3
         for name in names:
             source, options = read_medium(kind, {kind: "a", name: [[0, 1]]})

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 from moss_vl import infer
+from moss_vl.tools import query_files
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
@@ -111,7 +112,7 @@ def test_an_animation_is_a_video(tmp_path):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "stands.gif")
-    assert [infer.media_kind(tmp_path / name) for name in ("moves.gif", "stands.gif")] == ["video", "image"]
+    assert [query_files.probe_file(tmp_path / name) for name in ("moves.gif", "stands.gif")] == ["video", "image"]
 
 
 OPTIONS = [

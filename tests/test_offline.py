@@ -429,12 +429,12 @@ WRONG_QUERIES = [
     (
         "too few",
         dict(messages=[{"role": "user", "content": "<|image|><|image|>"}], images=["x.png"]),
-        "places for 2 images, but images holds 1",
+        "placeholders for 2 images, but images holds 1",
     ),
     (
         "too many",
         dict(messages=[{"role": "user", "content": "a"}], videos=["x.mp4"]),
-        "places for 0 videos, but videos holds 1",
+        "placeholders for 0 videos, but videos holds 1",
     ),
     ("two systems", dict(messages=[{"role": "system", "content": "a"}], system_prompt="b"), "leave out one"),
     (
@@ -460,7 +460,7 @@ WRONG_QUERIES = [
     ("pixels", dict(prompt="a", media_kwargs={"min_pixels": 10**6, "max_pixels": 10**5}), "1000000.*100000"),
     ("frames", dict(prompt="a", media_kwargs={"min_frames": 9, "max_frames": 8}), "9.*8"),
     ("rates", dict(prompt="a", media_kwargs={"video_fps": 1, "num_frames": 8}), "num_frames"),
-    ("twice", dict(prompt="a", media_kwargs={"min_pixels": 4096, "shortest_edge": 4097}), "same knob"),
+    ("twice", dict(prompt="a", media_kwargs={"min_pixels": 4096, "shortest_edge": 4097}), "same option"),
     ("query type", "a", "query must be a dict, got str"),
 ]
 

@@ -51,11 +51,11 @@ def test_the_table_has_each_name_once():
     assert len(names) == len(set(names)) and not set(names) & {*options.FIXED_TEXT, *options.REFUSED}
     assert all(option.meaning and option.takers for option in OPTIONS)
     assert {"fps", "nframes", "total_pixels", "resized_height", "video_start", "sample_fps"} <= set(
-        names_of("video", own=True)
+        names_of("video", per_medium=True)
     )
     assert (
         "fps" not in names_of("image")
-        and "min_pixels" in names_of("image", own=True)
+        and "min_pixels" in names_of("image", per_medium=True)
         and "allow_http" not in names_of("image", stored=True)
     )
 
