@@ -1,4 +1,4 @@
-"""Checks of arguments, written once: numbers, flags, and names that are nearly right. Values for messages are shortened here."""
+"""Checks of arguments: numbers, flags, choices, misspelled names; and values as messages quote them."""
 
 import difflib
 import math
@@ -79,7 +79,7 @@ def plain_number(value):
 
 
 def check_number(name: str, value, kind, expected: str, fits) -> None:
-    """ValueError unless `value` is a finite number of the class `kind` (such as `numbers.Integral`) for which `fits` is true."""
+    """ValueError unless `value` is a finite number of class `kind` (such as `numbers.Integral`) and `fits(value)`."""
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not fits(value):
         raise ValueError(f"{name} must be {expected}, got {shorten(value)}")
 
@@ -110,10 +110,10 @@ def name_hint(name, known) -> str:
 
 
 def check_misspelled(what: str, value: Mapping, known, elsewhere=()) -> None:
-    """ValueError for a key of `value` that is probably a misspelling: of a `known` key, or of a key that belongs `elsewhere`.
+    """ValueError for a key of `value` that is probably a misspelled `known` key, or a key that belongs `elsewhere`.
 
-    Other unknown keys are left to the caller. Keys with a digit are never misspellings: no known name has one, and "prompt_2" is one
-    of a series.
+    Other unknown keys are left to the caller. Keys with a digit are never misspellings: no known name has one, and
+    "prompt_2" is one of a series.
     """
     for name in value.keys() - known:
         spelled = str(name).lower().replace("-", "_").replace(" ", "_")

@@ -1,15 +1,16 @@
 """Reads chat messages, their parts and their media, in all forms that callers write, into one plain form.
 
-The processor, the offline methods, infer.py and the training records all read messages here, so that a message means the same in
-each of them. No file is opened, and no argument is changed, except by `fill_placeholders`.
+The processor, the offline methods, infer.py and the training records all read messages here, so that a message means
+the same in each of them. No file is opened, and no argument is changed, except by `fill_placeholders`.
 
-A part of a message is a string, or a dict with a `type`. A medium (an image or a video) is a source (a path, a URL, bytes, pixels, ...),
-or a dict with a source under one of `SOURCE_KEYS` and options of this medium (options.py, those with `per_medium`). A part of type image
-or video is such a dict, too. The plain forms are
+A part of a message is a string, or a dict with a `type`. A medium (an image or a video) is a source (a path, a URL,
+bytes, pixels, ...), or a dict with a source under one of `SOURCE_KEYS` and options of this medium (options.py, those
+with `per_medium`). A part of type image or video is such a dict, too. The plain forms are
 
     part      {"type": "text", "text": text}, {"type": "image", "image": medium}, {"type": "video", "video": medium};
-              an image or video part without its medium is a placeholder: the medium is given elsewhere
-    medium    the bare source; with options, or as a list of frames: {"image": source, **options}, {"video_path": source, **options}
+              without its medium, an image or video part is a placeholder: the medium is given elsewhere
+    medium    the bare source; with options, or for a list of frames, a dict: {"image": source, **options} or
+              {"video_path": source, **options}
 """
 
 import os
@@ -47,7 +48,8 @@ MOST_AXES = {"image": 3, "video": 4}  # of an array that is one medium
 PLAIN_KEY = {"image": "image", "video": "video_path"}  # of the source, in a plain medium
 MEDIUM_OPTIONS = {kind: names_of(kind, per_medium=True) for kind in SOURCE_KEYS}
 SCHEMES = ("data", "file", "http", "https")
-# Keys of a message in which other software puts media, beside the content. They are errors: ignoring them would lose the media.
+# Keys in which other software puts media beside the content of a message. Ignoring them would lose the media, so they
+# are errors.
 MESSAGE_MEDIA = {
     "image": "image",
     "images": "image",
@@ -160,7 +162,7 @@ def part_kind(name) -> str | None:
 
 
 def medium_kind(medium: Mapping) -> str | None:
-    """ "image" or "video" if the dict names the kind of its medium, in a key ("image_url", "video_path", ...) or as `type`; else None."""
+    """ "image" or "video" if a key ("image_url", "video_path", ...) or the `type` says which; else None."""
     for kind, keys in SOURCE_KEYS.items():
         if any(key in medium for key in keys if kind in key):
             return kind
@@ -175,11 +177,13 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
 
     Args:
         kind: "image" or "video".
-        given: a source, or a dict with a source and options. A dict may have the `type` of a part, which must be of this kind.
+        given: a source, or a dict with a source and options. A dict may have the `type` of a part, which must be of
+            this kind.
         what: names the medium in messages.
 
     Raises:
-        ValueError: for an unknown key (with the nearest known one), for two sources, for options that contradict each other.
+        ValueError: for an unknown key (with the nearest known one), for two sources, for options that contradict each
+            other.
     """
     if not isinstance(given, Mapping):
         return given, {}
@@ -201,7 +205,8 @@ def _without_type(kind: str, given: Mapping, what: str) -> Mapping:
         raise ValueError(f"{what} is of type {shorten(given['type'])}; expected {kind}")
     if kind == "video" and isinstance(given.get("frames"), (list, tuple)):
         raise ValueError(
-            f"{what}: a list of frames goes under 'video', as in {{'video': frames, 'fps': rate}}; got it under 'frames'"
+            f"{what}: a list of frames goes under 'video', as in {{'video': frames, 'fps': rate}}; got it under "
+            "'frames'"
         )
     detail = given.get("detail")
     if kind == "image" and detail not in (None, "auto"):
@@ -210,7 +215,7 @@ def _without_type(kind: str, given: Mapping, what: str) -> Mapping:
 
 
 def _read_source(kind: str, given: Mapping, what: str) -> tuple:
-    """The source under one of `SOURCE_KEYS`, None without one, and the options of a dict that stands there in place of a source."""
+    """(source or None, options) under `SOURCE_KEYS`. There are options if a dict stands in place of the source."""
     found_key, source, options = None, None, {}
     for key in SOURCE_KEYS[kind]:
         value = given.get(key)
@@ -252,7 +257,11 @@ def plain_medium(kind: str, source, options: Mapping):
 
 
 def count_placeholders(kind: str, medium) -> int:
-    """The number of placeholders of a medium in a text: one, or one per segment of a video. ValueError if `segments` is no list."""
+    """The number of placeholders of a medium: one, or one per segment of a video.
+
+    Raises:
+        ValueError: if `segments` is no list, or an empty one.
+    """
     if kind != "video" or not isinstance(medium, Mapping) or medium.get("segments") is None:
         return 1
     segments = medium["segments"]
@@ -281,7 +290,7 @@ def _same_value(a, b) -> bool:
 
 
 def locate(kind: str, medium, folder):
-    """The plain medium with relative paths, also in a list of frames, joined to `folder`. Other sources stay as they are."""
+    """The plain medium, with relative paths (also those of a list of frames) joined to `folder`."""
     source, options = read_medium(kind, medium)
 
     def located(source):
@@ -315,7 +324,8 @@ def read_part(part, what: str = "a part of a message") -> dict:
         near = nearest_name(name, KINDS) if isinstance(name, str) else None
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(
-            f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got {shorten(part)}{hint}"
+            f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got "
+            f"{shorten(part)}{hint}"
         )
     kind = KINDS[name]
     if kind == "text":
@@ -324,7 +334,8 @@ def read_part(part, what: str = "a part of a message") -> dict:
             raise ValueError(f"{what} of type {name} needs a string under 'text'; got {shorten(part)}")
         if given:
             raise ValueError(
-                f"{what} of type {name} has a text and nothing else; got {', '.join(map(repr, given))} in {shorten(part)}"
+                f"{what} of type {name} has a text and nothing else; got {', '.join(map(repr, given))} in "
+                f"{shorten(part)}"
             )
         return {"type": "text", "text": text}
     source, options = read_medium(kind, given, f"{what} of type {name}")
@@ -342,7 +353,7 @@ def read_part(part, what: str = "a part of a message") -> dict:
 
 
 def read_messages(messages, what: str = "a conversation") -> list[dict]:
-    """Messages as new dicts whose content is a string or a list of plain parts. Keys that are None are dropped, other keys stay.
+    """Messages as new dicts whose content is a string or a list of plain parts; keys that are None are dropped.
 
     Raises:
         ValueError: for what is no list of messages, for a part that cannot be read, and for media beside the content.
@@ -353,7 +364,8 @@ def read_messages(messages, what: str = "a conversation") -> list[dict]:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(
-                f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(message)} as message {index}"
+                f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(message)} as message "
+                f"{index}"
             )
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list, tuple)):
@@ -382,9 +394,9 @@ def _check_empty(what: str, key: str, value) -> None:
 
 
 def read_turns(name: str, given) -> list[dict]:
-    """The turns of a training record as messages: {"from", "value"} become {"role", "content"}, "human" and "gpt" the usual roles.
+    """The turns of a training record as messages: with {"role", "content"} for {"from", "value"}, and usual roles.
 
-    `name` is the key under which the turns were given. Other keys of a turn stay.
+    `name` is the key under which the turns were given, for messages. Other keys of a turn stay.
 
     Raises:
         ValueError: for what is no list of dicts, and for a turn in both spellings.
@@ -397,7 +409,8 @@ def read_turns(name: str, given) -> list[dict]:
         if turn.get("from") is not None:
             if clash := [key for key in ("role", "content") if turn.get(key) is not None]:
                 raise ValueError(
-                    f"{name}: a turn has from and value or role and content, got from and {clash[0]} in {shorten(turn)}"
+                    f"{name}: a turn has from and value or role and content, got from and {clash[0]} in "
+                    f"{shorten(turn)}"
                 )
             others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
             turn = {"role": turn["from"], "content": turn.get("value"), **others}
@@ -416,7 +429,8 @@ def check_no_placeholder(name: str, text: str) -> None:
     """ValueError if a text that its media precede holds a placeholder."""
     if found := PLACEHOLDER.search(text):
         raise ValueError(
-            f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
+            f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use "
+            "'messages'"
         )
 
 
@@ -433,7 +447,7 @@ def are_complete_parts(content) -> bool:
 
 
 def split_placeholders(parts) -> Iterator[dict]:
-    """Plain parts whose texts hold no placeholders: each placeholder of a text becomes an image or video part without its medium."""
+    """Plain parts, with each placeholder of a text as an image or video part without its medium."""
     for part in parts:
         if part["type"] != "text":
             yield part
@@ -509,7 +523,8 @@ def fill_placeholders(kind: str, messages: list, media: list) -> None:
         filled = len(parts) - len(empty)
         also = f", and have {filled} of their own ({kind}s may also name all {len(parts)} again)" if filled else ""
         raise ValueError(
-            f"the messages leave placeholders for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they must match"
+            f"the messages leave placeholders for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they "
+            "must match"
         )
 
 
@@ -520,12 +535,14 @@ def _join_media(kind: str, number: int, medium, again):
     shared_options, shared_again = ({name: each[name] for name in shared} for each in (options, options_again))
     if not same_source(source, source_again):
         raise ValueError(
-            f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(source_again)} in its place; expected "
-            f"the same, or no {kind}s beside messages that hold their own"
+            f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(source_again)} in its "
+            "place; "
+            f"expected the same, or no {kind}s beside messages that hold their own"
         )
     if not same_medium(kind, plain_medium(kind, source, shared_options), plain_medium(kind, source, shared_again)):
         raise ValueError(
-            f"{kind} {number} of the messages has the options {shorten(shared_options)}, but in {kind}s {shorten(shared_again)}"
+            f"{kind} {number} of the messages has the options {shorten(shared_options)}, but in {kind}s "
+            f"{shorten(shared_again)}"
         )
     return plain_medium(kind, source, {**options_again, **options})
 
@@ -544,8 +561,8 @@ def _check_segments_again(kind: str, parts: list, media: list) -> None:
         _join_media(kind, number, clip, again)
         if more := read_medium(kind, again)[1].keys() - read_medium(kind, clip)[1].keys():
             raise ValueError(
-                f"{kind}s names {len(media)} {kind}s whose segments are {len(parts)} parts of the messages, and gives them "
-                f"{', '.join(sorted(more))}; give these options in the parts"
+                f"{kind}s names {len(media)} {kind}s whose segments are {len(parts)} parts of the messages, and gives "
+                f"them {', '.join(sorted(more))}; give these options in the parts"
             )
 
 
@@ -564,8 +581,8 @@ def _fill_segments(kind: str, messages: list, media: list) -> None:
                 parts.append({"type": kind, kind: medium})
             elif previous is not medium:
                 raise ValueError(
-                    f"the segments of {shorten(medium)} stand apart in the messages; put their {PLACEHOLDERS[kind]} together, or give "
-                    "each segment as a video of its own"
+                    f"the segments of {shorten(medium)} stand apart in the messages; put their {PLACEHOLDERS[kind]} "
+                    "together, or give each segment as a video of its own"
                 )
             previous = medium
         message["content"] = parts

@@ -12,7 +12,7 @@ from .generation_options import GENERATE_DEFAULTS, GREEDY, OBJECTS
 from .generation_queries import Turn
 
 
-# Options of `generate` that mean the same for a left-padded prompt. (`repetition_penalty`: thanks to `UnpaddedPenalty`.)
+# Options of `generate` that mean the same for a left-padded prompt (`repetition_penalty` with `UnpaddedPenalty`).
 PADDING_SAFE = {
     *GREEDY,
     *GENERATE_DEFAULTS,
@@ -33,8 +33,9 @@ PADDING_SAFE = {
 def encode_turn(model, processor, turn: Turn, alone: bool = True) -> dict:
     """The inputs of `generate` for one turn, batch size 1.
 
-    A turn that is `alone` has the frames of its videos encoded while later frames are decoded. If many turns wait for their
-    `generate` call, uint8 pixels wait instead: they need less memory than vision tokens, and none on the device.
+    If the turn is `alone`, the vision encoder runs on the first frames of its videos while later frames are decoded.
+    Turns that wait for others keep uint8 pixels instead: these need less memory than vision tokens, and none on the
+    device.
     """
 
     def encode_frames(pixels, grid, mean, std):
@@ -86,9 +87,10 @@ def _arguments_of_batch(arguments: dict, attention_mask: torch.Tensor) -> dict:
 
 
 def group_turns(turns: list[Turn], inputs: list) -> list[list[int]]:
-    """Indices of the turns that share a `generate` call: with equal arguments, and equal lengths if padding would matter.
+    """Indices of the turns that share a `generate` call.
 
-    Turns with objects of the caller (a streamer, stopping criteria, ...) share no call.
+    They have equal arguments, and equal lengths if an argument is not `PADDING_SAFE`. Turns with objects of the caller
+    (a streamer, stopping criteria, ...) share no call.
     """
     shared, groups = [], []  # shared: (arguments, length, group), compared one by one as arguments may not be hashable
     for i, turn in enumerate(turns):

@@ -93,8 +93,8 @@ def complete_media_kwargs(media_kwargs: dict) -> dict:
 def defaults_beside(given: Mapping) -> dict:
     """The `MEDIA_DEFAULTS` that do not contradict the given options.
 
-    Without a rate of frames (`do_sample_frames=False`), defaults for their number would be an error. Frames that were sampled
-    before (`sample_fps`) are all taken, unless an option bounds their number.
+    Without a rate of frames (`do_sample_frames=False`), defaults for their number would be an error. Frames that were
+    sampled before (`sample_fps`) are all taken, unless an option bounds their number.
     """
     explicit = {name for name, value in given.items() if value is not None}
     contradicting = set()
@@ -244,7 +244,7 @@ def check_options(what: str, value, known=None) -> dict:
         raise ValueError(f"{what} must be a dict, got {type(value).__name__}")
     for name in value if known is not None else ():
         if name not in known:
-            # A single-medium method takes the options of both dicts itself: to point at a dict would mislead there.
+            # The single-medium methods take these options directly: a hint at the dict would mislead.
             is_option = name in MEDIA_OPTIONS | GENERATE_OPTIONS and what not in OPTION_DICTS
             hint = None if is_option else misplaced_hint(name, value[name])
             raise ValueError(f"{what}: {hint or f'unknown key {name!r}; {name_hint(name, known - REFUSED.keys())}'}")
@@ -256,7 +256,8 @@ def misplaced_hint(name, value) -> str | None:
     if owner := next((owner for owner, options in OPTION_DICTS.items() if name in options), None):
         return f"{name!r} belongs into its {owner}; write {{{owner!r}: {{{name!r}: ...}}}}"
     if name in ONE_VIDEO_OPTIONS:
-        return f"{name!r} belongs to one video; write {{'video_path': ..., {name!r}: {shorten(value)}}} in place of its path"
+        example = f"{{'video_path': ..., {name!r}: {shorten(value)}}}"
+        return f"{name!r} belongs to one video; write {example} in place of its path"
     if name in NOT_TEXT:
         return f"{name!r}: the offline methods return one text; call model.generate for more"
     if name in CALL_OPTIONS:

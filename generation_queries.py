@@ -1,6 +1,7 @@
-"""Queries of the offline methods: from what the caller wrote to a `Turn`, checked as a whole before anything is decoded.
+"""Reads queries of the offline methods: each is checked as a whole, before anything is decoded, and becomes a `Turn`.
 
-A conversation is a list of {"role", "content"}; content is a list of plain parts (conversation.py), each medium in its own part.
+A conversation is a list of {"role", "content"}; content is a list of plain parts (conversation.py), each medium in its
+own part.
 """
 
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ QUERY_KEYS = {
 }
 CANCEL_KEYS = ("cancel_current_generate", "stop_generation")
 QUEUE_KEYS = {*QUERY_KEYS, *CANCEL_KEYS, "stop_offline_generate", "stream_output"}
-# Keys with which the records of other software describe their media. They name refused options, but ask for nothing here.
+# Keys with which records of other software describe their media. Elsewhere they would be refused options.
 RECORD_FACTS = {"frames", "resolution", "image_size", "raw_fps"}
 # Keys of a message that only a chat template can write into the prompt.
 TOOL_KEYS = ("tool_calls", "function_call")
@@ -80,7 +81,9 @@ THINKING_MODES = {  # name -> whether the system turn asks for the reasoning
     "reasoning": True,
 }
 SYSTEM_PROMPTS = {
-    "text_image": "You are a helpful AI assistant. Respond to the user's request based on the provided text and images.",
+    "text_image": (
+        "You are a helpful AI assistant. Respond to the user's request based on the provided text and images."
+    ),
     "video": "You are a helpful AI assistant. Respond to the user's request based on the provided video.",
 }
 THINKING_PROMPT = (
@@ -188,7 +191,8 @@ def check_query(query, known) -> dict:
     """The items of a query whose keys have no meaning here.
 
     Raises:
-        ValueError: for what is no dict, for a key that is probably misspelled, and for an option, which would have no effect.
+        ValueError: for what is no dict, for a key that is probably misspelled, and for an option, which would have no
+            effect.
     """
     check_options("query", query)
     if query is None:
@@ -238,8 +242,8 @@ def _check_state(state) -> None:
         has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not has_role or not are_complete_parts(message.get("content")):
             raise ValueError(
-                f"{expected}; message {index} of its messages needs a role and a list of parts as content, each with its text or "
-                f"medium, got {shorten(message)}"
+                f"{expected}; message {index} of its messages needs a role and a list of parts as content, each with "
+                f"its text or medium, got {shorten(message)}"
             )
 
 
@@ -247,7 +251,7 @@ def _check_media_kwargs(model, processor, media: list, options: dict) -> None:
     """ValueError for options that an image or video processor refuses, or that do not fit the model's weights."""
     limits = options.keys() & {"min_pixels", "max_pixels"}
     if not media and len(limits) == 1:
-        # A single limit may be meant for the query's other media, and contradict the other limit of this processor's settings.
+        # The single limit may be meant for the query's other media, and contradict this processor's other limit.
         processor.resolve({name: value for name, value in options.items() if name not in limits})
     else:
         processor.resolve(options)
@@ -272,8 +276,8 @@ def list_media(kind: str, media) -> list:
         return []
     if isinstance(media, (np.ndarray, torch.Tensor)) and media.ndim == {"image": 4, "video": 5}[kind]:
         raise ValueError(
-            f"{kind}s must be one {kind} or a list, got an array of shape {list(media.shape)}: {len(media)} {kind}s in one; pass "
-            "list(array)"
+            f"{kind}s must be one {kind} or a list, got an array of shape {list(media.shape)}: {len(media)} {kind}s "
+            "in one; pass list(array)"
         )
     is_one = not isinstance(media, (list, tuple)) or (kind == "video" and is_frames(media))
     return [media] if is_one else list(media)
@@ -356,7 +360,8 @@ def _choose_template(processor, query: dict) -> str | None:
     use_template = read_flag(query, "use_template", None)
     if use_template and not template:
         raise ValueError(
-            "use_template=True, but the processor has no chat template; pass use_template=False or add chat_template.jinja"
+            "use_template=True, but the processor has no chat template; pass use_template=False or add "
+            "chat_template.jinja"
         )
     if not template or use_template is False:
         return None

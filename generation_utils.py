@@ -5,7 +5,8 @@
     generation_batches.py    turns whose `generate` calls would be the same share one, left-padded
     generation_queue.py      the queue interface
 
-No call leaves anything on the model or the processor: a conversation continues from the session state that a call returned.
+No call leaves anything on the model or the processor: a conversation continues from the session state that a call
+returned.
 """
 
 import inspect
@@ -86,10 +87,10 @@ ARGUMENTS = {
 
 
 def _with_arguments(arguments: dict):
-    """Decorator: `inspect.signature` and `help` show `arguments` and `**generate_kwargs` in place of the method's `**given`.
+    """Decorator that shows `arguments` and `**generate_kwargs` in the signature, in place of the method's `**given`.
 
-    The method itself takes `**given`, so that it knows which arguments were given: a default is no choice of the caller, and
-    must not contradict one.
+    The method takes `**given` to know which arguments the caller passed: a default must not contradict one of them, as
+    `video_fps` would contradict `num_frames`.
     """
 
     def decorate(method):
@@ -109,12 +110,12 @@ def _with_arguments(arguments: dict):
 class MossVLGenerationMixin:
     """Offline methods of `MossVLForConditionalGeneration`. `processor` is a `MossVLProcessor` of the same checkpoint.
 
-    The returned texts are what was generated without special tokens, with white space unchanged. A media option that is None is the
-    processor's own setting.
+    The returned texts are what was generated without special tokens, with white space unchanged. A media option that
+    is None is the processor's own setting.
 
     Raises:
-        ValueError, FileNotFoundError: for anything wrong with a query, before any medium is decoded; in a batch, the message
-            begins with "query INDEX:".
+        ValueError, FileNotFoundError: for anything wrong with a query, before any medium is decoded; in a batch, the
+            message begins with "query INDEX:".
     """
 
     @_with_arguments(ARGUMENTS["image"])
@@ -122,23 +123,23 @@ class MossVLGenerationMixin:
         """Answers `prompt` about one image or a list of images, which come before the prompt.
 
         Args:
-            image: anything that the processor takes for an image (a path, a URL, bytes, a PIL image, an array [h, w, 3], ...), or a
-                list of such.
+            image: anything that the processor takes for an image (a path, a URL, bytes, a PIL image, an array
+                [h, w, 3], ...), or a list of such.
             shortest_edge, longest_edge: least and most *pixels* (height x width) of an image after its resize.
             multi_image_max_pixels: most pixels of all images together.
             patch_size, temporal_patch_size, merge_size: must equal those of the model; None means the processor's.
             image_mean, image_std: three numbers each, for pixels in 0..1; None means the processor's.
-            max_new_tokens, temperature, top_k, top_p, repetition_penalty, do_sample: as `generate` takes them, except that a
-                temperature of 0 or less means greedy, as does `do_sample=False`.
+            max_new_tokens, temperature, top_k, top_p, repetition_penalty, do_sample: as `generate` takes them, except
+                that a temperature of 0 or less means greedy, as does `do_sample=False`.
             vision_chunked_length: frames per call of the vision encoder.
-            use_template: True renders the chat template, False feeds the images and the bare prompt, None is True if the
-                processor has a template.
+            use_template: True renders the chat template, False feeds the images and the bare prompt, None is True if
+                the processor has a template.
             system_prompt, system_prompt_type, thinking_mode: choose a system turn, see `offline_batch_generate`.
-            generate_kwargs: any other option of images, or of a `generate` call that returns one text (`num_beams`, `streamer`,
-                `stop_strings`, ...).
+            generate_kwargs: any other option of images, or of a `generate` call that returns one text (`num_beams`,
+                `streamer`, `stop_strings`, ...).
 
         Raises:
-            ValueError: for an unknown argument (with the nearest known one), a wrong value, or a medium that is no image.
+            ValueError: for an unknown argument (with the nearest known one), a wrong value, or what is no image.
             FileNotFoundError: for a missing file.
         """
         return _answer_single(self, processor, "image", prompt, image, given)
@@ -148,8 +149,8 @@ class MossVLGenerationMixin:
         """Answers `prompt` about one video or a list of videos, which come before the prompt.
 
         Args:
-            video: anything that the processor takes for a video (a path, a URL, bytes, a list of frames, an array [n, h, w, 3], a
-                dict with segments, ...), or a list of such.
+            video: anything that the processor takes for a video (a path, a URL, bytes, a list of frames, an array
+                [n, h, w, 3], a dict with segments, ...), or a list of such.
             shortest_edge, longest_edge: least and most *pixels* (height x width) of a frame after its resize.
             video_max_pixels: most pixels of all frames together.
             video_fps: frames per second of video to take. `min_frames` and `max_frames` bound their number.
@@ -163,37 +164,41 @@ class MossVLGenerationMixin:
     def offline_batch_generate(
         self, processor, queries, session_states=None, vision_chunked_length=VISION_CHUNKED_LENGTH
     ) -> dict:
-        """Answers many queries. Queries that can share a `generate` call do; each answer is the one that the query gets alone.
+        """Answers many queries. Some share a `generate` call, but each answer is the one that its query gets alone.
 
         Args:
             queries: a list of dicts. All keys are optional:
                 prompt: text, after the query's images and then videos; or
-                messages: chat messages, whose content is text or a list of parts. A part of type image or video has its medium
-                    (conversation.py lists the forms), or is a placeholder, as `<|image|>` in a text is, for the next of `images` or
-                    `videos`. `prompt` may be an empty string beside messages.
-                images, videos: one medium or a list of media. Beside messages they fill the placeholders; or they are all media of
-                    the messages again, in order, and the options of both are joined.
+                messages: chat messages, whose content is text or a list of parts. A part of type image or video has
+                    its medium (conversation.py lists the forms), or is a placeholder, as `<|image|>` in a text is, for
+                    the next of `images` or `videos`. `prompt` may be an empty string beside messages.
+                images, videos: one medium or a list of media. Beside messages they fill the placeholders; or they are
+                    all media of the messages again, in order, and the options of both are joined.
                 media_kwargs: options of the image and video processors, as in options.py.
                 generate_kwargs: options of `generate`.
-                use_template: as for `offline_image_generate`. Without a template, the contents of the messages are joined bare.
+                use_template: as for `offline_image_generate`. Without a template, the contents of the messages are
+                    joined bare.
                 system_prompt: the text of the system turn.
-                system_prompt_type: "text_image" or "video": the text of the system turn if there is no `system_prompt`; by default
-                    "video" if the conversation has a video.
-                thinking_mode: "deep_thinking" ("thinking", "reasoning") has the system turn ask for the reasoning inside
-                    <thinking></thinking> and the answer inside <answer></answer>; "no_thinking" ("default", "standard") does not.
-                    Without `system_prompt`, `system_prompt_type` and `thinking_mode`, no system turn is added.
+                system_prompt_type: "text_image" or "video": the text of the system turn if there is no
+                    `system_prompt`; by default "video" if the conversation has a video.
+                thinking_mode: "deep_thinking" ("thinking", "reasoning") has the system turn ask for the reasoning
+                    inside <thinking></thinking> and the answer inside <answer></answer>; "no_thinking" ("default",
+                    "standard") does not. Without `system_prompt`, `system_prompt_type` and `thinking_mode`, no system
+                    turn is added.
                 reset_session, clear_history: True ignores the session state.
                 persist_session: False leaves the turn out of the returned session state.
-                append_messages_to_session: False takes the query as a whole conversation, not as the next turn of its session.
-                Any other key (`id`, `metadata`, `response`, ...) is copied into the result, unless the result has a key of this name.
-                A key that is a misspelling of one of the above, or the name of an option, is a ValueError.
-            session_states: None, or a list with None or the state of an earlier call for each query. The `media_kwargs` of earlier
-                turns hold until a query changes them.
+                append_messages_to_session: False takes the query as a whole conversation, not as the next turn of its
+                    session.
+                Any other key (`id`, `metadata`, `response`, ...) is copied into the result, unless the result has such
+                a key. A misspelling of one of the above, or the name of an option, is a ValueError.
+            session_states: None, or a list with None or the state of an earlier call for each query. The
+                `media_kwargs` of earlier turns hold until a query changes them.
             vision_chunked_length: frames per call of the vision encoder.
 
         Returns:
-            {"results": [{"index", "text", "input_text", "messages", ...}], "session_states": [...]}, in the order of the queries.
-            `input_text` is the prompt as the processor got it, `messages` the conversation with the answer at its end.
+            {"results": [{"index", "text", "input_text", "messages", ...}], "session_states": [...]}, in the order of
+            the queries. `input_text` is the prompt as the processor got it, `messages` the conversation with the
+            answer at its end.
 
         Raises:
             ValueError, FileNotFoundError: for the first query with an error, before any medium is decoded.
@@ -214,20 +219,21 @@ class MossVLGenerationMixin:
     def offline_generate(
         self, processor, new_queries, output_text_queue, vision_chunked_length=VISION_CHUNKED_LENGTH
     ) -> None:
-        """Serves queries from a `queue.Queue` until one has `stop_offline_generate`, and puts strings on `output_text_queue`.
+        """Serves queries from a `queue.Queue` until one has `stop_offline_generate`. Answers are strings on a queue.
 
-        A query is one of `offline_batch_generate`. Its answer is the text and `<|round_end|>`; with `stream_output` it is
-        `<|round_start|>`, pieces that join to the text, and `<|round_end|>`. An error is `[ERROR] MESSAGE` in place of the text (or of
-        the rest of it), and the next query is served.
+        A query is one of `offline_batch_generate`. Its answer is the text and `<|round_end|>`; with `stream_output` it
+        is `<|round_start|>`, pieces that join to the text, and `<|round_end|>`. An error is `[ERROR] MESSAGE` in place
+        of the text (or of the rest of it), and the next query is served.
 
-        A query with `cancel_current_generate` or `stop_generation` ends the answer that is being generated, before the waiting queries
-        are served. Its other keys are served in turn, as is `stop_offline_generate`; a query without other keys gets no round. False and
-        None have no effect.
+        A query with `cancel_current_generate` or `stop_generation` ends the answer that is being generated, before the
+        waiting queries are served. Its other keys are served in turn, as is `stop_offline_generate`; a query without
+        other keys gets no round. False and None have no effect.
 
-        Queries are independent, unless one has `persist_session`: then the next queries continue its conversation, until one has
-        `reset_session`. Keys without a meaning here (`id`, `metadata`, ...) are ignored.
+        Queries are independent, unless one has `persist_session`: then the next queries continue its conversation,
+        until one has `reset_session`. Keys without a meaning here (`id`, `metadata`, ...) are ignored.
 
-        When the method returns or is interrupted, the queries that were not served are on `new_queries`, in their order.
+        When the method returns or is interrupted, the queries that were not served are on `new_queries`, in their
+        order.
         """
         QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length).serve()
 
@@ -268,7 +274,7 @@ def _check_batch(queries, session_states) -> None:
 
 
 def _check_videos(processor, turns: list[Turn]) -> None:
-    """Plans the videos of all turns, so that an error in one is raised before another is decoded. Downloads nothing."""
+    """Plans the videos of all turns without downloads, so that a wrong one is an error before another is decoded."""
     for index, turn in enumerate(turns):
         if turn.videos and not turn.videos_kwargs.get("allow_http"):
             with name_query(index):

@@ -26,16 +26,17 @@ Images and videos are paths, file: or data: URLs, or, with --allow-http, http(s)
 queries.jsonl has a JSON object per line, or is a JSON list of such objects. The keys are those of a query of
 `offline_batch_generate` (prompt or messages, images, videos, media_kwargs, generate_kwargs, ...), and
   "media": ["a.jpg", "b.mp4"]   in place of images and videos: files of any kind, in their order
-Any other key ("id", "label", ...) is copied into the result. Training records are queries, too: their `conversations` are
-the messages, and the turns of the assistant at the end are left out.
-All relative paths start at the folder of queries.jsonl. The options of the command line hold for every line that does not
-set them itself.
-results.jsonl gets a line per query, in the order of the queries: {"index": 0, "id": ..., "text": ...}, or "error" in place of
-"text". An interrupted run continues after the lines that are there already; to repeat failed queries, give another --out.
+Any other key ("id", "label", ...) is copied into the result. Training records are queries, too: their `conversations`
+are the messages, and the turns of the assistant at the end are left out.
+All relative paths start at the folder of queries.jsonl. The options of the command line hold for every line that does
+not set them itself.
+results.jsonl gets a line per query, in the order of the queries: {"index": 0, "id": ..., "text": ...}, or "error" in
+place of "text". An interrupted run continues after the lines that are there already; to repeat failed queries, give
+another --out.
 
 exit codes: 0 all answered, 1 some queries of a batch failed, 2 wrong usage or input, 130 interrupted
 """
-# Options that the command line leaves to the checkpoint (None) unless they are given, in place of the offline methods' defaults.
+# None: if they are not given, the settings of the checkpoint hold, not the defaults of the offline methods.
 CHECKPOINT_OPTIONS = dict.fromkeys(
     (
         "min_pixels",
@@ -340,7 +341,7 @@ def load(args):
 
 
 def check_caches(cause: OSError, downloads: bool) -> None:
-    """Raises OSError, with the environment variable to set, if loading failed because a cache folder cannot be written to.
+    """Raises OSError if loading failed because a cache folder cannot be written to; it names the variable to set.
 
     `downloads`: whether the checkpoint comes from a hub.
     """

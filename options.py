@@ -1,6 +1,7 @@
 """The options of text, images and videos, for calls, parts of messages, media and settings files.
 
-`OPTIONS` is the one table. An option has one canonical name, and aliases that other software uses. None means the default, everywhere.
+`OPTIONS` is the one table. An option has one canonical name, and aliases that other software uses. None means the
+default, everywhere.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,8 +37,8 @@ class Option:
         aliases: other names of the same option, as other software calls it.
         per_medium: True if a single medium may have it, as a key of its part of a message or of its dict.
         stored: True if it is also a setting of the image or video processor, so that settings files have it.
-        trusted: True if only `from_pretrained` and the constructors take it, and no settings file: a downloaded checkpoint must not
-            decide it for its user.
+        trusted: True if only `from_pretrained` and the constructors take it, and no settings file: a downloaded
+            checkpoint must not decide it for its user.
     """
 
     name: str
@@ -172,8 +173,8 @@ OPTIONS = (
     Option("video_backend", ("video",), "'pyav' or 'decord'", aliases=("video_load_backend",), stored=True),
 )
 
-# Groups of options that exclude each other. If a more specific level (a medium, a call) sets one of a group, it overrides the whole
-# group of the more general level (a call, a settings file).
+# Groups of options that exclude each other. If a more specific level (a medium, a call) sets one of a group, it
+# overrides the whole group of the more general level (a call, a settings file).
 ALTERNATIVES = (
     ("video_fps", "num_frames", "do_sample_frames"),
     ("video_start", "video_end", "segments"),
@@ -182,8 +183,8 @@ ALTERNATIVES = (
 # They replace the limits `min_pixels` and `max_pixels`.
 FIXED_SIZE = ("resized_height", "resized_width")
 
-# Arguments with only one possible value: steps of preprocessing that are always (or never) done, and arguments of transformers'
-# tokenizers that do not fit a processor. A caller may give them with this value.
+# Arguments with only one possible value: steps of preprocessing that are always (or never) done, and arguments of
+# transformers' tokenizers that do not fit a processor. A caller may give them with this value.
 FIXED = {
     "do_resize": True,
     "do_rescale": True,
@@ -205,11 +206,14 @@ FIXED_TEXT = {
 }
 # Arguments of transformers' `apply_chat_template` for features that do not exist here.
 FIXED_TEMPLATE = {"load_audio_from_video": False, "sanitize_control_tokens": False}
-# Names that other software uses with another meaning, or for something that does not exist here, and what to write instead.
+# Names that have another meaning in other software, or no meaning here, and what to write instead.
 REFUSED = {
     "raw_fps": "times follow from sample_fps or video_metadata; leave it out",
     "max_num_frames": "write max_frames",
-    "frames": "write num_frames to say how many are taken; a list of frames is {'video': frames, 'fps': the rate at which they were taken}",
+    "frames": (
+        "write num_frames to say how many are taken; a list of frames is {'video': frames, 'fps': the rate at which "
+        "they were taken}"
+    ),
     "resolution": "write max_pixels, or resized_height and resized_width",
     "image_size": "write max_pixels, or resized_height and resized_width",
     "crop_size": "nothing is cropped; leave it out",
@@ -248,7 +252,8 @@ def read_options(given: Mapping, known: Iterable[str], what: str) -> dict:
         what: names the place in messages.
 
     Raises:
-        ValueError: for any other name (with the nearest known one), and for two names of one option with different values.
+        ValueError: for any other name (with the nearest known one), and for two names of one option with different
+            values.
     """
     out, spelled = {}, {}
     for name, value in given.items():
@@ -263,8 +268,8 @@ def read_options(given: Mapping, known: Iterable[str], what: str) -> dict:
         option = canonical(name)
         if option in out and not _same(out[option], value):
             raise ValueError(
-                f"{what}: {spelled[option]}={shorten(out[option])} and {name}={shorten(value)} name the same option and disagree; "
-                "give one of them"
+                f"{what}: {spelled[option]}={shorten(out[option])} and {name}={shorten(value)} name the same option "
+                "and disagree; give one of them"
             )
         out[option], spelled[option] = value, name
     return out
@@ -291,7 +296,7 @@ def layered(general: Mapping, specific: Mapping) -> dict:
 
 
 def drop_fixed(kwargs: Mapping, what: str, fixed: Mapping = FIXED) -> dict:
-    """`kwargs` without the arguments of `fixed`. ValueError if one of them is given with another value than its only one."""
+    """`kwargs` without the arguments of `fixed`. ValueError if one of these has another value than its only one."""
     for name in fixed.keys() & kwargs.keys():
         value = getattr(kwargs[name], "value", kwargs[name])
         if value is not None and value != fixed[name]:

@@ -1,4 +1,4 @@
-"""Query files of infer.py: lines of JSON, and the media that they and the command line name, to queries of `offline_batch_generate`."""
+"""Reads the query files of infer.py, and media that may be images or videos, for `offline_batch_generate`."""
 
 import json
 import mimetypes
@@ -25,7 +25,7 @@ from moss_vl.conversation import (
 
 
 def read_lines(file: Path) -> list[str]:
-    """The queries of a file as lines of JSON. The file has a query per line, or is a JSON list of queries, or one query.
+    """The queries of a file as lines of JSON. The file has a query per line, or is a JSON list, or is one query.
 
     Raises:
         ValueError: for a file that is not UTF-8, or is no JSON although its name and first character say so.
@@ -152,7 +152,8 @@ class MediaReader:
         kind = "video" if isinstance(medium, list) else medium_kind(medium) if isinstance(medium, dict) else None
         if kind is None and not isinstance(medium, str):
             raise ValueError(
-                f"media holds {shorten(medium)}; expected a path, a URL, or a dict with 'image' or 'video', or a type of that name"
+                f"media holds {shorten(medium)}; expected a path, a URL, or a dict with 'image' or 'video', or a type "
+                "of that name"
             )
         medium = self.resolve(kind or "video", medium)
         if kind is not None:
@@ -191,7 +192,7 @@ def probe_file(path: str) -> str:
 
 
 def _probe(source, mime: str | None) -> str:
-    """ "image" for what Pillow opens, except for animated GIFs, and for a damaged file of an image type; else "video"."""
+    """ "video" for animated GIFs, and for what Pillow cannot open unless `mime` is an image type; else "image"."""
     from PIL import Image
 
     try:
@@ -207,7 +208,7 @@ def _probe(source, mime: str | None) -> str:
 
 
 def prepare_query(line: dict, folder: Path, allow_http: bool, prompt: str | None = None) -> dict:
-    """The query of a line for `offline_batch_generate`: with `media` or `conversations` as messages, and with located media.
+    """The query of a line for `offline_batch_generate`, with `media` or `conversations` as messages.
 
     Args:
         line: the JSON object of a line of a query file; not changed.
