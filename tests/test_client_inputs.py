@@ -1,20 +1,14 @@
-"""What callers write in other forms, in other places, or wrongly: defaults that give way, media named again, keys that would have no effect,
-and messages of errors."""
+"""What callers write in other forms, in other places, or wrongly: defaults that give way, media named again, keys that
+would have no effect, and messages of errors."""
 
 import copy
 import json
 import os
-import queue
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_clients import emptied, start, user
-from test_infer_cli import IMAGE, asked, infer, loaded, run  # noqa: F401 - most are fixtures
-from test_infer_inputs import batch as lines  # noqa: F401 - fixtures
-from test_infer_inputs import grids  # noqa: F401 - a fixture
-from test_offline import (  # noqa: F401 - most are fixtures
+from offline import (  # noqa: F401 - most are fixtures
     LONGER_VIDEO,
     VIDEO,
     batch,
@@ -26,7 +20,12 @@ from test_offline import (  # noqa: F401 - most are fixtures
     query_of,
     serve,
     text_of,
-)  # fmt: skip
+    user,
+)
+from PIL import Image
+from test_infer_cli import IMAGE, asked, infer, loaded, run  # noqa: F401 - most are fixtures
+from test_infer_inputs import batch as lines  # noqa: F401 - fixtures
+from test_infer_inputs import grids  # noqa: F401 - a fixture
 from test_records import read_records
 
 from moss_vl import generation_options, generation_queries
@@ -41,13 +40,24 @@ def frames_of(calls):  # noqa: F811
 # defaults give way
 
 
-@pytest.mark.parametrize("knobs, frames", [
-    ({"sample_fps": 2}, 6), ({"sample_fps": 2, "max_frames": 5}, 5), ({"sample_fps": 2, "min_frames": 2}, 6), ({"sample_fps": 2, "num_frames": 2}, 2), ({"sample_fps": 2, "fps": 1}, 3),
-    ({"sample_fps": 2, "do_sample_frames": True}, 3), ({"sample_fps": 2, "video_fps": None}, 6), ({"do_sample_frames": False, "fps": 2}, 6),
-    ({"do_sample_frames": False, "sample_fps": 2}, 6), ({"do_sample_frames": None, "sample_fps": 2}, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, frames",
+    [
+        ({"sample_fps": 2}, 6),
+        ({"sample_fps": 2, "max_frames": 5}, 5),
+        ({"sample_fps": 2, "min_frames": 2}, 6),
+        ({"sample_fps": 2, "num_frames": 2}, 2),
+        ({"sample_fps": 2, "fps": 1}, 3),
+        ({"sample_fps": 2, "do_sample_frames": True}, 3),
+        ({"sample_fps": 2, "video_fps": None}, 6),
+        ({"do_sample_frames": False, "fps": 2}, 6),
+        ({"do_sample_frames": False, "sample_fps": 2}, 6),
+        ({"do_sample_frames": None, "sample_fps": 2}, 6),
+    ],
+)
 def test_frames_are_those_of_the_processor(model, processor, pictures, calls, knobs, frames):  # noqa: F811
-    """The methods' own default rate and bounds are no choice of the caller's: given options act as they do in the processor."""
+    """The methods' own default rate and bounds are no choice of the caller's: given options act as they do in the
+    processor."""
     video = [pictures[0]] * 6
     alone = processor(text="<|video|>", videos=[video], return_tensors="pt", max_pixels=16384, **knobs)
     assert alone["grid_thw"][:, 0].tolist() == [frames]
@@ -62,9 +72,15 @@ def test_defaults_that_stay():
     rate = {name: value for name, value in every.items() if name != "video_fps"}
     none = {name: value for name, value in rate.items() if name not in ("min_frames", "max_frames")}
     for given, left in (
-        ({}, every), ({"max_frames": 3}, every), ({"do_sample_frames": True}, every), ({"sample_fps": None}, every), ({"do_sample_frames": False}, none),
-        ({"sample_fps": 2}, none), ({"sample_fps": 2, "max_frames": 3}, rate), ({"sample_fps": 2, "do_sample_frames": True}, every),
-    ):  # fmt: skip
+        ({}, every),
+        ({"max_frames": 3}, every),
+        ({"do_sample_frames": True}, every),
+        ({"sample_fps": None}, every),
+        ({"do_sample_frames": False}, none),
+        ({"sample_fps": 2}, none),
+        ({"sample_fps": 2, "max_frames": 3}, rate),
+        ({"sample_fps": 2, "do_sample_frames": True}, every),
+    ):
         assert generation_options.defaults_beside(given) == left, given
 
 
@@ -94,17 +110,27 @@ def test_size_is_the_two_limits(model, processor, pictures, calls):  # noqa: F81
     ][0]
     assert state["media_kwargs"] == {"max_pixels": 16384} and json.loads(json.dumps(state)) == state
     for media, message in (
-        ({"size": 5}, "size must be"), ({"size": {"height": 3}}, "size: unknown keyword 'height'"), ({"size": {"longest_edge": 0}}, "max_pixels"),
-        ({"size": {"longest_edge": 9000}, "max_pixels": 9000}, "size has 'longest_edge', and max_pixels, the same option"),
-        ({"size": {"shortest_edge": 9000}, "shortest_edge": 9000}, "size has 'shortest_edge', and shortest_edge, the same option"),
-    ):  # fmt: skip
+        ({"size": 5}, "size must be"),
+        ({"size": {"height": 3}}, "size: unknown keyword 'height'"),
+        ({"size": {"longest_edge": 0}}, "max_pixels"),
+        (
+            {"size": {"longest_edge": 9000}, "max_pixels": 9000},
+            "size has 'longest_edge', and max_pixels, the same option",
+        ),
+        (
+            {"size": {"shortest_edge": 9000}, "shortest_edge": 9000},
+            "size has 'shortest_edge', and shortest_edge, the same option",
+        ),
+    ):
         with pytest.raises(ValueError, match=message):
             batch(model, processor, query_of("a", images=pictures[0], media=media))
 
 
 def test_none_stands_for_the_default_of_what_is_no_option(model, processor, pictures, calls):  # noqa: F811
-    texts = [text_of(model, processor, query_of("a", images=pictures[0], media={"max_pixels": 16384, **none}))
-             for none in ({}, {"audio": None, "frames": None})]  # fmt: skip
+    texts = [
+        text_of(model, processor, query_of("a", images=pictures[0], media={"max_pixels": 16384, **none}))
+        for none in ({}, {"audio": None, "frames": None})
+    ]
     assert texts[0] == texts[1]
     model.offline_image_generate(processor, "a", pictures[0], audio=None, max_new_tokens=1)
     for media in ({"audio": "a.wav"}, {"audio": "a.wav", "max_pixels": None}):
@@ -117,12 +143,25 @@ def test_none_stands_for_the_default_of_what_is_no_option(model, processor, pict
 # media beside a content
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("images", ["a.png"], "message 0 has 'images' beside its content, .*'a.png'.*; put each medium into the content, as a part .*'image'"),
-    ("image", "a.png", "message 0 has 'image'"), ("videos", ["a.mp4"], "a part .'type': 'video', 'video': ..."), ("media", ["a.png"], "'media'"),
-    ("video_path", "a.mp4", "'video_path'"), ("image_url", {"url": "a.png"}, "'image_url'"), ("audios", ["a.wav"], "takes no audio"),
-    ("images", [np.zeros((4, 4, 3), np.uint8)], "'images'"), ("image", np.zeros((4, 4, 3), np.uint8), "'image'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "images",
+            ["a.png"],
+            "message 0 has 'images' beside its content, .*'a.png'.*; put each medium into the content, as a part "
+            ".*'image'",
+        ),
+        ("image", "a.png", "message 0 has 'image'"),
+        ("videos", ["a.mp4"], "a part .'type': 'video', 'video': ..."),
+        ("media", ["a.png"], "'media'"),
+        ("video_path", "a.mp4", "'video_path'"),
+        ("image_url", {"url": "a.png"}, "'image_url'"),
+        ("audios", ["a.wav"], "takes no audio"),
+        ("images", [np.zeros((4, 4, 3), np.uint8)], "'images'"),
+        ("image", np.zeros((4, 4, 3), np.uint8), "'image'"),
+    ],
+)
 def test_media_beside_a_content_are_an_error(model, processor, nothing_is_encoded, key, value, message):  # noqa: F811
     messages = [{"role": "user", "content": "What?", key: value}]
     with pytest.raises(ValueError, match=f"^query 0: .*{message}"):
@@ -243,11 +282,18 @@ def test_segments_named_again_as_one_video(model, processor, calls, tmp_path):  
     assert read_records(tmp_path / "records.jsonl")[0].videos == [clip((0, 2)), clip((3.5,))]
 
 
-@pytest.mark.parametrize("again, message", [
-    ([clip((3.5,), (0, 2))], "video 0 of the messages has the options .*, but in videos"),
-    ([clip((0, 2), (3.5,), max_frames=4)], "videos names 1 videos whose segments are 2 parts of the messages, and gives them max_frames"),
-    ([clip((0, 2), (3.5,), (4,))], "but videos holds 1"), ([{**clip((0, 2), (3.5,)), "video_path": VIDEO}], "in its place"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "again, message",
+    [
+        ([clip((3.5,), (0, 2))], "video 0 of the messages has the options .*, but in videos"),
+        (
+            [clip((0, 2), (3.5,), max_frames=4)],
+            "videos names 1 videos whose segments are 2 parts of the messages, and gives them max_frames",
+        ),
+        ([clip((0, 2), (3.5,), (4,))], "but videos holds 1"),
+        ([{**clip((0, 2), (3.5,)), "video_path": VIDEO}], "in its place"),
+    ],
+)
 def test_segments_that_are_not_the_same(model, processor, nothing_is_encoded, again, message):  # noqa: F811
     parts = [{"type": "video", "video": clip((0, 2))}, {"type": "video", "video": clip((3.5,))}]
     with pytest.raises(ValueError, match=message):
@@ -269,9 +315,17 @@ def test_a_part_may_stand_for_its_medium(model, processor, pictures, calls, line
     with pytest.raises(ValueError, match="an image given as a dict is of type 'video'; expected image"):
         batch(model, processor, query_of("x", images=[{"type": "video", "path": pictures[0]}]))
     code, _, results, _ = lines(
-        {"media": [{"type": "video", "video": "b.mp4"}, {"type": "image", "image": "a.jpg"}, {"type": "image_url", "image_url": {"url": "a.jpg"}}]},
-        {"media": [{"type": "video", "path": "b.mp4"}]}, {"media": [{"type": "audio", "path": "b.mp4"}]}, {"media": [{"type": "image", "video": "b.mp4"}]},
-    )  # fmt: skip
+        {
+            "media": [
+                {"type": "video", "video": "b.mp4"},
+                {"type": "image", "image": "a.jpg"},
+                {"type": "image_url", "image_url": {"url": "a.jpg"}},
+            ]
+        },
+        {"media": [{"type": "video", "path": "b.mp4"}]},
+        {"media": [{"type": "audio", "path": "b.mp4"}]},
+        {"media": [{"type": "image", "video": "b.mp4"}]},
+    )
     assert grids == [[2, 1, 1], [2]] and code == 1
     assert (
         "'image' or 'video', or a type of that name" in results[2]["error"]
@@ -282,15 +336,25 @@ def test_a_part_may_stand_for_its_medium(model, processor, pictures, calls, line
 # keys of a query
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("segments", [[0, 1]], "'segments' belongs to one video; write .'video_path': ..., 'segments': ..0, 1..."),
-    ("video_metadata", {"fps": 2}, "'video_metadata' belongs to one video"), ("size", {"longest_edge": 9}, "'size' belongs into its media_kwargs"),
-    ("video_start", 3, "belongs into its media_kwargs"), ("num_return_sequences", 2, "the offline methods return one text"),
-    ("output_scores", True, "the offline methods return one text"), ("min_p", 0.1, "belongs into its generate_kwargs"),
-    ("padding", True, "an option of the processor's call"), ("return_tensors", "pt", "an option of the processor's call"),
-    ("audios", ["a.wav"], "takes no audio"), ("max_num_frames", 3, "write max_frames"), ("do_resize", False, "do_resize is always True"),
-    ("session_states", [None], "goes beside the queries"), ("media", ["a.png"], "'media' is a key of lines for infer.py"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("segments", [[0, 1]], "'segments' belongs to one video; write .'video_path': ..., 'segments': ..0, 1..."),
+        ("video_metadata", {"fps": 2}, "'video_metadata' belongs to one video"),
+        ("size", {"longest_edge": 9}, "'size' belongs into its media_kwargs"),
+        ("video_start", 3, "belongs into its media_kwargs"),
+        ("num_return_sequences", 2, "the offline methods return one text"),
+        ("output_scores", True, "the offline methods return one text"),
+        ("min_p", 0.1, "belongs into its generate_kwargs"),
+        ("padding", True, "an option of the processor's call"),
+        ("return_tensors", "pt", "an option of the processor's call"),
+        ("audios", ["a.wav"], "takes no audio"),
+        ("max_num_frames", 3, "write max_frames"),
+        ("do_resize", False, "do_resize is always True"),
+        ("session_states", [None], "goes beside the queries"),
+        ("media", ["a.png"], "'media' is a key of lines for infer.py"),
+    ],
+)
 def test_options_that_would_have_no_effect(model, processor, nothing_is_encoded, key, value, message):  # noqa: F811
     query = {"prompt": "a", "videos": [VIDEO], key: value}
     with pytest.raises(ValueError, match=f"query 0: query: .*{message}"):
@@ -308,13 +372,16 @@ def test_keys_of_a_record_travel(key):
     assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
 
-@pytest.mark.parametrize("box, knobs, message", [
-    ("media_kwargs", {"segments": [[0, 1]]}, "media_kwargs: 'segments' belongs to one video"),
-    ("media_kwargs", {"max_new_tokens": 3}, "media_kwargs: 'max_new_tokens' belongs into its generate_kwargs"),
-    ("media_kwargs", {"padding": True}, "media_kwargs: 'padding' is an option of the processor's call"),
-    ("generate_kwargs", {"fps": 3}, "generate_kwargs: 'fps' belongs into its media_kwargs"),
-    ("generate_kwargs", {"seed": 1}, "generate_kwargs: 'seed' is no option of generate; call torch.manual_seed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "box, knobs, message",
+    [
+        ("media_kwargs", {"segments": [[0, 1]]}, "media_kwargs: 'segments' belongs to one video"),
+        ("media_kwargs", {"max_new_tokens": 3}, "media_kwargs: 'max_new_tokens' belongs into its generate_kwargs"),
+        ("media_kwargs", {"padding": True}, "media_kwargs: 'padding' is an option of the processor's call"),
+        ("generate_kwargs", {"fps": 3}, "generate_kwargs: 'fps' belongs into its media_kwargs"),
+        ("generate_kwargs", {"seed": 1}, "generate_kwargs: 'seed' is no option of generate; call torch.manual_seed"),
+    ],
+)
 def test_options_in_the_other_dict(model, processor, nothing_is_encoded, box, knobs, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         batch(model, processor, {"prompt": "a", box: knobs})
@@ -372,11 +439,27 @@ def test_arrays_and_lists_where_one_is_expected(model, processor, pictures, noth
         batch(model, processor, {"prompt": "x", "images": [[pictures[0], pictures[1]]]})
 
 
-@pytest.mark.parametrize("name, value", [
-    ("num_beams", "2"), ("num_beams", 0), ("num_beams", True), ("max_length", "9"), ("min_new_tokens", -1), ("no_repeat_ngram_size", 1.5),
-    ("eos_token_id", "a"), ("eos_token_id", [1, "a"]), ("pad_token_id", [1]), ("stop_strings", 3), ("stop_strings", ["a", 3]), ("streamer", 3),
-    ("logits_processor", [3]), ("logits_processor", 3), ("stopping_criteria", [None]), ("stopping_criteria", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_beams", "2"),
+        ("num_beams", 0),
+        ("num_beams", True),
+        ("max_length", "9"),
+        ("min_new_tokens", -1),
+        ("no_repeat_ngram_size", 1.5),
+        ("eos_token_id", "a"),
+        ("eos_token_id", [1, "a"]),
+        ("pad_token_id", [1]),
+        ("stop_strings", 3),
+        ("stop_strings", ["a", 3]),
+        ("streamer", 3),
+        ("logits_processor", [3]),
+        ("logits_processor", 3),
+        ("stopping_criteria", [None]),
+        ("stopping_criteria", None),
+    ],
+)
 def test_knobs_of_odd_kinds(model, processor, nothing_is_encoded, name, value):  # noqa: F811
     with pytest.raises(ValueError, match=f"query 0: {name} must"):
         batch(model, processor, query_of("a", generate={name: value}))
@@ -406,12 +489,24 @@ def test_a_processor_of_another_kind(model, processor):  # noqa: F811
         batch(model, processor.tokenizer, {"prompt": "a"})
 
 
-@pytest.mark.parametrize("state", [
-    {"messages": [{"role": "user", "content": "a"}], "media_kwargs": {}}, {"messages": "a", "media_kwargs": {}}, {"messages": [3], "media_kwargs": {}},
-    {"messages": [{"role": "user", "content": [{"type": "image"}]}], "media_kwargs": {}}, {"messages": [], "media_kwargs": None},
-    {"messages": [{"role": "user", "content": [{"type": "text"}]}], "media_kwargs": {}}, {"messages": [{"content": []}], "media_kwargs": {}},
-    {"messages": [{"role": "user", "content": ["a"]}], "media_kwargs": {}}, {"messages": [], "media_kwargs": {"fsp": 1}}, {"messages": []}, [], "a",
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"messages": [{"role": "user", "content": "a"}], "media_kwargs": {}},
+        {"messages": "a", "media_kwargs": {}},
+        {"messages": [3], "media_kwargs": {}},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}], "media_kwargs": {}},
+        {"messages": [], "media_kwargs": None},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}], "media_kwargs": {}},
+        {"messages": [{"content": []}], "media_kwargs": {}},
+        {"messages": [{"role": "user", "content": ["a"]}], "media_kwargs": {}},
+        {"messages": [], "media_kwargs": {"fsp": 1}},
+        {"messages": []},
+        [],
+        "a",
+    ],
+    ids=str,
+)
 def test_states_that_no_call_returned(model, processor, nothing_is_encoded, state):  # noqa: F811
     with pytest.raises(ValueError, match="query 0: .*session state"):
         batch(model, processor, query_of("b"), session_states=[state])
@@ -428,40 +523,6 @@ def test_flags_and_choices_of_odd_kinds(model, processor, nothing_is_encoded, na
         batch(model, processor, query_of("a", generate={"do_sample": value}))
 
 
-def test_an_array_is_no_cancel_flag(model, processor):  # noqa: F811
-    """It neither ends the answer that is being generated nor breaks it; its own round is an error."""
-    asked, said = queue.Queue(), queue.Queue()  # noqa: F811
-    for query in (
-        query_of("a"),
-        {**query_of("b"), "stop_generation": np.ones(2)},
-        query_of("c"),
-        {"stop_offline_generate": True},
-    ):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    texts = [text_of(model, processor, query_of(prompt)) for prompt in "ac"]
-    error = "[ERROR] stop_generation must be True or False, got a ndarray"
-    assert emptied(said) == [piece for text in (texts[0], error, texts[1]) for piece in (text, "<|round_end|>")]
-
-
-@pytest.mark.parametrize("flag", [True, np.bool_(True), 1])
-def test_flags_that_cancel(model, processor, flag):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()  # noqa: F811
-    endless = query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id]))
-    for query in (endless, {"cancel_current_generate": flag}, {"stop_offline_generate": True}):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said)[-1] == "<|round_end|>" and asked.empty()
-
-
-def test_a_stack_of_queries_keeps_its_order(model, processor):  # noqa: F811
-    asked, said = queue.LifoQueue(), queue.Queue()  # noqa: F811
-    for query in ({"id": 1}, {"id": 2}, {"stop_offline_generate": True}, query_of("a")):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(asked) == [{"id": 2}, {"id": 1}]
-
-
 # infer.py
 
 
@@ -473,20 +534,30 @@ def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
         "bounded below": ({"videos": "b.mp4", "media_kwargs": {"min_frames": 5}}, [5]),
         "bounded far below": ({"videos": "b.mp4", "media_kwargs": {"min_frames": 4, "max_frames": 6}}, [4]),
         "within": ({"videos": "b.mp4", "media_kwargs": {"min_frames": 1, "max_frames": 6}}, [2]),
-        "a part's own bounds": ({"messages": user({**part, "max_frames": 1}, {**part, "min_frames": 3}, part)}, [1, 3, 2]),
+        "a part's own bounds": (
+            {"messages": user({**part, "max_frames": 1}, {**part, "min_frames": 3}, part)},
+            [1, 3, 2],
+        ),
         "a part's own number": ({"messages": user({**part, "nframes": 4}, part)}, [4, 2]),
         "a part's own rate": ({"messages": user({**part, "fps": 0.5}, part)}, [5, 2]),
-        "every frame of a list": ({"messages": user({"type": "video", "video": ["a.jpg"] * 3}), "media_kwargs": {"sample_fps": 1}}, [3]),
+        "every frame of a list": (
+            {"messages": user({"type": "video", "video": ["a.jpg"] * 3}), "media_kwargs": {"sample_fps": 1}},
+            [3],
+        ),
         "a video's own bounds": ({"videos": [{"video": "b.mp4", "max_frames": 1}, "b.mp4"]}, [1, 2]),
-    }  # fmt: skip
+    }
     code, _, results, _ = lines(*(query for query, _ in queries.values()))
     assert code == 0, results
     assert dict(zip(queries, grids, strict=True)) == {name: frames for name, (_, frames) in queries.items()}
     grids.clear()
     code, _, results, _ = lines(
-        {"messages": user({**part, "nframes": 4})}, {"messages": user({**part, "min_frames": 3})}, {"videos": "b.mp4", "media_kwargs": {"min_frames": 3}},
-        {"videos": "b.mp4", "media_kwargs": {"max_frames": 1}}, {"videos": "b.mp4"}, options=("--fps", 5),
-    )  # fmt: skip
+        {"messages": user({**part, "nframes": 4})},
+        {"messages": user({**part, "min_frames": 3})},
+        {"videos": "b.mp4", "media_kwargs": {"min_frames": 3}},
+        {"videos": "b.mp4", "media_kwargs": {"max_frames": 1}},
+        {"videos": "b.mp4"},
+        options=("--fps", 5),
+    )
     assert code == 0 and grids == [[4], [3], [3], [1], [2]], results
 
 
@@ -503,10 +574,12 @@ def test_limits_of_the_command_line_give_way_to_size(lines, asked):  # noqa: F81
 def test_messages_with_from_and_value(lines):  # noqa: F811
     human, answer = {"from": "human", "value": "<|image|>What color is the star?"}, {"from": "gpt", "value": "a star"}
     code, _, results, asked = lines(  # noqa: F811
-        {"messages": [human, answer], "images": ["a.jpg"]}, {"conversations": [human, answer], "images": ["a.jpg"]},
+        {"messages": [human, answer], "images": ["a.jpg"]},
+        {"conversations": [human, answer], "images": ["a.jpg"]},
         {"messages": [{"role": "user", "content": human["value"]}], "images": ["a.jpg"]},
-        {"messages": [{**human, "role": "user"}]}, {"messages": ["a"]},
-    )  # fmt: skip
+        {"messages": [{**human, "role": "user"}]},
+        {"messages": ["a"]},
+    )
     assert (
         len({result["text"] for result in results[:3]}) == 1
         and asked[0]["messages"] == asked[1]["messages"] == asked[2]["messages"]

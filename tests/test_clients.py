@@ -1,18 +1,15 @@
-"""Queries as clients of the released code send them, what a caller gave and what is a default, and the queue after a stop."""
+"""Queries as clients of the released code send them, what a caller gave and what is a default, and the queue after a
+stop."""
 
 import copy
 import json
-import queue
-import threading
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_offline import (  # noqa: F401 - most are fixtures
+from offline import (  # noqa: F401 - most are fixtures
     LONGER_VIDEO,
-    NEW,
-    SMALL,
+    RECORD,
     VIDEO,
     batch,
     calls,
@@ -22,27 +19,13 @@ from test_offline import (  # noqa: F401 - most are fixtures
     processor,
     query_of,
     serve,
-    text_of,
-)  # fmt: skip
+    user,
+)
+from PIL import Image
 from transformers import LogitsProcessorList
 
 from moss_vl import generation_options, generation_queries
 from moss_vl.generation_batches import UnpaddedPenalty
-
-
-RECORD = {
-    "id": 7,
-    "metadata": {"source": "web"},
-    "response": "a star",
-    "label": None,
-    "duration": 3.5,
-    "conversation_id": "x",
-    "frames": 3,
-}
-
-
-def user(*parts):
-    return [{"role": "user", "content": list(parts)}]
 
 
 # media that are named again
@@ -84,11 +67,23 @@ def forms(pictures):  # noqa: F811
     }
 
 
-@pytest.mark.parametrize("name, frames", [
-    ("both kinds", [1, 1]), ("images alone", [1, 1, 1]), ("bare", [1, 1]), ("written otherwise", [1, 1]), ("segments", [2, 1]),
-    ("segments as tuples", [2, 1]), ("segments said in one place", [2, 1]), ("options said in one place", [10]), ("objects", [1]),
-    ("frames", [2]), ("arrays", [1]), ("a place among them", [1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, frames",
+    [
+        ("both kinds", [1, 1]),
+        ("images alone", [1, 1, 1]),
+        ("bare", [1, 1]),
+        ("written otherwise", [1, 1]),
+        ("segments", [2, 1]),
+        ("segments as tuples", [2, 1]),
+        ("segments said in one place", [2, 1]),
+        ("options said in one place", [10]),
+        ("objects", [1]),
+        ("frames", [2]),
+        ("arrays", [1]),
+        ("a place among them", [1, 1]),
+    ],
+)
 def test_media_named_again_are_the_same_media(model, processor, pictures, calls, name, frames):  # noqa: F811
     messages, again = forms(pictures)[name]
     query = query_of(messages=messages, **again)
@@ -125,12 +120,14 @@ NOT_THE_SAME = [
     (
         ["a", "b"],
         {},
-        "leave placeholders for 0 images, and have 1 of their own .images may also name all 1 again., but images holds 2",
+        "leave placeholders for 0 images, and have 1 of their own .images may also name all 1 again., but images "
+        "holds 2",
     ),
     (
         ["a"],
         {"extra": 2},
-        "leave placeholders for 2 images, and have 1 of their own .images may also name all 3 again., but images holds 1",
+        "leave placeholders for 2 images, and have 1 of their own .images may also name all 3 again., but images "
+        "holds 1",
     ),
     (
         [{"image": "a", "max_pixels": 5000}],
@@ -144,8 +141,14 @@ NOT_THE_SAME = [
 @pytest.mark.parametrize("images, part, message", NOT_THE_SAME)
 def test_media_that_are_not_the_same(model, processor, pictures, nothing_is_encoded, images, part, message):  # noqa: F811
     paths = dict(zip("ab", pictures, strict=False))
-    images = [{**one, "image": paths[one["image"]]} if isinstance(one, dict) and "image" in one else paths.get(one, one)
-              if isinstance(one, str) else one for one in images]  # fmt: skip
+    images = [
+        {**one, "image": paths[one["image"]]}
+        if isinstance(one, dict) and "image" in one
+        else paths.get(one, one)
+        if isinstance(one, str)
+        else one
+        for one in images
+    ]
     places = [{"type": "image"}] * part.get("extra", 0)
     own = {"type": "image", "image": pictures[0], **{name: value for name, value in part.items() if name != "extra"}}
     with pytest.raises(ValueError, match=f"^query 0: .*{message}"):
@@ -195,7 +198,8 @@ def test_options_of_a_part_hold_for_it_alone(model, processor, calls):  # noqa: 
 def test_a_list_of_pictures_is_one_video(model, processor, pictures, calls):  # noqa: F811
     frames = [pictures[0]] * 3
     assert (
-        generation_queries.list_media("video", frames) == [frames] and generation_queries.list_media("image", frames) == frames
+        generation_queries.list_media("video", frames) == [frames]
+        and generation_queries.list_media("image", frames) == frames
     )
     model.offline_video_generate(processor, "x", frames, sample_fps=2.0, max_new_tokens=1)
     assert calls[0]["grid_thw"][:, 0].tolist() == [3]
@@ -214,11 +218,25 @@ def test_what_else_stood_in_a_record_travels_to_the_result(model, processor, pic
     assert serve(model, processor, query) == [[result["results"][0]["text"]]]
 
 
-@pytest.mark.parametrize("key, near", [
-    ("promt", "prompt"), ("prompts", "prompt"), ("Prompt", "prompt"), ("pormpt", "prompt"), ("image", "images"), ("vidoes", "videos"),
-    ("message", "messages"), ("generate_kwarg", "generate_kwargs"), ("generation_kwargs", "generate_kwargs"), ("sytem_prompt", "system_prompt"),
-    ("media-kwargs", "media_kwargs"), ("usetemplate", "use_template"), ("max_new_token", "max_new_tokens"), ("stop_genration", "stop_generation"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("promt", "prompt"),
+        ("prompts", "prompt"),
+        ("Prompt", "prompt"),
+        ("pormpt", "prompt"),
+        ("image", "images"),
+        ("vidoes", "videos"),
+        ("message", "messages"),
+        ("generate_kwarg", "generate_kwargs"),
+        ("generation_kwargs", "generate_kwargs"),
+        ("sytem_prompt", "system_prompt"),
+        ("media-kwargs", "media_kwargs"),
+        ("usetemplate", "use_template"),
+        ("max_new_token", "max_new_tokens"),
+        ("stop_genration", "stop_generation"),
+    ],
+)
 def test_a_key_that_was_meant_to_be_another(model, processor, nothing_is_encoded, key, near):  # noqa: F811
     with pytest.raises(ValueError, match=f"query 0: query: unknown key '{key}'; did you mean '{near}'"):
         batch(model, processor, {"prompt": "a", key: "x"})
@@ -226,8 +244,30 @@ def test_a_key_that_was_meant_to_be_another(model, processor, nothing_is_encoded
     assert error.startswith("[ERROR]") and near in error
 
 
-@pytest.mark.parametrize("key", ["prompt_id", "source", "task", "answer", "question", "image_id", "video_id", "caption", "category", "split",
-                                 "image_path", "conversations", "system", "n_frames", "url", "choices", "tools", "x", "timestamps"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "prompt_id",
+        "source",
+        "task",
+        "answer",
+        "question",
+        "image_id",
+        "video_id",
+        "caption",
+        "category",
+        "split",
+        "image_path",
+        "conversations",
+        "system",
+        "n_frames",
+        "url",
+        "choices",
+        "tools",
+        "x",
+        "timestamps",
+    ],
+)
 def test_a_key_of_its_own_is_none(key):
     assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
@@ -249,8 +289,16 @@ def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # no
 
 
 def test_options_of_images_and_videos_whatever_the_media(model, processor, pictures, calls):  # noqa: F811
-    both = {"min_pixels": 4096, "max_pixels": 16384, "multi_image_max_pixels": 8192, "video_max_pixels": 2 * 16384, "video_fps": 4.0,
-            "min_frames": 1, "max_frames": 2, "num_extract_threads": 2}  # fmt: skip
+    both = {
+        "min_pixels": 4096,
+        "max_pixels": 16384,
+        "multi_image_max_pixels": 8192,
+        "video_max_pixels": 2 * 16384,
+        "video_fps": 4.0,
+        "min_frames": 1,
+        "max_frames": 2,
+        "num_extract_threads": 2,
+    }
     batch(model, processor, query_of("a", images=pictures[0], media=both))
     batch(model, processor, query_of("a", videos=[VIDEO], media=both))
     batch(model, processor, query_of("a", media=both))
@@ -335,8 +383,15 @@ def test_a_fixed_size_takes_the_place_of_default_limits(model, processor, pictur
 
 def test_numbers_of_numpy(model, processor, pictures, calls):  # noqa: F811
     media = {"max_pixels": np.int64(16384), "video_fps": np.float32(4), "max_frames": np.int32(2)}
-    generate = {"max_new_tokens": np.int64(3), "top_k": np.int32(5), "top_p": np.float64(0.9), "temperature": np.float32(0.5),
-                "repetition_penalty": np.float32(1.5), "do_sample": np.bool_(True), "min_new_tokens": np.int64(1)}  # fmt: skip
+    generate = {
+        "max_new_tokens": np.int64(3),
+        "top_k": np.int32(5),
+        "top_p": np.float64(0.9),
+        "temperature": np.float32(0.5),
+        "repetition_penalty": np.float32(1.5),
+        "do_sample": np.bool_(True),
+        "min_new_tokens": np.int64(1),
+    }
     state = batch(
         model, processor, query_of("a", videos=[VIDEO], media=media, generate=generate, use_template=np.bool_(True))
     )["session_states"][0]
@@ -415,7 +470,8 @@ def test_the_ends_that_the_checkpoint_names_are_kept(model, processor, pictures,
 
 
 def test_the_penalty_of_a_beam_leaves_out_its_own_prompt_s_padding():
-    """Three prompts with 2, 0 and 1 padding tokens in front, of which the padding token 0 is otherwise said by none; two beams each."""
+    """Three prompts with 2, 0 and 1 padding tokens in front, of which the padding token 0 is otherwise said by none;
+    two beams each."""
     ids = torch.tensor([[0, 0, 1], [0, 0, 2], [1, 2, 3], [0, 2, 3], [0, 3, 3], [0, 0, 3]])
     scores = torch.full((6, 4), 2.0)
     out = UnpaddedPenalty(2.0, [2, 0, 1])(ids, scores)
@@ -439,163 +495,3 @@ def test_each_row_gets_its_own_padding(model, processor, calls, monkeypatch, bea
         and len(set(penalty.padding)) == 3
         and penalty.padding[0] == 0
     )
-
-
-# the queue
-
-
-def start(model, processor, asked, said):  # noqa: F811
-    """A server on a thread of its own; what it raises is raised by `join`."""
-    failures = []
-
-    def run():
-        try:
-            model.offline_generate(processor, asked, said)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def join():
-        thread.join(60)
-        assert not thread.is_alive()
-        if failures:
-            raise failures[0]
-
-    return join
-
-
-def emptied(of):
-    return [of.get_nowait() for _ in range(of.qsize())]
-
-
-class PlainQueue:
-    """A queue without insides that could be reached."""
-
-    def __init__(self):
-        self._queue = queue.Queue()
-        self.get, self.get_nowait, self.put, self.qsize = (
-            getattr(self._queue, name) for name in ("get", "get_nowait", "put", "qsize")
-        )
-
-
-@pytest.mark.parametrize("kind", [queue.Queue, queue.SimpleQueue, PlainQueue, lambda: queue.Queue(maxsize=5)],
-                         ids=["Queue", "SimpleQueue", "plain", "full"])  # fmt: skip
-def test_nothing_that_comes_after_a_stop_is_lost(model, processor, kind):  # noqa: F811
-    after = [query_of("b"), {"id": "odd"}, {"stop_offline_generate": True}]
-
-    class Said(queue.Queue):
-        def put(self, piece):
-            super().put(piece)
-            if piece == "<|round_end|>":
-                asked.put(after[-1])  # comes in between the last token and the stop
-
-    asked, said = kind(), Said()
-    for query in (
-        query_of("a"),
-        {"stop_offline_generate": True},
-        *after[:-1],
-    ):  # all are there while the first is answered
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said) == [text_of(model, processor, query_of("a")), "<|round_end|>"]
-    assert emptied(asked) == after
-
-
-def test_a_server_goes_on_where_the_one_before_stopped(model, processor):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
-    texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
-    for query in (
-        query_of("a"),
-        {"stop_offline_generate": True},
-        query_of("b"),
-        query_of("c"),
-        {"stop_offline_generate": True},
-    ):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    asked.put({"last": True})
-    start(model, processor, asked, said)()
-    assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")]
-    assert emptied(asked) == [{"last": True}]
-
-
-def test_an_interrupted_server_loses_only_what_it_was_answering(model, processor, monkeypatch):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
-    generate = model.generate
-
-    def interrupted(**kwargs):
-        generate(**kwargs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model, "generate", interrupted)
-    for prompt in "abc":
-        asked.put(query_of(prompt))
-    with pytest.raises(KeyboardInterrupt):
-        start(model, processor, asked, said)()
-    assert emptied(asked) == [query_of("b"), query_of("c")] and said.empty()
-
-
-def test_a_cancel_after_a_stop_still_ends_the_answer(model, processor):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
-    endless = query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id]))
-    for query in (endless, {"stop_offline_generate": True}, {**query_of("b"), "cancel_current_generate": True}):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said)[-1] == "<|round_end|>" and emptied(asked) == [query_of("b")]
-
-
-@pytest.mark.parametrize("flag", ["cancel_current_generate", "stop_generation"])
-def test_flags_that_are_false_or_none_say_nothing(model, processor, flag):  # noqa: F811
-    texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
-    no, none = {flag: False}, {flag: None}
-    rounds = serve(
-        model,
-        processor,
-        query_of("a"),
-        no,
-        {**query_of("b"), **no},
-        {**query_of("c"), **none, "stop_offline_generate": False},
-    )
-    assert rounds == [[text] for text in texts]
-    [[error], [text]] = serve(model, processor, {**query_of("a"), flag: "yes"}, query_of("a"))
-    assert error == f"[ERROR] {flag} must be True or False, got 'yes'" and text == texts[0]
-
-
-def test_persist_session_none_is_the_default(model, processor):  # noqa: F811
-    alone = text_of(model, processor, query_of("two"))
-    assert serve(model, processor, query_of("one", persist_session=None), query_of("two"))[1] == [alone]
-    assert batch(model, processor, query_of("one", persist_session=None))["session_states"] != [None]
-
-
-def test_two_servers_with_a_queue_each(model, processor, pictures):  # noqa: F811
-    queries = [[query_of(f"{i}{k}", images=pictures[i], id=k) for k in range(4)] for i in range(2)]
-    alone = [[text_of(model, processor, query) for query in each] for each in queries]
-    queues = [(queue.Queue(), queue.Queue()) for _ in queries]
-    for (asked, _), each in zip(queues, queries, strict=True):
-        for query in (*each, {"stop_offline_generate": True}, {"i": 1}):
-            asked.put(query)
-    for join in [start(model, processor, *pair) for pair in queues]:
-        join()
-    for (asked, said), texts in zip(queues, alone, strict=True):
-        assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")] and emptied(asked) == [
-            {"i": 1}
-        ]
-
-
-def test_one_query_per_thread(model, processor, pictures):  # noqa: F811
-    """As clients do: each thread has queues of its own, and sends one query and a stop. Nothing is said in a warning alone."""
-    query = query_of(
-        messages=user({"type": "image", "image_url": pictures[0]}, "What?"), images=[pictures[0]], **RECORD
-    )
-    query["media_kwargs"] = {**SMALL, "video_fps": 1.0, "max_frames": 256, "multi_image_max_pixels": 201326592}
-    queues = [(queue.Queue(), queue.Queue()) for _ in range(3)]
-    joins = []
-    for asked, said in queues:
-        joins.append(start(model, processor, asked, said))
-        asked.put(query)
-        asked.put({"stop_offline_generate": True})
-    for join in joins:
-        join()
-    assert [emptied(said) for _, said in queues] == [[text_of(model, processor, query), "<|round_end|>"]] * 3

@@ -1,4 +1,5 @@
-"""infer.py as people call it, on the small checkpoint of the repository: one question, many questions, what can go wrong."""
+"""infer.py as people call it, on the small checkpoint of the repository: one question, many questions, what can go
+wrong."""
 
 import json
 import os

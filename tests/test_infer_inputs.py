@@ -1,4 +1,5 @@
-"""What infer.py takes: URLs, lists of frames, JSON lists, training records, keys of every kind; and caches that cannot be written to."""
+"""What infer.py takes: URLs, lists of frames, JSON lists, training records, keys of every kind; and caches that cannot
+be written to."""
 
 import base64
 import functools
@@ -79,10 +80,16 @@ def test_nothing_is_downloaded_unasked(run, web, monkeypatch):  # noqa: F811
     assert (code, out) == (2, "") and f"'{url}/picture' would be downloaded; give --allow-http" in err and not paths
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ("file:///no/such/file.png", "no such file: /no/such/file.png"), ("file://elsewhere/a.png", "another machine, 'elsewhere'"),
-    ("data:image/png;base64,!!", "is not base64"), ("A" * 5000, "no such file: 'AAAA"),
-], ids=["no file", "another machine", "base64", "long"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("file:///no/such/file.png", "no such file: /no/such/file.png"),
+        ("file://elsewhere/a.png", "another machine, 'elsewhere'"),
+        ("data:image/png;base64,!!", "is not base64"),
+        ("A" * 5000, "no such file: 'AAAA"),
+    ],
+    ids=["no file", "another machine", "base64", "long"],
+)
 def test_wrong_urls(run, wrong, message):  # noqa: F811
     code, out, err = run(wrong, "-p", "a", *SHORT)
     assert (code, out) == (2, "") and message in err and "Traceback" not in err and len(err) < 1000
@@ -112,8 +119,12 @@ def test_frames_are_those_of_each_video(run, grids, asked, options, frames):  # 
 
 
 def test_the_ends_of_ranges_are_taken(run, asked):  # noqa: F811
-    for options, expected in ((("--top-p", "1", "--temperature", "1"), {"top_p": 1.0}), (("--top-k", "0", "--temperature", "1"), {"top_k": 0}),
-                              (("--temperature", "0"), {"do_sample": False}), (("--max-new-tokens", "1"), {"max_new_tokens": 1})):  # fmt: skip
+    for options, expected in (
+        (("--top-p", "1", "--temperature", "1"), {"top_p": 1.0}),
+        (("--top-k", "0", "--temperature", "1"), {"top_k": 0}),
+        (("--temperature", "0"), {"do_sample": False}),
+        (("--max-new-tokens", "1"), {"max_new_tokens": 1}),
+    ):
         code, _, err = run("-p", "a", *SHORT, *options)
         assert code == 0 and expected.items() <= asked[-1]["generate_kwargs"].items(), err
     for options in (
@@ -131,7 +142,8 @@ def test_the_ends_of_ranges_are_taken(run, asked):  # noqa: F811
 
 @pytest.fixture
 def batch(run, asked, tmp_path, monkeypatch):  # noqa: F811
-    """Runs queries that lie beside a.jpg and b.mp4, from another folder: (exit code, stderr, results, what reached the model)."""
+    """Runs queries that lie beside a.jpg and b.mp4, from another folder: (exit code, stderr, results, what reached the
+    model)."""
     shutil.copyfile(IMAGE, tmp_path / "a.jpg")
     shutil.copyfile(VIDEO, tmp_path / "b.mp4")
     monkeypatch.chdir(ROOT)
@@ -189,8 +201,12 @@ def test_paths_of_every_key_are_beside_the_file(batch, tmp_path):
 
 def test_a_list_of_frames_is_a_video(batch, tmp_path, grids):
     image = str(tmp_path / "a.jpg")
-    code, _, results, asked = batch(user({"type": "video", "video": ["a.jpg"] * 3, "sample_fps": 2.0}), {"videos": [{"video": ["a.jpg"] * 2, "sample_fps": 1}]},
-                                    {"media": [{"video": ["a.jpg"] * 4, "sample_fps": 1}]}, options=("--fps", 1))  # fmt: skip
+    code, _, results, asked = batch(
+        user({"type": "video", "video": ["a.jpg"] * 3, "sample_fps": 2.0}),
+        {"videos": [{"video": ["a.jpg"] * 2, "sample_fps": 1}]},
+        {"media": [{"video": ["a.jpg"] * 4, "sample_fps": 1}]},
+        options=("--fps", 1),
+    )
     assert code == 0, results
     assert asked[0]["messages"][0]["content"][0]["video"] == {"video_path": [image] * 3, "sample_fps": 2.0}
     assert grids == [[3], [2], [4]]
@@ -236,15 +252,21 @@ def test_training_records_are_queries(batch):
     assert results[1]["id"] == 1 and results[3]["label"] == "star" and results[4]["response"] == "a star"
 
 
-@pytest.mark.parametrize("record, message", [
-    ({"messages": [ANSWER]}, "the assistant's alone"),
-    ({"conversations": [{"from": "human", "value": "a"}], "prompt": "b"}, "conversations or prompt, got both"),
-    ({"conversations": "a"}, "conversations must be a list of turns"),
-    ({"media": [3]}, "media holds 3"), ({"media": [{"url": "a.jpg"}]}, "expected a path, a URL, or a dict with 'image' or 'video'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "imge": "a.jpg"}]}]}, "did you mean 'image'"),
-    (user({"type": "image", "url": "https://example.com/a.png"}), "give --allow-http"), ({"images": ["http://example.com/a.png"]}, "give --allow-http"),
-    ({"media": ["https://example.com/a.png"]}, "give --allow-http"), ({"videos": [["http://example.com/a.png"]]}, "give --allow-http"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"messages": [ANSWER]}, "the assistant's alone"),
+        ({"conversations": [{"from": "human", "value": "a"}], "prompt": "b"}, "conversations or prompt, got both"),
+        ({"conversations": "a"}, "conversations must be a list of turns"),
+        ({"media": [3]}, "media holds 3"),
+        ({"media": [{"url": "a.jpg"}]}, "expected a path, a URL, or a dict with 'image' or 'video'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "imge": "a.jpg"}]}]}, "did you mean 'image'"),
+        (user({"type": "image", "url": "https://example.com/a.png"}), "give --allow-http"),
+        ({"images": ["http://example.com/a.png"]}, "give --allow-http"),
+        ({"media": ["https://example.com/a.png"]}, "give --allow-http"),
+        ({"videos": [["http://example.com/a.png"]]}, "give --allow-http"),
+    ],
+)
 def test_records_that_are_no_queries(batch, record, message):
     code, _, [result], asked = batch(record)
     assert code == 1 and message in result["error"] and not asked

@@ -1,4 +1,5 @@
-"""Options of text, images and videos: one table, per call, per medium, in conversations and files; and what the processor returns by them."""
+"""Options of text, images and videos: one table, per call, per medium, in conversations and files; and what the
+processor returns by them."""
 
 import base64
 import copy
@@ -64,10 +65,13 @@ def test_reading_options():
     assert read_options({"fps": 2, "nframes": None, "raw_fps": None}, names_of("video"), "x") == {"video_fps": 2}
     assert read_options({"fps": 2, "video_fps": 2}, names_of("video"), "x") == {"video_fps": 2}
     for given, message in [
-        ({"fsp": 2}, "x: unknown keyword 'fsp'; did you mean 'fps'"), ({"zzz": 2}, "unknown keyword 'zzz'; known: "),
-        ({"fsp": None}, "unknown keyword 'fsp'"), ({"raw_fps": 2}, "raw_fps is no option of MOSS-VL: times follow"),
-        ({"max_num_frames": 3}, "write max_frames"), ({"shortest_edge": 5, "min_pixels": 6}, "shortest_edge=5 and min_pixels=6"),
-    ]:  # fmt: skip
+        ({"fsp": 2}, "x: unknown keyword 'fsp'; did you mean 'fps'"),
+        ({"zzz": 2}, "unknown keyword 'zzz'; known: "),
+        ({"fsp": None}, "unknown keyword 'fsp'"),
+        ({"raw_fps": 2}, "raw_fps is no option of MOSS-VL: times follow"),
+        ({"max_num_frames": 3}, "write max_frames"),
+        ({"shortest_edge": 5, "min_pixels": 6}, "shortest_edge=5 and min_pixels=6"),
+    ]:
         with pytest.raises(ValueError, match=message):
             read_options(given, names_of("video"), "x")
 
@@ -97,8 +101,11 @@ def test_unreadable_base64_is_not_quoted_whole(processor):
         (f"data:image/png;base64,{long}", ValueError),
         (f"http://x/{long}", ValueError),
     ):
-        for call in (lambda: processor("<|image|>", images=source), lambda: processor("<|video|>", videos=source),
-                     lambda: grids(processor, [{"type": "image", "image_url": {"url": source}}])):  # fmt: skip
+        for call in (
+            lambda: processor("<|image|>", images=source),
+            lambda: processor("<|video|>", videos=source),
+            lambda: grids(processor, [{"type": "image", "image_url": {"url": source}}]),
+        ):
             with pytest.raises(error) as found:
                 call()
             assert len(str(found.value)) < 1000
@@ -110,12 +117,21 @@ def test_unreadable_base64_is_not_quoted_whole(processor):
 @pytest.mark.parametrize(
     "knobs, frames",
     [
-        ({}, 5), ({"fps": 2.0}, 10), ({"fps": 2.0, "video_fps": 2.0}, 10), ({"nframes": 4}, 4), ({"num_frames": 4}, 4), ({"fps": 2, "max_frames": 3}, 3),
-        ({"fps": 0.2, "min_frames": 4}, 4), ({"do_sample_frames": True, "fps": 2}, 10), ({"video_start": 1.0, "video_end": 3.0}, 2),
-        ({"video_start": 2.0}, 3), ({"video_end": 4.0, "fps": 2}, 8), ({"video_start": 1, "video_end": 2, "do_sample_frames": False}, 30),
+        ({}, 5),
+        ({"fps": 2.0}, 10),
+        ({"fps": 2.0, "video_fps": 2.0}, 10),
+        ({"nframes": 4}, 4),
+        ({"num_frames": 4}, 4),
+        ({"fps": 2, "max_frames": 3}, 3),
+        ({"fps": 0.2, "min_frames": 4}, 4),
+        ({"do_sample_frames": True, "fps": 2}, 10),
+        ({"video_start": 1.0, "video_end": 3.0}, 2),
+        ({"video_start": 2.0}, 3),
+        ({"video_end": 4.0, "fps": 2}, 8),
+        ({"video_start": 1, "video_end": 2, "do_sample_frames": False}, 30),
         ({"do_sample_frames": False}, 150),
     ],
-)  # fmt: skip
+)
 def test_frames_by_any_name_at_any_level(processor, knobs, frames):
     small = {"max_pixels": 8192, "min_pixels": 1024}
     assert grids(processor, [{"type": "video", "video": str(CLIP), **knobs, **small}]) == [[frames, 4, 6]]
@@ -284,9 +300,12 @@ def test_given_frames_in_a_conversation(processor, tmp_path, monkeypatch):
     for frames in (paths, FRAMES[:4], np.stack([np.asarray(frame) for frame in FRAMES[:4]])):
         out = processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "video", "video": frames, "fps": 2.0}, "x"]}],
-            "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|video|>{% endif %}{% endfor %}",
-            tokenize=True, return_dict=True, return_tensors="pt",
-        )  # fmt: skip
+            "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|video|>{% endif %}{% "
+            "endfor %}",
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
         assert torch.equal(out["input_ids"], expected["input_ids"]) and torch.equal(
             out["pixel_values"], expected["pixel_values"]
         )
@@ -383,8 +402,16 @@ def test_floats_of_a_clip_have_one_scale(videos):
     knobs = {"video_metadata": [{"fps": 1.0}]}
     expected = videos.extract([dark], **knobs)[0].patches
     floats = dark.astype(np.float32)
-    for given in (floats, list(floats), torch.from_numpy(floats), torch.from_numpy(floats).permute(0, 3, 1, 2), floats / 255, list(floats / 255),
-                  torch.from_numpy(floats).bfloat16(), [Image.fromarray(dark[0]), *floats[1:]]):  # fmt: skip
+    for given in (
+        floats,
+        list(floats),
+        torch.from_numpy(floats),
+        torch.from_numpy(floats).permute(0, 3, 1, 2),
+        floats / 255,
+        list(floats / 255),
+        torch.from_numpy(floats).bfloat16(),
+        [Image.fromarray(dark[0]), *floats[1:]],
+    ):
         assert torch.equal(videos.extract([given], **knobs)[0].patches, expected)
     both = videos.extract(np.stack([floats, floats[::-1]]), video_metadata=[{"fps": 1.0}] * 2)
     assert torch.equal(both[0].patches, expected) and len(both) == 2
@@ -448,8 +475,10 @@ def test_settings_of_the_processor(tmp_path, processor):
     assert set(processor("a", return_cross_attention_mask=False)) == {*plain.model_input_names} - {
         "cross_attention_mask"
     }
-    for knobs, message in (({"grid_name": "grid"}, "grid_name must be one of grid_thw, image_grid_thw"),
-                           ({"return_cross_attention_mask": "no"}, "must be True or False")):  # fmt: skip
+    for knobs, message in (
+        ({"grid_name": "grid"}, "grid_name must be one of grid_thw, image_grid_thw"),
+        ({"return_cross_attention_mask": "no"}, "must be True or False"),
+    ):
         with pytest.raises(ValueError, match=message):
             processor("a", **knobs)
         with pytest.raises(ValueError, match=message):
@@ -492,9 +521,11 @@ def test_what_other_processors_return(processor):
         plain["cross_attention_mask"], without["cross_attention_mask"]
     )
     for knobs, message in (
-        ({"audio": ["a.wav"]}, "audio is no option of MOSS-VL: MOSS-VL takes no audio"), ({"stride": 3}, "stride is always 0"),
-        ({"return_overflowing_tokens": True}, "return_overflowing_tokens is always False"), ({"return_attention_mask": 3}, "must be True or False"),
-    ):  # fmt: skip
+        ({"audio": ["a.wav"]}, "audio is no option of MOSS-VL: MOSS-VL takes no audio"),
+        ({"stride": 3}, "stride is always 0"),
+        ({"return_overflowing_tokens": True}, "return_overflowing_tokens is always False"),
+        ({"return_attention_mask": 3}, "must be True or False"),
+    ):
         with pytest.raises(ValueError, match=message):
             processor("a", **knobs)
     assert set(processor("a", stride=0, is_split_into_words=False, verbose=True)) == set(processor("a"))
@@ -516,8 +547,12 @@ def test_padding_for_generation_is_on_the_left(processor):
     assert not padded_left(processor.apply_chat_template(CHATS, **knobs))
     answered = [[*chat, {"role": "assistant", "content": "It"}] for chat in CHATS]
     assert padded_left(processor.apply_chat_template(answered, continue_final_message=True, **knobs))
-    for said in ({"padding_side": "right"}, {"processor_kwargs": {"padding_side": "right"}}, {"text_kwargs": {"padding_side": "right"}},
-                 {"common_kwargs": {"padding_side": "right"}}):  # fmt: skip
+    for said in (
+        {"padding_side": "right"},
+        {"processor_kwargs": {"padding_side": "right"}},
+        {"text_kwargs": {"padding_side": "right"}},
+        {"common_kwargs": {"padding_side": "right"}},
+    ):
         assert not padded_left(processor.apply_chat_template(CHATS, add_generation_prompt=True, **knobs, **said))
     assert not padded_left(processor(["a", "b c"], padding=True, return_tensors="pt"))
     assert processor.tokenizer.padding_side == "right"
@@ -540,10 +575,16 @@ def test_in_a_pipeline_the_tokenizer_pads_left_and_the_mask_is_left_out():
 
 def test_the_shipped_template_marks_what_the_assistant_says(processor):
     content = [{"type": "image", "image": str(PHOTO)}, " Why? "]
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": content}, {"role": "assistant", "content": " So."},
-                {"role": "user", "content": "And?"}, {"role": "assistant", "content": ["no\n", {"type": "text", "text": "more"}]}]  # fmt: skip
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": " So."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": ["no\n", {"type": "text", "text": "more"}]},
+    ]
     text = (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|> Why? <|im_end|>\n<|im_start|>assistant\n So.<|im_end|>\n"
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|> Why? <|im_end|>\n<|im_start|>assistant\n "
+        "So.<|im_end|>\n"
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nno\nmore<|im_end|>\n"
     )
     assert processor.apply_chat_template(messages) == text
@@ -561,10 +602,14 @@ def test_variables_are_those_that_the_template_reads(processor):
     chat = [{"role": "user", "content": "x"}]
     assert processor.apply_chat_template(chat, template, mood="well") == "well x"
     for knobs, message in (
-        ({"mod": 1}, "unknown keyword 'mod'; did you mean 'mood'"), ({"inner": 1}, "unknown keyword 'inner'"), ({"mood_": None}, "unknown keyword 'mood_'"),
-        ({"tools": [{"name": "f"}]}, "tools is given, but the chat template does not read it"), ({"documents": [{}]}, "documents is given"),
-        ({"resolution": 3}, "resolution is no option"), ({"sanitize_control_tokens": True}, "sanitize_control_tokens is always False"),
-    ):  # fmt: skip
+        ({"mod": 1}, "unknown keyword 'mod'; did you mean 'mood'"),
+        ({"inner": 1}, "unknown keyword 'inner'"),
+        ({"mood_": None}, "unknown keyword 'mood_'"),
+        ({"tools": [{"name": "f"}]}, "tools is given, but the chat template does not read it"),
+        ({"documents": [{}]}, "documents is given"),
+        ({"resolution": 3}, "resolution is no option"),
+        ({"sanitize_control_tokens": True}, "sanitize_control_tokens is always False"),
+    ):
         with pytest.raises(ValueError, match=message):
             processor.apply_chat_template(chat, template, **knobs)
     assert processor.apply_chat_template(chat, template, tools=None, documents=[], load_audio_from_video=False) == "x"
@@ -585,8 +630,14 @@ def test_names_in_settings_files(tmp_path):
     assert MossVLVideoProcessor(fps=3, total_pixels=10**6, max_pixels=9999).to_dict()["video_fps"] == 3
     loaded = MossVLVideoProcessor.from_pretrained(tmp_path, return_unused_kwargs=True, frame_rate=3)
     assert loaded[1] == {"frame_rate": 3}
-    for knobs, message in (({"frame_rate": 3}, "unknown keyword 'frame_rate'"), ({"fsp": 3}, "did you mean 'fps'"), ({"fps": 3, "nframes": 3}, "both say"), ({"fps": 3, "video_fps": 2}, "disagree"), ({"sample_fps": 3}, "an option of a call"),
-                           ({"do_resize": False}, "always True")):  # fmt: skip
+    for knobs, message in (
+        ({"frame_rate": 3}, "unknown keyword 'frame_rate'"),
+        ({"fsp": 3}, "did you mean 'fps'"),
+        ({"fps": 3, "nframes": 3}, "both say"),
+        ({"fps": 3, "video_fps": 2}, "disagree"),
+        ({"sample_fps": 3}, "an option of a call"),
+        ({"do_resize": False}, "always True"),
+    ):
         for make in (MossVLVideoProcessor, lambda **knobs: MossVLVideoProcessor.from_pretrained(tmp_path, **knobs)):
             with pytest.raises(ValueError, match=message):
                 make(**knobs)
@@ -597,8 +648,12 @@ def test_names_of_an_image_processor(tmp_path):
         json.dumps({"patch_size": 8, "crop_margin": 3, "do_resize": True, "image_processor_type": "x"})
     )
     assert MossVLImageProcessor.from_pretrained(tmp_path).patch_size == 8  # what the file says beyond is left out
-    for knobs, message in (({"max_pixel": 3}, "did you mean 'max_pixels'"), ({"crop_margin": 3}, "unknown keyword 'crop_margin'"),
-                           ({"resized_height": 3}, "an option of a call"), ({"do_rescale": False}, "always True")):  # fmt: skip
+    for knobs, message in (
+        ({"max_pixel": 3}, "did you mean 'max_pixels'"),
+        ({"crop_margin": 3}, "unknown keyword 'crop_margin'"),
+        ({"resized_height": 3}, "an option of a call"),
+        ({"do_rescale": False}, "always True"),
+    ):
         for make in (MossVLImageProcessor, lambda **knobs: MossVLImageProcessor.from_pretrained(tmp_path, **knobs)):
             with pytest.raises(ValueError, match=message):
                 make(**knobs)
@@ -633,11 +688,17 @@ def test_a_limit_of_a_file_under_its_other_name(tmp_path, size):
 @pytest.mark.parametrize(
     "knobs, message",
     [
-        ({"fsp": 3}, "did you mean 'fps'"), ({"do_sample_frames": False}, "an option of a call, not a setting"), ({"padding": True}, "an option of a call"),
-        ({"return_tensors": "pt"}, "an option of a call"), ({"total_pixels": 10}, "does not hold one frame"), ({"resolution": 3}, "resolution is no option"),
-        ({"paddingside": "left"}, "did you mean 'padding_side'"), ({"do_resize": False}, "always True"), ({"do_rescale": False}, "always True"),
+        ({"fsp": 3}, "did you mean 'fps'"),
+        ({"do_sample_frames": False}, "an option of a call, not a setting"),
+        ({"padding": True}, "an option of a call"),
+        ({"return_tensors": "pt"}, "an option of a call"),
+        ({"total_pixels": 10}, "does not hold one frame"),
+        ({"resolution": 3}, "resolution is no option"),
+        ({"paddingside": "left"}, "did you mean 'padding_side'"),
+        ({"do_resize": False}, "always True"),
+        ({"do_rescale": False}, "always True"),
     ],
-)  # fmt: skip
+)
 def test_keywords_of_loading_that_nobody_takes(knobs, message):
     with pytest.raises(ValueError, match=message):
         MossVLProcessor.from_pretrained(NANO, **knobs)
