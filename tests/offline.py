@@ -1,5 +1,4 @@
-"""A tiny random model with its processor, and what the tests of the offline methods share: fixtures, queries, queue
-servers."""
+"""What the tests of the offline methods share: a tiny random model with its processor, queries, queue servers."""
 
 import json
 import queue
@@ -26,7 +25,7 @@ CHATML = (
     "-}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-SMALL = {"max_pixels": 16384}  # pixels; keeps the frames of these tests at 4 to 12 vision tokens
+SMALL = {"max_pixels": 16384}  # pixels; 4 to 12 vision tokens per frame
 NEW = {"max_new_tokens": 8}
 SEEN = ("input_ids", "pixel_values", "grid_thw")
 RECORD = {
@@ -48,7 +47,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def model(processor):
-    """The golden tiny model's shape with 16-pixel patches; weights wide enough that no two tokens are nearly equally
+    """The golden tiny model with 16-pixel patches, and weights so large that no two tokens are nearly equally
     likely."""
     config = json.loads((GOLDEN / "model/tiny/config.json").read_text())
     config["text_config"]["vocab_size"] = len(processor.tokenizer)
@@ -81,14 +80,14 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def calls(model, monkeypatch):
     """Keyword arguments of every `generate` call."""
-    seen, generate = [], model.generate
+    recorded, generate = [], model.generate
 
     def spy(**kwargs):
-        seen.append(kwargs)
+        recorded.append(kwargs)
         return generate(**kwargs)
 
     monkeypatch.setattr(model, "generate", spy)
-    return seen
+    return recorded
 
 
 @pytest.fixture
@@ -128,7 +127,7 @@ def user(*parts):
 
 
 def serve(model, processor, *items, stop=True):
-    """What the server puts out for items that were all there before it started, cut into rounds."""
+    """The output of a server, as a list of pieces per round, for items that are queued before it starts."""
     asked, said = queue.Queue(), queue.Queue()
     for item in (*items, *([{"stop_offline_generate": True}] if stop else [])):
         asked.put(item)
@@ -137,7 +136,7 @@ def serve(model, processor, *items, stop=True):
     def run():
         try:
             model.offline_generate(processor, asked, said)
-        except BaseException as error:  # which would be a warning, and no more, on a thread
+        except BaseException as error:  # on a thread it would only be a warning
             failures.append(error)
 
     server = threading.Thread(target=run, daemon=True)
@@ -156,7 +155,7 @@ def serve(model, processor, *items, stop=True):
 
 
 def start(model, processor, asked, said):  # noqa: F811
-    """A server on a thread of its own; what it raises is raised by `join`."""
+    """Starts a server on a thread. The returned function joins it, and raises what it raised."""
     failures = []
 
     def run():

@@ -1,5 +1,4 @@
-"""What callers write in other forms, in other places, or wrongly: defaults that give way, media named again, keys that
-would have no effect, and messages of errors."""
+"""Unusual and wrong inputs: defaults that contradict options, media given twice, keys without effect, wrong types."""
 
 import copy
 import json
@@ -31,17 +30,18 @@ from test_records import read_records
 from moss_vl import generation_options, generation_queries
 from moss_vl.conversation import read_medium, read_messages, same_medium, same_source
 from moss_vl.tools import query_files
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
 def frames_of(calls):  # noqa: F811
     return [call["grid_thw"][:, 0].tolist() for call in calls]
 
 
-# defaults give way
+# defaults
 
 
 @pytest.mark.parametrize(
-    "knobs, frames",
+    "options, frames",
     [
         ({"sample_fps": 2}, 6),
         ({"sample_fps": 2, "max_frames": 5}, 5),
@@ -55,19 +55,27 @@ def frames_of(calls):  # noqa: F811
         ({"do_sample_frames": None, "sample_fps": 2}, 6),
     ],
 )
-def test_frames_are_those_of_the_processor(model, processor, pictures, calls, knobs, frames):  # noqa: F811
-    """The methods' own default rate and bounds are no choice of the caller's: given options act as they do in the
-    processor."""
+def test_frame_options_act_as_in_the_processor(model, processor, pictures, calls, options, frames):  # noqa: F811
+    """The default rate and bounds of the methods do not contradict given options."""
     video = [pictures[0]] * 6
-    alone = processor(text="<|video|>", videos=[video], return_tensors="pt", max_pixels=16384, **knobs)
+    alone = processor(text="<|video|>", videos=[video], return_tensors="pt", max_pixels=16384, **options)
     assert alone["grid_thw"][:, 0].tolist() == [frames]
-    batch(model, processor, query_of("x", videos=[video], media={"max_pixels": 16384, **knobs}))
-    model.offline_video_generate(processor, "x", video, longest_edge=16384, max_new_tokens=1, **knobs)
+    batch(model, processor, query_of("x", videos=[video], media={"max_pixels": 16384, **options}))
+    model.offline_video_generate(processor, "x", video, longest_edge=16384, max_new_tokens=1, **options)
     assert frames_of(calls) == [[frames]] * 2
 
 
-def test_defaults_that_stay():
-    """Those that contradict nothing hold, whatever the processor's own settings are."""
+def test_the_default_rate_of_the_methods_overrides_that_of_the_processor(model, processor, calls):  # noqa: F811
+    other = copy.copy(processor)
+    other.video_processor = MossVLVideoProcessor(video_fps=3.0)
+    model.offline_video_generate(processor, "x", LONGER_VIDEO, longest_edge=16384, max_new_tokens=1)
+    model.offline_video_generate(other, "x", LONGER_VIDEO, longest_edge=16384, max_new_tokens=1)
+    batch(model, other, query_of("x", videos=[LONGER_VIDEO]))
+    model.offline_video_generate(other, "x", LONGER_VIDEO, longest_edge=16384, max_new_tokens=1, video_fps=None)
+    assert frames_of(calls) == [[5], [5], [5], [15]]
+
+
+def test_defaults_that_contradict_nothing_stay():
     every = generation_options.MEDIA_DEFAULTS
     rate = {name: value for name, value in every.items() if name != "video_fps"}
     none = {name: value for name, value in rate.items() if name not in ("min_frames", "max_frames")}
@@ -84,7 +92,7 @@ def test_defaults_that_stay():
         assert generation_options.defaults_beside(given) == left, given
 
 
-def test_every_frame_of_a_file(model, processor, calls):  # noqa: F811
+def test_do_sample_frames_false_takes_every_frame_of_a_file(model, processor, calls):  # noqa: F811
     model.offline_video_generate(processor, "x", VIDEO, do_sample_frames=False, longest_edge=16384, max_new_tokens=1)
     assert frames_of(calls) == [[15]]
     with pytest.raises(
@@ -93,7 +101,7 @@ def test_every_frame_of_a_file(model, processor, calls):  # noqa: F811
         model.offline_video_generate(processor, "x", VIDEO, do_sample_frames=False, max_frames=3)
 
 
-def test_size_is_the_two_limits(model, processor, pictures, calls):  # noqa: F811
+def test_size_sets_both_limits(model, processor, pictures, calls):  # noqa: F811
     for media in (
         {"size": {"shortest_edge": 4096, "longest_edge": 16384}},
         {"size": {"longest_edge": 16384}},
@@ -126,7 +134,7 @@ def test_size_is_the_two_limits(model, processor, pictures, calls):  # noqa: F81
             batch(model, processor, query_of("a", images=pictures[0], media=media))
 
 
-def test_none_stands_for_the_default_of_what_is_no_option(model, processor, pictures, calls):  # noqa: F811
+def test_refused_options_may_be_none(model, processor, pictures, calls):  # noqa: F811
     texts = [
         text_of(model, processor, query_of("a", images=pictures[0], media={"max_pixels": 16384, **none}))
         for none in ({}, {"audio": None, "frames": None})
@@ -172,7 +180,7 @@ def test_media_beside_a_content_are_an_error(model, processor, nothing_is_encode
         assert read_messages([{"role": "user", "content": "What?", key: nothing}])[0]["content"] == "What?"
 
 
-def test_calls_of_tools_that_no_template_reads(model, processor, monkeypatch):  # noqa: F811
+def test_tool_calls_that_no_template_reads_are_an_error(model, processor, monkeypatch):  # noqa: F811
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]},
@@ -194,21 +202,21 @@ def test_calls_of_tools_that_no_template_reads(model, processor, monkeypatch):  
     assert "b[{'name': 'f'}]" in result["input_text"]
 
 
-# the same media
+# media that are given twice
 
 
-def test_one_file_by_two_paths(model, processor, pictures, calls, monkeypatch):  # noqa: F811
+def test_two_paths_of_one_file_are_the_same_medium(model, processor, pictures, calls, monkeypatch):  # noqa: F811
     folder, name = os.path.split(pictures[0])
     monkeypatch.chdir(folder)
-    for own, again in ((name, pictures[0]), (pictures[0], f"./{name}"), (name, "file://" + pictures[0])):
-        batch(model, processor, query_of(messages=user({"type": "image", "image": own}, "x"), images=[again]))
+    for path, again in ((name, pictures[0]), (pictures[0], f"./{name}"), (name, "file://" + pictures[0])):
+        batch(model, processor, query_of(messages=user({"type": "image", "image": path}, "x"), images=[again]))
     assert frames_of(calls) == [[1]] * 3
     assert not same_source(name, os.path.join(os.path.dirname(folder), name)) and not same_source(
         "https://a/b.png", "/b.png"
     )
 
 
-def test_copies_of_a_pillow_image(tmp_path, pictures, model, processor, calls):  # noqa: F811
+def test_a_copy_of_a_pillow_image_is_the_same_medium(tmp_path, pictures, model, processor, calls):  # noqa: F811
     path = tmp_path / "a.jpg"
     Image.open(pictures[2]).save(path)
     opened = Image.open(path)
@@ -236,7 +244,7 @@ def test_copies_of_a_pillow_image(tmp_path, pictures, model, processor, calls): 
         assert not same_medium("image", a, b) and not same_medium("image", b, a)
 
 
-def test_an_empty_prompt_beside_messages(model, processor, pictures, lines, tmp_path):  # noqa: F811
+def test_an_empty_prompt_may_stand_beside_messages(model, processor, pictures, lines, tmp_path):  # noqa: F811
     query = query_of(messages=user({"type": "image", "image": pictures[0]}, "What?"))
     assert text_of(model, processor, {**query, "prompt": ""}) == text_of(model, processor, query)
     with pytest.raises(ValueError, match="a prompt or messages, got both"):
@@ -262,7 +270,7 @@ def clip(*segments, **options):
     return {"video_path": LONGER_VIDEO, "segments": [list(segment) for segment in segments], **options}
 
 
-def test_segments_named_again_as_one_video(model, processor, calls, tmp_path):  # noqa: F811
+def test_segments_may_be_named_again_as_one_video(model, processor, calls, tmp_path):  # noqa: F811
     parts = [{"type": "video", "video": clip((0, 2))}, "and", {"type": "video", **clip((3.5,))}]
     queries = [
         query_of(messages=user(*parts, "x"), **again)
@@ -294,13 +302,13 @@ def test_segments_named_again_as_one_video(model, processor, calls, tmp_path):  
         ([{**clip((0, 2), (3.5,)), "video_path": VIDEO}], "in its place"),
     ],
 )
-def test_segments_that_are_not_the_same(model, processor, nothing_is_encoded, again, message):  # noqa: F811
+def test_other_segments_beside_messages_are_an_error(model, processor, nothing_is_encoded, again, message):  # noqa: F811
     parts = [{"type": "video", "video": clip((0, 2))}, {"type": "video", "video": clip((3.5,))}]
     with pytest.raises(ValueError, match=message):
         batch(model, processor, query_of(messages=user(*parts, "x"), videos=again))
 
 
-def test_a_part_may_stand_for_its_medium(model, processor, pictures, calls, lines, grids):  # noqa: F811
+def test_a_part_may_be_given_as_a_medium(model, processor, pictures, calls, lines, grids):  # noqa: F811
     assert read_medium("image", {"type": "image_url", "image_url": {"url": "a"}}) == ("a", {})
     batch(
         model,
@@ -355,7 +363,7 @@ def test_a_part_may_stand_for_its_medium(model, processor, pictures, calls, line
         ("media", ["a.png"], "'media' is a key of lines for infer.py"),
     ],
 )
-def test_options_that_would_have_no_effect(model, processor, nothing_is_encoded, key, value, message):  # noqa: F811
+def test_options_beside_the_keys_of_a_query_are_an_error(model, processor, nothing_is_encoded, key, value, message):  # noqa: F811
     query = {"prompt": "a", "videos": [VIDEO], key: value}
     with pytest.raises(ValueError, match=f"query 0: query: .*{message}"):
         batch(model, processor, query)
@@ -368,12 +376,12 @@ def test_options_that_would_have_no_effect(model, processor, nothing_is_encoded,
     "key",
     ["prompt_2", "top_1", "videos2", "image_1", "seed", "resolution", "image_size", "frames", "raw_fps", "media_type"],
 )
-def test_keys_of_a_record_travel(key):
+def test_keys_of_a_record_are_left_alone(key):
     assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
 
 @pytest.mark.parametrize(
-    "box, knobs, message",
+    "owner, options, message",
     [
         ("media_kwargs", {"segments": [[0, 1]]}, "media_kwargs: 'segments' belongs to one video"),
         ("media_kwargs", {"max_new_tokens": 3}, "media_kwargs: 'max_new_tokens' belongs into its generate_kwargs"),
@@ -382,12 +390,12 @@ def test_keys_of_a_record_travel(key):
         ("generate_kwargs", {"seed": 1}, "generate_kwargs: 'seed' is no option of generate; call torch.manual_seed"),
     ],
 )
-def test_options_in_the_other_dict(model, processor, nothing_is_encoded, box, knobs, message):  # noqa: F811
+def test_options_in_the_wrong_dict_are_an_error(model, processor, nothing_is_encoded, owner, options, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
-        batch(model, processor, {"prompt": "a", box: knobs})
+        batch(model, processor, {"prompt": "a", owner: options})
 
 
-def test_hints_of_the_methods(model, processor, nothing_is_encoded):  # noqa: F811
+def test_the_methods_hint_at_the_right_argument(model, processor, nothing_is_encoded):  # noqa: F811
     for arguments, message in (
         (dict(segments=[[0, 1]]), "offline_video_generate: 'segments' belongs to one video"),
         (dict(seed=1), "offline_video_generate: 'seed' is no option of generate"),
@@ -400,10 +408,10 @@ def test_hints_of_the_methods(model, processor, nothing_is_encoded):  # noqa: F8
         batch(model, processor, {"videos": {"frames": ["a.png"], "fps": 1.0}})
 
 
-# obscure errors
+# wrong types
 
 
-def test_arrays_of_several(model, processor, nothing_is_encoded):  # noqa: F811
+def test_an_array_of_several_media_is_an_error(model, processor, nothing_is_encoded):  # noqa: F811
     videos, images = np.zeros((2, 3, 64, 64, 3), np.uint8), torch.zeros((2, 3, 64, 64), dtype=torch.uint8)
     for call in (
         lambda: model.offline_video_generate(processor, "a", videos),
@@ -420,7 +428,7 @@ def test_arrays_of_several(model, processor, nothing_is_encoded):  # noqa: F811
         model.offline_image_generate(processor, "a", images)
 
 
-def test_arrays_and_lists_where_one_is_expected(model, processor, pictures, nothing_is_encoded):  # noqa: F811
+def test_a_list_in_place_of_one_medium_is_an_error(model, processor, pictures, nothing_is_encoded):  # noqa: F811
     for part, message in (
         (
             {"type": "image", "image": np.zeros((2, 64, 64, 3), np.uint8)},
@@ -460,13 +468,13 @@ def test_arrays_and_lists_where_one_is_expected(model, processor, pictures, noth
         ("stopping_criteria", None),
     ],
 )
-def test_knobs_of_odd_kinds(model, processor, nothing_is_encoded, name, value):  # noqa: F811
+def test_generate_options_of_wrong_types_are_an_error(model, processor, nothing_is_encoded, name, value):  # noqa: F811
     with pytest.raises(ValueError, match=f"query 0: {name} must"):
         batch(model, processor, query_of("a", generate={name: value}))
 
 
-def test_knobs_of_every_kind(model, processor):  # noqa: F811
-    knobs = {
+def test_generate_options_of_all_right_types_are_accepted(model, processor):  # noqa: F811
+    options = {
         "num_beams": 2,
         "max_length": np.int64(40),
         "eos_token_id": [3, np.int64(4)],
@@ -479,12 +487,12 @@ def test_knobs_of_every_kind(model, processor):  # noqa: F811
         {"eos_token_id": torch.tensor([3, 4])},
         {"eos_token_id": None, "stop_strings": None, "num_beams": None},
     ):
-        given = {**knobs, **extra}
+        given = {**options, **extra}
         taken = generation_options.generate_arguments(model, processor.tokenizer, given, 64)
         assert all(taken[name] is value or taken[name] == value for name, value in given.items() if value is not None)
 
 
-def test_a_processor_of_another_kind(model, processor):  # noqa: F811
+def test_another_processor_is_an_error(model, processor):  # noqa: F811
     with pytest.raises(ValueError, match="processor must be a MossVLProcessor, got a .*Tokenizer"):
         batch(model, processor.tokenizer, {"prompt": "a"})
 
@@ -507,7 +515,7 @@ def test_a_processor_of_another_kind(model, processor):  # noqa: F811
     ],
     ids=str,
 )
-def test_states_that_no_call_returned(model, processor, nothing_is_encoded, state):  # noqa: F811
+def test_a_state_that_no_call_returned_is_an_error(model, processor, nothing_is_encoded, state):  # noqa: F811
     with pytest.raises(ValueError, match="query 0: .*session state"):
         batch(model, processor, query_of("b"), session_states=[state])
 
@@ -516,7 +524,7 @@ def test_states_that_no_call_returned(model, processor, nothing_is_encoded, stat
     "name", ["use_template", "reset_session", "persist_session", "thinking_mode", "system_prompt_type"]
 )
 @pytest.mark.parametrize("value", [np.zeros(2), torch.ones(3), ["x"], {}, "yes"], ids=str)
-def test_flags_and_choices_of_odd_kinds(model, processor, nothing_is_encoded, name, value):  # noqa: F811
+def test_flags_and_choices_of_wrong_types_are_an_error(model, processor, nothing_is_encoded, name, value):  # noqa: F811
     with pytest.raises(ValueError, match=f"query 0: {name}"):
         batch(model, processor, query_of("a", **{name: value}))
     with pytest.raises(ValueError, match="query 0: do_sample must be True or False"):
@@ -526,7 +534,7 @@ def test_flags_and_choices_of_odd_kinds(model, processor, nothing_is_encoded, na
 # infer.py
 
 
-def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
+def test_frame_options_of_a_line_override_the_command_line(lines, grids, asked):  # noqa: F811
     """`lines` asks with --frames 2."""
     part = {"type": "video", "video": "b.mp4"}
     queries = {
@@ -534,17 +542,17 @@ def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
         "bounded below": ({"videos": "b.mp4", "media_kwargs": {"min_frames": 5}}, [5]),
         "bounded far below": ({"videos": "b.mp4", "media_kwargs": {"min_frames": 4, "max_frames": 6}}, [4]),
         "within": ({"videos": "b.mp4", "media_kwargs": {"min_frames": 1, "max_frames": 6}}, [2]),
-        "a part's own bounds": (
+        "bounds of a part": (
             {"messages": user({**part, "max_frames": 1}, {**part, "min_frames": 3}, part)},
             [1, 3, 2],
         ),
-        "a part's own number": ({"messages": user({**part, "nframes": 4}, part)}, [4, 2]),
-        "a part's own rate": ({"messages": user({**part, "fps": 0.5}, part)}, [5, 2]),
+        "number of a part": ({"messages": user({**part, "nframes": 4}, part)}, [4, 2]),
+        "rate of a part": ({"messages": user({**part, "fps": 0.5}, part)}, [5, 2]),
         "every frame of a list": (
             {"messages": user({"type": "video", "video": ["a.jpg"] * 3}), "media_kwargs": {"sample_fps": 1}},
             [3],
         ),
-        "a video's own bounds": ({"videos": [{"video": "b.mp4", "max_frames": 1}, "b.mp4"]}, [1, 2]),
+        "bounds of a video": ({"videos": [{"video": "b.mp4", "max_frames": 1}, "b.mp4"]}, [1, 2]),
     }
     code, _, results, _ = lines(*(query for query, _ in queries.values()))
     assert code == 0, results
@@ -561,7 +569,7 @@ def test_frames_of_the_command_line_give_way(lines, grids, asked):  # noqa: F811
     assert code == 0 and grids == [[4], [3], [3], [1], [2]], results
 
 
-def test_limits_of_the_command_line_give_way_to_size(lines, asked):  # noqa: F811
+def test_size_of_a_line_overrides_the_limits_of_the_command_line(lines, asked):  # noqa: F811
     code, _, results, _ = lines(
         {"images": "a.jpg", "media_kwargs": {"size": {"longest_edge": 60000}}},
         {"images": "a.jpg"},
@@ -591,7 +599,7 @@ def test_messages_with_from_and_value(lines):  # noqa: F811
     )
 
 
-def test_lines_with_options_of_odd_kinds(lines, tmp_path, run):  # noqa: F811
+def test_lines_with_options_of_wrong_types_are_an_error(lines, tmp_path, run):  # noqa: F811
     code, _, results, asked = lines({"prompt": "a", "media_kwargs": 3}, {"prompt": "a", "generate_kwargs": "b"})  # noqa: F811
     assert code == 1 and not asked
     assert [result["error"] for result in results] == [
@@ -603,7 +611,7 @@ def test_lines_with_options_of_odd_kinds(lines, tmp_path, run):  # noqa: F811
     assert code == 2 and "odd.jsonl is not UTF-8" in err
 
 
-def test_damaged_images_are_called_images(run, tmp_path):  # noqa: F811
+def test_a_damaged_image_is_reported_as_an_image(run, tmp_path):  # noqa: F811
     (tmp_path / "cut.jpg").write_bytes(IMAGE.read_bytes()[:10])
     (tmp_path / "cut.mp4").write_bytes(IMAGE.read_bytes()[:10])
     for medium, kind in (
@@ -619,7 +627,7 @@ def test_damaged_images_are_called_images(run, tmp_path):  # noqa: F811
         ), err
 
 
-def test_damaged_files_are_what_they_are_called(tmp_path):
+def test_the_kind_of_a_damaged_file_follows_from_its_name(tmp_path):
     for name, kind in (
         ("a.PNG", "image"),
         ("a.webp", "image"),

@@ -1,5 +1,5 @@
-"""Queries as clients of the released code send them, what a caller gave and what is a default, and the queue after a
-stop."""
+"""Queries as clients of the released code send them: media named twice, records, aliases, defaults, ends of
+answers."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ from moss_vl.generation_batches import UnpaddedPenalty
 
 
 def forms(pictures):  # noqa: F811
-    """Messages that hold their media, and those of them that stand again in `images` and `videos`."""
+    """name -> (messages with their media, the media again as `images` and `videos`)."""
     a, b = pictures[:2]
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
     one, two, video = (
@@ -49,8 +49,8 @@ def forms(pictures):  # noqa: F811
         "written otherwise": (user(one, two), {"images": [{"url": "file://" + a}, {"image": b}]}),
         "segments": (user({"type": "video", "video": clip}, "What?"), {"videos": [copy.deepcopy(clip)]}),
         "segments as tuples": (user({"type": "video", **clip}), {"videos": [{**clip, "segments": [(0, 2), (3.5,)]}]}),
-        "segments said in one place": (user({"type": "video", "video": LONGER_VIDEO}), {"videos": [clip]}),
-        "options said in one place": (
+        "segments given once": (user({"type": "video", "video": LONGER_VIDEO}), {"videos": [clip]}),
+        "options given once": (
             user({"type": "video", "video": LONGER_VIDEO, "fps": 2}),
             {"videos": [LONGER_VIDEO]},
         ),
@@ -63,7 +63,7 @@ def forms(pictures):  # noqa: F811
             user({"type": "image", "image": np.zeros((64, 64, 3), np.uint8)}),
             {"images": [np.zeros((64, 64, 3), np.uint8)]},
         ),
-        "a place among them": (user(one, {"type": "image"}, "x"), {"images": [a, b]}),
+        "a placeholder among them": (user(one, {"type": "image"}, "x"), {"images": [a, b]}),
     }
 
 
@@ -76,23 +76,23 @@ def forms(pictures):  # noqa: F811
         ("written otherwise", [1, 1]),
         ("segments", [2, 1]),
         ("segments as tuples", [2, 1]),
-        ("segments said in one place", [2, 1]),
-        ("options said in one place", [10]),
+        ("segments given once", [2, 1]),
+        ("options given once", [10]),
         ("objects", [1]),
         ("frames", [2]),
         ("arrays", [1]),
-        ("a place among them", [1, 1]),
+        ("a placeholder among them", [1, 1]),
     ],
 )
-def test_media_named_again_are_the_same_media(model, processor, pictures, calls, name, frames):  # noqa: F811
+def test_media_may_be_named_again_beside_messages(model, processor, pictures, calls, name, frames):  # noqa: F811
     messages, again = forms(pictures)[name]
     query = query_of(messages=messages, **again)
     model.offline_batch_generate(processor, [query])
     expected = {
-        "segments said in one place": user(
+        "segments given once": user(
             {"type": "video", "video": {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}}
         ),
-        "a place among them": user(messages[0]["content"][0], {"type": "image", "image": pictures[1]}, "x"),
+        "a placeholder among them": user(messages[0]["content"][0], {"type": "image", "image": pictures[1]}, "x"),
     }.get(name, messages)
     model.offline_batch_generate(processor, [query_of(messages=expected)])
     first, second = calls
@@ -107,8 +107,8 @@ def test_media_named_again_are_the_same_media(model, processor, pictures, calls,
             torch.testing.assert_close(first[key], second[key])
 
 
-def test_what_is_named_again_is_not_changed(model, processor, pictures):  # noqa: F811
-    messages, again = forms(pictures)["segments said in one place"]
+def test_queries_with_media_named_again_are_not_changed(model, processor, pictures):  # noqa: F811
+    messages, again = forms(pictures)["segments given once"]
     query = query_of(messages=messages, **again)
     before = copy.deepcopy(query)
     result = batch(model, processor, query)["results"][0]
@@ -139,7 +139,9 @@ NOT_THE_SAME = [
 
 
 @pytest.mark.parametrize("images, part, message", NOT_THE_SAME)
-def test_media_that_are_not_the_same(model, processor, pictures, nothing_is_encoded, images, part, message):  # noqa: F811
+def test_other_media_beside_messages_are_an_error(
+    model, processor, pictures, nothing_is_encoded, images, part, message
+):  # noqa: F811
     paths = dict(zip("ab", pictures, strict=False))
     images = [
         {**one, "image": paths[one["image"]]}
@@ -149,13 +151,17 @@ def test_media_that_are_not_the_same(model, processor, pictures, nothing_is_enco
         else one
         for one in images
     ]
-    places = [{"type": "image"}] * part.get("extra", 0)
-    own = {"type": "image", "image": pictures[0], **{name: value for name, value in part.items() if name != "extra"}}
+    placeholders = [{"type": "image"}] * part.get("extra", 0)
+    filled = {
+        "type": "image",
+        "image": pictures[0],
+        **{name: value for name, value in part.items() if name != "extra"},
+    }
     with pytest.raises(ValueError, match=f"^query 0: .*{message}"):
-        batch(model, processor, query_of(messages=user(own, *places, "x"), images=images))
+        batch(model, processor, query_of(messages=user(filled, *placeholders, "x"), images=images))
 
 
-def test_segments_may_have_a_place_each(model, processor, calls):  # noqa: F811
+def test_segments_may_have_a_placeholder_each(model, processor, calls):  # noqa: F811
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
     one = batch(model, processor, query_of(messages=user("a", {"type": "video", "video": clip})))["results"][0]
     each = batch(
@@ -170,7 +176,7 @@ def test_segments_may_have_a_place_each(model, processor, calls):  # noqa: F811
         batch(model, processor, query_of(messages=[{"role": "user", "content": "<|video|>a<|video|>"}], videos=[clip]))
 
 
-def test_parts_of_every_form(model, processor, pictures):  # noqa: F811
+def test_all_forms_of_parts_give_the_same_prompt(model, processor, pictures):  # noqa: F811
     plain = batch(
         model,
         processor,
@@ -187,7 +193,7 @@ def test_parts_of_every_form(model, processor, pictures):  # noqa: F811
         assert result["results"][0]["input_text"] == plain["results"][0]["input_text"]
 
 
-def test_options_of_a_part_hold_for_it_alone(model, processor, calls):  # noqa: F811
+def test_options_of_a_part_hold_for_its_medium_only(model, processor, calls):  # noqa: F811
     parts = [{"type": "video", "video": LONGER_VIDEO, "fps": 2.0}, {"type": "video", "video": LONGER_VIDEO}]
     state = batch(model, processor, query_of(messages=user(*parts)))["session_states"][0]
     assert json.loads(json.dumps(state)) == state
@@ -195,7 +201,7 @@ def test_options_of_a_part_hold_for_it_alone(model, processor, calls):  # noqa: 
     assert [call["grid_thw"][:, 0].tolist() for call in calls] == [[10, 5]] * 2
 
 
-def test_a_list_of_pictures_is_one_video(model, processor, pictures, calls):  # noqa: F811
+def test_a_list_of_frames_is_one_video(model, processor, pictures, calls):  # noqa: F811
     frames = [pictures[0]] * 3
     assert (
         generation_queries.list_media("video", frames) == [frames]
@@ -208,7 +214,7 @@ def test_a_list_of_pictures_is_one_video(model, processor, pictures, calls):  # 
 # records of clients
 
 
-def test_what_else_stood_in_a_record_travels_to_the_result(model, processor, pictures):  # noqa: F811
+def test_other_keys_of_a_query_are_copied_into_its_result(model, processor, pictures):  # noqa: F811
     query = query_of("Hi", **RECORD)
     before = copy.deepcopy(query)
     result = batch(model, processor, query, query_of("Hi", text="mine", index="mine"))
@@ -237,7 +243,7 @@ def test_what_else_stood_in_a_record_travels_to_the_result(model, processor, pic
         ("stop_genration", "stop_generation"),
     ],
 )
-def test_a_key_that_was_meant_to_be_another(model, processor, nothing_is_encoded, key, near):  # noqa: F811
+def test_a_misspelled_key_is_an_error(model, processor, nothing_is_encoded, key, near):  # noqa: F811
     with pytest.raises(ValueError, match=f"query 0: query: unknown key '{key}'; did you mean '{near}'"):
         batch(model, processor, {"prompt": "a", key: "x"})
     [[error]] = serve(model, processor, {"prompt": "a", key: "x"})
@@ -268,11 +274,11 @@ def test_a_key_that_was_meant_to_be_another(model, processor, nothing_is_encoded
         "timestamps",
     ],
 )
-def test_a_key_of_its_own_is_none(key):
+def test_a_key_that_is_near_no_known_one_is_no_misspelling(key):
     assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
 
-def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # noqa: F811
+def test_options_in_the_wrong_place_are_an_error(model, processor, nothing_is_encoded):  # noqa: F811
     for key, box in (
         ("max_new_tokens", "generate_kwargs"),
         ("num_beams", "generate_kwargs"),
@@ -288,7 +294,7 @@ def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # no
     ) == {"fps": None}
 
 
-def test_options_of_images_and_videos_whatever_the_media(model, processor, pictures, calls):  # noqa: F811
+def test_media_kwargs_may_hold_options_of_absent_media(model, processor, pictures, calls):  # noqa: F811
     both = {
         "min_pixels": 4096,
         "max_pixels": 16384,
@@ -313,7 +319,7 @@ def test_options_of_images_and_videos_whatever_the_media(model, processor, pictu
             batch(model, processor, query_of("a", videos=VIDEO, media=media))
 
 
-def test_other_names_of_options(model, processor, calls):  # noqa: F811
+def test_options_have_aliases(model, processor, calls):  # noqa: F811
     for media in ({"fps": 2}, {"nframes": 4}, {"total_pixels": 5 * 16384}, {"longest_edge": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media=media))
     assert [call["grid_thw"].tolist() for call in calls] == [[[10, 16, 20]], [[4, 16, 20]], [[5, 6, 8]], [[5, 6, 8]]]
@@ -321,13 +327,13 @@ def test_other_names_of_options(model, processor, calls):  # noqa: F811
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"fps": 2, "video_fps": 2}))
 
 
-def test_none_gives_way_to_a_number_of_another_name(model, processor, calls):  # noqa: F811
+def test_none_yields_to_a_value_under_an_alias(model, processor, calls):  # noqa: F811
     for media in ({"max_pixels": 16384, "longest_edge": None}, {"longest_edge": None, "max_pixels": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"num_frames": 1, **media}))
     assert [call["grid_thw"].tolist() for call in calls] == [[[1, 6, 8]]] * 2
 
 
-def test_no_message_quotes_a_whole_string(model, processor):  # noqa: F811
+def test_messages_shorten_long_strings(model, processor):  # noqa: F811
     long = "data:image/png;base64," + "A" * 5000
     for query in (
         {"prompt": "a", "images": [long]},
@@ -343,10 +349,10 @@ def test_no_message_quotes_a_whole_string(model, processor):  # noqa: F811
         assert "A" * 600 not in str(error.value), query
 
 
-# what was given, and numbers
+# given options and defaults, and numbers
 
 
-def test_what_was_given_is_known(model, processor, pictures, nothing_is_encoded):  # noqa: F811
+def test_a_given_option_must_not_contradict_another(model, processor, pictures, nothing_is_encoded):  # noqa: F811
     for arguments, message in (
         (dict(num_frames=8, video_fps=1.0), "video_fps 1.0 and num_frames 8"),
         (dict(num_frames=8, fps=1), "video_fps 1 and num_frames 8"),
@@ -363,7 +369,7 @@ def test_what_was_given_is_known(model, processor, pictures, nothing_is_encoded)
         model.offline_image_generate(processor, "a", pictures[0], longest_edge=16777216, max_pixels=5000)
 
 
-def test_what_was_not_given_makes_room(model, processor, pictures, calls):  # noqa: F811
+def test_a_default_yields_to_a_given_option(model, processor, pictures, calls):  # noqa: F811
     model.offline_video_generate(processor, "a", LONGER_VIDEO, num_frames=7, max_new_tokens=1)
     model.offline_video_generate(processor, "a", LONGER_VIDEO, nframes=np.int64(7), max_pixels=16384, max_new_tokens=1)
     model.offline_video_generate(processor, "a", LONGER_VIDEO, num_frames=7, video_fps=None, max_new_tokens=1)
@@ -372,7 +378,7 @@ def test_what_was_not_given_makes_room(model, processor, pictures, calls):  # no
     assert calls[-1]["max_length"] == 60 and "max_new_tokens" not in calls[-1]
 
 
-def test_a_fixed_size_takes_the_place_of_default_limits(model, processor, pictures, calls):  # noqa: F811
+def test_a_fixed_size_replaces_default_limits(model, processor, pictures, calls):  # noqa: F811
     model.offline_image_generate(processor, "a", pictures[0], resized_height=64, resized_width=96, max_new_tokens=1)
     assert calls[0]["grid_thw"].tolist() == [[1, 4, 6]]
     with pytest.raises(ValueError, match="max_pixels"):
@@ -381,7 +387,7 @@ def test_a_fixed_size_takes_the_place_of_default_limits(model, processor, pictur
         )
 
 
-def test_numbers_of_numpy(model, processor, pictures, calls):  # noqa: F811
+def test_numpy_numbers_are_accepted(model, processor, pictures, calls):  # noqa: F811
     media = {"max_pixels": np.int64(16384), "video_fps": np.float32(4), "max_frames": np.int32(2)}
     generate = {
         "max_new_tokens": np.int64(3),
@@ -418,7 +424,7 @@ def test_numbers_of_numpy(model, processor, pictures, calls):  # noqa: F811
             batch(model, processor, query_of("a", generate={name: wrong}))
 
 
-def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
+def test_values_at_the_edges_of_their_ranges(model, processor, nothing_is_encoded):  # noqa: F811
     for name, value in (
         ("top_p", 1),
         ("top_p", 1e-9),
@@ -426,8 +432,8 @@ def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
         ("max_new_tokens", 1),
         ("repetition_penalty", 1e-9),
     ):
-        knobs = {"do_sample": True, name: value}
-        assert generation_options.generate_arguments(model, processor.tokenizer, knobs, 64)[name] == value
+        options = {"do_sample": True, name: value}
+        assert generation_options.generate_arguments(model, processor.tokenizer, options, 64)[name] == value
     for name, value in (
         ("top_p", 0),
         ("top_p", 1.0000001),
@@ -442,8 +448,8 @@ def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
 # ends and penalties
 
 
-def test_the_ends_that_the_checkpoint_names_are_kept(model, processor, pictures, calls, monkeypatch):  # noqa: F811
-    """Two ends, neither of them the tokenizer's: an answer stops at either, and goes on past the tokenizer's."""
+def test_eos_tokens_of_the_checkpoint_are_kept(model, processor, pictures, calls, monkeypatch):  # noqa: F811
+    """Two of them, neither that of the tokenizer: an answer stops at each, and does not stop at the tokenizer's."""
     query = query_of(
         "Hi", images=pictures[0], generate={"max_new_tokens": 8, "suppress_tokens": [processor.tokenizer.eos_token_id]}
     )
@@ -469,7 +475,7 @@ def test_the_ends_that_the_checkpoint_names_are_kept(model, processor, pictures,
     assert calls[-1]["eos_token_id"] == [said[3]]
 
 
-def test_the_penalty_of_a_beam_leaves_out_its_own_prompt_s_padding():
+def test_the_penalty_of_each_beam_ignores_the_padding_of_its_prompt():
     """Three prompts with 2, 0 and 1 padding tokens in front, of which the padding token 0 is otherwise said by none;
     two beams each."""
     ids = torch.tensor([[0, 0, 1], [0, 0, 2], [1, 2, 3], [0, 2, 3], [0, 3, 3], [0, 0, 3]])
@@ -482,10 +488,10 @@ def test_the_penalty_of_a_beam_leaves_out_its_own_prompt_s_padding():
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3])
-def test_each_row_gets_its_own_padding(model, processor, calls, monkeypatch, beams):  # noqa: F811
-    knobs = dict(num_beams=beams, repetition_penalty=1.5, max_new_tokens=2)
+def test_the_penalty_knows_the_padding_of_each_row(model, processor, calls, monkeypatch, beams):  # noqa: F811
+    options = dict(num_beams=beams, repetition_penalty=1.5, max_new_tokens=2)
     batch(
-        model, processor, *(query_of(text, generate=knobs) for text in ("Hi, a much longer one", "Hi", "Hi, longer"))
+        model, processor, *(query_of(text, generate=options) for text in ("Hi, a much longer one", "Hi", "Hi, longer"))
     )
     [call] = calls
     [penalty] = call["logits_processor"]

@@ -62,7 +62,7 @@ def test_forms_of_a_video_part_with_options(part):
     assert read_part(part) == {"type": "video", "video": {"video_path": "a.mp4", "video_fps": 2.0}} and part == given
 
 
-def test_texts():
+def test_strings_and_text_parts():
     expected = {"type": "text", "text": "x"}
     for part in (
         "x",
@@ -109,12 +109,12 @@ def test_base64_is_a_data_url():
         ({"type": "image", "base64": 3}, "base64 must be a string"),
     ],
 )
-def test_bad_parts(part, message):
+def test_bad_parts_are_errors(part, message):
     with pytest.raises(ValueError, match=message):
         read_part(part)
 
 
-def test_no_message_quotes_a_whole_base64_string():
+def test_messages_shorten_base64_strings():
     long = "QUJD" * 5000
     for part in (
         {"type": "image", "base64": long, "imagee": 1},
@@ -133,7 +133,7 @@ def test_no_message_quotes_a_whole_base64_string():
     assert len(str(error.value)) < 1000
 
 
-def test_messages():
+def test_messages_are_read_into_plain_parts():
     messages = (
         {
             "role": "user",
@@ -156,7 +156,7 @@ def test_messages():
     assert read_messages(plain) == plain
 
 
-def test_a_placeholder_for_each_segment():
+def test_each_segment_has_a_placeholder():
     messages = read_messages(
         [
             {"role": "user", "content": [{"video": "a", "segments": [[0, 1], [2]]}, {"image": "b"}, "x"]},
@@ -170,7 +170,7 @@ def test_a_placeholder_for_each_segment():
             count_placeholders("video", {"video_path": "a", "segments": segments})
 
 
-def test_placeholders_in_texts():
+def test_placeholders_in_texts_become_parts():
     parts = [
         {"type": "text", "text": "a<|image|>b<|video_pad|>"},
         {"type": "image", "image": "c"},
@@ -186,7 +186,7 @@ def test_placeholders_in_texts():
     ]
 
 
-def test_the_same_medium():
+def test_media_are_compared_by_source_and_options():
     array = np.zeros((4, 4, 3), np.uint8)
     for kind, a, b in [
         ("image", "x/a.png", Path("x/a.png")),
@@ -212,7 +212,7 @@ def test_the_same_medium():
         assert not same_medium(kind, a, b)
 
 
-def test_paths_relative_to_a_folder(tmp_path):
+def test_relative_paths_are_joined_to_a_folder(tmp_path):
     assert locate("image", {"url": "a.png"}, tmp_path) == str(tmp_path / "a.png")
     assert locate("image", Path("a.png"), str(tmp_path)) == str(tmp_path / "a.png")
     assert locate("video", {"video": ["1.png", "/x/2.png"], "fps": 2}, tmp_path) == {
@@ -223,7 +223,7 @@ def test_paths_relative_to_a_folder(tmp_path):
         assert locate("image", stays, tmp_path) == stays
 
 
-def test_files(tmp_path, monkeypatch):
+def test_local_paths_of_urls_and_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_path("~/a.png") == str(tmp_path / "a.png") and local_path("file:///x/a%20b.png") == "/x/a b.png"
     assert (

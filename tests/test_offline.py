@@ -26,10 +26,10 @@ from moss_vl.patches import normalise
 from moss_vl.processing_moss_vl import MossVLProcessor
 
 
-# the lines as they stand
+# calls of the specification
 
 
-def test_the_lines_of_the_specification(model, processor, pictures, calls):
+def test_the_calls_of_the_specification_work_word_for_word(model, processor, pictures, calls):
     common = dict(
         shortest_edge=4096,
         longest_edge=16777216,
@@ -85,7 +85,7 @@ def test_the_lines_of_the_specification(model, processor, pictures, calls):
     assert len(calls) == 3  # the two queries of the batch share a call
 
 
-def test_defaults_are_those_of_the_specification(model):
+def test_the_signatures_show_the_defaults_of_the_specification(model):
     shared = dict(
         prompt="",
         shortest_edge=4096,
@@ -99,7 +99,7 @@ def test_defaults_are_those_of_the_specification(model):
         vision_chunked_length=64,
         use_template=None,
     )
-    for method, own in (
+    for method, more in (
         (model.offline_image_generate, dict(multi_image_max_pixels=201326592)),
         (
             model.offline_video_generate,
@@ -107,10 +107,10 @@ def test_defaults_are_those_of_the_specification(model):
         ),
     ):
         parameters = inspect.signature(method).parameters
-        assert {name: parameters[name].default for name in {**shared, **own}} == {**shared, **own}
+        assert {name: parameters[name].default for name in {**shared, **more}} == {**shared, **more}
 
 
-def test_text_is_that_of_processor_and_generate_by_hand(model, processor, pictures):
+def test_the_text_equals_that_of_processor_and_generate(model, processor, pictures):
     bare = model.offline_image_generate(
         processor, "Hi", pictures[:2], longest_edge=16384, use_template=False, max_new_tokens=8
     )
@@ -126,7 +126,7 @@ def test_text_is_that_of_processor_and_generate_by_hand(model, processor, pictur
     assert bare and chat and result["text"] and len({bare, chat, result["text"]}) == 3
 
 
-# the knobs
+# the options
 
 IMAGE_EFFECTS = [
     (dict(), [[1, 10, 6]]),
@@ -136,9 +136,9 @@ IMAGE_EFFECTS = [
 ]
 
 
-@pytest.mark.parametrize("knobs, grid", IMAGE_EFFECTS)
-def test_image_limits_act(model, processor, pictures, calls, knobs, grid):
-    model.offline_image_generate(processor, "", pictures[2], max_new_tokens=1, **knobs)
+@pytest.mark.parametrize("options, grid", IMAGE_EFFECTS)
+def test_image_limits_have_an_effect(model, processor, pictures, calls, options, grid):
+    model.offline_image_generate(processor, "", pictures[2], max_new_tokens=1, **options)
     assert calls[0]["grid_thw"].tolist() == grid
 
 
@@ -154,13 +154,13 @@ VIDEO_EFFECTS = [
 ]
 
 
-@pytest.mark.parametrize("knobs, grid", VIDEO_EFFECTS)
-def test_video_limits_act(model, processor, calls, knobs, grid):
-    model.offline_video_generate(processor, "", LONGER_VIDEO, max_new_tokens=1, **knobs)
+@pytest.mark.parametrize("options, grid", VIDEO_EFFECTS)
+def test_video_limits_have_an_effect(model, processor, calls, options, grid):
+    model.offline_video_generate(processor, "", LONGER_VIDEO, max_new_tokens=1, **options)
     assert calls[0]["grid_thw"].tolist() == grid
 
 
-def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, processor, pictures, calls):
+def test_means_hold_for_one_call_and_do_not_change_the_processor(model, processor, pictures, calls):
     before = [copy.deepcopy(part.to_dict()) for part in (processor.image_processor, processor.video_processor)]
     means = dict(image_mean=[0.25, 0.5, 0.5], image_std=[0.25, 0.5, 0.5])
     for extra in ({}, {**means, "longest_edge": 16384}, {}):
@@ -183,7 +183,7 @@ def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, process
 
 
 @pytest.mark.parametrize("name, wrong", [("patch_size", 14), ("temporal_patch_size", 2), ("merge_size", 4)])
-def test_sizes_that_do_not_fit_the_weights(model, processor, pictures, nothing_is_encoded, name, wrong):
+def test_sizes_that_do_not_fit_the_weights_are_an_error(model, processor, pictures, nothing_is_encoded, name, wrong):
     for method, medium in ((model.offline_image_generate, pictures[0]), (model.offline_video_generate, VIDEO)):
         with pytest.raises(ValueError, match=f"{name} of the call is {wrong}, but .* weights"):
             method(processor, "", medium, **{name: wrong})
@@ -193,7 +193,7 @@ def test_sizes_that_do_not_fit_the_weights(model, processor, pictures, nothing_i
         batch(model, other, query_of("a", images=pictures[0]))
 
 
-def test_generate_gets_sampling_knobs_only_when_it_samples(model, processor, calls):
+def test_generate_gets_sampling_options_only_if_it_samples(model, processor, calls):
     sampling = dict(do_sample=True, temperature=0.7, top_k=11, top_p=0.9, repetition_penalty=1.3, min_p=0.01)
     batch(model, processor, query_of("a", generate=sampling), query_of("a", generate={**sampling, "temperature": 0}))
     (first, second) = calls
@@ -210,13 +210,13 @@ def test_generate_gets_sampling_knobs_only_when_it_samples(model, processor, cal
 @pytest.mark.parametrize(
     "generate", [dict(temperature=0), dict(temperature=-1.0, do_sample=True), dict(do_sample=False, temperature=0.3)]
 )
-def test_greedy_by_temperature_is_greedy(model, processor, pictures, generate):
+def test_a_temperature_of_zero_or_less_is_greedy(model, processor, pictures, generate):
     assert text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate)) == text_of(
         model, processor, query_of("Hi", images=pictures[0])
     )
 
 
-def test_sampling_samples(model, processor, pictures):
+def test_sampling_depends_on_the_seed(model, processor, pictures):
     texts = set()
     for seed in (0, 0, 1, 2):
         torch.manual_seed(seed)
@@ -232,7 +232,7 @@ def test_sampling_samples(model, processor, pictures):
     )
 
 
-def test_greedy_warns_of_nothing_whatever_the_checkpoint_says(model, processor, pictures, monkeypatch, caplog):
+def test_greedy_does_not_warn_about_sampling_settings(model, processor, pictures, monkeypatch, caplog):
     settings = copy.deepcopy(model.generation_config)
     settings.update(do_sample=True, temperature=0.6, top_k=5, top_p=0.8, min_p=0.1)
     monkeypatch.setattr(model, "generation_config", settings)
@@ -247,7 +247,7 @@ def test_greedy_warns_of_nothing_whatever_the_checkpoint_says(model, processor, 
     assert settings.do_sample and settings.temperature == 0.6
 
 
-def test_other_knobs_of_generate(model, processor, pictures, calls):
+def test_other_options_of_generate_have_an_effect(model, processor, pictures, calls):
     ask = lambda **generate: text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate))  # noqa: E731
     plain = ask()
     assert ask(num_beams=3) == by_hand(
@@ -272,7 +272,7 @@ def test_other_knobs_of_generate(model, processor, pictures, calls):
     assert plain.startswith(ask(stopping_criteria=[OnlyOne()])) and ask(stopping_criteria=[OnlyOne()]) != plain
 
 
-def test_a_streamer_gets_the_text_in_pieces(model, processor, pictures):
+def test_a_streamer_gets_the_text(model, processor, pictures):
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = model.offline_image_generate(processor, "Hi", pictures[0], max_new_tokens=40, streamer=streamer)
     assert "".join(streamer) == text
@@ -372,14 +372,14 @@ WRONG_QUERIES = [
 
 
 @pytest.mark.parametrize("wrong, message", [row[1:] for row in WRONG_QUERIES], ids=[row[0] for row in WRONG_QUERIES])
-def test_a_wrong_query_is_named_before_anything_is_encoded(
+def test_a_wrong_query_is_an_error_before_anything_is_encoded(
     model, processor, pictures, nothing_is_encoded, wrong, message
 ):
     with pytest.raises((ValueError, FileNotFoundError), match=f"^query 1: .*{message}"):
         batch(model, processor, query_of("fine", images=pictures[0]), wrong)
 
 
-def test_wrong_calls(model, processor, pictures, nothing_is_encoded):
+def test_wrong_calls_are_errors(model, processor, pictures, nothing_is_encoded):
     for arguments, message in (
         (dict(max_new_token=3), "offline_image_generate: unknown key 'max_new_token'; did you mean 'max_new_tokens'"),
         (dict(longest_egde=3), "did you mean 'longest_edge'"),
@@ -400,7 +400,7 @@ def test_wrong_calls(model, processor, pictures, nothing_is_encoded):
         batch(model, processor, {"prompt": "a"}, session_states=["old"])
 
 
-def test_no_template_to_use(model, processor):
+def test_use_template_needs_a_template(model, processor):
     bare = MossVLProcessor(processor.image_processor, processor.tokenizer, processor.video_processor)
     with pytest.raises(ValueError, match="no chat template"):
         batch(model, bare, query_of("a", use_template=True))
@@ -432,7 +432,7 @@ def some_queries(pictures):
     ],
     ids=str,
 )
-def test_in_a_batch_as_alone(model, processor, pictures, generate):
+def test_an_answer_in_a_batch_is_the_answer_alone(model, processor, pictures, generate):
     queries = some_queries(pictures)
     for query in queries:
         query["generate_kwargs"].update(generate)
@@ -443,22 +443,22 @@ def test_in_a_batch_as_alone(model, processor, pictures, generate):
     assert queries == before and len(set(alone)) > 3
 
 
-def test_a_penalty_does_not_touch_the_padding_token(model, processor, calls):
-    """Padding with the very token that the shorter query says first: counted as said already, it would not come any
-    more."""
-    knobs = dict(max_new_tokens=1, suppress_tokens=[processor.tokenizer.eos_token_id])
-    text_of(model, processor, query_of("Hi", generate=knobs))
+def test_a_repetition_penalty_ignores_the_padding(model, processor, calls):
+    """The padding token is the one that the shorter query generates first: if padding were penalised, it would
+    change."""
+    options = dict(max_new_tokens=1, suppress_tokens=[processor.tokenizer.eos_token_id])
+    text_of(model, processor, query_of("Hi", generate=options))
     first = model.generate(**calls[0])[0, -1].item()
     assert first not in calls[0]["input_ids"]
-    knobs.update(repetition_penalty=100.0, pad_token_id=first)
-    short, longer = (query_of(prompt, generate=knobs) for prompt in ("Hi", "Hi, a much longer one"))
+    options.update(repetition_penalty=100.0, pad_token_id=first)
+    short, longer = (query_of(prompt, generate=options) for prompt in ("Hi", "Hi, a much longer one"))
     alone = [text_of(model, processor, query) for query in (short, longer)]
     assert alone[0] == processor.tokenizer.decode([first])
     assert [item["text"] for item in batch(model, processor, short, longer)["results"]] == alone
     assert len(calls[-1]["input_ids"]) == 2
 
 
-def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
+def test_queries_share_generate_calls(model, processor, pictures, calls):
     batch(model, processor, *some_queries(pictures))
     assert [len(call["input_ids"]) for call in calls] == [5, 1]  # by max_new_tokens
     calls.clear()
@@ -467,11 +467,11 @@ def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
         model,
         processor,
         *(
-            query_of(prompt, generate=knobs)
-            for prompt, knobs in (("ab", same), ("ab", other), ("ab", same), ("a longer one", same))
+            query_of(prompt, generate=options)
+            for prompt, options in (("ab", same), ("ab", other), ("ab", same), ("a longer one", same))
         ),
     )
-    assert [len(call["input_ids"]) for call in calls] == [2, 1, 1]  # this knob would see padding
+    assert [len(call["input_ids"]) for call in calls] == [2, 1, 1]  # no_repeat_ngram_size would count padding
     calls.clear()
     streamers = [
         TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) for _ in range(2)
@@ -483,24 +483,24 @@ def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
     assert ["".join(streamer) for streamer in streamers] == [item["text"] for item in texts]
 
 
-def test_no_queries(model, processor):
+def test_a_batch_may_be_empty(model, processor):
     assert batch(model, processor) == {"results": [], "session_states": []}
 
 
-class FavourLast(LogitsProcessor):
-    """Says the last token again: sees the whole row."""
+class FavourFirst(LogitsProcessor):
+    """Repeats the first token of the row, which would be padding in a padded batch."""
 
     def __call__(self, input_ids, scores):
         return scores.scatter(1, input_ids[:, :1], 1e4)
 
 
-def test_a_logits_processor_of_the_caller_sees_no_padding(model, processor):
-    knobs = dict(logits_processor=LogitsProcessorList([FavourLast()]))
+def test_a_logits_processor_of_the_caller_gets_no_padding(model, processor):
+    options = dict(logits_processor=LogitsProcessorList([FavourFirst()]))
     short, long = batch(
         model,
         processor,
-        query_of("ab", use_template=False, generate=knobs),
-        query_of("said longer", use_template=False, generate=knobs),
+        query_of("ab", use_template=False, generate=options),
+        query_of("said longer", use_template=False, generate=options),
     )["results"]
     first = processor.tokenizer.decode(processor.tokenizer("ab")["input_ids"][:1])
     assert short["text"] == first * 8 != long["text"]

@@ -39,7 +39,7 @@ def test_the_server_answers_in_order(model, processor, pictures):
         assert pieces[0] == "<|round_start|>" and "".join(pieces[1:]) == text
 
 
-def test_an_error_is_put_out_and_the_next_query_answered(model, processor):
+def test_an_error_is_reported_and_the_next_query_answered(model, processor):
     good = query_of("Hi")
     rounds = serve(
         model, processor, {"promt": "Hi"}, "Hi", {**good, "images": ["nowhere.png"], "stream_output": True}, {}, good
@@ -66,10 +66,10 @@ def test_cancelling_ends_one_answer_and_loses_no_query(model, processor, flag):
 
 
 def test_cancelling_from_another_thread(model, processor):
-    asked, said = queue.Queue(), queue.Queue()
-    server = threading.Thread(target=model.offline_generate, args=(processor, asked, said), daemon=True)
+    new_queries, output = queue.Queue(), queue.Queue()
+    server = threading.Thread(target=model.offline_generate, args=(processor, new_queries, output), daemon=True)
     server.start()
-    asked.put(
+    new_queries.put(
         {
             **query_of(
                 "Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id])
@@ -77,20 +77,23 @@ def test_cancelling_from_another_thread(model, processor):
             "stream_output": True,
         }
     )
-    assert said.get(timeout=60) == "<|round_start|>"
-    pieces = [said.get(timeout=60)]
-    asked.put({"stop_generation": True})
+    assert output.get(timeout=60) == "<|round_start|>"
+    pieces = [output.get(timeout=60)]
+    new_queries.put({"stop_generation": True})
     while pieces[-1] != "<|round_end|>":
-        pieces.append(said.get(timeout=60))
+        pieces.append(output.get(timeout=60))
     assert not pieces[0].startswith("[ERROR]")
-    asked.put(query_of("a"))
-    assert said.get(timeout=60) == text_of(model, processor, query_of("a")) and said.get(timeout=60) == "<|round_end|>"
-    asked.put({"stop_offline_generate": True})
+    new_queries.put(query_of("a"))
+    assert (
+        output.get(timeout=60) == text_of(model, processor, query_of("a"))
+        and output.get(timeout=60) == "<|round_end|>"
+    )
+    new_queries.put({"stop_offline_generate": True})
     server.join(60)
-    assert not server.is_alive() and said.empty()
+    assert not server.is_alive() and output.empty()
 
 
-def test_the_server_continues_what_it_was_told_to_keep(model, processor):
+def test_persist_session_continues_the_conversation(model, processor):
     state = batch(model, processor, query_of("one"))["session_states"][0]
     apart, joined = (
         text_of(model, processor, query_of("two")),
@@ -119,7 +122,7 @@ def test_the_server_continues_what_it_was_told_to_keep(model, processor):
 # threads
 
 
-def test_two_threads_at_once(model, processor, pictures):
+def test_two_threads_may_call_at_once(model, processor, pictures):
     queries = [
         query_of("Hi", images=pictures, media={"max_pixels": 4096}),
         query_of("Hi", images=pictures, media={"max_pixels": 25600}),
@@ -143,7 +146,7 @@ def test_two_threads_at_once(model, processor, pictures):
 
 
 class PlainQueue:
-    """A queue without insides that could be reached."""
+    """A queue that offers only `get`, `get_nowait`, `put` and `qsize`, as one between processes does."""
 
     def __init__(self):
         self._queue = queue.Queue()
@@ -157,29 +160,29 @@ class PlainQueue:
     [queue.Queue, queue.SimpleQueue, PlainQueue, lambda: queue.Queue(maxsize=5)],
     ids=["Queue", "SimpleQueue", "plain", "full"],
 )
-def test_nothing_that_comes_after_a_stop_is_lost(model, processor, kind):  # noqa: F811
+def test_queries_after_a_stop_stay_on_the_queue(model, processor, kind):  # noqa: F811
     after = [query_of("b"), {"id": "odd"}, {"stop_offline_generate": True}]
 
-    class Said(queue.Queue):
+    class Output(queue.Queue):
         def put(self, piece):
             super().put(piece)
             if piece == "<|round_end|>":
-                asked.put(after[-1])  # comes in between the last token and the stop
+                new_queries.put(after[-1])  # arrives between the last token and the stop
 
-    asked, said = kind(), Said()
+    new_queries, output = kind(), Output()
     for query in (
         query_of("a"),
         {"stop_offline_generate": True},
         *after[:-1],
-    ):  # all are there while the first is answered
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said) == [text_of(model, processor, query_of("a")), "<|round_end|>"]
-    assert emptied(asked) == after
+    ):  # all are queued while the first is answered
+        new_queries.put(query)
+    start(model, processor, new_queries, output)()
+    assert emptied(output) == [text_of(model, processor, query_of("a")), "<|round_end|>"]
+    assert emptied(new_queries) == after
 
 
-def test_a_server_goes_on_where_the_one_before_stopped(model, processor):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
+def test_a_second_server_continues_after_a_stop(model, processor):  # noqa: F811
+    new_queries, output = queue.Queue(), queue.Queue()
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
     for query in (
         query_of("a"),
@@ -188,16 +191,16 @@ def test_a_server_goes_on_where_the_one_before_stopped(model, processor):  # noq
         query_of("c"),
         {"stop_offline_generate": True},
     ):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    asked.put({"last": True})
-    start(model, processor, asked, said)()
-    assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")]
-    assert emptied(asked) == [{"last": True}]
+        new_queries.put(query)
+    start(model, processor, new_queries, output)()
+    new_queries.put({"last": True})
+    start(model, processor, new_queries, output)()
+    assert emptied(output) == [piece for text in texts for piece in (text, "<|round_end|>")]
+    assert emptied(new_queries) == [{"last": True}]
 
 
-def test_an_interrupted_server_loses_only_what_it_was_answering(model, processor, monkeypatch):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
+def test_an_interrupted_server_loses_only_the_current_query(model, processor, monkeypatch):  # noqa: F811
+    new_queries, output = queue.Queue(), queue.Queue()
     generate = model.generate
 
     def interrupted(**kwargs):
@@ -206,23 +209,23 @@ def test_an_interrupted_server_loses_only_what_it_was_answering(model, processor
 
     monkeypatch.setattr(model, "generate", interrupted)
     for prompt in "abc":
-        asked.put(query_of(prompt))
+        new_queries.put(query_of(prompt))
     with pytest.raises(KeyboardInterrupt):
-        start(model, processor, asked, said)()
-    assert emptied(asked) == [query_of("b"), query_of("c")] and said.empty()
+        start(model, processor, new_queries, output)()
+    assert emptied(new_queries) == [query_of("b"), query_of("c")] and output.empty()
 
 
-def test_a_cancel_after_a_stop_still_ends_the_answer(model, processor):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
+def test_a_cancel_after_a_stop_ends_the_current_answer(model, processor):  # noqa: F811
+    new_queries, output = queue.Queue(), queue.Queue()
     endless = query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id]))
     for query in (endless, {"stop_offline_generate": True}, {**query_of("b"), "cancel_current_generate": True}):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said)[-1] == "<|round_end|>" and emptied(asked) == [query_of("b")]
+        new_queries.put(query)
+    start(model, processor, new_queries, output)()
+    assert emptied(output)[-1] == "<|round_end|>" and emptied(new_queries) == [query_of("b")]
 
 
 @pytest.mark.parametrize("flag", ["cancel_current_generate", "stop_generation"])
-def test_flags_that_are_false_or_none_say_nothing(model, processor, flag):  # noqa: F811
+def test_flags_that_are_false_or_none_have_no_effect(model, processor, flag):  # noqa: F811
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
     no, none = {flag: False}, {flag: None}
     rounds = serve(
@@ -244,68 +247,67 @@ def test_persist_session_none_is_the_default(model, processor):  # noqa: F811
     assert batch(model, processor, query_of("one", persist_session=None))["session_states"] != [None]
 
 
-def test_two_servers_with_a_queue_each(model, processor, pictures):  # noqa: F811
+def test_two_servers_run_at_once(model, processor, pictures):  # noqa: F811
     queries = [[query_of(f"{i}{k}", images=pictures[i], id=k) for k in range(4)] for i in range(2)]
     alone = [[text_of(model, processor, query) for query in each] for each in queries]
     queues = [(queue.Queue(), queue.Queue()) for _ in queries]
-    for (asked, _), each in zip(queues, queries, strict=True):
+    for (new_queries, _), each in zip(queues, queries, strict=True):
         for query in (*each, {"stop_offline_generate": True}, {"i": 1}):
-            asked.put(query)
+            new_queries.put(query)
     for join in [start(model, processor, *pair) for pair in queues]:
         join()
-    for (asked, said), texts in zip(queues, alone, strict=True):
-        assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")] and emptied(asked) == [
-            {"i": 1}
-        ]
+    for (new_queries, output), texts in zip(queues, alone, strict=True):
+        assert emptied(output) == [piece for text in texts for piece in (text, "<|round_end|>")] and emptied(
+            new_queries
+        ) == [{"i": 1}]
 
 
-def test_one_query_per_thread(model, processor, pictures):  # noqa: F811
-    """As clients do: each thread has queues of its own, and sends one query and a stop. Nothing is said in a warning
-    alone."""
+def test_a_server_per_query_works(model, processor, pictures):  # noqa: F811
+    """As clients do: each thread has two queues, and sends one query and a stop."""
     query = query_of(
         messages=user({"type": "image", "image_url": pictures[0]}, "What?"), images=[pictures[0]], **RECORD
     )
     query["media_kwargs"] = {**SMALL, "video_fps": 1.0, "max_frames": 256, "multi_image_max_pixels": 201326592}
     queues = [(queue.Queue(), queue.Queue()) for _ in range(3)]
     joins = []
-    for asked, said in queues:
-        joins.append(start(model, processor, asked, said))
-        asked.put(query)
-        asked.put({"stop_offline_generate": True})
+    for new_queries, output in queues:
+        joins.append(start(model, processor, new_queries, output))
+        new_queries.put(query)
+        new_queries.put({"stop_offline_generate": True})
     for join in joins:
         join()
-    assert [emptied(said) for _, said in queues] == [[text_of(model, processor, query), "<|round_end|>"]] * 3
+    assert [emptied(output) for _, output in queues] == [[text_of(model, processor, query), "<|round_end|>"]] * 3
 
 
-def test_an_array_is_no_cancel_flag(model, processor):  # noqa: F811
-    """It neither ends the answer that is being generated nor breaks it; its own round is an error."""
-    asked, said = queue.Queue(), queue.Queue()  # noqa: F811
+def test_an_array_as_cancel_flag_is_an_error_of_its_query(model, processor):  # noqa: F811
+    """It does not affect the answer that is being generated; the round of its query is an error."""
+    new_queries, output = queue.Queue(), queue.Queue()  # noqa: F811
     for query in (
         query_of("a"),
         {**query_of("b"), "stop_generation": np.ones(2)},
         query_of("c"),
         {"stop_offline_generate": True},
     ):
-        asked.put(query)
-    start(model, processor, asked, said)()
+        new_queries.put(query)
+    start(model, processor, new_queries, output)()
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "ac"]
     error = "[ERROR] stop_generation must be True or False, got a ndarray"
-    assert emptied(said) == [piece for text in (texts[0], error, texts[1]) for piece in (text, "<|round_end|>")]
+    assert emptied(output) == [piece for text in (texts[0], error, texts[1]) for piece in (text, "<|round_end|>")]
 
 
 @pytest.mark.parametrize("flag", [True, np.bool_(True), 1])
-def test_flags_that_cancel(model, processor, flag):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()  # noqa: F811
+def test_flags_of_all_boolean_types_cancel(model, processor, flag):  # noqa: F811
+    new_queries, output = queue.Queue(), queue.Queue()  # noqa: F811
     endless = query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id]))
     for query in (endless, {"cancel_current_generate": flag}, {"stop_offline_generate": True}):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said)[-1] == "<|round_end|>" and asked.empty()
+        new_queries.put(query)
+    start(model, processor, new_queries, output)()
+    assert emptied(output)[-1] == "<|round_end|>" and new_queries.empty()
 
 
-def test_a_stack_of_queries_keeps_its_order(model, processor):  # noqa: F811
-    asked, said = queue.LifoQueue(), queue.Queue()  # noqa: F811
+def test_a_lifo_queue_keeps_its_order(model, processor):  # noqa: F811
+    new_queries, output = queue.LifoQueue(), queue.Queue()  # noqa: F811
     for query in ({"id": 1}, {"id": 2}, {"stop_offline_generate": True}, query_of("a")):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(asked) == [{"id": 2}, {"id": 1}]
+        new_queries.put(query)
+    start(model, processor, new_queries, output)()
+    assert emptied(new_queries) == [{"id": 2}, {"id": 1}]

@@ -61,7 +61,7 @@ def test_messages_keep_their_order(model, processor, pictures):
     assert bare["input_text"] == "First<|image|>then<|video|><|image|>"
 
 
-def test_a_segment_has_its_own_placeholder(model, processor, calls):
+def test_each_segment_has_a_placeholder(model, processor, calls):
     video = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
     result = batch(model, processor, query_of("a", videos=[video], use_template=False))["results"][0]
     assert result["input_text"] == "<|video|><|video|>a"
@@ -84,13 +84,13 @@ SYSTEM_TURNS = [
 
 
 @pytest.mark.parametrize("chosen, system", SYSTEM_TURNS)
-def test_system_turns(model, processor, chosen, system):
+def test_system_turns_are_rendered(model, processor, chosen, system):
     text = batch(model, processor, query_of("a", **chosen))["results"][0]["input_text"]
     head = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     assert text == f"{head}<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_deep_thinking_about_a_video(model, processor, calls):
+def test_deep_thinking_about_a_video_has_its_system_turn(model, processor, calls):
     model.offline_video_generate(processor, "a", VIDEO, thinking_mode="reasoning", max_new_tokens=1)
     text = processor.tokenizer.decode(calls[0]["input_ids"][0])
     assert generation_utils.SYSTEM_PROMPTS["video"] in text
@@ -100,7 +100,7 @@ def test_deep_thinking_about_a_video(model, processor, calls):
 # sessions
 
 
-def test_a_session_goes_on(model, processor, pictures):
+def test_a_session_continues_its_conversation(model, processor, pictures):
     first = batch(
         model, processor, query_of("What is it?", images=pictures[0], system_prompt="Be short."), query_of("Hi")
     )
@@ -140,7 +140,7 @@ def test_a_session_state_is_plain_data(model, processor, pictures):
     )
 
 
-def test_an_earlier_turn_is_seen_as_it_was(model, processor, calls):
+def test_media_kwargs_of_earlier_turns_hold_until_changed(model, processor, calls):
     state = batch(model, processor, query_of("a", videos=[LONGER_VIDEO], media={**SMALL, "video_fps": 2}))[
         "session_states"
     ][0]
@@ -149,7 +149,7 @@ def test_an_earlier_turn_is_seen_as_it_was(model, processor, calls):
     assert [call["grid_thw"].tolist() for call in calls] == [[[10, 6, 8]], [[10, 6, 8]], [[3, 6, 8]]]
 
 
-def test_reset_persist_and_append(model, processor):
+def test_reset_persist_and_append_choose_what_a_turn_continues(model, processor):
     state = batch(model, processor, query_of("one"))["session_states"][0]
     for flags, turns, kept in (
         ({}, 4, 4),
