@@ -110,10 +110,8 @@ def same_source(a, b) -> bool:
     a, b = (os.path.abspath(x) if isinstance(x, str) and scheme_of(x) is None else x for x in map(local_path, (a, b)))
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same_source, a, b))
-    if isinstance(a, Image.Image) and isinstance(
-        b, Image.Image
-    ):  # their classes may differ: a copy of a JpegImageFile
-        return _same_image(a, b)
+    if isinstance(a, Image.Image) and isinstance(b, Image.Image):
+        return _same_image(a, b)  # before the types: a copy of a JpegImageFile has another one
     if type(a) is not type(b):
         return False
     try:
@@ -215,7 +213,7 @@ def _without_type(kind: str, given: Mapping, what: str) -> Mapping:
 
 
 def _read_source(kind: str, given: Mapping, what: str) -> tuple:
-    """(source or None, options) under `SOURCE_KEYS`. There are options if a dict stands in place of the source."""
+    """(source or None, options) under `SOURCE_KEYS`. There are options if a dict is given in place of a source."""
     found_key, source, options = None, None, {}
     for key in SOURCE_KEYS[kind]:
         value = given.get(key)
@@ -327,28 +325,28 @@ def read_part(part, what: str = "a part of a message") -> dict:
             f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got "
             f"{shorten(part)}{hint}"
         )
-    kind = KINDS[name]
-    if kind == "text":
-        text = given.pop("text", None)
-        if not isinstance(text, str):
-            raise ValueError(f"{what} of type {name} needs a string under 'text'; got {shorten(part)}")
-        if given:
-            raise ValueError(
-                f"{what} of type {name} has a text and nothing else; got {', '.join(map(repr, given))} in "
-                f"{shorten(part)}"
-            )
-        return {"type": "text", "text": text}
-    source, options = read_medium(kind, given, f"{what} of type {name}")
+    kind, what = KINDS[name], f"{what} of type {name}"
+    return _read_text_part(given, what, part) if kind == "text" else _read_media_part(kind, given, what)
+
+
+def _read_text_part(given: dict, what: str, part) -> dict:
+    text = given.pop("text", None)
+    if not isinstance(text, str):
+        raise ValueError(f"{what} needs a string under 'text'; got {shorten(part)}")
+    if given:
+        more = ", ".join(map(repr, given))
+        raise ValueError(f"{what} has a text and nothing else; got {more} in {shorten(part)}")
+    return {"type": "text", "text": text}
+
+
+def _read_media_part(kind: str, given: dict, what: str) -> dict:
+    source, options = read_medium(kind, given, what)
     if source is None:
         if options:
-            raise ValueError(
-                f"{what} of type {name} has {', '.join(options)}, but no {kind}; give both in one part, or neither"
-            )
+            raise ValueError(f"{what} has {', '.join(options)}, but no {kind}; give both in one part, or neither")
         return {"type": kind}
     if (shape := getattr(source, "shape", None)) is not None and len(shape) > MOST_AXES[kind]:
-        raise ValueError(
-            f"{what} of type {name} holds one {kind}, got an array of shape {list(shape)}; give each its own part"
-        )
+        raise ValueError(f"{what} holds one {kind}, got an array of shape {list(shape)}; write a part per {kind}")
     return {"type": kind, kind: plain_medium(kind, source, options)}
 
 
@@ -500,7 +498,7 @@ def fill_placeholders(kind: str, messages: list, media: list) -> None:
     The messages have plain parts without placeholders in their texts. In order, the media are one of
       * one per part without a medium;
       * one per part, if the caller gives all media again: the options of both are joined;
-      * one per run of parts without a medium, a part per segment: the run becomes one part;
+      * one per group of consecutive parts without a medium, a part per segment: the group becomes one part;
       * the media of the parts, divided differently: two parts with a segment each may be one video with two segments.
 
     Raises:
@@ -536,8 +534,7 @@ def _join_media(kind: str, number: int, medium, again):
     if not same_source(source, source_again):
         raise ValueError(
             f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(source_again)} in its "
-            "place; "
-            f"expected the same, or no {kind}s beside messages that hold their own"
+            f"place; expected the same, or no {kind}s beside messages that hold their own"
         )
     if not same_medium(kind, plain_medium(kind, source, shared_options), plain_medium(kind, source, shared_again)):
         raise ValueError(
@@ -582,7 +579,7 @@ def _fill_segments(kind: str, messages: list, media: list) -> None:
             elif previous is not medium:
                 raise ValueError(
                     f"the segments of {shorten(medium)} stand apart in the messages; put their {PLACEHOLDERS[kind]} "
-                    "together, or give each segment as a video of its own"
+                    "together, or give each segment as a separate video"
                 )
             previous = medium
         message["content"] = parts

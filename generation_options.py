@@ -15,7 +15,7 @@ from .checks import check_number, name_hint, plain_number, shorten
 from .options import REFUSED, layered, names_of, read_options, reject_unknown
 
 
-# Defaults of the offline methods. A media option given as None is the processor's own setting instead.
+# Defaults of the offline methods. A media option given as None takes the processor's setting.
 MEDIA_DEFAULTS = {
     "min_pixels": 4096,
     "max_pixels": 16777216,

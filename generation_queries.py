@@ -1,7 +1,7 @@
 """Reads queries of the offline methods: each is checked as a whole, before anything is decoded, and becomes a `Turn`.
 
-A conversation is a list of {"role", "content"}; content is a list of plain parts (conversation.py), each medium in its
-own part.
+A conversation is a list of {"role", "content"}; content is a list of plain parts (conversation.py), one per
+medium.
 """
 
 from collections.abc import Mapping

@@ -111,7 +111,7 @@ class MossVLGenerationMixin:
     """Offline methods of `MossVLForConditionalGeneration`. `processor` is a `MossVLProcessor` of the same checkpoint.
 
     The returned texts are what was generated without special tokens, with white space unchanged. A media option that
-    is None is the processor's own setting.
+    is None takes the processor's setting.
 
     Raises:
         ValueError, FileNotFoundError: for anything wrong with a query, before any medium is decoded; in a batch, the

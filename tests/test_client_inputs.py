@@ -33,7 +33,7 @@ from moss_vl.tools import query_files
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
-def frames_of(calls):  # noqa: F811
+def frames_of(calls):
     return [call["grid_thw"][:, 0].tolist() for call in calls]
 
 
@@ -55,7 +55,7 @@ def frames_of(calls):  # noqa: F811
         ({"do_sample_frames": None, "sample_fps": 2}, 6),
     ],
 )
-def test_frame_options_act_as_in_the_processor(model, processor, pictures, calls, options, frames):  # noqa: F811
+def test_frame_options_act_as_in_the_processor(model, processor, pictures, calls, options, frames):
     """The default rate and bounds of the methods do not contradict given options."""
     video = [pictures[0]] * 6
     alone = processor(text="<|video|>", videos=[video], return_tensors="pt", max_pixels=16384, **options)
@@ -65,7 +65,7 @@ def test_frame_options_act_as_in_the_processor(model, processor, pictures, calls
     assert frames_of(calls) == [[frames]] * 2
 
 
-def test_the_default_rate_of_the_methods_overrides_that_of_the_processor(model, processor, calls):  # noqa: F811
+def test_the_default_rate_of_the_methods_overrides_that_of_the_processor(model, processor, calls):
     other = copy.copy(processor)
     other.video_processor = MossVLVideoProcessor(video_fps=3.0)
     model.offline_video_generate(processor, "x", LONGER_VIDEO, longest_edge=16384, max_new_tokens=1)
@@ -92,7 +92,7 @@ def test_defaults_that_contradict_nothing_stay():
         assert generation_options.defaults_beside(given) == left, given
 
 
-def test_do_sample_frames_false_takes_every_frame_of_a_file(model, processor, calls):  # noqa: F811
+def test_do_sample_frames_false_takes_every_frame_of_a_file(model, processor, calls):
     model.offline_video_generate(processor, "x", VIDEO, do_sample_frames=False, longest_edge=16384, max_new_tokens=1)
     assert frames_of(calls) == [[15]]
     with pytest.raises(
@@ -101,7 +101,7 @@ def test_do_sample_frames_false_takes_every_frame_of_a_file(model, processor, ca
         model.offline_video_generate(processor, "x", VIDEO, do_sample_frames=False, max_frames=3)
 
 
-def test_size_sets_both_limits(model, processor, pictures, calls):  # noqa: F811
+def test_size_sets_both_limits(model, processor, pictures, calls):
     for media in (
         {"size": {"shortest_edge": 4096, "longest_edge": 16384}},
         {"size": {"longest_edge": 16384}},
@@ -134,7 +134,7 @@ def test_size_sets_both_limits(model, processor, pictures, calls):  # noqa: F811
             batch(model, processor, query_of("a", images=pictures[0], media=media))
 
 
-def test_refused_options_may_be_none(model, processor, pictures, calls):  # noqa: F811
+def test_refused_options_may_be_none(model, processor, pictures, calls):
     texts = [
         text_of(model, processor, query_of("a", images=pictures[0], media={"max_pixels": 16384, **none}))
         for none in ({}, {"audio": None, "frames": None})
@@ -170,7 +170,7 @@ def test_refused_options_may_be_none(model, processor, pictures, calls):  # noqa
         ("image", np.zeros((4, 4, 3), np.uint8), "'image'"),
     ],
 )
-def test_media_beside_a_content_are_an_error(model, processor, nothing_is_encoded, key, value, message):  # noqa: F811
+def test_media_beside_a_content_are_an_error(model, processor, nothing_is_encoded, key, value, message):
     messages = [{"role": "user", "content": "What?", key: value}]
     with pytest.raises(ValueError, match=f"^query 0: .*{message}"):
         batch(model, processor, {"messages": messages})
@@ -180,7 +180,7 @@ def test_media_beside_a_content_are_an_error(model, processor, nothing_is_encode
         assert read_messages([{"role": "user", "content": "What?", key: nothing}])[0]["content"] == "What?"
 
 
-def test_tool_calls_that_no_template_reads_are_an_error(model, processor, monkeypatch):  # noqa: F811
+def test_tool_calls_that_no_template_reads_are_an_error(model, processor, monkeypatch):
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]},
@@ -205,7 +205,7 @@ def test_tool_calls_that_no_template_reads_are_an_error(model, processor, monkey
 # media that are given twice
 
 
-def test_two_paths_of_one_file_are_the_same_medium(model, processor, pictures, calls, monkeypatch):  # noqa: F811
+def test_two_paths_of_one_file_are_the_same_medium(model, processor, pictures, calls, monkeypatch):
     folder, name = os.path.split(pictures[0])
     monkeypatch.chdir(folder)
     for path, again in ((name, pictures[0]), (pictures[0], f"./{name}"), (name, "file://" + pictures[0])):
@@ -216,7 +216,7 @@ def test_two_paths_of_one_file_are_the_same_medium(model, processor, pictures, c
     )
 
 
-def test_a_copy_of_a_pillow_image_is_the_same_medium(tmp_path, pictures, model, processor, calls):  # noqa: F811
+def test_a_copy_of_a_pillow_image_is_the_same_medium(tmp_path, pictures, model, processor, calls):
     path = tmp_path / "a.jpg"
     Image.open(pictures[2]).save(path)
     opened = Image.open(path)
@@ -244,7 +244,7 @@ def test_a_copy_of_a_pillow_image_is_the_same_medium(tmp_path, pictures, model, 
         assert not same_medium("image", a, b) and not same_medium("image", b, a)
 
 
-def test_an_empty_prompt_may_stand_beside_messages(model, processor, pictures, lines, tmp_path):  # noqa: F811
+def test_an_empty_prompt_may_stand_beside_messages(model, processor, pictures, lines, tmp_path):
     query = query_of(messages=user({"type": "image", "image": pictures[0]}, "What?"))
     assert text_of(model, processor, {**query, "prompt": ""}) == text_of(model, processor, query)
     with pytest.raises(ValueError, match="a prompt or messages, got both"):
@@ -270,7 +270,7 @@ def clip(*segments, **options):
     return {"video_path": LONGER_VIDEO, "segments": [list(segment) for segment in segments], **options}
 
 
-def test_segments_may_be_named_again_as_one_video(model, processor, calls, tmp_path):  # noqa: F811
+def test_segments_may_be_named_again_as_one_video(model, processor, calls, tmp_path):
     parts = [{"type": "video", "video": clip((0, 2))}, "and", {"type": "video", **clip((3.5,))}]
     queries = [
         query_of(messages=user(*parts, "x"), **again)
@@ -302,13 +302,13 @@ def test_segments_may_be_named_again_as_one_video(model, processor, calls, tmp_p
         ([{**clip((0, 2), (3.5,)), "video_path": VIDEO}], "in its place"),
     ],
 )
-def test_other_segments_beside_messages_are_an_error(model, processor, nothing_is_encoded, again, message):  # noqa: F811
+def test_other_segments_beside_messages_are_an_error(model, processor, nothing_is_encoded, again, message):
     parts = [{"type": "video", "video": clip((0, 2))}, {"type": "video", "video": clip((3.5,))}]
     with pytest.raises(ValueError, match=message):
         batch(model, processor, query_of(messages=user(*parts, "x"), videos=again))
 
 
-def test_a_part_may_be_given_as_a_medium(model, processor, pictures, calls, lines, grids):  # noqa: F811
+def test_a_part_may_be_given_as_a_medium(model, processor, pictures, calls, lines, grids):
     assert read_medium("image", {"type": "image_url", "image_url": {"url": "a"}}) == ("a", {})
     batch(
         model,
@@ -363,7 +363,7 @@ def test_a_part_may_be_given_as_a_medium(model, processor, pictures, calls, line
         ("media", ["a.png"], "'media' is a key of lines for infer.py"),
     ],
 )
-def test_options_beside_the_keys_of_a_query_are_an_error(model, processor, nothing_is_encoded, key, value, message):  # noqa: F811
+def test_options_beside_the_keys_of_a_query_are_an_error(model, processor, nothing_is_encoded, key, value, message):
     query = {"prompt": "a", "videos": [VIDEO], key: value}
     with pytest.raises(ValueError, match=f"query 0: query: .*{message}"):
         batch(model, processor, query)
@@ -390,12 +390,12 @@ def test_keys_of_a_record_are_left_alone(key):
         ("generate_kwargs", {"seed": 1}, "generate_kwargs: 'seed' is no option of generate; call torch.manual_seed"),
     ],
 )
-def test_options_in_the_wrong_dict_are_an_error(model, processor, nothing_is_encoded, owner, options, message):  # noqa: F811
+def test_options_in_the_wrong_dict_are_an_error(model, processor, nothing_is_encoded, owner, options, message):
     with pytest.raises(ValueError, match=message):
         batch(model, processor, {"prompt": "a", owner: options})
 
 
-def test_the_methods_hint_at_the_right_argument(model, processor, nothing_is_encoded):  # noqa: F811
+def test_the_methods_hint_at_the_right_argument(model, processor, nothing_is_encoded):
     for arguments, message in (
         (dict(segments=[[0, 1]]), "offline_video_generate: 'segments' belongs to one video"),
         (dict(seed=1), "offline_video_generate: 'seed' is no option of generate"),
@@ -411,7 +411,7 @@ def test_the_methods_hint_at_the_right_argument(model, processor, nothing_is_enc
 # wrong types
 
 
-def test_an_array_of_several_media_is_an_error(model, processor, nothing_is_encoded):  # noqa: F811
+def test_an_array_of_several_media_is_an_error(model, processor, nothing_is_encoded):
     videos, images = np.zeros((2, 3, 64, 64, 3), np.uint8), torch.zeros((2, 3, 64, 64), dtype=torch.uint8)
     for call in (
         lambda: model.offline_video_generate(processor, "a", videos),
@@ -428,7 +428,7 @@ def test_an_array_of_several_media_is_an_error(model, processor, nothing_is_enco
         model.offline_image_generate(processor, "a", images)
 
 
-def test_a_list_in_place_of_one_medium_is_an_error(model, processor, pictures, nothing_is_encoded):  # noqa: F811
+def test_a_list_in_place_of_one_medium_is_an_error(model, processor, pictures, nothing_is_encoded):
     for part, message in (
         (
             {"type": "image", "image": np.zeros((2, 64, 64, 3), np.uint8)},
@@ -468,12 +468,12 @@ def test_a_list_in_place_of_one_medium_is_an_error(model, processor, pictures, n
         ("stopping_criteria", None),
     ],
 )
-def test_generate_options_of_wrong_types_are_an_error(model, processor, nothing_is_encoded, name, value):  # noqa: F811
+def test_generate_options_of_wrong_types_are_an_error(model, processor, nothing_is_encoded, name, value):
     with pytest.raises(ValueError, match=f"query 0: {name} must"):
         batch(model, processor, query_of("a", generate={name: value}))
 
 
-def test_generate_options_of_all_right_types_are_accepted(model, processor):  # noqa: F811
+def test_generate_options_of_all_right_types_are_accepted(model, processor):
     options = {
         "num_beams": 2,
         "max_length": np.int64(40),
@@ -492,7 +492,7 @@ def test_generate_options_of_all_right_types_are_accepted(model, processor):  # 
         assert all(taken[name] is value or taken[name] == value for name, value in given.items() if value is not None)
 
 
-def test_another_processor_is_an_error(model, processor):  # noqa: F811
+def test_another_processor_is_an_error(model, processor):
     with pytest.raises(ValueError, match="processor must be a MossVLProcessor, got a .*Tokenizer"):
         batch(model, processor.tokenizer, {"prompt": "a"})
 
@@ -515,7 +515,7 @@ def test_another_processor_is_an_error(model, processor):  # noqa: F811
     ],
     ids=str,
 )
-def test_a_state_that_no_call_returned_is_an_error(model, processor, nothing_is_encoded, state):  # noqa: F811
+def test_a_state_that_no_call_returned_is_an_error(model, processor, nothing_is_encoded, state):
     with pytest.raises(ValueError, match="query 0: .*session state"):
         batch(model, processor, query_of("b"), session_states=[state])
 
@@ -524,7 +524,7 @@ def test_a_state_that_no_call_returned_is_an_error(model, processor, nothing_is_
     "name", ["use_template", "reset_session", "persist_session", "thinking_mode", "system_prompt_type"]
 )
 @pytest.mark.parametrize("value", [np.zeros(2), torch.ones(3), ["x"], {}, "yes"], ids=str)
-def test_flags_and_choices_of_wrong_types_are_an_error(model, processor, nothing_is_encoded, name, value):  # noqa: F811
+def test_flags_and_choices_of_wrong_types_are_an_error(model, processor, nothing_is_encoded, name, value):
     with pytest.raises(ValueError, match=f"query 0: {name}"):
         batch(model, processor, query_of("a", **{name: value}))
     with pytest.raises(ValueError, match="query 0: do_sample must be True or False"):
@@ -534,7 +534,7 @@ def test_flags_and_choices_of_wrong_types_are_an_error(model, processor, nothing
 # infer.py
 
 
-def test_frame_options_of_a_line_override_the_command_line(lines, grids, asked):  # noqa: F811
+def test_frame_options_of_a_line_override_the_command_line(lines, grids, asked):
     """`lines` asks with --frames 2."""
     part = {"type": "video", "video": "b.mp4"}
     queries = {
@@ -569,7 +569,7 @@ def test_frame_options_of_a_line_override_the_command_line(lines, grids, asked):
     assert code == 0 and grids == [[4], [3], [3], [1], [2]], results
 
 
-def test_size_of_a_line_overrides_the_limits_of_the_command_line(lines, asked):  # noqa: F811
+def test_size_of_a_line_overrides_the_limits_of_the_command_line(lines, asked):
     code, _, results, _ = lines(
         {"images": "a.jpg", "media_kwargs": {"size": {"longest_edge": 60000}}},
         {"images": "a.jpg"},
@@ -579,9 +579,9 @@ def test_size_of_a_line_overrides_the_limits_of_the_command_line(lines, asked): 
     assert "max_pixels" in asked[1]["media_kwargs"] and asked[0]["media_kwargs"].get("max_pixels") is None
 
 
-def test_messages_with_from_and_value(lines):  # noqa: F811
+def test_messages_with_from_and_value(lines):
     human, answer = {"from": "human", "value": "<|image|>What color is the star?"}, {"from": "gpt", "value": "a star"}
-    code, _, results, asked = lines(  # noqa: F811
+    code, _, results, asked = lines(
         {"messages": [human, answer], "images": ["a.jpg"]},
         {"conversations": [human, answer], "images": ["a.jpg"]},
         {"messages": [{"role": "user", "content": human["value"]}], "images": ["a.jpg"]},
@@ -599,8 +599,8 @@ def test_messages_with_from_and_value(lines):  # noqa: F811
     )
 
 
-def test_lines_with_options_of_wrong_types_are_an_error(lines, tmp_path, run):  # noqa: F811
-    code, _, results, asked = lines({"prompt": "a", "media_kwargs": 3}, {"prompt": "a", "generate_kwargs": "b"})  # noqa: F811
+def test_lines_with_options_of_wrong_types_are_an_error(lines, tmp_path, run):
+    code, _, results, asked = lines({"prompt": "a", "media_kwargs": 3}, {"prompt": "a", "generate_kwargs": "b"})
     assert code == 1 and not asked
     assert [result["error"] for result in results] == [
         "media_kwargs must be an object, got 3",
@@ -611,7 +611,7 @@ def test_lines_with_options_of_wrong_types_are_an_error(lines, tmp_path, run):  
     assert code == 2 and "odd.jsonl is not UTF-8" in err
 
 
-def test_a_damaged_image_is_reported_as_an_image(run, tmp_path):  # noqa: F811
+def test_a_damaged_image_is_reported_as_an_image(run, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(IMAGE.read_bytes()[:10])
     (tmp_path / "cut.mp4").write_bytes(IMAGE.read_bytes()[:10])
     for medium, kind in (
@@ -639,7 +639,7 @@ def test_the_kind_of_a_damaged_file_follows_from_its_name(tmp_path):
         assert query_files.probe_file(tmp_path / name) == kind, name
 
 
-def test_a_json_file_may_hold_one_object(run, asked, tmp_path):  # noqa: F811
+def test_a_json_file_may_hold_one_object(run, asked, tmp_path):
     query = {"prompt": "Hi", "id": 3}
     file, out = tmp_path / "q.json", tmp_path / "r.jsonl"
     for text, count in (

@@ -31,7 +31,7 @@ from moss_vl.generation_batches import UnpaddedPenalty
 # media that are named again
 
 
-def forms(pictures):  # noqa: F811
+def forms(pictures):
     """name -> (messages with their media, the media again as `images` and `videos`)."""
     a, b = pictures[:2]
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
@@ -84,7 +84,7 @@ def forms(pictures):  # noqa: F811
         ("a placeholder among them", [1, 1]),
     ],
 )
-def test_media_may_be_named_again_beside_messages(model, processor, pictures, calls, name, frames):  # noqa: F811
+def test_media_may_be_named_again_beside_messages(model, processor, pictures, calls, name, frames):
     messages, again = forms(pictures)[name]
     query = query_of(messages=messages, **again)
     model.offline_batch_generate(processor, [query])
@@ -107,7 +107,7 @@ def test_media_may_be_named_again_beside_messages(model, processor, pictures, ca
             torch.testing.assert_close(first[key], second[key])
 
 
-def test_queries_with_media_named_again_are_not_changed(model, processor, pictures):  # noqa: F811
+def test_queries_with_media_named_again_are_not_changed(model, processor, pictures):
     messages, again = forms(pictures)["segments given once"]
     query = query_of(messages=messages, **again)
     before = copy.deepcopy(query)
@@ -141,7 +141,7 @@ NOT_THE_SAME = [
 @pytest.mark.parametrize("images, part, message", NOT_THE_SAME)
 def test_other_media_beside_messages_are_an_error(
     model, processor, pictures, nothing_is_encoded, images, part, message
-):  # noqa: F811
+):
     paths = dict(zip("ab", pictures, strict=False))
     images = [
         {**one, "image": paths[one["image"]]}
@@ -161,7 +161,7 @@ def test_other_media_beside_messages_are_an_error(
         batch(model, processor, query_of(messages=user(filled, *placeholders, "x"), images=images))
 
 
-def test_segments_may_have_a_placeholder_each(model, processor, calls):  # noqa: F811
+def test_segments_may_have_a_placeholder_each(model, processor, calls):
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
     one = batch(model, processor, query_of(messages=user("a", {"type": "video", "video": clip})))["results"][0]
     each = batch(
@@ -176,7 +176,7 @@ def test_segments_may_have_a_placeholder_each(model, processor, calls):  # noqa:
         batch(model, processor, query_of(messages=[{"role": "user", "content": "<|video|>a<|video|>"}], videos=[clip]))
 
 
-def test_all_forms_of_parts_give_the_same_prompt(model, processor, pictures):  # noqa: F811
+def test_all_forms_of_parts_give_the_same_prompt(model, processor, pictures):
     plain = batch(
         model,
         processor,
@@ -193,7 +193,7 @@ def test_all_forms_of_parts_give_the_same_prompt(model, processor, pictures):  #
         assert result["results"][0]["input_text"] == plain["results"][0]["input_text"]
 
 
-def test_options_of_a_part_hold_for_its_medium_only(model, processor, calls):  # noqa: F811
+def test_options_of_a_part_hold_for_its_medium_only(model, processor, calls):
     parts = [{"type": "video", "video": LONGER_VIDEO, "fps": 2.0}, {"type": "video", "video": LONGER_VIDEO}]
     state = batch(model, processor, query_of(messages=user(*parts)))["session_states"][0]
     assert json.loads(json.dumps(state)) == state
@@ -201,7 +201,7 @@ def test_options_of_a_part_hold_for_its_medium_only(model, processor, calls):  #
     assert [call["grid_thw"][:, 0].tolist() for call in calls] == [[10, 5]] * 2
 
 
-def test_a_list_of_frames_is_one_video(model, processor, pictures, calls):  # noqa: F811
+def test_a_list_of_frames_is_one_video(model, processor, pictures, calls):
     frames = [pictures[0]] * 3
     assert (
         generation_queries.list_media("video", frames) == [frames]
@@ -214,7 +214,7 @@ def test_a_list_of_frames_is_one_video(model, processor, pictures, calls):  # no
 # records of clients
 
 
-def test_other_keys_of_a_query_are_copied_into_its_result(model, processor, pictures):  # noqa: F811
+def test_other_keys_of_a_query_are_copied_into_its_result(model, processor, pictures):
     query = query_of("Hi", **RECORD)
     before = copy.deepcopy(query)
     result = batch(model, processor, query, query_of("Hi", text="mine", index="mine"))
@@ -243,7 +243,7 @@ def test_other_keys_of_a_query_are_copied_into_its_result(model, processor, pict
         ("stop_genration", "stop_generation"),
     ],
 )
-def test_a_misspelled_key_is_an_error(model, processor, nothing_is_encoded, key, near):  # noqa: F811
+def test_a_misspelled_key_is_an_error(model, processor, nothing_is_encoded, key, near):
     with pytest.raises(ValueError, match=f"query 0: query: unknown key '{key}'; did you mean '{near}'"):
         batch(model, processor, {"prompt": "a", key: "x"})
     [[error]] = serve(model, processor, {"prompt": "a", key: "x"})
@@ -278,7 +278,7 @@ def test_a_key_that_is_near_no_known_one_is_no_misspelling(key):
     assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
 
-def test_options_in_the_wrong_place_are_an_error(model, processor, nothing_is_encoded):  # noqa: F811
+def test_options_in_the_wrong_place_are_an_error(model, processor, nothing_is_encoded):
     for key, box in (
         ("max_new_tokens", "generate_kwargs"),
         ("num_beams", "generate_kwargs"),
@@ -294,7 +294,7 @@ def test_options_in_the_wrong_place_are_an_error(model, processor, nothing_is_en
     ) == {"fps": None}
 
 
-def test_media_kwargs_may_hold_options_of_absent_media(model, processor, pictures, calls):  # noqa: F811
+def test_media_kwargs_may_hold_options_of_absent_media(model, processor, pictures, calls):
     both = {
         "min_pixels": 4096,
         "max_pixels": 16384,
@@ -319,7 +319,7 @@ def test_media_kwargs_may_hold_options_of_absent_media(model, processor, picture
             batch(model, processor, query_of("a", videos=VIDEO, media=media))
 
 
-def test_options_have_aliases(model, processor, calls):  # noqa: F811
+def test_options_have_aliases(model, processor, calls):
     for media in ({"fps": 2}, {"nframes": 4}, {"total_pixels": 5 * 16384}, {"longest_edge": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media=media))
     assert [call["grid_thw"].tolist() for call in calls] == [[[10, 16, 20]], [[4, 16, 20]], [[5, 6, 8]], [[5, 6, 8]]]
@@ -327,13 +327,13 @@ def test_options_have_aliases(model, processor, calls):  # noqa: F811
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"fps": 2, "video_fps": 2}))
 
 
-def test_none_yields_to_a_value_under_an_alias(model, processor, calls):  # noqa: F811
+def test_none_yields_to_a_value_under_an_alias(model, processor, calls):
     for media in ({"max_pixels": 16384, "longest_edge": None}, {"longest_edge": None, "max_pixels": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"num_frames": 1, **media}))
     assert [call["grid_thw"].tolist() for call in calls] == [[[1, 6, 8]]] * 2
 
 
-def test_messages_shorten_long_strings(model, processor):  # noqa: F811
+def test_messages_shorten_long_strings(model, processor):
     long = "data:image/png;base64," + "A" * 5000
     for query in (
         {"prompt": "a", "images": [long]},
@@ -352,7 +352,7 @@ def test_messages_shorten_long_strings(model, processor):  # noqa: F811
 # given options and defaults, and numbers
 
 
-def test_a_given_option_must_not_contradict_another(model, processor, pictures, nothing_is_encoded):  # noqa: F811
+def test_a_given_option_must_not_contradict_another(model, processor, pictures, nothing_is_encoded):
     for arguments, message in (
         (dict(num_frames=8, video_fps=1.0), "video_fps 1.0 and num_frames 8"),
         (dict(num_frames=8, fps=1), "video_fps 1 and num_frames 8"),
@@ -369,7 +369,7 @@ def test_a_given_option_must_not_contradict_another(model, processor, pictures, 
         model.offline_image_generate(processor, "a", pictures[0], longest_edge=16777216, max_pixels=5000)
 
 
-def test_a_default_yields_to_a_given_option(model, processor, pictures, calls):  # noqa: F811
+def test_a_default_yields_to_a_given_option(model, processor, pictures, calls):
     model.offline_video_generate(processor, "a", LONGER_VIDEO, num_frames=7, max_new_tokens=1)
     model.offline_video_generate(processor, "a", LONGER_VIDEO, nframes=np.int64(7), max_pixels=16384, max_new_tokens=1)
     model.offline_video_generate(processor, "a", LONGER_VIDEO, num_frames=7, video_fps=None, max_new_tokens=1)
@@ -378,7 +378,7 @@ def test_a_default_yields_to_a_given_option(model, processor, pictures, calls): 
     assert calls[-1]["max_length"] == 60 and "max_new_tokens" not in calls[-1]
 
 
-def test_a_fixed_size_replaces_default_limits(model, processor, pictures, calls):  # noqa: F811
+def test_a_fixed_size_replaces_default_limits(model, processor, pictures, calls):
     model.offline_image_generate(processor, "a", pictures[0], resized_height=64, resized_width=96, max_new_tokens=1)
     assert calls[0]["grid_thw"].tolist() == [[1, 4, 6]]
     with pytest.raises(ValueError, match="max_pixels"):
@@ -387,7 +387,7 @@ def test_a_fixed_size_replaces_default_limits(model, processor, pictures, calls)
         )
 
 
-def test_numpy_numbers_are_accepted(model, processor, pictures, calls):  # noqa: F811
+def test_numpy_numbers_are_accepted(model, processor, pictures, calls):
     media = {"max_pixels": np.int64(16384), "video_fps": np.float32(4), "max_frames": np.int32(2)}
     generate = {
         "max_new_tokens": np.int64(3),
@@ -424,7 +424,7 @@ def test_numpy_numbers_are_accepted(model, processor, pictures, calls):  # noqa:
             batch(model, processor, query_of("a", generate={name: wrong}))
 
 
-def test_values_at_the_edges_of_their_ranges(model, processor, nothing_is_encoded):  # noqa: F811
+def test_values_at_the_edges_of_their_ranges(model, processor, nothing_is_encoded):
     for name, value in (
         ("top_p", 1),
         ("top_p", 1e-9),
@@ -448,7 +448,7 @@ def test_values_at_the_edges_of_their_ranges(model, processor, nothing_is_encode
 # ends and penalties
 
 
-def test_eos_tokens_of_the_checkpoint_are_kept(model, processor, pictures, calls, monkeypatch):  # noqa: F811
+def test_eos_tokens_of_the_checkpoint_are_kept(model, processor, pictures, calls, monkeypatch):
     """Two of them, neither that of the tokenizer: an answer stops at each, and does not stop at the tokenizer's."""
     query = query_of(
         "Hi", images=pictures[0], generate={"max_new_tokens": 8, "suppress_tokens": [processor.tokenizer.eos_token_id]}
@@ -488,7 +488,7 @@ def test_the_penalty_of_each_beam_ignores_the_padding_of_its_prompt():
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3])
-def test_the_penalty_knows_the_padding_of_each_row(model, processor, calls, monkeypatch, beams):  # noqa: F811
+def test_the_penalty_knows_the_padding_of_each_row(model, processor, calls, monkeypatch, beams):
     options = dict(num_beams=beams, repetition_penalty=1.5, max_new_tokens=2)
     batch(
         model, processor, *(query_of(text, generate=options) for text in ("Hi, a much longer one", "Hi", "Hi, longer"))

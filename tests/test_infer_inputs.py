@@ -37,7 +37,7 @@ def web(tmp_path):
 
 
 @pytest.fixture
-def grids(loaded, monkeypatch):  # noqa: F811
+def grids(loaded, monkeypatch):
     """The frames per medium of each `generate` call."""
     recorded, generate = [], loaded[1].generate
 
@@ -56,7 +56,7 @@ def data_url(path, kind):
 # arguments
 
 
-def test_urls_are_read_like_paths(run, web, asked, monkeypatch):  # noqa: F811
+def test_urls_are_read_like_paths(run, web, asked, monkeypatch):
     url, paths = web
     monkeypatch.setenv("HOME", str(ROOT / "data"))
     said = run(IMAGE, "-p", "What color is the star?", *SHORT)
@@ -72,7 +72,7 @@ def test_urls_are_read_like_paths(run, web, asked, monkeypatch):  # noqa: F811
     assert paths == ["/picture", "/clip"]
 
 
-def test_nothing_is_downloaded_without_allow_http(run, web, monkeypatch):  # noqa: F811
+def test_nothing_is_downloaded_without_allow_http(run, web, monkeypatch):
     url, paths = web
     monkeypatch.setattr(infer, "load", lambda args: pytest.fail("loaded"))
     code, out, err = run(f"{url}/picture", "-p", "a", *SHORT)
@@ -89,13 +89,13 @@ def test_nothing_is_downloaded_without_allow_http(run, web, monkeypatch):  # noq
     ],
     ids=["no file", "another machine", "base64", "long"],
 )
-def test_wrong_urls_are_errors(run, wrong, message):  # noqa: F811
+def test_wrong_urls_are_errors(run, wrong, message):
     code, out, err = run(wrong, "-p", "a", *SHORT)
     assert (code, out) == (2, "") and message in err and "Traceback" not in err and len(err) < 1000
 
 
 @pytest.mark.parametrize("options, frames", [((), [8, 8]), (("--fps", "4"), None)])
-def test_frames_holds_for_each_video(run, grids, asked, options, frames):  # noqa: F811
+def test_frames_holds_for_each_video(run, grids, asked, options, frames):
     code, _, err = run(VIDEO, VIDEO, "--frames", 8, *options, *SHORT)
     assert code == 0, err
     assert grids[0] == frames if frames else sum(grids[0]) == 8
@@ -117,7 +117,7 @@ def test_frames_holds_for_each_video(run, grids, asked, options, frames):  # noq
     assert asked[-1]["media_kwargs"]["max_frames"] == 300
 
 
-def test_the_ends_of_ranges_are_accepted(run, asked):  # noqa: F811
+def test_the_ends_of_ranges_are_accepted(run, asked):
     for options, expected in (
         (("--top-p", "1", "--temperature", "1"), {"top_p": 1.0}),
         (("--top-k", "0", "--temperature", "1"), {"top_k": 0}),
@@ -140,7 +140,7 @@ def test_the_ends_of_ranges_are_accepted(run, asked):  # noqa: F811
 
 
 @pytest.fixture
-def batch(run, asked, tmp_path, monkeypatch):  # noqa: F811
+def batch(run, asked, tmp_path, monkeypatch):
     """Runs a file of queries beside a.jpg and b.mp4 from another folder: (exit code, stderr, results, queries of the
     model)."""
     shutil.copyfile(IMAGE, tmp_path / "a.jpg")
@@ -217,13 +217,13 @@ def test_a_json_list_is_read_like_lines(batch):
     assert lines[0] == as_list[0] == 0 and lines[2] == as_list[2] and [row["id"] for row in as_list[2]] == [0, 1, 2]
 
 
-def test_a_broken_json_list_is_an_error(run, tmp_path):  # noqa: F811
+def test_a_broken_json_list_is_an_error(run, tmp_path):
     (tmp_path / "q.json").write_text('[{"prompt": "a"},')
     code, _, err = run("--batch", tmp_path / "q.json", "--out", tmp_path / "r.jsonl")
     assert code == 2 and "begins like a JSON list, but is not one" in err
 
 
-def test_a_json_list_continues_after_earlier_results(batch, run, tmp_path):  # noqa: F811
+def test_a_json_list_continues_after_earlier_results(batch, run, tmp_path):
     queries = [{"id": i, "prompt": f"Say {i}"} for i in range(3)]
     whole = batch(*queries, name="q.json")[2]
     out = tmp_path / "results of q.json"

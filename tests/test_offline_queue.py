@@ -160,7 +160,7 @@ class PlainQueue:
     [queue.Queue, queue.SimpleQueue, PlainQueue, lambda: queue.Queue(maxsize=5)],
     ids=["Queue", "SimpleQueue", "plain", "full"],
 )
-def test_queries_after_a_stop_stay_on_the_queue(model, processor, kind):  # noqa: F811
+def test_queries_after_a_stop_stay_on_the_queue(model, processor, kind):
     after = [query_of("b"), {"id": "odd"}, {"stop_offline_generate": True}]
 
     class Output(queue.Queue):
@@ -181,7 +181,7 @@ def test_queries_after_a_stop_stay_on_the_queue(model, processor, kind):  # noqa
     assert emptied(new_queries) == after
 
 
-def test_a_second_server_continues_after_a_stop(model, processor):  # noqa: F811
+def test_a_second_server_continues_after_a_stop(model, processor):
     new_queries, output = queue.Queue(), queue.Queue()
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
     for query in (
@@ -199,7 +199,7 @@ def test_a_second_server_continues_after_a_stop(model, processor):  # noqa: F811
     assert emptied(new_queries) == [{"last": True}]
 
 
-def test_an_interrupted_server_loses_only_the_current_query(model, processor, monkeypatch):  # noqa: F811
+def test_an_interrupted_server_loses_only_the_current_query(model, processor, monkeypatch):
     new_queries, output = queue.Queue(), queue.Queue()
     generate = model.generate
 
@@ -215,7 +215,7 @@ def test_an_interrupted_server_loses_only_the_current_query(model, processor, mo
     assert emptied(new_queries) == [query_of("b"), query_of("c")] and output.empty()
 
 
-def test_a_cancel_after_a_stop_ends_the_current_answer(model, processor):  # noqa: F811
+def test_a_cancel_after_a_stop_ends_the_current_answer(model, processor):
     new_queries, output = queue.Queue(), queue.Queue()
     endless = query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id]))
     for query in (endless, {"stop_offline_generate": True}, {**query_of("b"), "cancel_current_generate": True}):
@@ -225,7 +225,7 @@ def test_a_cancel_after_a_stop_ends_the_current_answer(model, processor):  # noq
 
 
 @pytest.mark.parametrize("flag", ["cancel_current_generate", "stop_generation"])
-def test_flags_that_are_false_or_none_have_no_effect(model, processor, flag):  # noqa: F811
+def test_flags_that_are_false_or_none_have_no_effect(model, processor, flag):
     texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
     no, none = {flag: False}, {flag: None}
     rounds = serve(
@@ -241,13 +241,13 @@ def test_flags_that_are_false_or_none_have_no_effect(model, processor, flag):  #
     assert error == f"[ERROR] {flag} must be True or False, got 'yes'" and text == texts[0]
 
 
-def test_persist_session_none_is_the_default(model, processor):  # noqa: F811
+def test_persist_session_none_is_the_default(model, processor):
     alone = text_of(model, processor, query_of("two"))
     assert serve(model, processor, query_of("one", persist_session=None), query_of("two"))[1] == [alone]
     assert batch(model, processor, query_of("one", persist_session=None))["session_states"] != [None]
 
 
-def test_two_servers_run_at_once(model, processor, pictures):  # noqa: F811
+def test_two_servers_run_at_once(model, processor, pictures):
     queries = [[query_of(f"{i}{k}", images=pictures[i], id=k) for k in range(4)] for i in range(2)]
     alone = [[text_of(model, processor, query) for query in each] for each in queries]
     queues = [(queue.Queue(), queue.Queue()) for _ in queries]
@@ -262,7 +262,7 @@ def test_two_servers_run_at_once(model, processor, pictures):  # noqa: F811
         ) == [{"i": 1}]
 
 
-def test_a_server_per_query_works(model, processor, pictures):  # noqa: F811
+def test_a_server_per_query_works(model, processor, pictures):
     """As clients do: each thread has two queues, and sends one query and a stop."""
     query = query_of(
         messages=user({"type": "image", "image_url": pictures[0]}, "What?"), images=[pictures[0]], **RECORD
@@ -279,9 +279,9 @@ def test_a_server_per_query_works(model, processor, pictures):  # noqa: F811
     assert [emptied(output) for _, output in queues] == [[text_of(model, processor, query), "<|round_end|>"]] * 3
 
 
-def test_an_array_as_cancel_flag_is_an_error_of_its_query(model, processor):  # noqa: F811
+def test_an_array_as_cancel_flag_is_an_error_of_its_query(model, processor):
     """It does not affect the answer that is being generated; the round of its query is an error."""
-    new_queries, output = queue.Queue(), queue.Queue()  # noqa: F811
+    new_queries, output = queue.Queue(), queue.Queue()
     for query in (
         query_of("a"),
         {**query_of("b"), "stop_generation": np.ones(2)},
@@ -296,8 +296,8 @@ def test_an_array_as_cancel_flag_is_an_error_of_its_query(model, processor):  # 
 
 
 @pytest.mark.parametrize("flag", [True, np.bool_(True), 1])
-def test_flags_of_all_boolean_types_cancel(model, processor, flag):  # noqa: F811
-    new_queries, output = queue.Queue(), queue.Queue()  # noqa: F811
+def test_flags_of_all_boolean_types_cancel(model, processor, flag):
+    new_queries, output = queue.Queue(), queue.Queue()
     endless = query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id]))
     for query in (endless, {"cancel_current_generate": flag}, {"stop_offline_generate": True}):
         new_queries.put(query)
@@ -305,8 +305,8 @@ def test_flags_of_all_boolean_types_cancel(model, processor, flag):  # noqa: F81
     assert emptied(output)[-1] == "<|round_end|>" and new_queries.empty()
 
 
-def test_a_lifo_queue_keeps_its_order(model, processor):  # noqa: F811
-    new_queries, output = queue.LifoQueue(), queue.Queue()  # noqa: F811
+def test_a_lifo_queue_keeps_its_order(model, processor):
+    new_queries, output = queue.LifoQueue(), queue.Queue()
     for query in ({"id": 1}, {"id": 2}, {"stop_offline_generate": True}, query_of("a")):
         new_queries.put(query)
     start(model, processor, new_queries, output)()
