@@ -1,9 +1,9 @@
 """The offline methods of MOSS-VL: query -> turn -> inputs of the processor -> `generate` -> text.
 
-    generation_queries.py    reads and checks a query before anything is decoded
-    generation_options.py    its options of the processors and of `generate`
-    generation_batches.py    turns whose `generate` calls would be the same share one, left-padded
-    generation_queue.py      the queue interface
+    generation_queries.py    reads and checks queries, before anything is decoded
+    generation_options.py    reads and checks their options of the processors and of `generate`
+    generation_batches.py    encodes turns, and joins those with equal arguments into one left-padded `generate` call
+    generation_queue.py      serves queries from a queue
 
 No call leaves anything on the model or the processor: a conversation continues from the session state that a call
 returned.
@@ -12,7 +12,6 @@ returned.
 import inspect
 
 from .checks import shorten
-from .conversation import PLACEHOLDERS  # noqa: F401
 from .generation_batches import answer_turns, encode_turn
 from .generation_options import (
     GENERATE_DEFAULTS,
@@ -119,7 +118,7 @@ class MossVLGenerationMixin:
     """
 
     @_with_arguments(ARGUMENTS["image"])
-    def offline_image_generate(self, processor, prompt="", image=None, **given) -> str:
+    def offline_image_generate(self, processor, prompt: str = "", image=None, **given) -> str:
         """Answers `prompt` about one image or a list of images, which come before the prompt.
 
         Args:
@@ -145,7 +144,7 @@ class MossVLGenerationMixin:
         return _answer_single(self, processor, "image", prompt, image, given)
 
     @_with_arguments(ARGUMENTS["video"])
-    def offline_video_generate(self, processor, prompt="", video=None, **given) -> str:
+    def offline_video_generate(self, processor, prompt: str = "", video=None, **given) -> str:
         """Answers `prompt` about one video or a list of videos, which come before the prompt.
 
         Args:
@@ -162,7 +161,11 @@ class MossVLGenerationMixin:
         return _answer_single(self, processor, "video", prompt, video, given)
 
     def offline_batch_generate(
-        self, processor, queries, session_states=None, vision_chunked_length=VISION_CHUNKED_LENGTH
+        self,
+        processor,
+        queries: list[dict],
+        session_states: list | None = None,
+        vision_chunked_length: int = VISION_CHUNKED_LENGTH,
     ) -> dict:
         """Answers many queries. Some share a `generate` call, but each answer is the one that its query gets alone.
 
@@ -217,7 +220,7 @@ class MossVLGenerationMixin:
         return _collect_results(turns, answer_turns(self, processor, turns, inputs))
 
     def offline_generate(
-        self, processor, new_queries, output_text_queue, vision_chunked_length=VISION_CHUNKED_LENGTH
+        self, processor, new_queries, output_text_queue, vision_chunked_length: int = VISION_CHUNKED_LENGTH
     ) -> None:
         """Serves queries from a `queue.Queue` until one has `stop_offline_generate`. Answers are strings on a queue.
 
