@@ -1,11 +1,17 @@
-"""Checks of arguments, written once: numbers, flags, and names that are nearly right. Values for messages are shortened here."""
+"""Checks of arguments: numbers, flags, choices, misspelled names; and values as messages quote them."""
 
 import difflib
 import math
+import numbers
 from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
+
+
+# Least similarity by difflib at which an unknown name is
+TYPO_SIMILARITY = 0.85  # an error: "generation_kwargs" is near "generate_kwargs", "prompt_id" is not near "prompt"
+HINT_SIMILARITY = 0.7  # answered with a hint, in a message that is raised anyway: "seed" is not near "streamer"
 
 
 def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
@@ -65,3 +71,67 @@ def finite_number(name: str, value) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a number, got {shorten(value)}")
     return number
+
+
+def plain_number(value):
+    """The Python number or bool of a numpy scalar; any other value as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_number(name: str, value, kind, expected: str, fits) -> None:
+    """ValueError unless `value` is a finite number of class `kind` (such as `numbers.Integral`) and `fits(value)`."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not fits(value):
+        raise ValueError(f"{name} must be {expected}, got {shorten(value)}")
+
+
+def is_flag(value) -> bool:
+    """Whether `value` is True, False, or a number that equals one of them."""
+    return isinstance(value, (bool, np.bool_)) or (isinstance(value, (numbers.Real, np.number)) and value in (0, 1))
+
+
+def flag_or(name: str, value, default: bool | None) -> bool | None:
+    """`value` as a bool, `default` for None, else a ValueError that names it."""
+    if value is not None and not is_flag(value):
+        expected = "True, False or None" if default is None else "True or False"
+        raise ValueError(f"{name} must be {expected}, got {shorten(value)}")
+    return default if value is None else bool(value)
+
+
+def check_choice(what: str, value, known) -> None:
+    """ValueError unless `value` is None or one of the `known` strings."""
+    if value is not None and (not isinstance(value, str) or value not in known):
+        raise ValueError(f"{what}: unknown value {shorten(value)}; {name_hint(value, known)}")
+
+
+def name_hint(name, known) -> str:
+    """The end of a message about an unknown name: the nearest known name, or all of them."""
+    near = nearest_name(name, known, HINT_SIMILARITY) if isinstance(name, str) else None
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def check_misspelled(what: str, value: Mapping, known, elsewhere=()) -> None:
+    """ValueError for a key of `value` that is probably a misspelled `known` key, or a key that belongs `elsewhere`.
+
+    Other unknown keys are left to the caller. Keys with a digit are never misspellings: no known name has one, and
+    "prompt_2" is one of a series.
+    """
+    for name in value.keys() - known:
+        spelled = str(name).lower().replace("-", "_").replace(" ", "_")
+        if any(letter.isdigit() for letter in spelled):
+            continue
+        typos = (one for one in (*sorted(known), *sorted(elsewhere)) if is_typo(spelled, one))
+        near = next(typos, None) or nearest_name(spelled, known, cutoff=TYPO_SIMILARITY)
+        if near is not None:
+            raise ValueError(f"{what}: unknown key {name!r}; did you mean {near!r}?")
+
+
+def is_typo(a: str, b: str) -> bool:
+    """Whether two names differ by one letter (replaced, added or missing), or by two neighbours that are swapped.
+
+    False if a name has fewer than five letters: short names differ by one letter too often.
+    """
+    if min(len(a), len(b)) < 5 or abs(len(a) - len(b)) > 1:
+        return False
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    swapped = a[i : i + 2] == b[i : i + 2][::-1] and a[i + 2 :] == b[i + 2 :]
+    return swapped or a[i + 1 :] == b[i + 1 :] or a[i + 1 :] == b[i:] or a[i:] == b[i + 1 :]

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .checks import nearest_name  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
+    from .generation_batches import answer_turns  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
+    from .generation_options import GENERATE_DEFAULTS  # noqa: F401
+    from .generation_queries import Turn  # noqa: F401
+    from .generation_queue import QueueServer  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401

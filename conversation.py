@@ -1,19 +1,23 @@
-"""Chat messages, their parts, and media as callers write them: to one plain form. Nothing is opened, and nothing given is changed.
+"""Reads chat messages, their parts and their media, in all forms that callers write, into one plain form.
 
-A part of a message is a string or a dict with a `type`. A medium (an image or a video) is a source - a path, a URL, bytes, pixels, ... -
-or a dict that holds a source under one of `SOURCE_KEYS` beside options of its own (options.py, those with `own`). A part of type image or
-video is such a dict too. The plain forms are
+The processor, the offline methods, infer.py and the training records all read messages here, so that a message means
+the same in each of them. No file is opened, and no argument is changed, except by `fill_placeholders`.
+
+A part of a message is a string, or a dict with a `type`. A medium (an image or a video) is a source (a path, a URL,
+bytes, pixels, ...), or a dict with a source under one of `SOURCE_KEYS` and options of this medium (options.py, those
+with `per_medium`). A part of type image or video is such a dict, too. The plain forms are
 
     part      {"type": "text", "text": text}, {"type": "image", "image": medium}, {"type": "video", "video": medium};
-              without its medium, a part holds the place of one that is given elsewhere
-    medium    the bare source; if it has options, or is a list of frames, {"image": source, **options}, {"video_path": source, **options}
+              without its medium, an image or video part is a placeholder: the medium is given elsewhere
+    medium    the bare source; with options, or for a list of frames, a dict: {"image": source, **options} or
+              {"video_path": source, **options}
 """
 
 import os
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,9 +27,9 @@ from .checks import nearest_name, shorten
 from .options import names_of, read_options
 
 
-PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")  # what stands for a medium in a text
+PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")  # of a medium, in a text
 PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>"}
-KINDS = {
+KINDS = {  # `type` of a part -> kind
     "text": "text",
     "input_text": "text",
     "output_text": "text",
@@ -40,11 +44,12 @@ SOURCE_KEYS = {
     "image": ("image", "image_url", "url", "path", "base64", "bytes"),
     "video": ("video", "video_path", "video_url", "url", "path", "base64", "bytes"),
 }
-AXES = {"image": 3, "video": 4}  # of an array
-PLAIN_KEY = {"image": "image", "video": "video_path"}
-OWN_OPTIONS = {kind: names_of(kind, own=True) for kind in SOURCE_KEYS}
+MOST_AXES = {"image": 3, "video": 4}  # of an array that is one medium
+PLAIN_KEY = {"image": "image", "video": "video_path"}  # of the source, in a plain medium
+MEDIUM_OPTIONS = {kind: names_of(kind, per_medium=True) for kind in SOURCE_KEYS}
 SCHEMES = ("data", "file", "http", "https")
-# Keys of a message in which other software puts media beside the content. Nothing here reads them, so they are errors.
+# Keys in which other software puts media beside the content of a message. Ignoring them would lose the media, so they
+# are errors.
 MESSAGE_MEDIA = {
     "image": "image",
     "images": "image",
@@ -60,7 +65,8 @@ MESSAGE_MEDIA = {
     "audio": "audio",
     "audios": "audio",
 }
-ORIENTATION = 0x0112  # the EXIF tag that says how an image is turned
+EXIF_ORIENTATION = 0x0112
+ROLE_ALIASES = {"human": "user", "gpt": "assistant"}  # of `conversations` in training records
 
 
 # sources
@@ -74,8 +80,12 @@ def scheme_of(source) -> str | None:
     return None
 
 
-def file_of(source):
-    """The path of a source that is a `file:` URL or begins with `~`; other sources as they are. ValueError for another machine's file."""
+def local_path(source):
+    """The path of a source that is a `file:` URL or begins with `~`; any other source as it is.
+
+    Raises:
+        ValueError: for a `file:` URL of another machine.
+    """
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     if scheme_of(source) == "file":
@@ -91,22 +101,22 @@ def file_of(source):
 
 
 def same_source(a, b) -> bool:
-    """Whether two sources are the same one: the same object, file, URL, bytes, pixels, or lists of such. A relative path is taken from the
-    working directory."""
+    """Whether two sources are the same object, file, URL, bytes or pixels, or lists of such.
+
+    Relative paths start at the working directory.
+    """
     if a is b:
         return True
-    a, b = (os.path.abspath(x) if isinstance(x, str) and scheme_of(x) is None else x for x in map(file_of, (a, b)))
+    a, b = (os.path.abspath(x) if isinstance(x, str) and scheme_of(x) is None else x for x in map(local_path, (a, b)))
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same_source, a, b))
-    if isinstance(a, Image.Image) and isinstance(
-        b, Image.Image
-    ):  # of any classes: a copy of a JpegImageFile is an Image
-        return _same_image(a, b)
+    if isinstance(a, Image.Image) and isinstance(b, Image.Image):
+        return _same_image(a, b)  # before the types: a copy of a JpegImageFile has another one
     if type(a) is not type(b):
         return False
     try:
         return bool(a == b)
-    except (ValueError, TypeError, RuntimeError):  # arrays and tensors, whose == has many answers
+    except (ValueError, TypeError, RuntimeError):  # arrays and tensors compare element by element
         return a.shape == b.shape and bool((a == b).all())
 
 
@@ -114,13 +124,10 @@ def _same_image(a: Image.Image, b: Image.Image) -> bool:
     """Whether two Pillow images have the same mode, colours, pixels and orientation."""
     if (a.mode, a.size) != (b.mode, b.size):
         return False
-    turned, transparent = (
-        [one.getexif().get(ORIENTATION, 1) for one in (a, b)],
-        [one.info.get("transparency") for one in (a, b)],
-    )
-    if turned[0] != turned[1] or transparent[0] != transparent[1] or a.getpalette() != b.getpalette():
+    orientation_a, orientation_b = (one.getexif().get(EXIF_ORIENTATION, 1) for one in (a, b))
+    if orientation_a != orientation_b or a.info.get("transparency") != b.info.get("transparency"):
         return False
-    return a.tobytes() == b.tobytes()
+    return a.getpalette() == b.getpalette() and a.tobytes() == b.tobytes()
 
 
 def _from_base64(text) -> str:
@@ -135,7 +142,7 @@ def _from_base64(text) -> str:
 
 
 def is_frames(x) -> bool:
-    """Whether a list is one video, of decoded frames or of picture files, rather than a list of videos."""
+    """Whether a list is one video (of decoded frames or image files) rather than a list of videos."""
 
     def is_frame(frame) -> bool:
         if isinstance(frame, (str, os.PathLike)):
@@ -147,32 +154,67 @@ def is_frames(x) -> bool:
     return len(x) > 0 and all(map(is_frame, x))
 
 
-def kind_of(name) -> str | None:
-    """ "text", "image" or "video", the kind of a part whose `type` is this name; None if no part has such a type."""
+def part_kind(name) -> str | None:
+    """ "text", "image" or "video": the kind of a part whose `type` is `name`; None if no part has this type."""
     return KINDS.get(name) if isinstance(name, str) else None
 
 
-def read_medium(kind: str, given, what: str | None = None) -> tuple:
-    """(source, options) of a medium: the bare source with no options, or what its dict says. The source is None where the dict has none.
+def medium_kind(medium: Mapping) -> str | None:
+    """ "image" or "video" if a key ("image_url", "video_path", ...) or the `type` says which; else None."""
+    for kind, keys in SOURCE_KEYS.items():
+        if any(key in medium for key in keys if kind in key):
+            return kind
+    kind = part_kind(medium.get("type"))
+    return kind if kind in SOURCE_KEYS else None
 
-    `kind`: "image" or "video". `what` names the medium in messages. A dict may have the `type` of a part, which must be of this kind. Raises
-    ValueError for a key that is not known, with the nearest, and for two sources. A path beside bytes says where these were, as in an
-    undecoded image of datasets.
+
+def read_medium(kind: str, given, what: str | None = None) -> tuple:
+    """(source, options) of a medium: a bare source has no options; the source of a dict without one is None.
+
+    A path beside bytes names their origin, as in an undecoded image of datasets: the bytes are the source.
+
+    Args:
+        kind: "image" or "video".
+        given: a source, or a dict with a source and options. A dict may have the `type` of a part, which must be of
+            this kind.
+        what: names the medium in messages.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest known one), for two sources, for options that contradict each
+            other.
     """
     if not isinstance(given, Mapping):
         return given, {}
     what = what or f"{'an' if kind == 'image' else 'a'} {kind} given as a dict"
-    if given.get("type") is not None:
-        if kind_of(given["type"]) != kind:
-            raise ValueError(f"{what} is of type {shorten(given['type'])}; expected {kind}")
-        given = {key: value for key, value in given.items() if key != "type"}
-    found, options, detail = None, {}, given.get("detail")
+    given = _without_type(kind, given, what)
+    source, inner_options = _read_source(kind, given, what)
+    options = {
+        name: value
+        for name, value in given.items()
+        if name not in SOURCE_KEYS[kind] and not (kind == "image" and name == "detail")
+    }
+    options = read_options(options, (*SOURCE_KEYS[kind], *MEDIUM_OPTIONS[kind]), what)
+    return source, _join_options(inner_options, options, what)
+
+
+def _without_type(kind: str, given: Mapping, what: str) -> Mapping:
+    """The dict of a medium without its `type`. ValueError for keys that mean something else in other software."""
+    if given.get("type") is not None and part_kind(given["type"]) != kind:
+        raise ValueError(f"{what} is of type {shorten(given['type'])}; expected {kind}")
     if kind == "video" and isinstance(given.get("frames"), (list, tuple)):
         raise ValueError(
-            f"{what}: a list of frames goes under 'video', as in {{'video': frames, 'fps': rate}}; got it under 'frames'"
+            f"{what}: a list of frames goes under 'video', as in {{'video': frames, 'fps': rate}}; got it under "
+            "'frames'"
         )
+    detail = given.get("detail")
     if kind == "image" and detail not in (None, "auto"):
         raise ValueError(f"{what}: detail={shorten(detail)} is no option of MOSS-VL; give max_pixels, or leave it out")
+    return {key: value for key, value in given.items() if key != "type" or value is None}
+
+
+def _read_source(kind: str, given: Mapping, what: str) -> tuple:
+    """(source or None, options) under `SOURCE_KEYS`. There are options if a dict is given in place of a source."""
+    found_key, source, options = None, None, {}
     for key in SOURCE_KEYS[kind]:
         value = given.get(key)
         if value is None or (key == "path" and given.get("bytes") is not None):
@@ -182,29 +224,25 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
         if isinstance(value, Mapping):
             value, inner = read_medium(kind, value, f"{what}, its {key!r}")
             if value is None:
+                got = shorten(given[key])
                 raise ValueError(
-                    f"{what}: its {key!r} holds no {kind}, got {shorten(given[key])}; expected one of {SOURCE_KEYS[kind]}"
+                    f"{what}: its {key!r} holds no {kind}, got {got}; expected one of {SOURCE_KEYS[kind]}"
                 )
-            options = _joined(options, inner, what)
+            options = _join_options(options, inner, what)
         elif key == "base64":
             value = _from_base64(value)
-        if found is not None and not same_source(found[1], value):
+        if found_key is not None and not same_source(source, value):
             raise ValueError(
-                f"{what} holds one {kind}, got two: {found[0]}={shorten(found[1])} and {key}={shorten(value)}"
+                f"{what} holds one {kind}, got two: {found_key}={shorten(source)} and {key}={shorten(value)}"
             )
         if kind == "image" and isinstance(value, (list, tuple)):
-            raise ValueError(f"{what} holds one image, got a list of {len(value)}; give each its own")
-        found = (key, value)
-    own = {
-        name: value
-        for name, value in given.items()
-        if name not in SOURCE_KEYS[kind] and not (kind == "image" and name == "detail")
-    }
-    options = _joined(options, read_options(own, (*SOURCE_KEYS[kind], *OWN_OPTIONS[kind]), what), what)
-    return None if found is None else found[1], options
+            raise ValueError(f"{what} holds one image, got a list of {len(value)}; write one dict per image")
+        found_key, source = key, value
+    return source, options
 
 
-def _joined(options: dict, more: dict, what: str) -> dict:
+def _join_options(options: dict, more: dict, what: str) -> dict:
+    """The options of both dicts. ValueError if they contradict each other."""
     for name in options.keys() & more.keys():
         if options[name] is not more[name] and options[name] != more[name]:
             raise ValueError(f"{what}: {name} is given twice, as {shorten(options[name])} and {shorten(more[name])}")
@@ -212,12 +250,16 @@ def _joined(options: dict, more: dict, what: str) -> dict:
 
 
 def plain_medium(kind: str, source, options: Mapping):
-    """The medium as one object: the bare source, or a dict if it has options or is a list (of a video's frames)."""
+    """The plain form of a medium: the bare source, or a dict if it has options or is a list of frames."""
     return {PLAIN_KEY[kind]: source, **options} if options or isinstance(source, (list, tuple)) else source
 
 
-def clips_of(kind: str, medium) -> int:
-    """How many placeholders a medium has: one, or one for each segment of a video. ValueError for segments that are no list."""
+def count_placeholders(kind: str, medium) -> int:
+    """The number of placeholders of a medium: one, or one per segment of a video.
+
+    Raises:
+        ValueError: if `segments` is no list, or an empty one.
+    """
     if kind != "video" or not isinstance(medium, Mapping) or medium.get("segments") is None:
         return 1
     segments = medium["segments"]
@@ -230,7 +272,7 @@ def clips_of(kind: str, medium) -> int:
 
 
 def same_medium(kind: str, a, b) -> bool:
-    """Whether two media are the same source with the same options, however each is written."""
+    """Whether two media have the same source and the same options, in whatever form each is written."""
     (a, options), (b, others) = read_medium(kind, a), read_medium(kind, b)
     return (
         same_source(a, b)
@@ -246,7 +288,7 @@ def _same_value(a, b) -> bool:
 
 
 def locate(kind: str, medium, folder):
-    """The medium, plain, with relative paths taken from `folder`: also those of a list of frames. URLs, `~` and all else stay."""
+    """The plain medium, with relative paths (also those of a list of frames) joined to `folder`."""
     source, options = read_medium(kind, medium)
 
     def located(source):
@@ -267,7 +309,11 @@ def locate(kind: str, medium, folder):
 
 
 def read_part(part, what: str = "a part of a message") -> dict:
-    """The plain form of a part (see the top), a new dict. Raises ValueError: what was got, what was expected."""
+    """The plain form of a part (see the top of this file), a new dict.
+
+    Raises:
+        ValueError: for an unknown type, a part without its text, or several media in one part.
+    """
     if isinstance(part, str):
         return {"type": "text", "text": part}
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
@@ -276,42 +322,48 @@ def read_part(part, what: str = "a part of a message") -> dict:
         near = nearest_name(name, KINDS) if isinstance(name, str) else None
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(
-            f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got {shorten(part)}{hint}"
+            f"{what} is a string, or a dict with 'type' {', '.join(KINDS)} and its text or medium; got "
+            f"{shorten(part)}{hint}"
         )
-    kind = KINDS[name]
-    if kind == "text":
-        text = given.pop("text", None)
-        if not isinstance(text, str):
-            raise ValueError(f"{what} of type {name} needs a string under 'text'; got {shorten(part)}")
-        if given:
-            raise ValueError(
-                f"{what} of type {name} has a text and nothing else; got {', '.join(map(repr, given))} in {shorten(part)}"
-            )
-        return {"type": "text", "text": text}
-    source, options = read_medium(kind, given, f"{what} of type {name}")
+    kind, what = KINDS[name], f"{what} of type {name}"
+    return _read_text_part(given, what, part) if kind == "text" else _read_media_part(kind, given, what)
+
+
+def _read_text_part(given: dict, what: str, part) -> dict:
+    text = given.pop("text", None)
+    if not isinstance(text, str):
+        raise ValueError(f"{what} needs a string under 'text'; got {shorten(part)}")
+    if given:
+        more = ", ".join(map(repr, given))
+        raise ValueError(f"{what} has a text and nothing else; got {more} in {shorten(part)}")
+    return {"type": "text", "text": text}
+
+
+def _read_media_part(kind: str, given: dict, what: str) -> dict:
+    source, options = read_medium(kind, given, what)
     if source is None:
         if options:
-            raise ValueError(
-                f"{what} of type {name} has {', '.join(options)}, but no {kind}; give both in one part, or neither"
-            )
+            raise ValueError(f"{what} has {', '.join(options)}, but no {kind}; give both in one part, or neither")
         return {"type": kind}
-    if (shape := getattr(source, "shape", None)) is not None and len(shape) > AXES[kind]:
-        raise ValueError(
-            f"{what} of type {name} holds one {kind}, got an array of shape {list(shape)}; give each its own part"
-        )
+    if (shape := getattr(source, "shape", None)) is not None and len(shape) > MOST_AXES[kind]:
+        raise ValueError(f"{what} holds one {kind}, got an array of shape {list(shape)}; write a part per {kind}")
     return {"type": kind, kind: plain_medium(kind, source, options)}
 
 
 def read_messages(messages, what: str = "a conversation") -> list[dict]:
-    """Messages with content that is a string or a list of plain parts: new dicts, without keys that are None. Other keys of a message
-    stay, unless they hold media: those have their place in the content, and elsewhere are a ValueError."""
+    """Messages as new dicts whose content is a string or a list of plain parts; keys that are None are dropped.
+
+    Raises:
+        ValueError: for what is no list of messages, for a part that cannot be read, and for media beside the content.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(messages)}")
     out = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(
-                f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(message)} as message {index}"
+                f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(message)} as message "
+                f"{index}"
             )
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list, tuple)):
@@ -319,7 +371,7 @@ def read_messages(messages, what: str = "a conversation") -> list[dict]:
                 f"content of message {index} must be a string or a list of parts, got a {type(content).__name__}"
             )
         for key in message.keys() & MESSAGE_MEDIA.keys():
-            _check_beside(f"message {index}", key, message[key])
+            _check_empty(f"message {index}", key, message[key])
         message = {key: value for key, value in message.items() if value is not None}
         if isinstance(content, (list, tuple)):
             message["content"] = [read_part(part) for part in content]
@@ -327,8 +379,8 @@ def read_messages(messages, what: str = "a conversation") -> list[dict]:
     return out
 
 
-def _check_beside(what: str, key: str, value) -> None:
-    """ValueError for media that stand in a message, but not in its content. An empty value says nothing."""
+def _check_empty(what: str, key: str, value) -> None:
+    """ValueError unless a key for media, which belong into the content of a message, is empty."""
     if value is None or (isinstance(value, (str, bytes, Sequence, Mapping)) and not value):
         return
     if (kind := MESSAGE_MEDIA[key]) == "audio":
@@ -339,122 +391,202 @@ def _check_beside(what: str, key: str, value) -> None:
     )
 
 
-def split_places(parts) -> Iterator[dict]:
-    """Plain parts in which no text holds a placeholder: each placeholder of a text is a part without its medium."""
+def read_turns(name: str, given) -> list[dict]:
+    """The turns of a training record as messages: with {"role", "content"} for {"from", "value"}, and usual roles.
+
+    `name` is the key under which the turns were given, for messages. Other keys of a turn stay.
+
+    Raises:
+        ValueError: for what is no list of dicts, and for a turn in both spellings.
+    """
+    if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
+        either = "{'role', 'content'} or {'from', 'value'}"
+        raise ValueError(f"{name} must be a list of turns, {either} each; got {shorten(given)}")
+    turns = []
+    for turn in given:
+        if turn.get("from") is not None:
+            if clash := [key for key in ("role", "content") if turn.get(key) is not None]:
+                raise ValueError(
+                    f"{name}: a turn has from and value or role and content, got from and {clash[0]} in "
+                    f"{shorten(turn)}"
+                )
+            others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+            turn = {"role": turn["from"], "content": turn.get("value"), **others}
+        if isinstance(turn.get("role"), str):
+            turn = {**turn, "role": ROLE_ALIASES.get(turn["role"], turn["role"])}
+        turns.append(dict(turn))
+    return turns
+
+
+def media_before_text(media, text: str) -> list[dict]:
+    """The content of a prompt: a plain part per (kind, medium), then the text."""
+    return [*({"type": kind, kind: medium} for kind, medium in media), {"type": "text", "text": text}]
+
+
+def check_no_placeholder(name: str, text: str) -> None:
+    """ValueError if a text that its media precede holds a placeholder."""
+    if found := PLACEHOLDER.search(text):
+        raise ValueError(
+            f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use "
+            "'messages'"
+        )
+
+
+def are_complete_parts(content) -> bool:
+    """Whether `content` is a list of plain parts that all have their text or medium."""
+
+    def is_complete(part):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None or part_kind(kind) != kind:
+            return False
+        return isinstance(part.get(kind), str) if kind == "text" else part.get(kind) is not None
+
+    return isinstance(content, list) and all(map(is_complete, content))
+
+
+def split_placeholders(parts) -> Iterator[dict]:
+    """Plain parts, with each placeholder of a text as an image or video part without its medium."""
     for part in parts:
         if part["type"] != "text":
             yield part
             continue
-        for index, piece in enumerate(PLACEHOLDER.split(part["text"])):  # text, kind, text, kind, ..., text
+        for index, piece in enumerate(PLACEHOLDER.split(part["text"])):  # [text, kind, text, ..., text]
             if index % 2:
                 yield {"type": piece}
             elif piece or piece == part["text"]:
                 yield {"type": "text", "text": piece}
 
 
-def media_of(messages, kind: str) -> list:
+def write_placeholders(parts) -> str:
+    """Plain parts as one text, with a placeholder per medium (per segment of a video with segments)."""
+    return "".join(
+        part["text"]
+        if part["type"] == "text"
+        else PLACEHOLDERS[part["type"]] * count_placeholders(part["type"], part.get(part["type"]))
+        for part in parts
+    )
+
+
+def replace_media(messages, change: Callable) -> list[dict]:
+    """Messages of plain parts with `change(kind, medium)` in place of each medium, as new dicts."""
+
+    def changed(part: dict) -> dict:
+        kind = part["type"]
+        return part if kind == "text" or kind not in part else {**part, kind: change(kind, part[kind])}
+
+    return [
+        {**message, "content": [changed(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def collect_media(messages, kind: str) -> list:
     """The media of one kind in messages of plain parts, in order."""
     contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part[kind] for part in parts if part["type"] == kind and part.get(kind) is not None]
 
 
-def fill_places(kind: str, messages: list, media: list) -> None:
-    """Gives parts of messages, changed in place, the `media` of `kind` that came beside the messages, plain and in order.
+# media beside the messages
 
-    Messages have plain parts, without placeholders in their texts. The media fill the parts without one; or name again all media of the
-    messages, and what both say of one is joined; or name again all their segments, otherwise divided into media; or have one part without a
-    medium for each of their segments, which become one part.
-    Raises ValueError for other numbers, and for a medium that is named again but is another one.
+
+def fill_placeholders(kind: str, messages: list, media: list) -> None:
+    """Puts plain `media` of one kind, given beside the messages, into the parts of the messages. Changes the messages.
+
+    The messages have plain parts without placeholders in their texts. In order, the media are one of
+      * one per part without a medium;
+      * one per part, if the caller gives all media again: the options of both are joined;
+      * one per group of consecutive parts without a medium, a part per segment: the group becomes one part;
+      * the media of the parts, divided differently: two parts with a segment each may be one video with two segments.
+
+    Raises:
+        ValueError: for any other number, and for a medium that differs from the one in its part.
     """
     parts = [part for message in messages for part in message["content"] if part["type"] == kind]
     empty = [part for part in parts if kind not in part]
+    placeholders = sum(count_placeholders(kind, medium) for medium in media)
     if len(media) == len(empty):
         for part, medium in zip(empty, media, strict=True):
             part[kind] = medium
-        return
-    if len(media) == len(parts):  # named again
+    elif len(media) == len(parts):
         for number, (part, medium) in enumerate(zip(parts, media, strict=True)):
-            part[kind] = _same_again(kind, number, part[kind], medium) if kind in part else medium
-        return
-    if len(empty) == len(parts) == sum(clips_of(kind, medium) for medium in media):
-        _fill_clips(kind, messages, media)  # a place for each segment
-        return
-    if not empty and sum(clips_of(kind, part[kind]) for part in parts) == sum(
-        clips_of(kind, medium) for medium in media
-    ):
-        _check_clips(kind, parts, media)
-        return
-    own = len(parts) - len(empty)
-    also = f", and have {own} of their own ({kind}s may also name all {len(parts)} again)" if own else ""
-    raise ValueError(
-        f"the messages leave places for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they must match"
-    )
-
-
-def _same_again(kind: str, number: int, own, again):
-    """A part's medium that `images` or `videos` names again, with the options of both."""
-    (source, options), (other, others) = read_medium(kind, own), read_medium(kind, again)
-    shared = options.keys() & others.keys()
-    mine, theirs = ({name: each[name] for name in shared} for each in (options, others))
-    if not same_source(source, other):
+            part[kind] = _join_media(kind, number, part[kind], medium) if kind in part else medium
+    elif len(empty) == len(parts) == placeholders:
+        _fill_segments(kind, messages, media)
+    elif not empty and placeholders == sum(count_placeholders(kind, part[kind]) for part in parts):
+        _check_segments_again(kind, parts, media)
+    else:
+        filled = len(parts) - len(empty)
+        also = f", and have {filled} of their own ({kind}s may also name all {len(parts)} again)" if filled else ""
         raise ValueError(
-            f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(other)} in its place; expected the same, or no "
-            f"{kind}s beside messages that hold their own"
+            f"the messages leave placeholders for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they "
+            "must match"
         )
-    if not same_medium(kind, plain_medium(kind, source, mine), plain_medium(kind, source, theirs)):
+
+
+def _join_media(kind: str, number: int, medium, again):
+    """The medium of a part, joined with the options that it has where it is given again, in `images` or `videos`."""
+    (source, options), (source_again, options_again) = read_medium(kind, medium), read_medium(kind, again)
+    shared = options.keys() & options_again.keys()
+    shared_options, shared_again = ({name: each[name] for name in shared} for each in (options, options_again))
+    if not same_source(source, source_again):
         raise ValueError(
-            f"{kind} {number} of the messages has the options {shorten(mine)}, but in {kind}s {shorten(theirs)}"
+            f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(source_again)} in its "
+            f"place; expected the same, or no {kind}s beside messages that hold their own"
         )
-    return plain_medium(kind, source, {**others, **options})
+    if not same_medium(kind, plain_medium(kind, source, shared_options), plain_medium(kind, source, shared_again)):
+        raise ValueError(
+            f"{kind} {number} of the messages has the options {shorten(shared_options)}, but in {kind}s "
+            f"{shorten(shared_again)}"
+        )
+    return plain_medium(kind, source, {**options_again, **options})
 
 
-def _check_clips(kind: str, parts: list, media: list) -> None:
-    """ValueError unless `media` are the parts' own again, their segments otherwise divided: two parts with a segment each are one video with
-    both. The parts stay as they are."""
+def _check_segments_again(kind: str, parts: list, media: list) -> None:
+    """ValueError unless `media` are the media of the parts, with the segments of a video divided differently."""
 
-    def clips(medium):
+    def split_segments(medium):
         source, options = read_medium(kind, medium)
         for segment in options.get("segments", [None]):
-            yield source, {**options, **({} if segment is None else {"segments": [segment]})}
+            yield plain_medium(kind, source, {**options, **({} if segment is None else {"segments": [segment]})})
 
-    again = [clip for medium in media for clip in clips(medium)]
-    for number, (own, other) in enumerate(
-        zip([clip for part in parts for clip in clips(part[kind])], again, strict=True)
-    ):
-        own, other = plain_medium(kind, *own), plain_medium(kind, *other)
-        _same_again(kind, number, own, other)
-        if more := read_medium(kind, other)[1].keys() - read_medium(kind, own)[1].keys():
+    clips = [clip for part in parts for clip in split_segments(part[kind])]
+    clips_again = [clip for medium in media for clip in split_segments(medium)]
+    for number, (clip, again) in enumerate(zip(clips, clips_again, strict=True)):
+        _join_media(kind, number, clip, again)
+        if more := read_medium(kind, again)[1].keys() - read_medium(kind, clip)[1].keys():
             raise ValueError(
-                f"{kind}s names {len(media)} {kind}s, of which the messages show the segments in {len(parts)} parts, and says their "
-                f"{', '.join(sorted(more))}; say it in the parts"
+                f"{kind}s names {len(media)} {kind}s whose segments are {len(parts)} parts of the messages, and gives "
+                f"them {', '.join(sorted(more))}; give these options in the parts"
             )
 
 
-def _fill_clips(kind: str, messages: list, media: list) -> None:
-    """Gives the places of messages, one for each segment, to the videos: those of one video stand together, and become one part."""
-    left = iter([(medium, clip) for medium in media for clip in range(clips_of(kind, medium))])
+def _fill_segments(kind: str, messages: list, media: list) -> None:
+    """Replaces the parts without a medium, one per segment, by one part per video. Changes the messages."""
+    clips = iter([(medium, index) for medium in media for index in range(count_placeholders(kind, medium))])
     for message in messages:
-        parts, whole = [], None  # whole: the medium of which the part before is a segment
+        parts, previous = [], None  # previous: the video of the part before this one
         for part in message["content"]:
             if part["type"] != kind:
                 parts.append(part)
-                whole = None
+                previous = None
                 continue
-            medium, clip = next(left)
-            if clip == 0:
+            medium, index = next(clips)
+            if index == 0:
                 parts.append({"type": kind, kind: medium})
-            elif whole is not medium:
+            elif previous is not medium:
                 raise ValueError(
-                    f"the segments of {shorten(medium)} stand apart in the messages; put their {PLACEHOLDERS[kind]} together, or give each "
-                    "segment as a video of its own"
+                    f"the segments of {shorten(medium)} stand apart in the messages; put their {PLACEHOLDERS[kind]} "
+                    "together, or give each segment as a separate video"
                 )
-            whole = medium
+            previous = medium
         message["content"] = parts
 
 
 def for_template(messages) -> list[dict]:
-    """Messages of plain parts as a chat template takes them: media parts reduced to their type, one part for each placeholder."""
+    """Messages of plain parts as a chat template takes them: {"type": kind} for each placeholder of a medium."""
     out = []
     for message in messages:
         content = message.get("content")
@@ -462,7 +594,7 @@ def for_template(messages) -> list[dict]:
             parts = []
             for part in content:
                 kind = part["type"]
-                parts += [part] if kind == "text" else [{"type": kind}] * clips_of(kind, part.get(kind))
+                parts += [part] if kind == "text" else [{"type": kind}] * count_placeholders(kind, part.get(kind))
             message = {**message, "content": parts}
         out.append(message)
     return out

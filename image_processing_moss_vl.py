@@ -25,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .checks import flag, positive_int, shorten
-from .conversation import SOURCE_KEYS, file_of, read_medium, scheme_of
+from .conversation import SOURCE_KEYS, local_path, read_medium, scheme_of
 from .options import FIXED, FIXED_SIZE, canonical, drop_fixed, layered, names_of, read_options, reject_unknown
 from .patches import join_patches, patchify
 
@@ -150,7 +150,7 @@ def open_source(source, *, what, allow_http=False, max_bytes=MAX_IMAGE_BYTES, ti
 
     Raises FileNotFoundError where there is no such file, ValueError for anything else that cannot be read.
     """
-    source = file_of(source)
+    source = local_path(source)
     if isinstance(source, str):
         scheme = scheme_of(source)
         if scheme == "data":

@@ -34,7 +34,11 @@ from .cache_layers import CACHE, cache_of, cached_length, install_layers, static
 from .checks import nearest_name  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
 from .configuration_moss_vl import MossVLConfig, MossVLTextConfig
 from .conversation import PLACEHOLDERS  # noqa: F401
+from .generation_batches import answer_turns  # noqa: F401
 from .generation_hooks import MossVLGenerateHooks
+from .generation_options import GENERATE_DEFAULTS  # noqa: F401
+from .generation_queries import Turn  # noqa: F401
+from .generation_queue import QueueServer  # noqa: F401
 from .generation_utils import MossVLGenerationMixin
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401

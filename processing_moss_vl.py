@@ -23,7 +23,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .checks import flag, nearest_name, shorten
-from .conversation import PLACEHOLDER, clips_of, for_template, is_frames, media_of, read_messages
+from .conversation import PLACEHOLDER, collect_media, count_placeholders, for_template, is_frames, read_messages
 from .image_processing_moss_vl import (
     HUB_KEYS,
     MossVLImageProcessor,
@@ -637,7 +637,7 @@ class MossVLProcessor(ProcessorMixin):
             and isinstance(conversation[0], (list, tuple))
         )
         conversations = [read_messages(messages) for messages in (conversation if batched else [conversation])]
-        images, videos = ([media_of(messages, kind) for messages in conversations] for kind in ("image", "video"))
+        images, videos = ([collect_media(messages, kind) for messages in conversations] for kind in ("image", "video"))
 
         kwargs = drop_fixed(kwargs, "apply_chat_template", FIXED_TEMPLATE)
         known = {*self._knob_names(), "images", "videos", "labels_spans", "ignore_index", "encoder"}
@@ -814,7 +814,7 @@ def _deal(kind: str, media, metadata, wanted: list[int]) -> list[list[tuple]]:
     paired = iter(zip(flat, metadata, strict=True))
     groups = [[next(paired) for _ in group] for group in groups]
     for index, (group, want) in enumerate(zip(groups, wanted if by_sample else [sum(wanted)], strict=True)):
-        have = sum(clips_of(kind, x) for x, _ in group)
+        have = sum(count_placeholders(kind, x) for x, _ in group)
         if have != want:
             where = (
                 f"text {index} has"
@@ -849,7 +849,7 @@ def _take(kind: str, queue: list[tuple], want: int) -> list[tuple]:
     """Takes media for `want` placeholders off the queue; the segments of one video may go to two samples."""
     taken = []
     while want:
-        (medium, metadata), have = queue[0], clips_of(kind, queue[0][0])
+        (medium, metadata), have = queue[0], count_placeholders(kind, queue[0][0])
         if have <= want:
             taken.append(queue.pop(0))
         else:

@@ -1,18 +1,15 @@
-"""Queries as clients of the released code send them, what a caller gave and what is a default, and the queue after a stop."""
+"""Queries as clients of the released code send them: media named twice, records, aliases, defaults, ends of
+answers."""
 
 import copy
 import json
-import queue
-import threading
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_offline import (  # noqa: F401 - most are fixtures
+from offline import (  # noqa: F401 - most are fixtures
     LONGER_VIDEO,
-    NEW,
-    SMALL,
+    RECORD,
     VIDEO,
     batch,
     calls,
@@ -22,34 +19,20 @@ from test_offline import (  # noqa: F401 - most are fixtures
     processor,
     query_of,
     serve,
-    text_of,
-)  # fmt: skip
+    user,
+)
+from PIL import Image
 from transformers import LogitsProcessorList
 
-from moss_vl import generation_utils
-from moss_vl.generation_utils import _UnpaddedPenalty
-
-
-RECORD = {
-    "id": 7,
-    "metadata": {"source": "web"},
-    "response": "a star",
-    "label": None,
-    "duration": 3.5,
-    "conversation_id": "x",
-    "frames": 3,
-}
-
-
-def user(*parts):
-    return [{"role": "user", "content": list(parts)}]
+from moss_vl import generation_options, generation_queries
+from moss_vl.generation_batches import UnpaddedPenalty
 
 
 # media that are named again
 
 
-def forms(pictures):  # noqa: F811
-    """Messages that hold their media, and those of them that stand again in `images` and `videos`."""
+def forms(pictures):
+    """name -> (messages with their media, the media again as `images` and `videos`)."""
     a, b = pictures[:2]
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
     one, two, video = (
@@ -66,8 +49,8 @@ def forms(pictures):  # noqa: F811
         "written otherwise": (user(one, two), {"images": [{"url": "file://" + a}, {"image": b}]}),
         "segments": (user({"type": "video", "video": clip}, "What?"), {"videos": [copy.deepcopy(clip)]}),
         "segments as tuples": (user({"type": "video", **clip}), {"videos": [{**clip, "segments": [(0, 2), (3.5,)]}]}),
-        "segments said in one place": (user({"type": "video", "video": LONGER_VIDEO}), {"videos": [clip]}),
-        "options said in one place": (
+        "segments given once": (user({"type": "video", "video": LONGER_VIDEO}), {"videos": [clip]}),
+        "options given once": (
             user({"type": "video", "video": LONGER_VIDEO, "fps": 2}),
             {"videos": [LONGER_VIDEO]},
         ),
@@ -80,24 +63,36 @@ def forms(pictures):  # noqa: F811
             user({"type": "image", "image": np.zeros((64, 64, 3), np.uint8)}),
             {"images": [np.zeros((64, 64, 3), np.uint8)]},
         ),
-        "a place among them": (user(one, {"type": "image"}, "x"), {"images": [a, b]}),
+        "a placeholder among them": (user(one, {"type": "image"}, "x"), {"images": [a, b]}),
     }
 
 
-@pytest.mark.parametrize("name, frames", [
-    ("both kinds", [1, 1]), ("images alone", [1, 1, 1]), ("bare", [1, 1]), ("written otherwise", [1, 1]), ("segments", [2, 1]),
-    ("segments as tuples", [2, 1]), ("segments said in one place", [2, 1]), ("options said in one place", [10]), ("objects", [1]),
-    ("frames", [2]), ("arrays", [1]), ("a place among them", [1, 1]),
-])  # fmt: skip
-def test_media_named_again_are_the_same_media(model, processor, pictures, calls, name, frames):  # noqa: F811
+@pytest.mark.parametrize(
+    "name, frames",
+    [
+        ("both kinds", [1, 1]),
+        ("images alone", [1, 1, 1]),
+        ("bare", [1, 1]),
+        ("written otherwise", [1, 1]),
+        ("segments", [2, 1]),
+        ("segments as tuples", [2, 1]),
+        ("segments given once", [2, 1]),
+        ("options given once", [10]),
+        ("objects", [1]),
+        ("frames", [2]),
+        ("arrays", [1]),
+        ("a placeholder among them", [1, 1]),
+    ],
+)
+def test_media_may_be_named_again_beside_messages(model, processor, pictures, calls, name, frames):
     messages, again = forms(pictures)[name]
     query = query_of(messages=messages, **again)
     model.offline_batch_generate(processor, [query])
     expected = {
-        "segments said in one place": user(
+        "segments given once": user(
             {"type": "video", "video": {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}}
         ),
-        "a place among them": user(messages[0]["content"][0], {"type": "image", "image": pictures[1]}, "x"),
+        "a placeholder among them": user(messages[0]["content"][0], {"type": "image", "image": pictures[1]}, "x"),
     }.get(name, messages)
     model.offline_batch_generate(processor, [query_of(messages=expected)])
     first, second = calls
@@ -112,8 +107,8 @@ def test_media_named_again_are_the_same_media(model, processor, pictures, calls,
             torch.testing.assert_close(first[key], second[key])
 
 
-def test_what_is_named_again_is_not_changed(model, processor, pictures):  # noqa: F811
-    messages, again = forms(pictures)["segments said in one place"]
+def test_queries_with_media_named_again_are_not_changed(model, processor, pictures):
+    messages, again = forms(pictures)["segments given once"]
     query = query_of(messages=messages, **again)
     before = copy.deepcopy(query)
     result = batch(model, processor, query)["results"][0]
@@ -125,12 +120,14 @@ NOT_THE_SAME = [
     (
         ["a", "b"],
         {},
-        "leave places for 0 images, and have 1 of their own .images may also name all 1 again., but images holds 2",
+        "leave placeholders for 0 images, and have 1 of their own .images may also name all 1 again., but images "
+        "holds 2",
     ),
     (
         ["a"],
         {"extra": 2},
-        "leave places for 2 images, and have 1 of their own .images may also name all 3 again., but images holds 1",
+        "leave placeholders for 2 images, and have 1 of their own .images may also name all 3 again., but images "
+        "holds 1",
     ),
     (
         [{"image": "a", "max_pixels": 5000}],
@@ -142,17 +139,29 @@ NOT_THE_SAME = [
 
 
 @pytest.mark.parametrize("images, part, message", NOT_THE_SAME)
-def test_media_that_are_not_the_same(model, processor, pictures, nothing_is_encoded, images, part, message):  # noqa: F811
+def test_other_media_beside_messages_are_an_error(
+    model, processor, pictures, nothing_is_encoded, images, part, message
+):
     paths = dict(zip("ab", pictures, strict=False))
-    images = [{**one, "image": paths[one["image"]]} if isinstance(one, dict) and "image" in one else paths.get(one, one)
-              if isinstance(one, str) else one for one in images]  # fmt: skip
-    places = [{"type": "image"}] * part.get("extra", 0)
-    own = {"type": "image", "image": pictures[0], **{name: value for name, value in part.items() if name != "extra"}}
+    images = [
+        {**one, "image": paths[one["image"]]}
+        if isinstance(one, dict) and "image" in one
+        else paths.get(one, one)
+        if isinstance(one, str)
+        else one
+        for one in images
+    ]
+    placeholders = [{"type": "image"}] * part.get("extra", 0)
+    filled = {
+        "type": "image",
+        "image": pictures[0],
+        **{name: value for name, value in part.items() if name != "extra"},
+    }
     with pytest.raises(ValueError, match=f"^query 0: .*{message}"):
-        batch(model, processor, query_of(messages=user(own, *places, "x"), images=images))
+        batch(model, processor, query_of(messages=user(filled, *placeholders, "x"), images=images))
 
 
-def test_segments_may_have_a_place_each(model, processor, calls):  # noqa: F811
+def test_segments_may_have_a_placeholder_each(model, processor, calls):
     clip = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
     one = batch(model, processor, query_of(messages=user("a", {"type": "video", "video": clip})))["results"][0]
     each = batch(
@@ -167,7 +176,7 @@ def test_segments_may_have_a_place_each(model, processor, calls):  # noqa: F811
         batch(model, processor, query_of(messages=[{"role": "user", "content": "<|video|>a<|video|>"}], videos=[clip]))
 
 
-def test_parts_of_every_form(model, processor, pictures):  # noqa: F811
+def test_all_forms_of_parts_give_the_same_prompt(model, processor, pictures):
     plain = batch(
         model,
         processor,
@@ -184,7 +193,7 @@ def test_parts_of_every_form(model, processor, pictures):  # noqa: F811
         assert result["results"][0]["input_text"] == plain["results"][0]["input_text"]
 
 
-def test_options_of_a_part_hold_for_it_alone(model, processor, calls):  # noqa: F811
+def test_options_of_a_part_hold_for_its_medium_only(model, processor, calls):
     parts = [{"type": "video", "video": LONGER_VIDEO, "fps": 2.0}, {"type": "video", "video": LONGER_VIDEO}]
     state = batch(model, processor, query_of(messages=user(*parts)))["session_states"][0]
     assert json.loads(json.dumps(state)) == state
@@ -192,10 +201,11 @@ def test_options_of_a_part_hold_for_it_alone(model, processor, calls):  # noqa: 
     assert [call["grid_thw"][:, 0].tolist() for call in calls] == [[10, 5]] * 2
 
 
-def test_a_list_of_pictures_is_one_video(model, processor, pictures, calls):  # noqa: F811
+def test_a_list_of_frames_is_one_video(model, processor, pictures, calls):
     frames = [pictures[0]] * 3
     assert (
-        generation_utils._as_list("video", frames) == [frames] and generation_utils._as_list("image", frames) == frames
+        generation_queries.list_media("video", frames) == [frames]
+        and generation_queries.list_media("image", frames) == frames
     )
     model.offline_video_generate(processor, "x", frames, sample_fps=2.0, max_new_tokens=1)
     assert calls[0]["grid_thw"][:, 0].tolist() == [3]
@@ -204,7 +214,7 @@ def test_a_list_of_pictures_is_one_video(model, processor, pictures, calls):  # 
 # records of clients
 
 
-def test_what_else_stood_in_a_record_travels_to_the_result(model, processor, pictures):  # noqa: F811
+def test_other_keys_of_a_query_are_copied_into_its_result(model, processor, pictures):
     query = query_of("Hi", **RECORD)
     before = copy.deepcopy(query)
     result = batch(model, processor, query, query_of("Hi", text="mine", index="mine"))
@@ -214,25 +224,61 @@ def test_what_else_stood_in_a_record_travels_to_the_result(model, processor, pic
     assert serve(model, processor, query) == [[result["results"][0]["text"]]]
 
 
-@pytest.mark.parametrize("key, near", [
-    ("promt", "prompt"), ("prompts", "prompt"), ("Prompt", "prompt"), ("pormpt", "prompt"), ("image", "images"), ("vidoes", "videos"),
-    ("message", "messages"), ("generate_kwarg", "generate_kwargs"), ("generation_kwargs", "generate_kwargs"), ("sytem_prompt", "system_prompt"),
-    ("media-kwargs", "media_kwargs"), ("usetemplate", "use_template"), ("max_new_token", "max_new_tokens"), ("stop_genration", "stop_generation"),
-])  # fmt: skip
-def test_a_key_that_was_meant_to_be_another(model, processor, nothing_is_encoded, key, near):  # noqa: F811
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("promt", "prompt"),
+        ("prompts", "prompt"),
+        ("Prompt", "prompt"),
+        ("pormpt", "prompt"),
+        ("image", "images"),
+        ("vidoes", "videos"),
+        ("message", "messages"),
+        ("generate_kwarg", "generate_kwargs"),
+        ("generation_kwargs", "generate_kwargs"),
+        ("sytem_prompt", "system_prompt"),
+        ("media-kwargs", "media_kwargs"),
+        ("usetemplate", "use_template"),
+        ("max_new_token", "max_new_tokens"),
+        ("stop_genration", "stop_generation"),
+    ],
+)
+def test_a_misspelled_key_is_an_error(model, processor, nothing_is_encoded, key, near):
     with pytest.raises(ValueError, match=f"query 0: query: unknown key '{key}'; did you mean '{near}'"):
         batch(model, processor, {"prompt": "a", key: "x"})
     [[error]] = serve(model, processor, {"prompt": "a", key: "x"})
     assert error.startswith("[ERROR]") and near in error
 
 
-@pytest.mark.parametrize("key", ["prompt_id", "source", "task", "answer", "question", "image_id", "video_id", "caption", "category", "split",
-                                 "image_path", "conversations", "system", "n_frames", "url", "choices", "tools", "x", "timestamps"])  # fmt: skip
-def test_a_key_of_its_own_is_none(key):
-    assert generation_utils._check_query({"prompt": "a", key: 1}, generation_utils.QUERY_KEYS) == {key: 1}
+@pytest.mark.parametrize(
+    "key",
+    [
+        "prompt_id",
+        "source",
+        "task",
+        "answer",
+        "question",
+        "image_id",
+        "video_id",
+        "caption",
+        "category",
+        "split",
+        "image_path",
+        "conversations",
+        "system",
+        "n_frames",
+        "url",
+        "choices",
+        "tools",
+        "x",
+        "timestamps",
+    ],
+)
+def test_a_key_that_is_near_no_known_one_is_no_misspelling(key):
+    assert generation_queries.check_query({"prompt": "a", key: 1}, generation_queries.QUERY_KEYS) == {key: 1}
 
 
-def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # noqa: F811
+def test_options_in_the_wrong_place_are_an_error(model, processor, nothing_is_encoded):
     for key, box in (
         ("max_new_tokens", "generate_kwargs"),
         ("num_beams", "generate_kwargs"),
@@ -243,14 +289,22 @@ def test_options_in_the_wrong_place(model, processor, nothing_is_encoded):  # no
             batch(model, processor, {"prompt": "a", key: 2})
     with pytest.raises(ValueError, match="stream_output is for the queue"):
         batch(model, processor, {"prompt": "a", "stream_output": True})
-    assert generation_utils._check_query(
-        {"prompt": "a", "stream_output": False, "fps": None}, generation_utils.QUERY_KEYS
+    assert generation_queries.check_query(
+        {"prompt": "a", "stream_output": False, "fps": None}, generation_queries.QUERY_KEYS
     ) == {"fps": None}
 
 
-def test_options_of_images_and_videos_whatever_the_media(model, processor, pictures, calls):  # noqa: F811
-    both = {"min_pixels": 4096, "max_pixels": 16384, "multi_image_max_pixels": 8192, "video_max_pixels": 2 * 16384, "video_fps": 4.0,
-            "min_frames": 1, "max_frames": 2, "num_extract_threads": 2}  # fmt: skip
+def test_media_kwargs_may_hold_options_of_absent_media(model, processor, pictures, calls):
+    both = {
+        "min_pixels": 4096,
+        "max_pixels": 16384,
+        "multi_image_max_pixels": 8192,
+        "video_max_pixels": 2 * 16384,
+        "video_fps": 4.0,
+        "min_frames": 1,
+        "max_frames": 2,
+        "num_extract_threads": 2,
+    }
     batch(model, processor, query_of("a", images=pictures[0], media=both))
     batch(model, processor, query_of("a", videos=[VIDEO], media=both))
     batch(model, processor, query_of("a", media=both))
@@ -265,21 +319,21 @@ def test_options_of_images_and_videos_whatever_the_media(model, processor, pictu
             batch(model, processor, query_of("a", videos=VIDEO, media=media))
 
 
-def test_other_names_of_options(model, processor, calls):  # noqa: F811
+def test_options_have_aliases(model, processor, calls):
     for media in ({"fps": 2}, {"nframes": 4}, {"total_pixels": 5 * 16384}, {"longest_edge": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media=media))
     assert [call["grid_thw"].tolist() for call in calls] == [[[10, 16, 20]], [[4, 16, 20]], [[5, 6, 8]], [[5, 6, 8]]]
-    with pytest.raises(ValueError, match="video_fps is another name of fps, the same knob"):
+    with pytest.raises(ValueError, match="video_fps is another name of fps, the same option"):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"fps": 2, "video_fps": 2}))
 
 
-def test_none_gives_way_to_a_number_of_another_name(model, processor, calls):  # noqa: F811
+def test_none_yields_to_a_value_under_an_alias(model, processor, calls):
     for media in ({"max_pixels": 16384, "longest_edge": None}, {"longest_edge": None, "max_pixels": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"num_frames": 1, **media}))
     assert [call["grid_thw"].tolist() for call in calls] == [[[1, 6, 8]]] * 2
 
 
-def test_no_message_quotes_a_whole_string(model, processor):  # noqa: F811
+def test_messages_shorten_long_strings(model, processor):
     long = "data:image/png;base64," + "A" * 5000
     for query in (
         {"prompt": "a", "images": [long]},
@@ -295,10 +349,10 @@ def test_no_message_quotes_a_whole_string(model, processor):  # noqa: F811
         assert "A" * 600 not in str(error.value), query
 
 
-# what was given, and numbers
+# given options and defaults, and numbers
 
 
-def test_what_was_given_is_known(model, processor, pictures, nothing_is_encoded):  # noqa: F811
+def test_a_given_option_must_not_contradict_another(model, processor, pictures, nothing_is_encoded):
     for arguments, message in (
         (dict(num_frames=8, video_fps=1.0), "video_fps 1.0 and num_frames 8"),
         (dict(num_frames=8, fps=1), "video_fps 1 and num_frames 8"),
@@ -315,7 +369,7 @@ def test_what_was_given_is_known(model, processor, pictures, nothing_is_encoded)
         model.offline_image_generate(processor, "a", pictures[0], longest_edge=16777216, max_pixels=5000)
 
 
-def test_what_was_not_given_makes_room(model, processor, pictures, calls):  # noqa: F811
+def test_a_default_yields_to_a_given_option(model, processor, pictures, calls):
     model.offline_video_generate(processor, "a", LONGER_VIDEO, num_frames=7, max_new_tokens=1)
     model.offline_video_generate(processor, "a", LONGER_VIDEO, nframes=np.int64(7), max_pixels=16384, max_new_tokens=1)
     model.offline_video_generate(processor, "a", LONGER_VIDEO, num_frames=7, video_fps=None, max_new_tokens=1)
@@ -324,7 +378,7 @@ def test_what_was_not_given_makes_room(model, processor, pictures, calls):  # no
     assert calls[-1]["max_length"] == 60 and "max_new_tokens" not in calls[-1]
 
 
-def test_a_fixed_size_takes_the_place_of_default_limits(model, processor, pictures, calls):  # noqa: F811
+def test_a_fixed_size_replaces_default_limits(model, processor, pictures, calls):
     model.offline_image_generate(processor, "a", pictures[0], resized_height=64, resized_width=96, max_new_tokens=1)
     assert calls[0]["grid_thw"].tolist() == [[1, 4, 6]]
     with pytest.raises(ValueError, match="max_pixels"):
@@ -333,10 +387,17 @@ def test_a_fixed_size_takes_the_place_of_default_limits(model, processor, pictur
         )
 
 
-def test_numbers_of_numpy(model, processor, pictures, calls):  # noqa: F811
+def test_numpy_numbers_are_accepted(model, processor, pictures, calls):
     media = {"max_pixels": np.int64(16384), "video_fps": np.float32(4), "max_frames": np.int32(2)}
-    generate = {"max_new_tokens": np.int64(3), "top_k": np.int32(5), "top_p": np.float64(0.9), "temperature": np.float32(0.5),
-                "repetition_penalty": np.float32(1.5), "do_sample": np.bool_(True), "min_new_tokens": np.int64(1)}  # fmt: skip
+    generate = {
+        "max_new_tokens": np.int64(3),
+        "top_k": np.int32(5),
+        "top_p": np.float64(0.9),
+        "temperature": np.float32(0.5),
+        "repetition_penalty": np.float32(1.5),
+        "do_sample": np.bool_(True),
+        "min_new_tokens": np.int64(1),
+    }
     state = batch(
         model, processor, query_of("a", videos=[VIDEO], media=media, generate=generate, use_template=np.bool_(True))
     )["session_states"][0]
@@ -363,7 +424,7 @@ def test_numbers_of_numpy(model, processor, pictures, calls):  # noqa: F811
             batch(model, processor, query_of("a", generate={name: wrong}))
 
 
-def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
+def test_values_at_the_edges_of_their_ranges(model, processor, nothing_is_encoded):
     for name, value in (
         ("top_p", 1),
         ("top_p", 1e-9),
@@ -371,8 +432,8 @@ def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
         ("max_new_tokens", 1),
         ("repetition_penalty", 1e-9),
     ):
-        knobs = {"do_sample": True, name: value}
-        assert generation_utils._generate_kwargs(model, processor.tokenizer, knobs, 64)[name] == value
+        options = {"do_sample": True, name: value}
+        assert generation_options.generate_arguments(model, processor.tokenizer, options, 64)[name] == value
     for name, value in (
         ("top_p", 0),
         ("top_p", 1.0000001),
@@ -381,14 +442,14 @@ def test_edges_of_ranges(model, processor, nothing_is_encoded):  # noqa: F811
         ("repetition_penalty", 0),
     ):
         with pytest.raises(ValueError, match=f"{name} must be"):
-            generation_utils._generate_kwargs(model, processor.tokenizer, {name: value}, 64)
+            generation_options.generate_arguments(model, processor.tokenizer, {name: value}, 64)
 
 
 # ends and penalties
 
 
-def test_the_ends_that_the_checkpoint_names_are_kept(model, processor, pictures, calls, monkeypatch):  # noqa: F811
-    """Two ends, neither of them the tokenizer's: an answer stops at either, and goes on past the tokenizer's."""
+def test_eos_tokens_of_the_checkpoint_are_kept(model, processor, pictures, calls, monkeypatch):
+    """Two of them, neither that of the tokenizer: an answer stops at each, and does not stop at the tokenizer's."""
     query = query_of(
         "Hi", images=pictures[0], generate={"max_new_tokens": 8, "suppress_tokens": [processor.tokenizer.eos_token_id]}
     )
@@ -414,11 +475,12 @@ def test_the_ends_that_the_checkpoint_names_are_kept(model, processor, pictures,
     assert calls[-1]["eos_token_id"] == [said[3]]
 
 
-def test_the_penalty_of_a_beam_leaves_out_its_own_prompt_s_padding():
-    """Three prompts with 2, 0 and 1 padding tokens in front, of which the padding token 0 is otherwise said by none; two beams each."""
+def test_the_penalty_of_each_beam_ignores_the_padding_of_its_prompt():
+    """Three prompts with 2, 0 and 1 padding tokens in front, of which the padding token 0 is otherwise said by none;
+    two beams each."""
     ids = torch.tensor([[0, 0, 1], [0, 0, 2], [1, 2, 3], [0, 2, 3], [0, 3, 3], [0, 0, 3]])
     scores = torch.full((6, 4), 2.0)
-    out = _UnpaddedPenalty(2.0, [2, 0, 1])(ids, scores)
+    out = UnpaddedPenalty(2.0, [2, 0, 1])(ids, scores)
     said = [{1}, {2}, {1, 2, 3}, {0, 2, 3}, {3}, {0, 3}]
     assert (
         out.tolist() == [[1.0 if token in row else 2.0 for token in range(4)] for row in said] and (scores == 2).all()
@@ -426,10 +488,10 @@ def test_the_penalty_of_a_beam_leaves_out_its_own_prompt_s_padding():
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3])
-def test_each_row_gets_its_own_padding(model, processor, calls, monkeypatch, beams):  # noqa: F811
-    knobs = dict(num_beams=beams, repetition_penalty=1.5, max_new_tokens=2)
+def test_the_penalty_knows_the_padding_of_each_row(model, processor, calls, monkeypatch, beams):
+    options = dict(num_beams=beams, repetition_penalty=1.5, max_new_tokens=2)
     batch(
-        model, processor, *(query_of(text, generate=knobs) for text in ("Hi, a much longer one", "Hi", "Hi, longer"))
+        model, processor, *(query_of(text, generate=options) for text in ("Hi, a much longer one", "Hi", "Hi, longer"))
     )
     [call] = calls
     [penalty] = call["logits_processor"]
@@ -439,163 +501,3 @@ def test_each_row_gets_its_own_padding(model, processor, calls, monkeypatch, bea
         and len(set(penalty.padding)) == 3
         and penalty.padding[0] == 0
     )
-
-
-# the queue
-
-
-def start(model, processor, asked, said):  # noqa: F811
-    """A server on a thread of its own; what it raises is raised by `join`."""
-    failures = []
-
-    def run():
-        try:
-            model.offline_generate(processor, asked, said)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def join():
-        thread.join(60)
-        assert not thread.is_alive()
-        if failures:
-            raise failures[0]
-
-    return join
-
-
-def emptied(of):
-    return [of.get_nowait() for _ in range(of.qsize())]
-
-
-class PlainQueue:
-    """A queue without insides that could be reached."""
-
-    def __init__(self):
-        self._queue = queue.Queue()
-        self.get, self.get_nowait, self.put, self.qsize = (
-            getattr(self._queue, name) for name in ("get", "get_nowait", "put", "qsize")
-        )
-
-
-@pytest.mark.parametrize("kind", [queue.Queue, queue.SimpleQueue, PlainQueue, lambda: queue.Queue(maxsize=5)],
-                         ids=["Queue", "SimpleQueue", "plain", "full"])  # fmt: skip
-def test_nothing_that_comes_after_a_stop_is_lost(model, processor, kind):  # noqa: F811
-    after = [query_of("b"), {"id": "odd"}, {"stop_offline_generate": True}]
-
-    class Said(queue.Queue):
-        def put(self, piece):
-            super().put(piece)
-            if piece == "<|round_end|>":
-                asked.put(after[-1])  # comes in between the last token and the stop
-
-    asked, said = kind(), Said()
-    for query in (
-        query_of("a"),
-        {"stop_offline_generate": True},
-        *after[:-1],
-    ):  # all are there while the first is answered
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said) == [text_of(model, processor, query_of("a")), "<|round_end|>"]
-    assert emptied(asked) == after
-
-
-def test_a_server_goes_on_where_the_one_before_stopped(model, processor):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
-    texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
-    for query in (
-        query_of("a"),
-        {"stop_offline_generate": True},
-        query_of("b"),
-        query_of("c"),
-        {"stop_offline_generate": True},
-    ):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    asked.put({"last": True})
-    start(model, processor, asked, said)()
-    assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")]
-    assert emptied(asked) == [{"last": True}]
-
-
-def test_an_interrupted_server_loses_only_what_it_was_answering(model, processor, monkeypatch):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
-    generate = model.generate
-
-    def interrupted(**kwargs):
-        generate(**kwargs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model, "generate", interrupted)
-    for prompt in "abc":
-        asked.put(query_of(prompt))
-    with pytest.raises(KeyboardInterrupt):
-        start(model, processor, asked, said)()
-    assert emptied(asked) == [query_of("b"), query_of("c")] and said.empty()
-
-
-def test_a_cancel_after_a_stop_still_ends_the_answer(model, processor):  # noqa: F811
-    asked, said = queue.Queue(), queue.Queue()
-    endless = query_of("Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id]))
-    for query in (endless, {"stop_offline_generate": True}, {**query_of("b"), "cancel_current_generate": True}):
-        asked.put(query)
-    start(model, processor, asked, said)()
-    assert emptied(said)[-1] == "<|round_end|>" and emptied(asked) == [query_of("b")]
-
-
-@pytest.mark.parametrize("flag", ["cancel_current_generate", "stop_generation"])
-def test_flags_that_are_false_or_none_say_nothing(model, processor, flag):  # noqa: F811
-    texts = [text_of(model, processor, query_of(prompt)) for prompt in "abc"]
-    no, none = {flag: False}, {flag: None}
-    rounds = serve(
-        model,
-        processor,
-        query_of("a"),
-        no,
-        {**query_of("b"), **no},
-        {**query_of("c"), **none, "stop_offline_generate": False},
-    )
-    assert rounds == [[text] for text in texts]
-    [[error], [text]] = serve(model, processor, {**query_of("a"), flag: "yes"}, query_of("a"))
-    assert error == f"[ERROR] {flag} must be True or False, got 'yes'" and text == texts[0]
-
-
-def test_persist_session_none_is_the_default(model, processor):  # noqa: F811
-    alone = text_of(model, processor, query_of("two"))
-    assert serve(model, processor, query_of("one", persist_session=None), query_of("two"))[1] == [alone]
-    assert batch(model, processor, query_of("one", persist_session=None))["session_states"] != [None]
-
-
-def test_two_servers_with_a_queue_each(model, processor, pictures):  # noqa: F811
-    queries = [[query_of(f"{i}{k}", images=pictures[i], id=k) for k in range(4)] for i in range(2)]
-    alone = [[text_of(model, processor, query) for query in each] for each in queries]
-    queues = [(queue.Queue(), queue.Queue()) for _ in queries]
-    for (asked, _), each in zip(queues, queries, strict=True):
-        for query in (*each, {"stop_offline_generate": True}, {"i": 1}):
-            asked.put(query)
-    for join in [start(model, processor, *pair) for pair in queues]:
-        join()
-    for (asked, said), texts in zip(queues, alone, strict=True):
-        assert emptied(said) == [piece for text in texts for piece in (text, "<|round_end|>")] and emptied(asked) == [
-            {"i": 1}
-        ]
-
-
-def test_one_query_per_thread(model, processor, pictures):  # noqa: F811
-    """As clients do: each thread has queues of its own, and sends one query and a stop. Nothing is said in a warning alone."""
-    query = query_of(
-        messages=user({"type": "image", "image_url": pictures[0]}, "What?"), images=[pictures[0]], **RECORD
-    )
-    query["media_kwargs"] = {**SMALL, "video_fps": 1.0, "max_frames": 256, "multi_image_max_pixels": 201326592}
-    queues = [(queue.Queue(), queue.Queue()) for _ in range(3)]
-    joins = []
-    for asked, said in queues:
-        joins.append(start(model, processor, asked, said))
-        asked.put(query)
-        asked.put({"stop_offline_generate": True})
-    for join in joins:
-        join()
-    assert [emptied(said) for _, said in queues] == [[text_of(model, processor, query), "<|round_end|>"]] * 3

@@ -1,4 +1,4 @@
-"""infer.py as people call it, on the small checkpoint of the repository: one question, many questions, what can go wrong."""
+"""The command infer.py on the small checkpoint: single questions, batches, errors."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 from moss_vl import infer
+from moss_vl.tools import query_files
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
@@ -28,7 +29,7 @@ def loaded():
 
 @pytest.fixture
 def run(loaded, monkeypatch, capsys):
-    """infer.py in this process, on the checkpoint that is loaded already: (exit code, stdout, stderr)."""
+    """Runs infer.py in this process on the loaded checkpoint: (exit code, stdout, stderr)."""
     monkeypatch.setattr(infer, "load", lambda args: loaded)
 
     def call(*arguments):
@@ -43,15 +44,15 @@ def run(loaded, monkeypatch, capsys):
 
 @pytest.fixture
 def asked(loaded, monkeypatch):
-    """Every query that reaches the model."""
-    seen, generate = [], type(loaded[1]).offline_batch_generate
+    """The queries that the model gets."""
+    recorded, generate = [], type(loaded[1]).offline_batch_generate
 
     def spy(self, processor, queries, **kwargs):
-        seen.extend(queries)
+        recorded.extend(queries)
         return generate(self, processor, queries, **kwargs)
 
     monkeypatch.setattr(type(loaded[1]), "offline_batch_generate", spy)
-    return seen
+    return recorded
 
 
 def parts_of(query):
@@ -79,7 +80,7 @@ def test_the_command_of_the_readme():
     assert done.stdout.strip() and "Traceback" not in done.stderr
 
 
-def test_what_is_streamed_is_the_answer(run, loaded):
+def test_the_answer_is_streamed(run, loaded):
     processor, model = loaded
     code, out, _ = run(IMAGE, "-p", "What is it?", "--no-template", *SHORT)
     text = model.offline_image_generate(
@@ -94,7 +95,7 @@ def test_what_is_streamed_is_the_answer(run, loaded):
     assert (code, out) == (0, text + "\n")
 
 
-def test_media_keep_their_order_whatever_they_are_called(run, asked, tmp_path):
+def test_media_keep_their_order(run, asked, tmp_path):
     picture, clip = tmp_path / "picture", tmp_path / "clip"
     shutil.copyfile(IMAGE, picture)
     shutil.copyfile(VIDEO, clip)
@@ -105,13 +106,13 @@ def test_media_keep_their_order_whatever_they_are_called(run, asked, tmp_path):
     assert run(picture, *SHORT)[0] == 0 and asked[2]["messages"][0]["content"][1]["text"] == ""
 
 
-def test_an_animation_is_a_video(tmp_path):
+def test_only_an_animated_gif_is_a_video(tmp_path):
     from PIL import Image
 
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "stands.gif")
-    assert [infer.media_kind(tmp_path / name) for name in ("moves.gif", "stands.gif")] == ["video", "image"]
+    assert [query_files.probe_file(tmp_path / name) for name in ("moves.gif", "stands.gif")] == ["video", "image"]
 
 
 OPTIONS = [
@@ -147,7 +148,7 @@ def test_options_reach_the_query(run, asked, options, where, expected):
 
 
 def test_a_seed_makes_sampling_repeatable(run):
-    """So hot that the trained checkpoint, which is sure of what it says, says something else by another seed."""
+    """The temperature is high, as the trained checkpoint is too certain to depend on the seed at usual ones."""
     said = [run("-p", "Say", "--max-new-tokens", 12, "--temperature", 8, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
 
@@ -179,7 +180,7 @@ WRONG_CALLS = [
 
 
 @pytest.mark.parametrize("arguments, message", WRONG_CALLS)
-def test_wrong_calls_say_so_in_one_line(run, arguments, message):
+def test_wrong_usage_is_one_line(run, arguments, message):
     code, out, err = run(*arguments)
     assert (code, out) == (2, "") and message in err.splitlines()[-1] and "Traceback" not in err
 
@@ -203,13 +204,13 @@ def test_empty_files_are_named(run, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_loaded(capsys, options, message):
+def test_a_checkpoint_that_cannot_be_loaded_is_one_line(capsys, options, message):
     assert infer.main(["-p", "a", *options]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
 
 
-def test_help_tells_what_it_takes(capsys):
+def test_help_lists_the_options(capsys):
     with pytest.raises(SystemExit) as stopped:
         infer.main(["--help"])
     text = capsys.readouterr().out
@@ -229,7 +230,7 @@ def test_help_tells_what_it_takes(capsys):
         assert word in text
 
 
-def test_ctrl_c_is_no_traceback(run, loaded, monkeypatch):
+def test_ctrl_c_prints_no_traceback(run, loaded, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -242,7 +243,7 @@ def test_ctrl_c_is_no_traceback(run, loaded, monkeypatch):
 
 @pytest.fixture
 def many(tmp_path):
-    """A file of queries beside the media it names, and where its results go."""
+    """(file of queries, beside their media; file for the results)."""
     shutil.copyfile(IMAGE, tmp_path / "a.jpg")
     shutil.copyfile(VIDEO, tmp_path / "b.mp4")
     queries = [
@@ -269,8 +270,8 @@ def many_arguments(many, *more):
     return ("--batch", many[0], "--out", many[1], "--frames", 2, "-p", "By default?", *SHORT, *more)
 
 
-def test_a_batch_goes_on_past_what_fails(run, asked, many, monkeypatch):
-    monkeypatch.chdir(ROOT)  # paths are relative to the file of queries, not to where we are
+def test_a_batch_continues_after_a_failed_query(run, asked, many, monkeypatch):
+    monkeypatch.chdir(ROOT)  # paths are relative to the file of queries, not to the working directory
     code, out, err = run(*many_arguments(many))
     results = rows(many[1])
     assert (code, out) == (1, "")
@@ -288,7 +289,7 @@ def test_a_batch_goes_on_past_what_fails(run, asked, many, monkeypatch):
     assert asked[-1]["prompt"] == "By default?"
 
 
-def test_a_line_says_what_the_command_would_say(run, many):
+def test_a_line_gets_the_answer_of_the_command(run, many):
     run(*many_arguments(many))
     assert run(many[0].parent / "a.jpg", "-p", "What is it?", *SHORT)[1] == rows(many[1])[0]["text"] + "\n"
 
@@ -306,7 +307,7 @@ def test_an_interrupted_run_continues(run, asked, many, torn):
     assert len(asked) == 3 and "9 queries, 4 failed" in err
 
 
-def test_nothing_left_to_do_loads_nothing(run, many, monkeypatch):
+def test_a_finished_batch_loads_no_model(run, many, monkeypatch):
     lines = write_lines(many[0], {"prompt": "a"})
     assert run("--batch", lines, "--out", many[1], *SHORT)[0] == 0
     monkeypatch.setattr(infer, "load", lambda args: pytest.fail("loaded"))
@@ -324,7 +325,7 @@ def test_nothing_left_to_do_loads_nothing(run, many, monkeypatch):
         '{"index": 0, "text": ""}\n' * 2,
     ],
 )
-def test_results_of_something_else_are_left_alone(run, many, results):
+def test_results_of_other_queries_are_not_overwritten(run, many, results):
     many[1].write_text(results)
     code, _, err = run(*many_arguments(many))
     assert code == 2 and "is no result of these queries" in err and many[1].read_text() == results
@@ -345,8 +346,8 @@ def test_a_seeded_batch_does_not_depend_on_where_it_was_cut(run, many):
     assert run(*arguments)[0] == 0 and rows(many[1]) == whole
 
 
-def test_ctrl_c_in_a_batch_keeps_what_is_done(run, tmp_path):
-    """A real process and a real signal: half of a long run, then the rest, in this process."""
+def test_ctrl_c_in_a_batch_keeps_the_results(run, tmp_path):
+    """A separate process gets a signal in the middle of a long run; the rest of the run follows in this process."""
     queries = write_lines(
         tmp_path / "queries.jsonl",
         *({"id": i, "prompt": "Go on", "generate_kwargs": {"min_new_tokens": 160}} for i in range(5)),

@@ -1,4 +1,4 @@
-"""What infer.py takes: URLs, lists of frames, JSON lists, training records, keys of every kind; and caches that cannot be written to."""
+"""Inputs of infer.py: URLs, lists of frames, JSON lists, training records, all keys; and unwritable caches."""
 
 import base64
 import functools
@@ -17,7 +17,7 @@ from test_infer_cli import IMAGE, SHORT, VIDEO, asked, infer, loaded, parts_of, 
 
 @pytest.fixture
 def web(tmp_path):
-    """A web server with a.jpg, b.mp4 and names that say nothing; its URL, and the paths that were asked of it."""
+    """(URL of a web server with the files `picture` and `clip`, list of log lines: a path per request)."""
     folder, paths = tmp_path / "web", []
     folder.mkdir()
     shutil.copyfile(IMAGE, folder / "picture")
@@ -37,16 +37,16 @@ def web(tmp_path):
 
 
 @pytest.fixture
-def grids(loaded, monkeypatch):  # noqa: F811
-    """The frames of each medium of every `generate` call."""
-    seen, generate = [], loaded[1].generate
+def grids(loaded, monkeypatch):
+    """The frames per medium of each `generate` call."""
+    recorded, generate = [], loaded[1].generate
 
     def spy(**kwargs):
-        seen.append(kwargs["grid_thw"][:, 0].tolist())
+        recorded.append(kwargs["grid_thw"][:, 0].tolist())
         return generate(**kwargs)
 
     monkeypatch.setattr(loaded[1], "generate", spy)
-    return seen
+    return recorded
 
 
 def data_url(path, kind):
@@ -56,7 +56,7 @@ def data_url(path, kind):
 # arguments
 
 
-def test_urls_are_as_good_as_paths(run, web, asked, monkeypatch):  # noqa: F811
+def test_urls_are_read_like_paths(run, web, asked, monkeypatch):
     url, paths = web
     monkeypatch.setenv("HOME", str(ROOT / "data"))
     said = run(IMAGE, "-p", "What color is the star?", *SHORT)
@@ -72,24 +72,30 @@ def test_urls_are_as_good_as_paths(run, web, asked, monkeypatch):  # noqa: F811
     assert paths == ["/picture", "/clip"]
 
 
-def test_nothing_is_downloaded_unasked(run, web, monkeypatch):  # noqa: F811
+def test_nothing_is_downloaded_without_allow_http(run, web, monkeypatch):
     url, paths = web
     monkeypatch.setattr(infer, "load", lambda args: pytest.fail("loaded"))
     code, out, err = run(f"{url}/picture", "-p", "a", *SHORT)
     assert (code, out) == (2, "") and f"'{url}/picture' would be downloaded; give --allow-http" in err and not paths
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ("file:///no/such/file.png", "no such file: /no/such/file.png"), ("file://elsewhere/a.png", "another machine, 'elsewhere'"),
-    ("data:image/png;base64,!!", "is not base64"), ("A" * 5000, "no such file: 'AAAA"),
-], ids=["no file", "another machine", "base64", "long"])  # fmt: skip
-def test_wrong_urls(run, wrong, message):  # noqa: F811
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("file:///no/such/file.png", "no such file: /no/such/file.png"),
+        ("file://elsewhere/a.png", "another machine, 'elsewhere'"),
+        ("data:image/png;base64,!!", "is not base64"),
+        ("A" * 5000, "no such file: 'AAAA"),
+    ],
+    ids=["no file", "another machine", "base64", "long"],
+)
+def test_wrong_urls_are_errors(run, wrong, message):
     code, out, err = run(wrong, "-p", "a", *SHORT)
     assert (code, out) == (2, "") and message in err and "Traceback" not in err and len(err) < 1000
 
 
 @pytest.mark.parametrize("options, frames", [((), [8, 8]), (("--fps", "4"), None)])
-def test_frames_are_those_of_each_video(run, grids, asked, options, frames):  # noqa: F811
+def test_frames_holds_for_each_video(run, grids, asked, options, frames):
     code, _, err = run(VIDEO, VIDEO, "--frames", 8, *options, *SHORT)
     assert code == 0, err
     assert grids[0] == frames if frames else sum(grids[0]) == 8
@@ -111,9 +117,13 @@ def test_frames_are_those_of_each_video(run, grids, asked, options, frames):  # 
     assert asked[-1]["media_kwargs"]["max_frames"] == 300
 
 
-def test_the_ends_of_ranges_are_taken(run, asked):  # noqa: F811
-    for options, expected in ((("--top-p", "1", "--temperature", "1"), {"top_p": 1.0}), (("--top-k", "0", "--temperature", "1"), {"top_k": 0}),
-                              (("--temperature", "0"), {"do_sample": False}), (("--max-new-tokens", "1"), {"max_new_tokens": 1})):  # fmt: skip
+def test_the_ends_of_ranges_are_accepted(run, asked):
+    for options, expected in (
+        (("--top-p", "1", "--temperature", "1"), {"top_p": 1.0}),
+        (("--top-k", "0", "--temperature", "1"), {"top_k": 0}),
+        (("--temperature", "0"), {"do_sample": False}),
+        (("--max-new-tokens", "1"), {"max_new_tokens": 1}),
+    ):
         code, _, err = run("-p", "a", *SHORT, *options)
         assert code == 0 and expected.items() <= asked[-1]["generate_kwargs"].items(), err
     for options in (
@@ -130,8 +140,9 @@ def test_the_ends_of_ranges_are_taken(run, asked):  # noqa: F811
 
 
 @pytest.fixture
-def batch(run, asked, tmp_path, monkeypatch):  # noqa: F811
-    """Runs queries that lie beside a.jpg and b.mp4, from another folder: (exit code, stderr, results, what reached the model)."""
+def batch(run, asked, tmp_path, monkeypatch):
+    """Runs a file of queries beside a.jpg and b.mp4 from another folder: (exit code, stderr, results, queries of the
+    model)."""
     shutil.copyfile(IMAGE, tmp_path / "a.jpg")
     shutil.copyfile(VIDEO, tmp_path / "b.mp4")
     monkeypatch.chdir(ROOT)
@@ -153,7 +164,7 @@ def user(*parts):
     return {"messages": [{"role": "user", "content": [*parts, "What color is the star?"]}]}
 
 
-def test_paths_of_every_key_are_beside_the_file(batch, tmp_path):
+def test_paths_under_all_keys_start_at_the_folder_of_the_file(batch, tmp_path):
     image, video = str(tmp_path / "a.jpg"), str(tmp_path / "b.mp4")
     images = (
         {"type": "image", "image": "a.jpg"},
@@ -189,26 +200,30 @@ def test_paths_of_every_key_are_beside_the_file(batch, tmp_path):
 
 def test_a_list_of_frames_is_a_video(batch, tmp_path, grids):
     image = str(tmp_path / "a.jpg")
-    code, _, results, asked = batch(user({"type": "video", "video": ["a.jpg"] * 3, "sample_fps": 2.0}), {"videos": [{"video": ["a.jpg"] * 2, "sample_fps": 1}]},
-                                    {"media": [{"video": ["a.jpg"] * 4, "sample_fps": 1}]}, options=("--fps", 1))  # fmt: skip
+    code, _, results, asked = batch(
+        user({"type": "video", "video": ["a.jpg"] * 3, "sample_fps": 2.0}),
+        {"videos": [{"video": ["a.jpg"] * 2, "sample_fps": 1}]},
+        {"media": [{"video": ["a.jpg"] * 4, "sample_fps": 1}]},
+        options=("--fps", 1),
+    )
     assert code == 0, results
     assert asked[0]["messages"][0]["content"][0]["video"] == {"video_path": [image] * 3, "sample_fps": 2.0}
     assert grids == [[3], [2], [4]]
 
 
-def test_json_lists_are_taken_as_lines_are(batch):
+def test_a_json_list_is_read_like_lines(batch):
     queries = [{"id": i, "prompt": f"Say {i}"} for i in range(3)]
     lines, as_list = batch(*queries), batch(*queries, name="queries.json")
     assert lines[0] == as_list[0] == 0 and lines[2] == as_list[2] and [row["id"] for row in as_list[2]] == [0, 1, 2]
 
 
-def test_a_list_that_is_none(run, tmp_path):  # noqa: F811
+def test_a_broken_json_list_is_an_error(run, tmp_path):
     (tmp_path / "q.json").write_text('[{"prompt": "a"},')
     code, _, err = run("--batch", tmp_path / "q.json", "--out", tmp_path / "r.jsonl")
     assert code == 2 and "begins like a JSON list, but is not one" in err
 
 
-def test_a_list_goes_on_where_it_stopped(batch, run, tmp_path):  # noqa: F811
+def test_a_json_list_continues_after_earlier_results(batch, run, tmp_path):
     queries = [{"id": i, "prompt": f"Say {i}"} for i in range(3)]
     whole = batch(*queries, name="q.json")[2]
     out = tmp_path / "results of q.json"
@@ -236,21 +251,27 @@ def test_training_records_are_queries(batch):
     assert results[1]["id"] == 1 and results[3]["label"] == "star" and results[4]["response"] == "a star"
 
 
-@pytest.mark.parametrize("record, message", [
-    ({"messages": [ANSWER]}, "the assistant's alone"),
-    ({"conversations": [{"from": "human", "value": "a"}], "prompt": "b"}, "conversations or prompt, got both"),
-    ({"conversations": "a"}, "conversations must be a list of turns"),
-    ({"media": [3]}, "media holds 3"), ({"media": [{"url": "a.jpg"}]}, "expected a path, a URL, or a dict with 'image' or 'video'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "imge": "a.jpg"}]}]}, "did you mean 'image'"),
-    (user({"type": "image", "url": "https://example.com/a.png"}), "give --allow-http"), ({"images": ["http://example.com/a.png"]}, "give --allow-http"),
-    ({"media": ["https://example.com/a.png"]}, "give --allow-http"), ({"videos": [["http://example.com/a.png"]]}, "give --allow-http"),
-])  # fmt: skip
-def test_records_that_are_no_queries(batch, record, message):
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"messages": [ANSWER]}, "the assistant's alone"),
+        ({"conversations": [{"from": "human", "value": "a"}], "prompt": "b"}, "conversations or prompt, got both"),
+        ({"conversations": "a"}, "conversations must be a list of turns"),
+        ({"media": [3]}, "media holds 3"),
+        ({"media": [{"url": "a.jpg"}]}, "expected a path, a URL, or a dict with 'image' or 'video'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "imge": "a.jpg"}]}]}, "did you mean 'image'"),
+        (user({"type": "image", "url": "https://example.com/a.png"}), "give --allow-http"),
+        ({"images": ["http://example.com/a.png"]}, "give --allow-http"),
+        ({"media": ["https://example.com/a.png"]}, "give --allow-http"),
+        ({"videos": [["http://example.com/a.png"]]}, "give --allow-http"),
+    ],
+)
+def test_wrong_records_are_errors(batch, record, message):
     code, _, [result], asked = batch(record)
     assert code == 1 and message in result["error"] and not asked
 
 
-def test_what_else_stood_in_a_line_stands_in_its_result(batch):
+def test_other_keys_of_a_line_are_copied_into_its_result(batch):
     record = {"id": "x", "metadata": {"source": "web"}, "label": None, "text": "mine", "index": 5, "error": "mine"}
     code, _, results, _ = batch({"prompt": "a", **record}, {"prompt": "a", "images": ["missing.png"], **record})
     kept = {"id": "x", "metadata": {"source": "web"}, "label": None}
@@ -259,7 +280,7 @@ def test_what_else_stood_in_a_line_stands_in_its_result(batch):
     assert results[1]["index"] == 1 and "missing.png" in results[1]["error"] and "text" not in results[1] and code == 1
 
 
-def test_urls_in_lines(batch, web):
+def test_urls_in_lines_need_permission(batch, web):
     url, paths = web
     queries = [
         {"images": [f"{url}/picture"]},
@@ -272,7 +293,7 @@ def test_urls_in_lines(batch, web):
     assert code == 0, results
 
 
-def test_a_line_s_own_options_come_first_by_any_name(batch, grids):
+def test_options_of_a_line_override_the_command_line_under_any_alias(batch, grids):
     code, _, results, asked = batch(
         {"videos": "b.mp4"},
         {"videos": "b.mp4", "media_kwargs": {"nframes": 3}},
@@ -288,7 +309,7 @@ def test_a_line_s_own_options_come_first_by_any_name(batch, grids):
     assert asked[3]["media_kwargs"]["longest_edge"] == 9000 and "max_pixels" not in asked[3]["media_kwargs"]
 
 
-def test_null_says_nothing(batch):
+def test_null_counts_as_absent(batch):
     code, _, results, asked = batch(
         {"prompt": None, "system_prompt": None, "images": None, "generate_kwargs": None},
         options=("-p", "By default?", "--system", "Be short."),
@@ -299,8 +320,8 @@ def test_null_says_nothing(batch):
 # caches
 
 
-def test_an_unwritable_cache_names_its_variable():
-    """A real process: the folder is taken from the environment when the libraries are imported."""
+def test_an_unwritable_cache_is_reported_with_its_variable():
+    """In a process, as the libraries read the environment when they are imported."""
     environment = {**os.environ, "HF_HOME": "/dev/null/cache", "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_MODULES_CACHE", None)
     done = subprocess.run(
@@ -311,7 +332,7 @@ def test_an_unwritable_cache_names_its_variable():
     assert "set HF_MODULES_CACHE or HF_HOME" in done.stderr
 
 
-def test_only_what_a_file_system_says_is_laid_to_a_cache(monkeypatch, tmp_path):
+def test_only_errors_of_the_file_system_are_attributed_to_a_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/dev/null/hub")
     monkeypatch.setattr("transformers.utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     refused = PermissionError(13, "Permission denied", "/x")

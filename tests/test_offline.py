@@ -1,129 +1,35 @@
-"""The offline methods on a tiny random model: what they ask of processor and `generate`, batches, sessions, the queue server."""
+"""The offline methods on a tiny random model: arguments, options, wrong queries, and batches."""
 
 import copy
 import inspect
-import json
-import queue
-import re
-import threading
 
-import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
-from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    TextIteratorStreamer,
-    logging,
+from offline import (  # noqa: F401 - most are fixtures
+    LONGER_VIDEO,
+    SMALL,
+    VIDEO,
+    batch,
+    by_hand,
+    calls,
+    model,
+    nothing_is_encoded,
+    pictures,
+    processor,
+    query_of,
+    text_of,
 )
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextIteratorStreamer, logging
 
-from moss_vl import generation_utils
-from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.image_processing_moss_vl import MossVLImageProcessorFast
-from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.patches import normalise
 from moss_vl.processing_moss_vl import MossVLProcessor
-from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
-VIDEO = str(GOLDEN / "processing/media/v05s_320x240_30.mp4")
-LONGER_VIDEO = str(GOLDEN / "processing/media/v5s_320x240_30.mp4")
-CHATML = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-)
-SMALL = {"max_pixels": 16384}  # pixels; keeps the frames of these tests at 4 to 12 vision tokens
-NEW = {"max_new_tokens": 8}
-SEEN = ("input_ids", "pixel_values", "grid_thw")
+# calls of the specification
 
 
-@pytest.fixture(scope="module")
-def processor():
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "processing/tokenizer")
-    return MossVLProcessor(MossVLImageProcessorFast(), tokenizer, MossVLVideoProcessor(), chat_template=CHATML)
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    """The golden tiny model's shape with 16-pixel patches; weights wide enough that no two tokens are nearly equally likely."""
-    config = json.loads((GOLDEN / "model/tiny/config.json").read_text())
-    config["text_config"]["vocab_size"] = len(processor.tokenizer)
-    config["vision_config"]["patch_size"] = 16
-    ids = {
-        f"{kind}_token_id": getattr(processor, f"{kind}_token_id")
-        for kind in ("image", "video", "vision_start", "vision_end")
-    }
-    made = MossVLForConditionalGeneration(MossVLConfig(**{**config, **ids})).eval()
-    noise = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim > 1 or parameter.numel() == 1 or not parameter.any():
-                parameter.normal_(std=0.3, generator=noise)
-    made.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    return made
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Paths of three pictures of noise: 64 x 64, 128 x 64 and 96 x 160 (width x height)."""
-    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    paths = []
-    for width, height in ((64, 64), (128, 64), (96, 160)):
-        paths.append(str(folder / f"{width}x{height}.png"))
-        Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
-    return paths
-
-
-@pytest.fixture
-def calls(model, monkeypatch):
-    """Keyword arguments of every `generate` call."""
-    seen, generate = [], model.generate
-
-    def spy(**kwargs):
-        seen.append(kwargs)
-        return generate(**kwargs)
-
-    monkeypatch.setattr(model, "generate", spy)
-    return seen
-
-
-@pytest.fixture
-def nothing_is_encoded(monkeypatch):
-    def decode(*args, **kwargs):
-        raise AssertionError("media were processed although the query is wrong")
-
-    monkeypatch.setattr(MossVLProcessor, "__call__", decode)
-
-
-def by_hand(model, processor, text, images=None, videos=None, media=SMALL, **generate):
-    inputs = processor(text=text, images=images, videos=videos, return_tensors="pt", **media)
-    ids = model.generate(
-        **inputs, **{**NEW, **generate}, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
-    )
-    return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def batch(model, processor, *queries, **kwargs):
-    return model.offline_batch_generate(processor, list(queries), **kwargs)
-
-
-def text_of(model, processor, query, **kwargs):
-    return batch(model, processor, query, **kwargs)["results"][0]["text"]
-
-
-def query_of(prompt=None, media=SMALL, generate=NEW, **rest):
-    query = {"media_kwargs": dict(media), "generate_kwargs": {**NEW, **generate}, **rest}
-    return query if prompt is None else {"prompt": prompt, **query}
-
-
-# the lines as they stand
-
-
-def test_the_lines_of_the_specification(model, processor, pictures, calls):
+def test_the_calls_of_the_specification_work_word_for_word(model, processor, pictures, calls):
     common = dict(
         shortest_edge=4096,
         longest_edge=16777216,
@@ -179,7 +85,7 @@ def test_the_lines_of_the_specification(model, processor, pictures, calls):
     assert len(calls) == 3  # the two queries of the batch share a call
 
 
-def test_defaults_are_those_of_the_specification(model):
+def test_the_signatures_show_the_defaults_of_the_specification(model):
     shared = dict(
         prompt="",
         shortest_edge=4096,
@@ -193,7 +99,7 @@ def test_defaults_are_those_of_the_specification(model):
         vision_chunked_length=64,
         use_template=None,
     )
-    for method, own in (
+    for method, more in (
         (model.offline_image_generate, dict(multi_image_max_pixels=201326592)),
         (
             model.offline_video_generate,
@@ -201,10 +107,10 @@ def test_defaults_are_those_of_the_specification(model):
         ),
     ):
         parameters = inspect.signature(method).parameters
-        assert {name: parameters[name].default for name in {**shared, **own}} == {**shared, **own}
+        assert {name: parameters[name].default for name in {**shared, **more}} == {**shared, **more}
 
 
-def test_text_is_that_of_processor_and_generate_by_hand(model, processor, pictures):
+def test_the_text_equals_that_of_processor_and_generate(model, processor, pictures):
     bare = model.offline_image_generate(
         processor, "Hi", pictures[:2], longest_edge=16384, use_template=False, max_new_tokens=8
     )
@@ -220,7 +126,7 @@ def test_text_is_that_of_processor_and_generate_by_hand(model, processor, pictur
     assert bare and chat and result["text"] and len({bare, chat, result["text"]}) == 3
 
 
-# the knobs
+# the options
 
 IMAGE_EFFECTS = [
     (dict(), [[1, 10, 6]]),
@@ -230,9 +136,9 @@ IMAGE_EFFECTS = [
 ]
 
 
-@pytest.mark.parametrize("knobs, grid", IMAGE_EFFECTS)
-def test_image_limits_act(model, processor, pictures, calls, knobs, grid):
-    model.offline_image_generate(processor, "", pictures[2], max_new_tokens=1, **knobs)
+@pytest.mark.parametrize("options, grid", IMAGE_EFFECTS)
+def test_image_limits_have_an_effect(model, processor, pictures, calls, options, grid):
+    model.offline_image_generate(processor, "", pictures[2], max_new_tokens=1, **options)
     assert calls[0]["grid_thw"].tolist() == grid
 
 
@@ -248,13 +154,13 @@ VIDEO_EFFECTS = [
 ]
 
 
-@pytest.mark.parametrize("knobs, grid", VIDEO_EFFECTS)
-def test_video_limits_act(model, processor, calls, knobs, grid):
-    model.offline_video_generate(processor, "", LONGER_VIDEO, max_new_tokens=1, **knobs)
+@pytest.mark.parametrize("options, grid", VIDEO_EFFECTS)
+def test_video_limits_have_an_effect(model, processor, calls, options, grid):
+    model.offline_video_generate(processor, "", LONGER_VIDEO, max_new_tokens=1, **options)
     assert calls[0]["grid_thw"].tolist() == grid
 
 
-def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, processor, pictures, calls):
+def test_means_hold_for_one_call_and_do_not_change_the_processor(model, processor, pictures, calls):
     before = [copy.deepcopy(part.to_dict()) for part in (processor.image_processor, processor.video_processor)]
     means = dict(image_mean=[0.25, 0.5, 0.5], image_std=[0.25, 0.5, 0.5])
     for extra in ({}, {**means, "longest_edge": 16384}, {}):
@@ -277,7 +183,7 @@ def test_means_act_for_one_call_and_the_processor_stays_as_it_was(model, process
 
 
 @pytest.mark.parametrize("name, wrong", [("patch_size", 14), ("temporal_patch_size", 2), ("merge_size", 4)])
-def test_sizes_that_do_not_fit_the_weights(model, processor, pictures, nothing_is_encoded, name, wrong):
+def test_sizes_that_do_not_fit_the_weights_are_an_error(model, processor, pictures, nothing_is_encoded, name, wrong):
     for method, medium in ((model.offline_image_generate, pictures[0]), (model.offline_video_generate, VIDEO)):
         with pytest.raises(ValueError, match=f"{name} of the call is {wrong}, but .* weights"):
             method(processor, "", medium, **{name: wrong})
@@ -287,7 +193,7 @@ def test_sizes_that_do_not_fit_the_weights(model, processor, pictures, nothing_i
         batch(model, other, query_of("a", images=pictures[0]))
 
 
-def test_generate_gets_sampling_knobs_only_when_it_samples(model, processor, calls):
+def test_generate_gets_sampling_options_only_if_it_samples(model, processor, calls):
     sampling = dict(do_sample=True, temperature=0.7, top_k=11, top_p=0.9, repetition_penalty=1.3, min_p=0.01)
     batch(model, processor, query_of("a", generate=sampling), query_of("a", generate={**sampling, "temperature": 0}))
     (first, second) = calls
@@ -304,13 +210,13 @@ def test_generate_gets_sampling_knobs_only_when_it_samples(model, processor, cal
 @pytest.mark.parametrize(
     "generate", [dict(temperature=0), dict(temperature=-1.0, do_sample=True), dict(do_sample=False, temperature=0.3)]
 )
-def test_greedy_by_temperature_is_greedy(model, processor, pictures, generate):
+def test_a_temperature_of_zero_or_less_is_greedy(model, processor, pictures, generate):
     assert text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate)) == text_of(
         model, processor, query_of("Hi", images=pictures[0])
     )
 
 
-def test_sampling_samples(model, processor, pictures):
+def test_sampling_depends_on_the_seed(model, processor, pictures):
     texts = set()
     for seed in (0, 0, 1, 2):
         torch.manual_seed(seed)
@@ -326,7 +232,7 @@ def test_sampling_samples(model, processor, pictures):
     )
 
 
-def test_greedy_warns_of_nothing_whatever_the_checkpoint_says(model, processor, pictures, monkeypatch, caplog):
+def test_greedy_does_not_warn_about_sampling_settings(model, processor, pictures, monkeypatch, caplog):
     settings = copy.deepcopy(model.generation_config)
     settings.update(do_sample=True, temperature=0.6, top_k=5, top_p=0.8, min_p=0.1)
     monkeypatch.setattr(model, "generation_config", settings)
@@ -341,7 +247,7 @@ def test_greedy_warns_of_nothing_whatever_the_checkpoint_says(model, processor, 
     assert settings.do_sample and settings.temperature == 0.6
 
 
-def test_other_knobs_of_generate(model, processor, pictures, calls):
+def test_other_options_of_generate_have_an_effect(model, processor, pictures, calls):
     ask = lambda **generate: text_of(model, processor, query_of("Hi", images=pictures[0], generate=generate))  # noqa: E731
     plain = ask()
     assert ask(num_beams=3) == by_hand(
@@ -366,7 +272,7 @@ def test_other_knobs_of_generate(model, processor, pictures, calls):
     assert plain.startswith(ask(stopping_criteria=[OnlyOne()])) and ask(stopping_criteria=[OnlyOne()]) != plain
 
 
-def test_a_streamer_gets_the_text_in_pieces(model, processor, pictures):
+def test_a_streamer_gets_the_text(model, processor, pictures):
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = model.offline_image_generate(processor, "Hi", pictures[0], max_new_tokens=40, streamer=streamer)
     assert "".join(streamer) == text
@@ -429,12 +335,12 @@ WRONG_QUERIES = [
     (
         "too few",
         dict(messages=[{"role": "user", "content": "<|image|><|image|>"}], images=["x.png"]),
-        "places for 2 images, but images holds 1",
+        "placeholders for 2 images, but images holds 1",
     ),
     (
         "too many",
         dict(messages=[{"role": "user", "content": "a"}], videos=["x.mp4"]),
-        "places for 0 videos, but videos holds 1",
+        "placeholders for 0 videos, but videos holds 1",
     ),
     ("two systems", dict(messages=[{"role": "system", "content": "a"}], system_prompt="b"), "leave out one"),
     (
@@ -460,20 +366,20 @@ WRONG_QUERIES = [
     ("pixels", dict(prompt="a", media_kwargs={"min_pixels": 10**6, "max_pixels": 10**5}), "1000000.*100000"),
     ("frames", dict(prompt="a", media_kwargs={"min_frames": 9, "max_frames": 8}), "9.*8"),
     ("rates", dict(prompt="a", media_kwargs={"video_fps": 1, "num_frames": 8}), "num_frames"),
-    ("twice", dict(prompt="a", media_kwargs={"min_pixels": 4096, "shortest_edge": 4097}), "same knob"),
+    ("twice", dict(prompt="a", media_kwargs={"min_pixels": 4096, "shortest_edge": 4097}), "same option"),
     ("query type", "a", "query must be a dict, got str"),
 ]
 
 
 @pytest.mark.parametrize("wrong, message", [row[1:] for row in WRONG_QUERIES], ids=[row[0] for row in WRONG_QUERIES])
-def test_a_wrong_query_is_named_before_anything_is_encoded(
+def test_a_wrong_query_is_an_error_before_anything_is_encoded(
     model, processor, pictures, nothing_is_encoded, wrong, message
 ):
     with pytest.raises((ValueError, FileNotFoundError), match=f"^query 1: .*{message}"):
         batch(model, processor, query_of("fine", images=pictures[0]), wrong)
 
 
-def test_wrong_calls(model, processor, pictures, nothing_is_encoded):
+def test_wrong_calls_are_errors(model, processor, pictures, nothing_is_encoded):
     for arguments, message in (
         (dict(max_new_token=3), "offline_image_generate: unknown key 'max_new_token'; did you mean 'max_new_tokens'"),
         (dict(longest_egde=3), "did you mean 'longest_edge'"),
@@ -494,7 +400,7 @@ def test_wrong_calls(model, processor, pictures, nothing_is_encoded):
         batch(model, processor, {"prompt": "a"}, session_states=["old"])
 
 
-def test_no_template_to_use(model, processor):
+def test_use_template_needs_a_template(model, processor):
     bare = MossVLProcessor(processor.image_processor, processor.tokenizer, processor.video_processor)
     with pytest.raises(ValueError, match="no chat template"):
         batch(model, bare, query_of("a", use_template=True))
@@ -526,7 +432,7 @@ def some_queries(pictures):
     ],
     ids=str,
 )
-def test_in_a_batch_as_alone(model, processor, pictures, generate):
+def test_an_answer_in_a_batch_is_the_answer_alone(model, processor, pictures, generate):
     queries = some_queries(pictures)
     for query in queries:
         query["generate_kwargs"].update(generate)
@@ -537,21 +443,22 @@ def test_in_a_batch_as_alone(model, processor, pictures, generate):
     assert queries == before and len(set(alone)) > 3
 
 
-def test_a_penalty_does_not_touch_the_padding_token(model, processor, calls):
-    """Padding with the very token that the shorter query says first: counted as said already, it would not come any more."""
-    knobs = dict(max_new_tokens=1, suppress_tokens=[processor.tokenizer.eos_token_id])
-    text_of(model, processor, query_of("Hi", generate=knobs))
+def test_a_repetition_penalty_ignores_the_padding(model, processor, calls):
+    """The padding token is the one that the shorter query generates first: if padding were penalised, it would
+    change."""
+    options = dict(max_new_tokens=1, suppress_tokens=[processor.tokenizer.eos_token_id])
+    text_of(model, processor, query_of("Hi", generate=options))
     first = model.generate(**calls[0])[0, -1].item()
     assert first not in calls[0]["input_ids"]
-    knobs.update(repetition_penalty=100.0, pad_token_id=first)
-    short, longer = (query_of(prompt, generate=knobs) for prompt in ("Hi", "Hi, a much longer one"))
+    options.update(repetition_penalty=100.0, pad_token_id=first)
+    short, longer = (query_of(prompt, generate=options) for prompt in ("Hi", "Hi, a much longer one"))
     alone = [text_of(model, processor, query) for query in (short, longer)]
     assert alone[0] == processor.tokenizer.decode([first])
     assert [item["text"] for item in batch(model, processor, short, longer)["results"]] == alone
     assert len(calls[-1]["input_ids"]) == 2
 
 
-def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
+def test_queries_share_generate_calls(model, processor, pictures, calls):
     batch(model, processor, *some_queries(pictures))
     assert [len(call["input_ids"]) for call in calls] == [5, 1]  # by max_new_tokens
     calls.clear()
@@ -560,11 +467,11 @@ def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
         model,
         processor,
         *(
-            query_of(prompt, generate=knobs)
-            for prompt, knobs in (("ab", same), ("ab", other), ("ab", same), ("a longer one", same))
+            query_of(prompt, generate=options)
+            for prompt, options in (("ab", same), ("ab", other), ("ab", same), ("a longer one", same))
         ),
     )
-    assert [len(call["input_ids"]) for call in calls] == [2, 1, 1]  # this knob would see padding
+    assert [len(call["input_ids"]) for call in calls] == [2, 1, 1]  # no_repeat_ngram_size would count padding
     calls.clear()
     streamers = [
         TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) for _ in range(2)
@@ -576,317 +483,24 @@ def test_queries_that_can_share_a_call_do(model, processor, pictures, calls):
     assert ["".join(streamer) for streamer in streamers] == [item["text"] for item in texts]
 
 
-def test_no_queries(model, processor):
+def test_a_batch_may_be_empty(model, processor):
     assert batch(model, processor) == {"results": [], "session_states": []}
 
 
-class FavourLast(LogitsProcessor):
-    """Says the last token again: sees the whole row."""
+class FavourFirst(LogitsProcessor):
+    """Repeats the first token of the row, which would be padding in a padded batch."""
 
     def __call__(self, input_ids, scores):
         return scores.scatter(1, input_ids[:, :1], 1e4)
 
 
-def test_a_logits_processor_of_the_caller_sees_no_padding(model, processor):
-    knobs = dict(logits_processor=LogitsProcessorList([FavourLast()]))
+def test_a_logits_processor_of_the_caller_gets_no_padding(model, processor):
+    options = dict(logits_processor=LogitsProcessorList([FavourFirst()]))
     short, long = batch(
         model,
         processor,
-        query_of("ab", use_template=False, generate=knobs),
-        query_of("said longer", use_template=False, generate=knobs),
+        query_of("ab", use_template=False, generate=options),
+        query_of("said longer", use_template=False, generate=options),
     )["results"]
     first = processor.tokenizer.decode(processor.tokenizer("ab")["input_ids"][:1])
     assert short["text"] == first * 8 != long["text"]
-
-
-# messages and system turns
-
-
-def test_messages_keep_their_order(model, processor, pictures):
-    parts = [
-        {"type": "text", "text": "First"},
-        {"type": "image", "image": pictures[0]},
-        {"type": "text", "text": "then"},
-        {"type": "video", "path": VIDEO},
-        {"type": "image", "url": pictures[1]},
-    ]
-    in_parts = query_of(messages=[{"role": "user", "content": parts}])
-    from_lists = query_of(
-        messages=[{"role": "user", "content": "First<|image|>then<|video|><|image_pad|>"}],
-        images=pictures[:2],
-        videos=VIDEO,
-    )
-    mixed = query_of(
-        messages=[{"role": "user", "content": [parts[0], {"type": "image"}, *parts[2:4], {"type": "image"}]}],
-        images=pictures[:2],
-    )
-    before = copy.deepcopy(mixed)
-    results = batch(model, processor, in_parts, from_lists, mixed)["results"]
-    expected = "<|im_start|>user\nFirst<|image|>then<|video|><|image|><|im_end|>\n<|im_start|>assistant\n"
-    assert [item["input_text"] for item in results] == [expected] * 3
-    assert (
-        len({item["text"] for item in results}) == 1
-        and results[0]["messages"] == results[1]["messages"] == results[2]["messages"]
-    )
-    assert (
-        results[0]["text"] == by_hand(model, processor, expected, images=pictures[:2], videos=[VIDEO])
-        and mixed == before
-    )
-    said = results[0]["messages"][-1]
-    assert said == {"role": "assistant", "content": [{"type": "text", "text": results[0]["text"]}]}
-    bare = batch(model, processor, {**in_parts, "use_template": False})["results"][0]
-    assert bare["input_text"] == "First<|image|>then<|video|><|image|>"
-
-
-def test_a_segment_has_its_own_placeholder(model, processor, calls):
-    video = {"video_path": LONGER_VIDEO, "segments": [[0, 2], [3.5]]}
-    result = batch(model, processor, query_of("a", videos=[video], use_template=False))["results"][0]
-    assert result["input_text"] == "<|video|><|video|>a"
-    assert calls[0]["grid_thw"][:, 0].tolist() == [2, 1]
-
-
-SYSTEM_TURNS = [
-    ({}, None),
-    (dict(system_prompt="Be short."), "Be short."),
-    (dict(system_prompt=""), ""),
-    (dict(thinking_mode="no_thinking"), generation_utils.SYSTEM_PROMPTS["text_image"]),
-    (dict(thinking_mode="default", system_prompt="Be short."), "Be short."),
-    (dict(thinking_mode="standard", system_prompt_type="video"), generation_utils.SYSTEM_PROMPTS["video"]),
-    (dict(system_prompt_type="text_image"), generation_utils.SYSTEM_PROMPTS["text_image"]),
-    *(
-        (dict(thinking_mode=mode, system_prompt="Be short."), f"Be short.\n{generation_utils.THINKING_PROMPT}")
-        for mode in ("deep_thinking", "thinking", "reasoning")
-    ),
-]
-
-
-@pytest.mark.parametrize("chosen, system", SYSTEM_TURNS)
-def test_system_turns(model, processor, chosen, system):
-    text = batch(model, processor, query_of("a", **chosen))["results"][0]["input_text"]
-    head = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
-    assert text == f"{head}<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_deep_thinking_about_a_video(model, processor, calls):
-    model.offline_video_generate(processor, "a", VIDEO, thinking_mode="reasoning", max_new_tokens=1)
-    text = processor.tokenizer.decode(calls[0]["input_ids"][0])
-    assert generation_utils.SYSTEM_PROMPTS["video"] in text
-    assert re.search("<thinking></thinking>.*<answer></answer>", text)
-
-
-# sessions
-
-
-def test_a_session_goes_on(model, processor, pictures):
-    first = batch(
-        model, processor, query_of("What is it?", images=pictures[0], system_prompt="Be short."), query_of("Hi")
-    )
-    states = first["session_states"]
-    kept = copy.deepcopy(states)
-    second = batch(model, processor, query_of("And this?", videos=[VIDEO]), query_of("Again"), session_states=states)
-    answers = [item["text"] for item in first["results"]]
-    text = second["results"][0]["input_text"]
-    assert text == (
-        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n<|image|>What is it?<|im_end|>\n"
-        f"<|im_start|>assistant\n{answers[0]}<|im_end|>\n<|im_start|>user\n<|video|>And this?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert second["results"][0]["text"] == by_hand(model, processor, text, images=pictures[:1], videos=[VIDEO])
-    assert second["results"][1]["input_text"].count("<|im_start|>") == 4
-    assert states == kept
-    third = batch(
-        model,
-        processor,
-        query_of("3", system_prompt="Be long."),
-        query_of("3"),
-        session_states=second["session_states"],
-    )
-    assert third["results"][0]["messages"][:1] == [
-        {"role": "system", "content": [{"type": "text", "text": "Be long."}]}
-    ]
-    assert third["results"][0]["messages"][1:5] == second["results"][0]["messages"][1:]
-
-
-def test_a_session_state_is_plain_data(model, processor, pictures):
-    state = batch(model, processor, query_of("What is it?", images=pictures[0]))["session_states"][0]
-    again = json.loads(json.dumps(state))
-    assert again == state
-    ask = query_of("And now?")
-    assert text_of(model, processor, ask, session_states=[again]) == text_of(
-        model, processor, ask, session_states=[state]
-    )
-
-
-def test_an_earlier_turn_is_seen_as_it_was(model, processor, calls):
-    state = batch(model, processor, query_of("a", videos=[LONGER_VIDEO], media={**SMALL, "video_fps": 2}))[
-        "session_states"
-    ][0]
-    batch(model, processor, query_of("b", media={}), session_states=[state])
-    batch(model, processor, query_of("b", media={"num_frames": 3}), session_states=[state])
-    assert [call["grid_thw"].tolist() for call in calls] == [[[10, 6, 8]], [[10, 6, 8]], [[3, 6, 8]]]
-
-
-def test_reset_persist_and_append(model, processor):
-    state = batch(model, processor, query_of("one"))["session_states"][0]
-    for flags, turns, kept in (
-        ({}, 4, 4),
-        (dict(reset_session=True), 2, 2),
-        (dict(clear_history=True), 2, 2),
-        (dict(persist_session=False), 4, 2),
-        (dict(persist_session=False, reset_session=True), 2, None),
-        (dict(append_messages_to_session=False), 2, 2),
-        (dict(append_messages_to_session=False, persist_session=False), 2, 2),
-    ):
-        result = batch(model, processor, query_of("two", **flags), session_states=[state])
-        after = result["session_states"][0]
-        assert len(result["results"][0]["messages"]) == turns, flags
-        assert (after and len(after["messages"])) == kept, flags
-        if kept == 2 and flags.get("persist_session") is False:
-            assert after == state
-
-
-# the queue
-
-
-def serve(model, processor, *items, stop=True):
-    """What the server puts out for items that were all there before it started, cut into rounds."""
-    asked, said = queue.Queue(), queue.Queue()
-    for item in (*items, *([{"stop_offline_generate": True}] if stop else [])):
-        asked.put(item)
-    failures = []
-
-    def run():
-        try:
-            model.offline_generate(processor, asked, said)
-        except BaseException as error:  # which would be a warning, and no more, on a thread
-            failures.append(error)
-
-    server = threading.Thread(target=run, daemon=True)
-    server.start()
-    server.join(120)
-    assert not server.is_alive() and not failures, failures
-    rounds = [[]]
-    while not said.empty():
-        piece = said.get()
-        if piece == "<|round_end|>":
-            rounds.append([])
-        else:
-            rounds[-1].append(piece)
-    assert rounds.pop() == []
-    return rounds
-
-
-def test_the_server_answers_in_order(model, processor, pictures):
-    queries = [
-        query_of("Hi", generate=dict(max_new_tokens=30)),
-        query_of("What?", images=pictures[0]),
-        query_of("Hi", videos=VIDEO, use_template=False),
-    ]
-    alone = [text_of(model, processor, query) for query in queries]
-    assert serve(model, processor, *queries) == [[text] for text in alone]
-    for text, pieces in zip(
-        alone, serve(model, processor, *({**query, "stream_output": True} for query in queries)), strict=True
-    ):
-        assert pieces[0] == "<|round_start|>" and "".join(pieces[1:]) == text
-
-
-def test_an_error_is_put_out_and_the_next_query_answered(model, processor):
-    good = query_of("Hi")
-    rounds = serve(
-        model, processor, {"promt": "Hi"}, "Hi", {**good, "images": ["nowhere.png"], "stream_output": True}, {}, good
-    )
-    assert rounds[0][0].startswith("[ERROR] query: unknown key 'promt'; did you mean 'prompt'")
-    assert rounds[1] == ["[ERROR] query must be a dict, got str"]
-    assert len(rounds[2]) == 1 and "nowhere.png" in rounds[2][0]
-    assert rounds[3][0].startswith("[ERROR] a query needs")
-    assert rounds[4] == [text_of(model, processor, good)]
-
-
-@pytest.mark.parametrize("flag", ["cancel_current_generate", "stop_generation"])
-def test_cancelling_ends_one_answer_and_loses_no_query(model, processor, flag):
-    eos = processor.tokenizer.eos_token_id
-    long = query_of("Hi", generate=dict(max_new_tokens=400, suppress_tokens=[eos]))
-    first, second = query_of("a"), query_of("b")
-    rounds = serve(model, processor, {flag: True}, {**long, "stream_output": True}, first, {**second, flag: True})
-    one_token = text_of(model, processor, query_of("Hi", generate=dict(max_new_tokens=1, suppress_tokens=[eos])))
-    assert rounds == [
-        ["<|round_start|>", one_token],
-        [text_of(model, processor, first)],
-        [text_of(model, processor, second)],
-    ] or (one_token == "" and rounds[0] == ["<|round_start|>"])
-
-
-def test_cancelling_from_another_thread(model, processor):
-    asked, said = queue.Queue(), queue.Queue()
-    server = threading.Thread(target=model.offline_generate, args=(processor, asked, said), daemon=True)
-    server.start()
-    asked.put(
-        {
-            **query_of(
-                "Hi", generate=dict(max_new_tokens=100_000, suppress_tokens=[processor.tokenizer.eos_token_id])
-            ),
-            "stream_output": True,
-        }
-    )
-    assert said.get(timeout=60) == "<|round_start|>"
-    pieces = [said.get(timeout=60)]
-    asked.put({"stop_generation": True})
-    while pieces[-1] != "<|round_end|>":
-        pieces.append(said.get(timeout=60))
-    assert not pieces[0].startswith("[ERROR]")
-    asked.put(query_of("a"))
-    assert said.get(timeout=60) == text_of(model, processor, query_of("a")) and said.get(timeout=60) == "<|round_end|>"
-    asked.put({"stop_offline_generate": True})
-    server.join(60)
-    assert not server.is_alive() and said.empty()
-
-
-def test_the_server_continues_what_it_was_told_to_keep(model, processor):
-    state = batch(model, processor, query_of("one"))["session_states"][0]
-    apart, joined = (
-        text_of(model, processor, query_of("two")),
-        text_of(model, processor, query_of("two"), session_states=[state]),
-    )
-    assert apart != joined
-    assert serve(model, processor, query_of("one"), query_of("two"))[1] == [apart]
-    rounds = serve(
-        model,
-        processor,
-        query_of("one", persist_session=True),
-        query_of("two"),
-        {"promt": 1},
-        query_of("two"),
-        query_of("two", reset_session=True),
-        query_of("two"),
-    )
-    assert [pieces[0] for pieces in rounds if not pieces[0].startswith("[ERROR]")][1:] == [
-        joined,
-        joined,
-        apart,
-        apart,
-    ]
-
-
-# threads
-
-
-def test_two_threads_at_once(model, processor, pictures):
-    queries = [
-        query_of("Hi", images=pictures, media={"max_pixels": 4096}),
-        query_of("Hi", images=pictures, media={"max_pixels": 25600}),
-    ]
-    alone = [text_of(model, processor, query) for query in queries]
-    texts, failures = [[], []], []
-
-    def ask(i):
-        try:
-            texts[i] += [text_of(model, processor, queries[i]) for _ in range(6)]
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures and alone[0] != alone[1]
-    assert texts == [[text] * 6 for text in alone]

@@ -1,8 +1,7 @@
-"""Options of text, images and videos: one table, per call, per medium, in conversations and files; and what the processor returns by them."""
+"""Options of text, images and videos: the table, per call, per medium, in conversations, and their outputs."""
 
 import base64
 import copy
-import json
 import shutil
 
 import numpy as np
@@ -12,10 +11,9 @@ from conftest import ROOT
 from golden_cases import CLIP, FOLDER, LARGE, PHOTO, SHORT, SMALL, make_processor
 from PIL import Image
 
-from moss_vl import options, video_processing_moss_vl
+from moss_vl import video_processing_moss_vl
 from moss_vl.checks import shorten
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor
-from moss_vl.options import OPTIONS, layered, names_of, read_options
+from moss_vl.options import FIXED_TEXT, OPTIONS, REFUSED, layered, names_of, read_options
 from moss_vl.processing_moss_vl import MossVLProcessor
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
@@ -35,10 +33,10 @@ def videos():
     return MossVLVideoProcessor(size={"shortest_edge": 1024, "longest_edge": 5000})
 
 
-def grids(processor, parts, **knobs):
+def grids(processor, parts, **options):
     conversation = [{"role": "user", "content": [*parts, "x"]}]
     given = copy.deepcopy(conversation)
-    out = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt", **knobs)
+    out = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt", **options)
     assert conversation == given
     return out["grid_thw"].tolist()
 
@@ -46,33 +44,36 @@ def grids(processor, parts, **knobs):
 # the table
 
 
-def test_the_table_has_each_name_once():
+def test_each_name_is_in_the_table_once():
     names = names_of()
-    assert len(names) == len(set(names)) and not set(names) & {*options.FIXED_TEXT, *options.REFUSED}
+    assert len(names) == len(set(names)) and not set(names) & {*FIXED_TEXT, *REFUSED}
     assert all(option.meaning and option.takers for option in OPTIONS)
     assert {"fps", "nframes", "total_pixels", "resized_height", "video_start", "sample_fps"} <= set(
-        names_of("video", own=True)
+        names_of("video", per_medium=True)
     )
     assert (
         "fps" not in names_of("image")
-        and "min_pixels" in names_of("image", own=True)
+        and "min_pixels" in names_of("image", per_medium=True)
         and "allow_http" not in names_of("image", stored=True)
     )
 
 
-def test_reading_options():
+def test_options_are_read_by_canonical_names():
     assert read_options({"fps": 2, "nframes": None, "raw_fps": None}, names_of("video"), "x") == {"video_fps": 2}
     assert read_options({"fps": 2, "video_fps": 2}, names_of("video"), "x") == {"video_fps": 2}
     for given, message in [
-        ({"fsp": 2}, "x: unknown keyword 'fsp'; did you mean 'fps'"), ({"zzz": 2}, "unknown keyword 'zzz'; known: "),
-        ({"fsp": None}, "unknown keyword 'fsp'"), ({"raw_fps": 2}, "raw_fps is no option of MOSS-VL: times follow"),
-        ({"max_num_frames": 3}, "write max_frames"), ({"shortest_edge": 5, "min_pixels": 6}, "shortest_edge=5 and min_pixels=6"),
-    ]:  # fmt: skip
+        ({"fsp": 2}, "x: unknown keyword 'fsp'; did you mean 'fps'"),
+        ({"zzz": 2}, "unknown keyword 'zzz'; known: "),
+        ({"fsp": None}, "unknown keyword 'fsp'"),
+        ({"raw_fps": 2}, "raw_fps is no option of MOSS-VL: times follow"),
+        ({"max_num_frames": 3}, "write max_frames"),
+        ({"shortest_edge": 5, "min_pixels": 6}, "shortest_edge=5 and min_pixels=6"),
+    ]:
         with pytest.raises(ValueError, match=message):
             read_options(given, names_of("video"), "x")
 
 
-def test_the_nearer_level_wins_as_a_whole():
+def test_a_specific_level_overrides_a_whole_group_of_alternatives():
     assert layered({"video_fps": 1, "min_frames": 2}, {"num_frames": 4}) == {"num_frames": 4, "min_frames": 2}
     assert layered({"max_pixels": 9, "num_frames": 1}, {"resized_height": 1, "resized_width": 1}) == {
         "num_frames": 1,
@@ -84,21 +85,24 @@ def test_the_nearer_level_wins_as_a_whole():
     assert layered({"video_fps": 1}, {"do_sample_frames": False}) == {"do_sample_frames": False}
 
 
-def test_messages_are_short():
+def test_messages_shorten_values():
     for value in ("QUJD" * 10000, b"x" * 10000, ["QUJD" * 10000] * 9, {"a": {"b": "QUJD" * 10000}}, np.zeros(9999)):
         assert len(shorten(value)) < 900
     assert shorten("a") == "'a'" and shorten([1, None]) == "[1, None]"
 
 
-def test_unreadable_base64_is_not_quoted_whole(processor):
+def test_messages_shorten_unreadable_base64(processor):
     long = base64.b64encode(bytes(200_000)).decode()
     for source, error in (
         (long, FileNotFoundError),
         (f"data:image/png;base64,{long}", ValueError),
         (f"http://x/{long}", ValueError),
     ):
-        for call in (lambda: processor("<|image|>", images=source), lambda: processor("<|video|>", videos=source),
-                     lambda: grids(processor, [{"type": "image", "image_url": {"url": source}}])):  # fmt: skip
+        for call in (
+            lambda: processor("<|image|>", images=source),
+            lambda: processor("<|video|>", videos=source),
+            lambda: grids(processor, [{"type": "image", "image_url": {"url": source}}]),
+        ):
             with pytest.raises(error) as found:
                 call()
             assert len(str(found.value)) < 1000
@@ -108,33 +112,42 @@ def test_unreadable_base64_is_not_quoted_whole(processor):
 
 
 @pytest.mark.parametrize(
-    "knobs, frames",
+    "options, frames",
     [
-        ({}, 5), ({"fps": 2.0}, 10), ({"fps": 2.0, "video_fps": 2.0}, 10), ({"nframes": 4}, 4), ({"num_frames": 4}, 4), ({"fps": 2, "max_frames": 3}, 3),
-        ({"fps": 0.2, "min_frames": 4}, 4), ({"do_sample_frames": True, "fps": 2}, 10), ({"video_start": 1.0, "video_end": 3.0}, 2),
-        ({"video_start": 2.0}, 3), ({"video_end": 4.0, "fps": 2}, 8), ({"video_start": 1, "video_end": 2, "do_sample_frames": False}, 30),
+        ({}, 5),
+        ({"fps": 2.0}, 10),
+        ({"fps": 2.0, "video_fps": 2.0}, 10),
+        ({"nframes": 4}, 4),
+        ({"num_frames": 4}, 4),
+        ({"fps": 2, "max_frames": 3}, 3),
+        ({"fps": 0.2, "min_frames": 4}, 4),
+        ({"do_sample_frames": True, "fps": 2}, 10),
+        ({"video_start": 1.0, "video_end": 3.0}, 2),
+        ({"video_start": 2.0}, 3),
+        ({"video_end": 4.0, "fps": 2}, 8),
+        ({"video_start": 1, "video_end": 2, "do_sample_frames": False}, 30),
         ({"do_sample_frames": False}, 150),
     ],
-)  # fmt: skip
-def test_frames_by_any_name_at_any_level(processor, knobs, frames):
+)
+def test_frame_options_hold_under_any_name_at_any_level(processor, options, frames):
     small = {"max_pixels": 8192, "min_pixels": 1024}
-    assert grids(processor, [{"type": "video", "video": str(CLIP), **knobs, **small}]) == [[frames, 4, 6]]
-    assert grids(processor, [{"type": "video", "video": str(CLIP)}], **knobs, **small) == [[frames, 4, 6]]
+    assert grids(processor, [{"type": "video", "video": str(CLIP), **options, **small}]) == [[frames, 4, 6]]
+    assert grids(processor, [{"type": "video", "video": str(CLIP)}], **options, **small) == [[frames, 4, 6]]
     assert grids(
-        processor, [{"type": "video", "video": str(CLIP)}], processor_kwargs={"videos_kwargs": {**knobs, **small}}
+        processor, [{"type": "video", "video": str(CLIP)}], processor_kwargs={"videos_kwargs": {**options, **small}}
     ) == [[frames, 4, 6]]
-    out = processor("<|video|>", videos=[{"video": str(CLIP), **knobs}], return_tensors="pt", **small)
+    out = processor("<|video|>", videos=[{"video": str(CLIP), **options}], return_tensors="pt", **small)
     assert out["grid_thw"].tolist() == [[frames, 4, 6]]
 
 
-def test_a_segment_by_start_and_end_is_the_segment(videos):
-    for knobs, segment in (
+def test_video_start_and_video_end_give_the_same_as_a_segment(videos):
+    for options, segment in (
         ({"video_start": 1, "video_end": 3.5}, [1, 3.5]),
         ({"video_start": 2}, [2, 5.0]),
         ({"video_end": 2.5}, [0, 2.5]),
     ):
         one, other = videos.extract(
-            [{"video": str(CLIP), **knobs}, {"video": str(CLIP), "segments": [segment]}], fps=2
+            [{"video": str(CLIP), **options}, {"video": str(CLIP), "segments": [segment]}], fps=2
         )
         assert torch.equal(one.patches, other.patches) and one.timestamps == other.timestamps
     with pytest.raises(ValueError, match="lies outside the video"):
@@ -143,7 +156,7 @@ def test_a_segment_by_start_and_end_is_the_segment(videos):
         videos.plan({"video": str(CLIP), "video_start": 1, "segments": [[0, 1]]})
 
 
-def test_every_frame_of_a_segment(videos):
+def test_do_sample_frames_false_takes_every_frame_of_a_segment(videos):
     clip = videos.extract({"video": str(CLIP), "video_start": 1.01, "video_end": 1.2, "do_sample_frames": False})[0]
     assert clip.timestamps == [1.01, *(pytest.approx(i / 30) for i in range(31, 36))]
 
@@ -151,16 +164,16 @@ def test_every_frame_of_a_segment(videos):
 @pytest.mark.parametrize(
     "height, width, expected", [(60, 90, (64, 96)), (1, 40, (32, 32)), (48, 80, (64, 64)), (80, 112, (64, 128))]
 )
-def test_a_fixed_size(processor, height, width, expected):
-    """Rounded as qwen-vl-utils rounds, halves to even, whatever the limits of the call."""
+def test_a_fixed_size_is_rounded_to_the_factor(processor, height, width, expected):
+    """It is rounded as in qwen-vl-utils, halves to even, and the limits of the call do not matter."""
     rows, columns = (side // 16 for side in expected)
-    own = {"resized_height": height, "resized_width": width}
+    of_medium = {"resized_height": height, "resized_width": width}
     parts = [
-        {"type": "image", "image": str(PHOTO), **own},
-        {"type": "video", "video": str(SHORT), "nframes": 2, **own},
+        {"type": "image", "image": str(PHOTO), **of_medium},
+        {"type": "video", "video": str(SHORT), "nframes": 2, **of_medium},
     ]
     assert grids(processor, parts, min_pixels=100000) == [[1, rows, columns], [2, rows, columns]]
-    assert grids(processor, [{"type": "image", "image": str(PHOTO)}], **own) == [[1, rows, columns]]
+    assert grids(processor, [{"type": "image", "image": str(PHOTO)}], **of_medium) == [[1, rows, columns]]
     with pytest.raises(ValueError, match="over video_max_pixels 5000"):
         grids(
             processor,
@@ -169,13 +182,13 @@ def test_a_fixed_size(processor, height, width, expected):
         )
 
 
-def test_options_of_one_medium_leave_the_others_alone(processor):
-    knobs = {"multi_image_max_pixels": 150000, "video_max_pixels": 200000, "max_frames": 6}
+def test_options_of_one_medium_do_not_change_the_others(processor):
+    options = {"multi_image_max_pixels": 150000, "video_max_pixels": 200000, "max_frames": 6}
     images, clips = [str(PHOTO), str(LARGE), str(SMALL)], [str(CLIP), str(SHORT)]
     text = "<|image|>" * 3 + "<|video|>" * 2
 
     def call(images, clips):
-        out = processor(text, images=images, videos=clips, return_tensors="pt", **knobs)
+        out = processor(text, images=images, videos=clips, return_tensors="pt", **options)
         return list(
             zip(out["grid_thw"].tolist(), out["pixel_values"].split(out["grid_thw"].prod(1).tolist()), strict=True)
         )
@@ -184,31 +197,36 @@ def test_options_of_one_medium_leave_the_others_alone(processor):
         return [a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True)]
 
     plain = call(images, clips)
-    for own in (
+    for of_medium in (
         {"max_pixels": 8192},
         {"min_pixels": 80000},
         {"multi_image_max_pixels": 5000},
         {"resized_height": 64, "resized_width": 64},
     ):
-        changed = call([{"image": images[0], **own}, *images[1:]], clips)
+        changed = call([{"image": images[0], **of_medium}, *images[1:]], clips)
         assert same(changed, plain) == [False, True, True, True, True]
-    for own in (
+    for of_medium in (
         {"max_pixels": 8192},
         {"total_pixels": 30000},
         {"max_frames": 2},
         {"fps": 0.5},
         {"resized_height": 64, "resized_width": 64},
     ):
-        changed = call(images, [{"video": clips[0], **own}, clips[1]])
-        assert same(changed, plain) == [True, True, True, False, "fps" not in own and "max_frames" not in own]
-        assert (
-            changed[4][0][0] == plain[4][0][0]
-        )  # a shared budget of pixels goes by the frames that there are, a shared one of frames does not
+        changed = call(images, [{"video": clips[0], **of_medium}, clips[1]])
+        assert same(changed, plain) == [
+            True,
+            True,
+            True,
+            False,
+            "fps" not in of_medium and "max_frames" not in of_medium,
+        ]
+        # a shared budget of pixels depends on the other video's frames, a shared budget of frames does not
+        assert changed[4][0][0] == plain[4][0][0]
 
 
-def test_budgets_of_one_video(videos):
-    def frames(*given, **knobs):
-        return [len(plan.indices) for plan in videos.plan(list(given), **knobs)]
+def test_a_budget_of_one_video_bounds_only_this_video(videos):
+    def frames(*given, **options):
+        return [len(plan.indices) for plan in videos.plan(list(given), **options)]
 
     clip = str(CLIP)
     assert frames({"video": clip, "max_frames": 8, "fps": 10}, clip, fps=10, max_frames=10) == [8, 5]
@@ -221,29 +239,30 @@ def test_budgets_of_one_video(videos):
         frames({"video": clip, "max_frames": 1, "segments": [[0, 1], [1, 4]]})
     with pytest.raises(ValueError, match="2 clips share max_frames 1"):
         frames(clip, clip, {"video": clip, "max_frames": 2}, max_frames=1)
-    own = {"video": clip, "total_pixels": 10 * 9000, "nframes": 10, "max_pixels": 100000}
-    assert [(plan.height, plan.width) for plan in videos.plan([own, clip, clip])][0] == [
-        (plan.height, plan.width) for plan in videos.plan(own)
+    of_medium = {"video": clip, "total_pixels": 10 * 9000, "nframes": 10, "max_pixels": 100000}
+    assert [(plan.height, plan.width) for plan in videos.plan([of_medium, clip, clip])][0] == [
+        (plan.height, plan.width) for plan in videos.plan(of_medium)
     ][0]
-    halves = videos.plan([{**own, "segments": [[0, 1], [1, 2]]}, clip])  # its own budget is for all its segments
+    # a budget of the video is for all its segments
+    halves = videos.plan([{**of_medium, "segments": [[0, 1], [1, 2]]}, clip])
     assert sum(len(plan.indices) * plan.height * plan.width for plan in halves[:2]) <= 90000
 
 
-def test_a_budget_of_one_image(processor):
-    own = {"image": str(PHOTO), "multi_image_max_pixels": 30000}
-    alone = processor("<|image|>", images=own, return_tensors="pt")
-    among = processor("<|image|>" * 3, images=[own, str(LARGE), str(SMALL)], return_tensors="pt")
+def test_a_budget_of_one_image_bounds_only_this_image(processor):
+    of_medium = {"image": str(PHOTO), "multi_image_max_pixels": 30000}
+    alone = processor("<|image|>", images=of_medium, return_tensors="pt")
+    among = processor("<|image|>" * 3, images=[of_medium, str(LARGE), str(SMALL)], return_tensors="pt")
     assert (
         among["grid_thw"][0].tolist() == alone["grid_thw"][0].tolist()
         and 20000 < 256 * alone["grid_thw"].prod() <= 30000
     )
 
 
-# frames that were chosen before
+# decoded frames
 
 
 @pytest.mark.parametrize(
-    "own, knobs, times",
+    "of_medium, options, times",
     [
         ({"fps": 2.0}, {}, [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]),
         ({"sample_fps": "4"}, {}, [i / 4 for i in range(8)]),
@@ -267,13 +286,13 @@ def test_a_budget_of_one_image(processor):
         ({"fps": 2, "video_start": 1, "video_end": 2.2}, {}, [1, 1.5, 2]),
     ],
 )
-def test_times_of_given_frames(videos, own, knobs, times):
-    video = {"video": FRAMES, **own}
-    clip = videos.extract([video] if own else [FRAMES], **knobs)[0]
+def test_times_of_decoded_frames(videos, of_medium, options, times):
+    video = {"video": FRAMES, **of_medium}
+    clip = videos.extract([video] if of_medium else [FRAMES], **options)[0]
     assert clip.timestamps == times and clip.grid[0] == len(times)
 
 
-def test_given_frames_in_a_conversation(processor, tmp_path, monkeypatch):
+def test_decoded_frames_in_a_conversation(processor, tmp_path, monkeypatch):
     for i, frame in enumerate(FRAMES):
         frame.save(tmp_path / f"{i}.png")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -284,15 +303,18 @@ def test_given_frames_in_a_conversation(processor, tmp_path, monkeypatch):
     for frames in (paths, FRAMES[:4], np.stack([np.asarray(frame) for frame in FRAMES[:4]])):
         out = processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "video", "video": frames, "fps": 2.0}, "x"]}],
-            "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|video|>{% endif %}{% endfor %}",
-            tokenize=True, return_dict=True, return_tensors="pt",
-        )  # fmt: skip
+            "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<|video|>{% endif %}{% "
+            "endfor %}",
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
         assert torch.equal(out["input_ids"], expected["input_ids"]) and torch.equal(
             out["pixel_values"], expected["pixel_values"]
         )
 
 
-def test_rates_one_a_video_over_a_batch(processor):
+def test_a_rate_per_video_over_a_batch(processor):
     """As qwen-vl-utils gives them: fps=[...], do_sample_frames=False."""
     clips = [np.stack([np.asarray(frame) for frame in FRAMES[:n]]).astype(np.float32) for n in (2, 3, 4)]
     text = ["<|video|>", "none", "<|video|><|video|>"]
@@ -312,20 +334,24 @@ def test_rates_one_a_video_over_a_batch(processor):
         processor(text, videos=clips, fps=[1.0, 2.0], do_sample_frames=False)
 
 
-def test_frames_that_are_left_out_are_told(videos, monkeypatch):
-    told = []
-    monkeypatch.setattr(video_processing_moss_vl.logger, "warning_once", lambda text: told.append(text))
+def test_leaving_out_decoded_frames_is_a_warning(videos, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(video_processing_moss_vl.logger, "warning_once", lambda text: warnings.append(text))
     videos.plan([FRAMES], video_metadata={"fps": 4})
-    assert len(told) == 1 and "2 of the 8 decoded frames are taken" in told[0] and "do_sample_frames=False" in told[0]
-    for knobs in ({"do_sample_frames": False}, {"fps": 1}, {"nframes": 3}, {"max_frames": 2}):
-        videos.plan([FRAMES], video_metadata={"fps": 4}, **knobs)
+    assert (
+        len(warnings) == 1
+        and "2 of the 8 decoded frames are taken" in warnings[0]
+        and "do_sample_frames=False" in warnings[0]
+    )
+    for options in ({"do_sample_frames": False}, {"fps": 1}, {"nframes": 3}, {"max_frames": 2}):
+        videos.plan([FRAMES], video_metadata={"fps": 4}, **options)
     videos.plan([FRAMES], video_metadata={"fps": 1})
     videos.plan(str(CLIP))
-    assert len(told) == 1
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(
-    "video, knobs, message",
+    "video, options, message",
     [
         (FRAMES, {}, "nothing says when they are shown"),
         (FRAMES, {"fps": 2}, "nothing says when they are shown"),
@@ -358,14 +384,14 @@ def test_frames_that_are_left_out_are_told(videos, monkeypatch):
         ({"video": str(CLIP), "fps": 1.0, "nframes": 8}, {}, "both say how many"),
     ],
 )
-def test_what_does_not_fit_together(videos, video, knobs, message):
+def test_options_that_contradict_each_other_are_an_error(videos, video, options, message):
     with pytest.raises(ValueError, match=message):
-        videos.plan([video], **knobs)
+        videos.plan([video], **options)
 
 
-def test_an_option_of_a_medium_goes_before_that_of_the_call(videos):
-    def frames(own, **knobs):
-        return len(videos.plan([{"video": str(CLIP), **own}], **knobs)[0].indices)
+def test_an_option_of_a_medium_overrides_that_of_the_call(videos):
+    def frames(of_medium, **options):
+        return len(videos.plan([{"video": str(CLIP), **of_medium}], **options)[0].indices)
 
     assert frames({"fps": 2}, nframes=3) == 10 and frames({"nframes": 3}, fps=2) == 3
     assert (
@@ -374,23 +400,31 @@ def test_an_option_of_a_medium_goes_before_that_of_the_call(videos):
     )
 
 
-# one scale
+# scales of floats
 
 
-def test_floats_of_a_clip_have_one_scale(videos):
+def test_float_frames_of_a_clip_share_their_scale(videos):
     dark = np.zeros((4, 64, 64, 3), np.uint8)
     dark[0], dark[1], dark[2] = 128, np.random.default_rng(0).integers(0, 2, (64, 64, 3)), 200
-    knobs = {"video_metadata": [{"fps": 1.0}]}
-    expected = videos.extract([dark], **knobs)[0].patches
+    options = {"video_metadata": [{"fps": 1.0}]}
+    expected = videos.extract([dark], **options)[0].patches
     floats = dark.astype(np.float32)
-    for given in (floats, list(floats), torch.from_numpy(floats), torch.from_numpy(floats).permute(0, 3, 1, 2), floats / 255, list(floats / 255),
-                  torch.from_numpy(floats).bfloat16(), [Image.fromarray(dark[0]), *floats[1:]]):  # fmt: skip
-        assert torch.equal(videos.extract([given], **knobs)[0].patches, expected)
+    for given in (
+        floats,
+        list(floats),
+        torch.from_numpy(floats),
+        torch.from_numpy(floats).permute(0, 3, 1, 2),
+        floats / 255,
+        list(floats / 255),
+        torch.from_numpy(floats).bfloat16(),
+        [Image.fromarray(dark[0]), *floats[1:]],
+    ):
+        assert torch.equal(videos.extract([given], **options)[0].patches, expected)
     both = videos.extract(np.stack([floats, floats[::-1]]), video_metadata=[{"fps": 1.0}] * 2)
     assert torch.equal(both[0].patches, expected) and len(both) == 2
 
 
-def test_images_of_one_array_have_one_scale(processor):
+def test_images_of_one_array_share_their_scale(processor):
     dark = np.zeros((2, 64, 64, 3), np.uint8)
     dark[0], dark[1] = 128, np.random.default_rng(0).integers(0, 2, (64, 64, 3))
     expected = processor("<|image|><|image|>", images=dark, return_tensors="pt")["pixel_values"]
@@ -403,10 +437,10 @@ def test_images_of_one_array_have_one_scale(processor):
         processor("<|image|><|image|>", images=dark.astype(np.float32) - 1)
 
 
-# what comes out
+# outputs
 
 
-def test_no_mask_for_rows_of_unequal_length(processor):
+def test_rows_of_unequal_length_have_no_frame_mask(processor):
     texts = ["<|image|>a b c", "d"]
     assert "cross_attention_mask" not in processor(texts, images=PHOTO)
     assert "cross_attention_mask" in processor(texts, images=PHOTO, padding=True)
@@ -415,7 +449,7 @@ def test_no_mask_for_rows_of_unequal_length(processor):
         processor(texts, images=PHOTO, return_cross_attention_mask=True)
 
 
-def test_settings_of_the_processor(tmp_path, processor):
+def test_settings_of_the_processor_are_call_defaults(tmp_path, processor):
     folder = tmp_path / "released"
     shutil.copytree(FOLDER / "tokenizer", folder)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
@@ -448,15 +482,17 @@ def test_settings_of_the_processor(tmp_path, processor):
     assert set(processor("a", return_cross_attention_mask=False)) == {*plain.model_input_names} - {
         "cross_attention_mask"
     }
-    for knobs, message in (({"grid_name": "grid"}, "grid_name must be one of grid_thw, image_grid_thw"),
-                           ({"return_cross_attention_mask": "no"}, "must be True or False")):  # fmt: skip
+    for options, message in (
+        ({"grid_name": "grid"}, "grid_name must be one of grid_thw, image_grid_thw"),
+        ({"return_cross_attention_mask": "no"}, "must be True or False"),
+    ):
         with pytest.raises(ValueError, match=message):
-            processor("a", **knobs)
+            processor("a", **options)
         with pytest.raises(ValueError, match=message):
-            MossVLProcessor.from_pretrained(folder, **knobs)
+            MossVLProcessor.from_pretrained(folder, **options)
 
 
-def test_what_other_processors_return(processor):
+def test_outputs_that_other_processors_return(processor):
     text = ["<|image|>a<|video|>", "b"]
     out = processor(
         text,
@@ -491,12 +527,14 @@ def test_what_other_processors_return(processor):
     assert set(plain) - set(without) == {"attention_mask"} and torch.equal(
         plain["cross_attention_mask"], without["cross_attention_mask"]
     )
-    for knobs, message in (
-        ({"audio": ["a.wav"]}, "audio is no option of MOSS-VL: MOSS-VL takes no audio"), ({"stride": 3}, "stride is always 0"),
-        ({"return_overflowing_tokens": True}, "return_overflowing_tokens is always False"), ({"return_attention_mask": 3}, "must be True or False"),
-    ):  # fmt: skip
+    for options, message in (
+        ({"audio": ["a.wav"]}, "audio is no option of MOSS-VL: MOSS-VL takes no audio"),
+        ({"stride": 3}, "stride is always 0"),
+        ({"return_overflowing_tokens": True}, "return_overflowing_tokens is always False"),
+        ({"return_attention_mask": 3}, "must be True or False"),
+    ):
         with pytest.raises(ValueError, match=message):
-            processor("a", **knobs)
+            processor("a", **options)
     assert set(processor("a", stride=0, is_split_into_words=False, verbose=True)) == set(processor("a"))
 
 
@@ -510,21 +548,25 @@ def padded_left(out) -> bool:
     return out["attention_mask"][0].tolist()[0] == 0
 
 
-def test_padding_for_generation_is_on_the_left(processor):
-    knobs = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
-    assert padded_left(processor.apply_chat_template(CHATS, add_generation_prompt=True, **knobs))
-    assert not padded_left(processor.apply_chat_template(CHATS, **knobs))
+def test_prompts_for_generation_are_padded_left(processor):
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    assert padded_left(processor.apply_chat_template(CHATS, add_generation_prompt=True, **options))
+    assert not padded_left(processor.apply_chat_template(CHATS, **options))
     answered = [[*chat, {"role": "assistant", "content": "It"}] for chat in CHATS]
-    assert padded_left(processor.apply_chat_template(answered, continue_final_message=True, **knobs))
-    for said in ({"padding_side": "right"}, {"processor_kwargs": {"padding_side": "right"}}, {"text_kwargs": {"padding_side": "right"}},
-                 {"common_kwargs": {"padding_side": "right"}}):  # fmt: skip
-        assert not padded_left(processor.apply_chat_template(CHATS, add_generation_prompt=True, **knobs, **said))
+    assert padded_left(processor.apply_chat_template(answered, continue_final_message=True, **options))
+    for said in (
+        {"padding_side": "right"},
+        {"processor_kwargs": {"padding_side": "right"}},
+        {"text_kwargs": {"padding_side": "right"}},
+        {"common_kwargs": {"padding_side": "right"}},
+    ):
+        assert not padded_left(processor.apply_chat_template(CHATS, add_generation_prompt=True, **options, **said))
     assert not padded_left(processor(["a", "b c"], padding=True, return_tensors="pt"))
     assert processor.tokenizer.padding_side == "right"
 
 
-def test_in_a_pipeline_the_tokenizer_pads_left_and_the_mask_is_left_out():
-    """Pipelines load the processor themselves and say so; what is meant for the model comes along."""
+def test_in_a_pipeline_padding_is_left_and_the_frame_mask_is_left_out():
+    """Pipelines load the processor, with the keywords of the model among their own."""
     loaded = MossVLProcessor.from_pretrained(NANO, _from_pipeline="image-text-to-text", dtype="auto", device_map=None)
     assert (
         loaded.tokenizer.padding_side == "left"
@@ -538,116 +580,47 @@ def test_in_a_pipeline_the_tokenizer_pads_left_and_the_mask_is_left_out():
         MossVLProcessor.from_pretrained(NANO, dtype="auto")
 
 
-def test_the_shipped_template_marks_what_the_assistant_says(processor):
+def test_the_shipped_template_marks_the_turns_of_the_assistant(processor):
     content = [{"type": "image", "image": str(PHOTO)}, " Why? "]
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": content}, {"role": "assistant", "content": " So."},
-                {"role": "user", "content": "And?"}, {"role": "assistant", "content": ["no\n", {"type": "text", "text": "more"}]}]  # fmt: skip
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": " So."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": ["no\n", {"type": "text", "text": "more"}]},
+    ]
     text = (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|> Why? <|im_end|>\n<|im_start|>assistant\n So.<|im_end|>\n"
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|> Why? <|im_end|>\n<|im_start|>assistant\n "
+        "So.<|im_end|>\n"
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\nno\nmore<|im_end|>\n"
     )
     assert processor.apply_chat_template(messages) == text
-    knobs = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    out = processor.apply_chat_template(messages, return_tensors="pt", **knobs)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    out = processor.apply_chat_template(messages, return_tensors="pt", **options)
     assert processor.decode(out["input_ids"][out["assistant_masks"] == 1]) == " So.<|im_end|>no\nmore<|im_end|>"
-    as_lists = processor.apply_chat_template(messages, **knobs)
+    as_lists = processor.apply_chat_template(messages, **options)
     assert as_lists["assistant_masks"] == out["assistant_masks"].tolist()
     with pytest.raises(ValueError, match="needs a chat template that marks"):
-        processor.apply_chat_template(messages, "{% for m in messages %}x{% endfor %}", **knobs)
+        processor.apply_chat_template(messages, "{% for m in messages %}x{% endfor %}", **options)
 
 
-def test_variables_are_those_that_the_template_reads(processor):
-    template = "{% if mood %}{{ mood }} {% endif %}{% generation %}{{ messages[0].content }}{% endgeneration %}{% set inner = 3 %}{% for m in messages %}{% break %}{% endfor %}"
+def test_template_variables_must_be_read_by_the_template(processor):
+    template = (
+        "{% if mood %}{{ mood }} {% endif %}{% generation %}{{ messages[0].content }}{% endgeneration %}"
+        "{% set inner = 3 %}{% for m in messages %}{% break %}{% endfor %}"
+    )
     chat = [{"role": "user", "content": "x"}]
     assert processor.apply_chat_template(chat, template, mood="well") == "well x"
-    for knobs, message in (
-        ({"mod": 1}, "unknown keyword 'mod'; did you mean 'mood'"), ({"inner": 1}, "unknown keyword 'inner'"), ({"mood_": None}, "unknown keyword 'mood_'"),
-        ({"tools": [{"name": "f"}]}, "tools is given, but the chat template does not read it"), ({"documents": [{}]}, "documents is given"),
-        ({"resolution": 3}, "resolution is no option"), ({"sanitize_control_tokens": True}, "sanitize_control_tokens is always False"),
-    ):  # fmt: skip
+    for options, message in (
+        ({"mod": 1}, "unknown keyword 'mod'; did you mean 'mood'"),
+        ({"inner": 1}, "unknown keyword 'inner'"),
+        ({"mood_": None}, "unknown keyword 'mood_'"),
+        ({"tools": [{"name": "f"}]}, "tools is given, but the chat template does not read it"),
+        ({"documents": [{}]}, "documents is given"),
+        ({"resolution": 3}, "resolution is no option"),
+        ({"sanitize_control_tokens": True}, "sanitize_control_tokens is always False"),
+    ):
         with pytest.raises(ValueError, match=message):
-            processor.apply_chat_template(chat, template, **knobs)
+            processor.apply_chat_template(chat, template, **options)
     assert processor.apply_chat_template(chat, template, tools=None, documents=[], load_audio_from_video=False) == "x"
     assert processor.apply_chat_template(chat, "{{ tools[0].name }}", tools=[{"name": "f"}]) == "f"
-
-
-# files
-
-
-def test_names_in_settings_files(tmp_path):
-    settings = json.loads((ROOT / "video_preprocessor_config.json").read_text())
-    del settings["video_fps"]
-    settings |= {"nframes": 6, "total_pixels": 10**6, "video_fps": None, "fps": None}
-    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings | {"video_max_pixels": None}))
-    loaded = MossVLVideoProcessor.from_pretrained(tmp_path)
-    assert (loaded.num_frames, loaded.video_fps, loaded.video_max_pixels) == (6, None, 10**6)
-    assert MossVLVideoProcessor.from_pretrained(tmp_path, fps=3).resolve({}).video_fps == 3
-    assert MossVLVideoProcessor(fps=3, total_pixels=10**6, max_pixels=9999).to_dict()["video_fps"] == 3
-    loaded = MossVLVideoProcessor.from_pretrained(tmp_path, return_unused_kwargs=True, frame_rate=3)
-    assert loaded[1] == {"frame_rate": 3}
-    for knobs, message in (({"frame_rate": 3}, "unknown keyword 'frame_rate'"), ({"fsp": 3}, "did you mean 'fps'"), ({"fps": 3, "nframes": 3}, "both say"), ({"fps": 3, "video_fps": 2}, "disagree"), ({"sample_fps": 3}, "an option of a call"),
-                           ({"do_resize": False}, "always True")):  # fmt: skip
-        for make in (MossVLVideoProcessor, lambda **knobs: MossVLVideoProcessor.from_pretrained(tmp_path, **knobs)):
-            with pytest.raises(ValueError, match=message):
-                make(**knobs)
-
-
-def test_names_of_an_image_processor(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"patch_size": 8, "crop_margin": 3, "do_resize": True, "image_processor_type": "x"})
-    )
-    assert MossVLImageProcessor.from_pretrained(tmp_path).patch_size == 8  # what the file says beyond is left out
-    for knobs, message in (({"max_pixel": 3}, "did you mean 'max_pixels'"), ({"crop_margin": 3}, "unknown keyword 'crop_margin'"),
-                           ({"resized_height": 3}, "an option of a call"), ({"do_rescale": False}, "always True")):  # fmt: skip
-        for make in (MossVLImageProcessor, lambda **knobs: MossVLImageProcessor.from_pretrained(tmp_path, **knobs)):
-            with pytest.raises(ValueError, match=message):
-                make(**knobs)
-    with pytest.raises(ValueError, match="unknown keyword 'fps'"):
-        MossVLImageProcessor()(Image.new("RGB", (40, 40)), fps=3)
-
-
-@pytest.mark.parametrize("size", [{"shortest_edge": 2048, "longest_edge": 9999}, None])
-def test_a_limit_of_a_file_under_its_other_name(tmp_path, size):
-    """A keyword replaces the file's limit however either is named."""
-    for mine, theirs in (("min_pixels", "shortest_edge"), ("shortest_edge", "min_pixels")):
-        for cls, name in (
-            (MossVLImageProcessor, "preprocessor_config.json"),
-            (MossVLVideoProcessor, "video_preprocessor_config.json"),
-        ):
-            file = {theirs: 2048} | ({} if size is None else {"size": size})
-            (tmp_path / name).write_text(json.dumps(file))
-            assert cls.from_pretrained(tmp_path).min_pixels == 2048
-            assert cls.from_pretrained(tmp_path, **{mine: 1024}).min_pixels == 1024
-            assert cls.from_pretrained(tmp_path, size={"shortest_edge": 1024}).min_pixels == 1024
-    for theirs in ("max_pixels", "longest_edge"):
-        for cls, name in (
-            (MossVLImageProcessor, "preprocessor_config.json"),
-            (MossVLVideoProcessor, "video_preprocessor_config.json"),
-        ):
-            (tmp_path / name).write_text(json.dumps({theirs: 9999, "min_pixels": 2048}))
-            for knob in ({"size": {"longest_edge": 5000}}, {"max_pixels": 5000}, {"longest_edge": 5000}):
-                loaded = cls.from_pretrained(tmp_path, **knob)
-                assert (loaded.min_pixels, loaded.max_pixels) == (2048, 5000)
-
-
-@pytest.mark.parametrize(
-    "knobs, message",
-    [
-        ({"fsp": 3}, "did you mean 'fps'"), ({"do_sample_frames": False}, "an option of a call, not a setting"), ({"padding": True}, "an option of a call"),
-        ({"return_tensors": "pt"}, "an option of a call"), ({"total_pixels": 10}, "does not hold one frame"), ({"resolution": 3}, "resolution is no option"),
-        ({"paddingside": "left"}, "did you mean 'padding_side'"), ({"do_resize": False}, "always True"), ({"do_rescale": False}, "always True"),
-    ],
-)  # fmt: skip
-def test_keywords_of_loading_that_nobody_takes(knobs, message):
-    with pytest.raises(ValueError, match=message):
-        MossVLProcessor.from_pretrained(NANO, **knobs)
-
-
-def test_keywords_of_loading():
-    loaded = MossVLProcessor.from_pretrained(
-        NANO, fps=3, total_pixels=10**6, truncation_side="left", model_max_length=99, do_resize=True
-    )
-    assert (loaded.video_processor.video_fps, loaded.video_processor.video_max_pixels) == (3, 10**6)
-    assert loaded.tokenizer.truncation_side == "left" and loaded.tokenizer.model_max_length == 99
-    ready = make_processor().tokenizer
-    assert MossVLProcessor.from_pretrained(NANO, tokenizer=ready).tokenizer is ready

@@ -94,7 +94,7 @@ def test_downloads_are_allowed_by_who_loads_and_by_no_file(tmp_path):
     assert not again.image_processor.resolve({}).allow_http and not again.video_processor.resolve({}).allow_http
     with pytest.raises(ValueError, match="allow_http must be True or False"):
         MossVLImageProcessor(allow_http="yes")
-    assert "allow_http" not in names_of("image", own=True), "a message may not allow it for itself"
+    assert "allow_http" not in names_of("image", per_medium=True), "a message may not allow it for itself"
 
 
 def test_a_processor_that_may_download_does_so_in_a_pipeline(model, tmp_path):

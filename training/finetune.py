@@ -26,7 +26,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moss_vl.infer import above_0, at_least, message_of, share
+from moss_vl.tools.command_line import above_0, at_least, message_of, share
 from moss_vl.training.batches import BadRecord, Collator, RecordDataset, render
 from moss_vl.training.records import check_options, read_records
 

@@ -28,16 +28,16 @@ from pathlib import Path
 from moss_vl.checks import nearest_name, shorten
 from moss_vl.conversation import (
     PLACEHOLDER,
-    PLACEHOLDERS,
     SOURCE_KEYS,
-    clips_of,
-    fill_places,
+    count_placeholders,
+    fill_placeholders,
     is_frames,
     locate,
     read_medium,
     read_part,
     scheme_of,
-    split_places,
+    split_placeholders,
+    write_placeholders,
 )
 from moss_vl.image_processing_moss_vl import ANY_SIZE, MossVLImageProcessor, open_source, see_image
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
@@ -205,12 +205,7 @@ def _conversation(raw, folder: Path) -> tuple[list[dict], list, list]:
 
     messages = [{"role": role, "content": parts} for role, parts in turns]
     images, videos = (_deal(kind, messages, [] if pair else media[kind]) for kind in SOURCE_KEYS)
-    return [{**message, "content": "".join(map(_written, message["content"]))} for message in messages], images, videos
-
-
-def _written(part: dict) -> str:
-    kind = part["type"]
-    return part["text"] if kind == "text" else PLACEHOLDERS[kind] * clips_of(kind, part.get(kind))
+    return [{**message, "content": write_placeholders(message["content"])} for message in messages], images, videos
 
 
 def _pair(raw: dict, media: dict) -> list[tuple[str, list]]:
@@ -267,7 +262,7 @@ def _parts(what: str, content, folder: Path) -> list[dict]:
         elif kind in part:
             part[kind] = _medium(kind, part[kind], folder)
         parts.append(part)
-    return list(split_places(parts))
+    return list(split_placeholders(parts))
 
 
 def _check_roles(roles: list[str]) -> None:
@@ -286,11 +281,11 @@ def _deal(kind: str, messages: list, media: list) -> list:
     """Gives the places of `kind` without a medium theirs, in order; returns all media in the order of the text."""
     places = [part for message in messages for part in message["content"] if part["type"] == kind]
     empty = [place for place in places if kind not in place]
-    clips = sum(clips_of(kind, medium) for medium in media)
+    clips = sum(count_placeholders(kind, medium) for medium in media)
     if len(empty) == len(places) == clips != len(media):
         return media  # a place for each segment, which stays as it is
     again = not empty and clips == sum(
-        clips_of(kind, place[kind]) for place in places
+        count_placeholders(kind, place[kind]) for place in places
     )  # each segment, otherwise divided into media
     if len(media) not in (len(empty), len(places)) and not again:
         own, of, hint = len(places) - len(empty), "", ""
@@ -301,7 +296,7 @@ def _deal(kind: str, messages: list, media: list) -> list:
         if any(f"<{kind}>" in part.get("text", "") for message in messages for part in message["content"]):
             hint = f"; the text says '<{kind}>', write '<|{kind}|>'"
         raise ValueError(f"the text has {len(empty)} places <|{kind}|>, but {len(media)} {kind}s{of} are given{hint}")
-    fill_places(kind, messages, media)
+    fill_placeholders(kind, messages, media)
     return [place[kind] for place in places]
 
 
