@@ -715,7 +715,7 @@ def _check_media(model, processor, turn: _Turn) -> None:
                 where = "the call" if name in knobs else f"the {type(own).__name__}"
                 raise ValueError(f"{name} of {where} is {got}, but the model's weights are made for {expected}")
     if turn.images:
-        turn.images = processor.image_processor.see(turn.images, **turn.images_kwargs)
+        turn.images = processor.image_processor.probe(turn.images, **turn.images_kwargs)
 
 
 def _generate_kwargs(model, tokenizer, given, vision_chunked_length) -> dict:

@@ -357,7 +357,7 @@ def told_apart(medium, allow_http: bool, folder=None) -> tuple:
     if kind is not None:
         return kind, medium
     if scheme_of(medium) in ("data", "http", "https"):
-        from moss_vl.image_processing_moss_vl import open_source
+        from moss_vl.image_reading import open_source
         from moss_vl.video_reading import DOWNLOAD_SECONDS, MAX_VIDEO_BYTES
 
         source, _ = open_source(

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
-from moss_vl.processing_moss_vl import _make_tokenizer_portable
+from moss_vl.processor_loading import make_tokenizer_portable
 from moss_vl.tools import install_into
 
 
@@ -51,7 +51,7 @@ def test_a_tokenizer_s_file_is_put_so_that_both_versions_read_it(tmp_path, confi
     """What both read already stays to the letter."""
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(config | {"model_max_length": 7, "unk": "\u00e9"}), encoding="utf-8")
-    _make_tokenizer_portable(str(path))
+    make_tokenizer_portable(str(path))
     assert json.loads(path.read_text(encoding="utf-8")) == (config if expected is None else expected) | {
         "model_max_length": 7,
         "unk": "\u00e9",

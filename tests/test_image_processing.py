@@ -15,16 +15,11 @@ import torch
 from conftest import GOLDEN
 from PIL import Image, PngImagePlugin
 
-from moss_vl import image_processing_moss_vl as room
-from moss_vl.image_processing_moss_vl import (
-    MossVLImageProcessor,
-    MossVLImageProcessorFast,
-    fit_size,
-    load_image,
-    open_source,
-    resize_uint8,
-)
+from moss_vl import image_processing_moss_vl, image_reading
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor, MossVLImageProcessorFast
+from moss_vl.image_reading import load_image, open_source
 from moss_vl.patches import normalise, patchify
+from moss_vl.resizing import fit_size, resize_uint8
 
 
 IMAGES = GOLDEN / "processing" / "images"
@@ -201,14 +196,14 @@ def test_all_sources_give_the_same_pixels(pixels, tmp_path):
 
 @pytest.mark.parametrize("strip", [1, 32, 48, 1000])
 def test_pictures_are_handed_over_by_strips(monkeypatch, pixels, strip):
-    monkeypatch.setattr(room, "STRIP", strip)
-    assert np.array_equal(room._pixels(Image.fromarray(pixels)), pixels)
+    monkeypatch.setattr(image_reading, "STRIP", strip)
+    assert np.array_equal(image_reading._pixels(Image.fromarray(pixels)), pixels)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_images_of_a_sample_are_read_in_threads(monkeypatch, processor, tmp_path, threads):
     """In their order, also where a PIL image is given several times: Pillow reads a file's pixels when they are first asked for."""
-    monkeypatch.setattr(room, "IMAGE_THREADS", threads)
+    monkeypatch.setattr(image_processing_moss_vl, "IMAGE_THREADS", threads)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     images, lot = [], np.random.default_rng(1)
     for number in range(8):
@@ -357,7 +352,7 @@ def test_a_bomb_is_refused_by_its_header_and_pillow_is_left_alone(monkeypatch):
 
 
 def test_nothing_is_decoded_where_a_later_image_is_missing(processor, monkeypatch):
-    monkeypatch.setattr(room, "_pil_rgb", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(image_reading, "_pil_rgb", lambda *_: pytest.fail("decoded"))
     with pytest.raises(FileNotFoundError):
         processor([PHOTO, "gone.png"])
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from golden_cases import CLIP, FOLDER, LARGE, PHOTO, SHORT, SMALL, make_processor
 from PIL import Image
 
-from moss_vl import options, video_processing_moss_vl
+from moss_vl import options, video_sampling
 from moss_vl.checks import shorten
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.options import OPTIONS, layered, names_of, read_options
@@ -314,7 +314,7 @@ def test_rates_one_a_video_over_a_batch(processor):
 
 def test_frames_that_are_left_out_are_told(videos, monkeypatch):
     told = []
-    monkeypatch.setattr(video_processing_moss_vl.logger, "warning_once", lambda text: told.append(text))
+    monkeypatch.setattr(video_sampling.logger, "warning_once", lambda text: told.append(text))
     videos.plan([FRAMES], video_metadata={"fps": 4})
     assert len(told) == 1 and "2 of the 8 decoded frames are taken" in told[0] and "do_sample_frames=False" in told[0]
     for knobs in ({"do_sample_frames": False}, {"fps": 1}, {"nframes": 3}, {"max_frames": 2}):

@@ -29,9 +29,10 @@ from golden_cases import (
 from PIL import Image
 from transformers import AutoTokenizer
 
-from moss_vl import image_processing_moss_vl, video_processing_moss_vl
+from moss_vl import image_processing_moss_vl, image_reading, video_processing_moss_vl
 from moss_vl.patches import normalise
 from moss_vl.processing_moss_vl import MossVLProcessor
+from moss_vl.text_rows import frame_mask
 
 
 CHATML = (
@@ -174,7 +175,7 @@ def test_text_only_batch(processor):
 
 def test_long_video_mask_takes_no_loop(processor):
     ids = [processor.image_token_id, 1, 2, 3] * 1000
-    mask = processor._frame_mask({"input_ids": [ids], "attention_mask": [[1] * 4000]}, 1000)
+    mask = frame_mask([ids], [[1] * 4000], processor.image_token_id, 1000)
     assert mask.shape == (1, 1, 4000, 1000) and mask.sum().item() == 4 * sum(range(1000))
 
 
@@ -250,7 +251,7 @@ def test_segments_may_go_to_two_samples(processor):
 
 
 def test_counts_that_do_not_match(processor, monkeypatch):
-    monkeypatch.setattr(image_processing_moss_vl, "see_image", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(image_processing_moss_vl, "probe_image", lambda *_, **__: pytest.fail("opened"))
     monkeypatch.setattr(video_processing_moss_vl, "open_video", lambda *_, **__: pytest.fail("opened"))
     segments = {"video_path": str(CLIP), "segments": [[0, 1], [2]]}
     for arguments, message in [
@@ -272,7 +273,7 @@ def test_counts_that_do_not_match(processor, monkeypatch):
 
 
 def test_nothing_is_decoded_where_a_later_file_is_missing(processor, monkeypatch):
-    monkeypatch.setattr(image_processing_moss_vl, "_pil_rgb", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(image_reading, "_pil_rgb", lambda *_: pytest.fail("decoded"))
     with pytest.raises(FileNotFoundError, match="gone.mp4"):
         processor(["<|image|>", "<|video|>"], images=PHOTO, videos="gone.mp4")
 
@@ -496,7 +497,7 @@ def test_every_knob_acts_for_its_call(processor, name, value):
     assert plain.shape != changed.shape or not torch.equal(plain, changed)
     assert torch.equal(call(**{name: None}), plain)
     nested = {box: {name: value} for box, part in (("images_kwargs", "image_processor"), ("videos_kwargs", "video_processor"))
-              if name in getattr(processor, part).knobs}  # fmt: skip
+              if name in getattr(processor, part).option_names}  # fmt: skip
     assert torch.equal(call(**nested), changed)
 
 

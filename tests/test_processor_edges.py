@@ -13,16 +13,14 @@ import torch
 from make_media import draw, write_video
 from PIL import Image
 
-from moss_vl import image_processing_moss_vl, video_processing_moss_vl
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor, fit_size, load_image, open_source, pixel_limits
-from moss_vl.video_processing_moss_vl import (
-    MossVLVideoProcessor,
-    fit_video_size,
-    frame_count,
-    read_segment,
-    segment_times,
-)
-from moss_vl.video_reading import Video, open_video, seconds_of
+from moss_vl import clip_decoding, image_processing_moss_vl, video_processing_moss_vl
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+from moss_vl.image_reading import load_image, open_source
+from moss_vl.resizing import fit_size, fit_video_size, pixel_limits
+from moss_vl.video_files import Video, seconds_of
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+from moss_vl.video_reading import open_video
+from moss_vl.video_sampling import frame_count, read_segment, segment_times
 
 
 # exact limits
@@ -141,7 +139,7 @@ def test_seconds_of_rounded_time_stamps():
         ([-0.1, 0, 1], "timestamp 0 is -0.1; expected seconds from 0 on"),
         ([0, 2, 1], "timestamp 2 is 1 after 2"),
         ([0, float("nan"), 1], "timestamp 1 is nan"),
-        ([0, 1], "expected 3 timestamps, one a frame, got 2"),
+        ([0, 1], "expected 3 timestamps, one per frame, got 2"),
         ([[0], [1], [2]], "got shape .3, 1."),
     ],
 )
@@ -188,9 +186,9 @@ def warnings():
     texts = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())
-    video_processing_moss_vl.logger.addHandler(handler)
+    clip_decoding.logger.addHandler(handler)
     yield texts
-    video_processing_moss_vl.logger.removeHandler(handler)
+    clip_decoding.logger.removeHandler(handler)
 
 
 def test_missing_frames_are_told(warnings, monkeypatch):
@@ -202,7 +200,7 @@ def test_missing_frames_are_told(warnings, monkeypatch):
     for stand_in, timestamps in ((False, [0, 1, 2, 4, 5, 6, 7]), (True, [0, 1, 2, 4, 5, 6, 7])):
         video = Still(np.arange(8), 8.0, missing=(3,), stand_in=stand_in)
         assert processor.extract("still.mp4")[0].timestamps == timestamps
-        assert warnings == ["still.mp4 is damaged: 7 of the 8 frames asked for could be had"]
+        assert warnings == ["still.mp4 is damaged: 7 of the 8 frames asked for could be decoded"]
         warnings.clear()
     video = Still(np.arange(8), 8.0, missing=range(8))
     with pytest.raises(ValueError, match="none of the 8 frames asked for can be decoded"):

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from moss_vl import image_processing_moss_vl as room
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor, SeenImage, in_threads
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+from moss_vl.image_reading import ProbedImage
+from moss_vl.threads import in_threads
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_images_are_read_side_by_side(threads):
         meeting.wait()
         return picture(level)
 
-    seen = [SeenImage(str(level), 64, 64, lambda level=level: read(level)) for level in (10, 20, 30)]
+    seen = [ProbedImage(str(level), 64, 64, lambda level=level: read(level)) for level in (10, 20, 30)]
     found = MossVLImageProcessor().extract(seen)
     assert [int(patches[0, 0]) for patches, _ in found] == [10, 20, 30]
 
@@ -79,7 +81,7 @@ def test_on_no_more_threads_than_either_allows(threads, limit, torch_threads, mo
         with watch:
             return picture(7)
 
-    MossVLImageProcessor().extract([SeenImage("x", 64, 64, read) for _ in range(8)])
+    MossVLImageProcessor().extract([ProbedImage("x", 64, 64, read) for _ in range(8)])
     assert watch.most <= most
 
 

@@ -32,16 +32,11 @@ from make_media import (
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from moss_vl import video_processing_moss_vl, video_reading
-from moss_vl.video_processing_moss_vl import (
-    MossVLVideoProcessor,
-    fit_video_size,
-    frame_count,
-    sample_indices,
-    segment_times,
-    share_frames,
-)
+from moss_vl import clip_decoding, video_files, video_reading, video_sampling
+from moss_vl.resizing import fit_video_size
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 from moss_vl.video_reading import open_video
+from moss_vl.video_sampling import frame_count, sample_indices, segment_times, share_frames
 
 
 CLIP = GOLDEN / "processing" / "media" / "v5s_320x240_30.mp4"  # 150 frames
@@ -60,10 +55,10 @@ def warnings(monkeypatch):
     texts = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())
-    for room in (video_processing_moss_vl, video_reading):
+    for room in (clip_decoding, video_sampling, video_reading):
         room.logger.addHandler(handler)
     yield texts
-    for room in (video_processing_moss_vl, video_reading):
+    for room in (clip_decoding, video_sampling, video_reading):
         room.logger.removeHandler(handler)
 
 
@@ -348,10 +343,10 @@ def test_jumps(codec, options, suffix, tmp_path, monkeypatch):
     path = write_video(tmp_path / "source.mp4", count=900, codec=codec, options=options)
     path = path if suffix == "mp4" else copy_packets(path, tmp_path / f"long.{suffix}")
     jumps, fed = [], []
-    seek, decode = video_reading._PacketReader._seek, video_reading.PyAVVideo._decode
-    monkeypatch.setattr(video_reading._PacketReader, "_seek", lambda *args: jumps.append(seek(*args)) or jumps[-1])
+    seek, decode = video_files._PacketReader._seek, video_files.PyAVVideo._decode
+    monkeypatch.setattr(video_files._PacketReader, "_seek", lambda *args: jumps.append(seek(*args)) or jumps[-1])
     video = open_video(path)
-    monkeypatch.setattr(video_reading.PyAVVideo, "_decode", lambda *args: fed.append(args[2]) or decode(*args))
+    monkeypatch.setattr(video_files.PyAVVideo, "_decode", lambda *args: fed.append(args[2]) or decode(*args))
     wanted = [0, 62, 419, 420, 421, 899]
     problems = []
     assert [read_number(image) for _, _, image in video.frames(wanted, problems)] == wanted
@@ -526,7 +521,7 @@ def test_frames_are_encoded_while_others_are_decoded(threads, monkeypatch):
 
 
 def test_an_encoder_that_fails_ends_the_call(monkeypatch):
-    read, frames, failed = [], video_reading.PyAVVideo.frames, threading.Event()
+    read, frames, failed = [], video_files.PyAVVideo.frames, threading.Event()
 
     def waiting(self, *args):
         for frame in frames(self, *args):
@@ -540,7 +535,7 @@ def test_an_encoder_that_fails_ends_the_call(monkeypatch):
         raise RuntimeError("out of memory")
 
     before = threading.active_count()
-    monkeypatch.setattr(video_reading.PyAVVideo, "frames", waiting)
+    monkeypatch.setattr(video_files.PyAVVideo, "frames", waiting)
     with pytest.raises(RuntimeError, match="out of memory"):
         MossVLVideoProcessor(num_frames=150, **SMALL).extract(CLIP, encoder=encoder, num_extract_threads=1)
     assert 8 <= len(read) < 150 and threading.active_count() == before
@@ -682,7 +677,7 @@ def test_gigantic_and_thin_frames(make, tmp_path):
 
 
 def test_all_videos_are_looked_at_before_one_is_decoded(make, processor, monkeypatch):
-    monkeypatch.setattr(video_reading.PyAVVideo, "frames", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(video_files.PyAVVideo, "frames", lambda *args: pytest.fail("decoded"))
     good = make("h264.mp4")
     for bad, error, message in (
         ("missing.mp4", FileNotFoundError, "no such video file: 'missing.mp4'"),
@@ -1012,9 +1007,9 @@ def test_decord_meets_golden():
 
 
 def test_which_decoder(monkeypatch, make):
-    assert isinstance(open_video(make("h264.mp4")), video_reading.PyAVVideo)
+    assert isinstance(open_video(make("h264.mp4")), video_files.PyAVVideo)
     monkeypatch.setitem(sys.modules, "av", None)
-    assert isinstance(open_video(make("h264.mp4")), video_reading.DecordVideo)
+    assert isinstance(open_video(make("h264.mp4")), video_files.DecordVideo)
     with pytest.raises(ImportError, match="pip install av"):
         open_video(make("h264.mp4"), backend="pyav")
     monkeypatch.setitem(sys.modules, "decord", None)
