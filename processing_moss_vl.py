@@ -28,12 +28,12 @@ from .options import FIXED, FIXED_TEMPLATE, FIXED_TEXT, REFUSED, drop_fixed
 from .patches import join_patches
 from .processor_keywords import (
     CALL_OPTIONS,
-    GENERATION_TAG,
     NESTED_KWARGS,
     SortedOptions,
     check_template_variables,
     merge_once,
     read_grid_name,
+    require_generation_tags,
     sort_options,
 )
 from .processor_loading import PROCESSOR_SETTINGS, is_in_pipeline, load_parts, make_tokenizer_portable
@@ -361,7 +361,8 @@ class MossVLProcessor(ProcessorMixin):
                 video_fps = total_num_frames / duration
             if not video_fps or not video_fps > 0:
                 raise ValueError(
-                    f"video_fps must be above 0, or duration and total_num_frames be given; got video_fps={video_fps!r}"
+                    "video_fps must be above 0, or duration and total_num_frames be given; got "
+                    f"video_fps={video_fps!r}"
                 )
             times = [float(i) / video_fps for i in frames_indices]
         if duration:
@@ -401,26 +402,21 @@ class MossVLProcessor(ProcessorMixin):
         template = self._find_template(chat_template)
         is_batch = _is_batch(conversation)
         conversations = [read_messages(messages) for messages in (conversation if is_batch else [conversation])]
-        if return_assistant_tokens_mask and not GENERATION_TAG.search(template):
-            raise ValueError(
-                "return_assistant_tokens_mask needs a chat template that marks what the assistant says with "
-                "{% generation %} and {% endgeneration %}; this one does not. Add the marks to chat_template.jinja, or pass "
-                "chat_template="
-            )
         call, variables = self._split_template_kwargs(kwargs, processor_kwargs)
-        self._check_template_variables(template, variables, {"tools": tools, "documents": documents})
+        template_arguments = {"tools": tools, "documents": documents}
+        check_template_variables(template, variables, self._call_names(), template_arguments)
+        if return_assistant_tokens_mask:
+            require_generation_tags(template)
         if not tokenize:
             on_tokens = {"return_dict": return_dict, "return_tensors": return_tensors, **call}
             _refuse_without_tokens({**on_tokens, "return_assistant_tokens_mask": return_assistant_tokens_mask})
         texts, answer_spans = render_jinja_template(
             conversations=[for_template(messages) for messages in conversations],
-            tools=tools,
-            documents=documents,
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
-            **{**self.tokenizer.special_tokens_map, **variables},
+            **{**self.tokenizer.special_tokens_map, **variables, **template_arguments},
         )
         if not tokenize:
             return texts if is_batch else texts[0]
@@ -438,7 +434,8 @@ class MossVLProcessor(ProcessorMixin):
         template = templates.get(name or "default", name)
         if template is None:
             raise ValueError(
-                "this processor has no chat template; pass chat_template=, or add chat_template.jinja to the checkpoint"
+                "this processor has no chat template; pass chat_template=, or add chat_template.jinja to the "
+                "checkpoint"
             )
         return template
 
@@ -454,9 +451,6 @@ class MossVLProcessor(ProcessorMixin):
         call = {name: value for name, value in kwargs.items() if name in known or (name in REFUSED and value is None)}
         variables = {name: value for name, value in kwargs.items() if name not in call}
         return merge_once(call, processor_kwargs or {}, "processor_kwargs"), variables
-
-    def _check_template_variables(self, template: str, variables: dict, arguments: dict) -> None:
-        check_template_variables(template, variables, self._call_names(), arguments)
 
     def _with_assistant_masks(self, texts: list[str], answer_spans: list, return_tensors, call: dict) -> BatchFeature:
         """The output of a call with `assistant_masks`: 1 for tokens of the assistant. They are made as labels, in

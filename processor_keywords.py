@@ -147,6 +147,16 @@ def check_template_variables(template: str, variables: Mapping, known: set[str],
         raise ValueError(f"apply_chat_template: unknown keyword {name!r}; {hint}")
 
 
+def require_generation_tags(template: str) -> None:
+    """Raises ValueError if a chat template does not mark the text of the assistant."""
+    if not GENERATION_TAG.search(template):
+        raise ValueError(
+            "return_assistant_tokens_mask needs a chat template that marks what the assistant says with "
+            "{% generation %} and {% endgeneration %}; this one does not. Add the marks to chat_template.jinja, or "
+            "pass chat_template="
+        )
+
+
 def _variables_of(template: str) -> set[str]:
     try:
         from jinja2 import Environment, meta
