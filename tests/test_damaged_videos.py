@@ -17,7 +17,7 @@ from moss_vl.video_reading import open_video
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_truncated_gives_what_there_is(suffix, header_first, tmp_path, warnings):
+def test_a_truncated_video_gives_the_frames_it_has(suffix, header_first, tmp_path, warnings):
     whole = header_first if suffix == "mp4" else copy_packets(LONG, tmp_path / "whole.mkv")
     path = shortened(whole, tmp_path / f"short.{suffix}")
     clip = MossVLVideoProcessor().extract(path)[0]
@@ -27,13 +27,13 @@ def test_truncated_gives_what_there_is(suffix, header_first, tmp_path, warnings)
     assert clip.grid[0] == 5
     whole_frames = {number: image for number, _, image in open_video(LONG).frames(clip.metadata.frames_indices, [])}
     got = {number: image for number, _, image in open_video(path).frames(clip.metadata.frames_indices[:-1], [])}
-    assert all(np.array_equal(got[number], whole_frames[number]) for number in got)  # the last one may be half there
+    assert all(np.array_equal(got[number], whole_frames[number]) for number in got)  # the last one may be incomplete
     assert len(warnings) == 1 and path.name in warnings[0] and "ends early" in warnings[0]
 
 
 @pytest.mark.parametrize("at, length, seed", [(0.3, 20, 1), (0.5, 4000, 2), (0.6, 1, 3), (0.8, 30000, 4)])
 def test_damaged_middle(at, length, seed, header_first, tmp_path, warnings):
-    """What comes is what a plain decode salvages, whatever the number of threads, with one warning."""
+    """With any number of threads the frames are those of a plain decode, with one warning."""
     path = damaged(header_first, tmp_path / "damaged.mp4", at, length, seed)
     clips = [MossVLVideoProcessor(video_fps=4.0, **SMALL).extract(path, num_extract_threads=n)[0] for n in (1, 2, 5)]
     assert len(warnings) in (0, 3) and all(path.name in text and "damaged" in text for text in warnings)
@@ -55,7 +55,7 @@ def test_damaged_middle(at, length, seed, header_first, tmp_path, warnings):
 
 
 def test_damaged_keyframe(make, tmp_path, warnings):
-    """The frames behind a lost keyframe are those of a plain decode; nothing wrong is put in their place."""
+    """After a lost keyframe, frames are those of a plain decode, or missing."""
     with av.open(str(make("h264.mp4"))) as container:
         packets = [p for p in container.demux(container.streams.video[0]) if p.size]
     lost = [p for p in packets if p.is_keyframe][2]
@@ -71,7 +71,7 @@ def test_damaged_keyframe(make, tmp_path, warnings):
     assert [shown[clips[0].metadata.frames_indices.index(i)] for i in (0, 7, 19, 35)] == [0, 7, 19, 35]
 
 
-def test_nothing_to_decode(make, tmp_path):
+def test_a_video_without_decodable_packets(make, tmp_path):
     data = bytearray(make("h264.mp4").read_bytes())
     start = data.index(b"mdat") + 4
     data[start : data.index(b"moov") - 4] = bytes(data.index(b"moov") - 4 - start)
@@ -80,7 +80,7 @@ def test_nothing_to_decode(make, tmp_path):
         MossVLVideoProcessor().plan(tmp_path / "zeros.mp4")
 
 
-def test_damage_never_hangs_or_leaks_other_errors(make, tmp_path):
+def test_damage_never_hangs_and_raises_only_value_errors(make, tmp_path):
     rng = random.Random(7)
     processor = MossVLVideoProcessor(num_frames=6, num_extract_threads=2, **SMALL)
     for name in (

@@ -11,20 +11,20 @@ from moss_vl import video_files, video_reading
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
-def levels_as_features(levels, grid, mean, std):
-    """An encoder that shows what it was given: the four patches of a merge block side by side."""
-    assert levels.dtype == torch.uint8 and len(levels) == np.prod(grid) and mean == std == (0.5, 0.5, 0.5)
-    return levels.view(-1, 4 * levels.shape[1]).float()
+def pixels_as_features(pixels, grid, mean, std):
+    """An encoder that returns its input: the four patches of a merge block in one row."""
+    assert pixels.dtype == torch.uint8 and len(pixels) == np.prod(grid) and mean == std == (0.5, 0.5, 0.5)
+    return pixels.view(-1, 4 * pixels.shape[1]).float()
 
 
-def same_clips(processor, video, **knobs):
-    """The clips of a video whose features are those of its patches."""
-    plain = processor.extract(video, **knobs)
-    encoded = processor.extract(video, encoder=levels_as_features, **knobs)
+def same_clips(processor, video, **options):
+    """The clips of a video, after checking that their features are made of their patches."""
+    plain = processor.extract(video, **options)
+    encoded = processor.extract(video, encoder=pixels_as_features, **options)
     for one, other in zip(plain, encoded, strict=True):
         assert (one.grid, one.timestamps, one.metadata) == (other.grid, other.timestamps, other.metadata)
         assert other.patches is None and torch.equal(
-            other.features, levels_as_features(one.patches, one.grid, (0.5,) * 3, (0.5,) * 3)
+            other.features, pixels_as_features(one.patches, one.grid, (0.5,) * 3, (0.5,) * 3)
         )
     return plain
 
@@ -44,7 +44,8 @@ def test_encoded_frames_are_those_of_the_patches(threads, count):
 
 
 def test_damaged_frames_are_not_encoded(make, header_first, tmp_path):
-    """Frames that nothing comes of, frames that stand in for others, keyframes that are none: each as without an encoder."""
+    """Missing frames, frames that stand in for others, and untrue keyframes: the result is the same as without an
+    encoder."""
     for at, length, seed in ((0.5, 4000, 2), (0.8, 30000, 4)):
         path = damaged(header_first, tmp_path / f"{seed}.mp4", at, length, seed)
         assert same_clips(MossVLVideoProcessor(video_fps=4.0, **SMALL), path, num_extract_threads=3)[0].grid[0] % 8
@@ -55,7 +56,7 @@ def test_damaged_frames_are_not_encoded(make, header_first, tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_frames_are_encoded_while_others_are_decoded(threads, monkeypatch):
-    """Decoding waits in the middle of each thread's share until a group was encoded."""
+    """Decoding waits in the middle of each thread's frames until a group was encoded."""
     encoded, frames = threading.Event(), video_reading.GivenFrames.frames
 
     def waiting(self, wanted, *args):
@@ -63,9 +64,9 @@ def test_frames_are_encoded_while_others_are_decoded(threads, monkeypatch):
             assert number != 12 or encoded.wait(20), "nothing is encoded before everything is decoded"
             yield frame
 
-    def encoder(levels, grid, mean, std):
+    def encoder(pixels, grid, mean, std):
         encoded.set()
-        return levels_as_features(levels, grid, mean, std)
+        return pixels_as_features(pixels, grid, mean, std)
 
     monkeypatch.setattr(video_reading.GivenFrames, "frames", waiting)
     pictures = np.random.default_rng(0).integers(0, 256, (32, 64, 64, 3), dtype=np.uint8)

@@ -41,7 +41,7 @@ def test_right_frames_at_right_times(name, make):
     assert (video.height, video.width) == truth[0][1].shape[:2]
     assert video.problems == []
     times = [time for time, _ in truth]
-    if times[0] is None or times != sorted(times):  # raw.h264 says 25 a second, h264.avi is constant
+    if times[0] is None or times != sorted(times):  # raw.h264 has a nominal rate of 25, h264.avi a constant rate
         times = [i / (25 if times[0] is None else 30) for i in range(total)]
     assert np.allclose(video.times, times, atol=1e-9)
     rng = random.Random(0)
@@ -75,7 +75,7 @@ def test_real_times_of_a_variable_rate(make, processor):
     assert constant.timestamps == pytest.approx([i / 30 for i in constant.metadata.frames_indices])
 
 
-QUARTERS = {  # display matrix -> what becomes of the stored picture
+QUARTERS = {  # display matrix -> how the stored frame is shown
     (0, 1, -1, 0): lambda x: np.rot90(x, 3),
     (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
     (0, -1, 1, 0): lambda x: np.rot90(x, 1),
@@ -95,8 +95,9 @@ def test_rotation_tag(matrix, make, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 @pytest.mark.parametrize("codec, options", [("libx264", "open_gop=1:bframes=3:"), ("libx265", "")])
-def test_jumps(codec, options, suffix, tmp_path, monkeypatch):
-    """Far apart frames are reached by one jump each, or where the container jumps badly (MPEG-TS) by reading on; never decoded through."""
+def test_distant_frames_are_reached_by_seeking(codec, options, suffix, tmp_path, monkeypatch):
+    """Distant frames are reached by one seek each, or by reading on if the container seeks badly (MPEG-TS). Frames in
+    between are not decoded."""
     key = "x264-params" if codec == "libx264" else "x265-params"
     options = {
         key: options
@@ -118,8 +119,8 @@ def test_jumps(codec, options, suffix, tmp_path, monkeypatch):
     assert len(fed) < 300
 
 
-def test_keyframe_flags_that_lie(make, tmp_path):
-    """An mp4 without its table of sync samples calls every sample a keyframe."""
+def test_untrue_keyframe_flags(make, tmp_path):
+    """An mp4 without its table of sync samples flags every sample as a keyframe."""
     path = tmp_path / "lies.mp4"
     path.write_bytes(make("h264_open_gop.mp4").read_bytes().replace(b"stss", b"free"))
     clip = MossVLVideoProcessor(num_frames=9, **SMALL).extract(path, num_extract_threads=3)[0]
@@ -152,7 +153,7 @@ def test_sources_give_the_same(make, processor):
         assert torch.equal(clip.patches, expected.patches) and clip.timestamps == expected.timestamps
 
 
-def test_file_objects_stay_open_where_they_were(make, processor):
+def test_file_objects_stay_open_and_keep_their_position(make, processor):
     expected = processor.extract(make("h264.mp4"), num_frames=3)[0].patches
     memory = io.BytesIO(make("h264.mp4").read_bytes())
     memory.seek(0, io.SEEK_END)
@@ -164,19 +165,19 @@ def test_file_objects_stay_open_where_they_were(make, processor):
             assert source.tell() == position and not source.closed
 
 
-def test_http_only_where_allowed(processor):
+def test_downloads_need_permission(processor):
     with pytest.raises(ValueError, match="allow_http"):
         processor.plan("https://example.invalid/video.mp4")
 
 
-def test_names_that_mean_something_to_ffmpeg(make, tmp_path, monkeypatch):
+def test_file_names_that_look_like_protocols_of_ffmpeg(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("concat:a.mp4", "pipe:0", "-i.mp4"):
         Path(name).write_bytes(make("h264.mp4").read_bytes())
         assert len(open_video(name).times) == 40
 
 
-def test_playlists_reach_nothing(tmp_path):
+def test_playlists_open_no_other_file(tmp_path):
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/video.ts\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.m3u8").write_text(playlist)
     for source in (
@@ -213,9 +214,14 @@ def test_not_a_video(backend, tmp_path):
         with pytest.raises(error, match=name):
             processor.plan(tmp_path / name)
     for source, message in (
-        (b"", "of 0 bytes is empty"), (b"no video", "is not a video that"), (7, "from a int"), ({"video_path": None}, "holds its source under"),
-        ({"pth": "x"}, "did you mean 'path'"), ([], "no video given"), ({"video": []}, "has no frames"),
-    ):  # fmt: skip
+        (b"", "of 0 bytes is empty"),
+        (b"no video", "is not a video that"),
+        (7, "from a int"),
+        ({"video_path": None}, "holds its source under"),
+        ({"pth": "x"}, "did you mean 'path'"),
+        ([], "no video given"),
+        ({"video": []}, "has no frames"),
+    ):
         with pytest.raises(ValueError, match=message):
             processor.plan(source)
 
@@ -244,7 +250,7 @@ def test_gigantic_and_thin_frames(make, tmp_path):
         open_video(np.zeros((2, 2, 500, 3), np.uint8), {"fps": 1})
 
 
-def test_all_videos_are_looked_at_before_one_is_decoded(make, processor, monkeypatch):
+def test_all_videos_are_probed_before_one_is_decoded(make, processor, monkeypatch):
     monkeypatch.setattr(video_files.PyAVVideo, "frames", lambda *args: pytest.fail("decoded"))
     good = make("h264.mp4")
     for bad, error, message in (
@@ -259,7 +265,7 @@ def test_all_videos_are_looked_at_before_one_is_decoded(make, processor, monkeyp
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "variable.mp4", "late.mkv", "one.mp4", "h264_open_gop.mp4"])
-def test_decord(name, make):
+def test_decord_reads_the_same_frames(name, make):
     video = open_video(make(name), backend="decord")
     ours = open_video(make(name))
     assert np.allclose(video.times, ours.times, atol=2e-3) and video.duration == pytest.approx(ours.duration, abs=2e-3)
@@ -269,7 +275,7 @@ def test_decord(name, make):
             assert np.array_equal(a, b)
 
 
-def test_which_decoder(monkeypatch, make):
+def test_choice_of_the_decoder(monkeypatch, make):
     assert isinstance(open_video(make("h264.mp4")), video_files.PyAVVideo)
     monkeypatch.setitem(sys.modules, "av", None)
     assert isinstance(open_video(make("h264.mp4")), video_files.DecordVideo)

@@ -20,40 +20,40 @@ from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 @pytest.mark.parametrize("name", ["12_segments", "15_video_fps2", "22_video_budget_1e6"])
 def test_golden_videos(name):
-    case, videos, levels = golden_case(name)
+    case, videos, pixels = golden_case(name)
     out = MossVLVideoProcessor(**case["video_config"])(videos, return_metadata=True, **case["kwargs"])
     assert out["video_grid_thw"].tolist() == case["grid_thw"]
     assert [dict(metadata) for metadata in out["video_metadata"]] == case["video_metadata"]
-    off = np.abs(out["pixel_values_videos"].numpy() * 127.5 + 127.5 - levels).max()
-    assert off <= 3.01, f"{off} levels off; 3 are the difference between decoders"
+    difference = np.abs(out["pixel_values_videos"].numpy() * 127.5 + 127.5 - pixels).max()
+    assert difference <= 3.01, f"a difference of {difference}; decoders differ by up to 3"
 
 
 @pytest.mark.parametrize("video", [CLIP, LONG])
 def test_pixels_are_exact_from_given_frames(processor, video):
     arrays = np.load(GOLDEN / "processing" / f"frames_{video.stem}.npz")
     frames, times = arrays["rgb_u8_thwc"], arrays["pts"].tolist()
-    # the 5 frames that stand before the image of case 04, the 9 that are the end of case 05
-    levels = (
+    # the 5 frames before the image of case 04, the last 9 frames of case 05
+    pixels = (
         golden_case("04_mixed_video_image")[2][: 5 * 320]
         if video is CLIP
         else golden_case("05_batch_right_pad")[2][-9 * 416 :]
     )
     clip = processor.extract([frames], video_metadata={"timestamps": times})[0]
     assert clip.timestamps == times
-    assert np.array_equal(clip.patches.numpy(), levels)
+    assert np.array_equal(clip.patches.numpy(), pixels)
 
 
-def test_decord_meets_golden():
-    case, videos, levels = golden_case("22_video_budget_1e6")
+def test_decord_meets_the_golden_values():
+    case, videos, pixels = golden_case("22_video_budget_1e6")
     out = MossVLVideoProcessor(**case["video_config"], video_backend="decord")(videos, return_metadata=True)
     assert [dict(metadata) for metadata in out["video_metadata"]] == case["video_metadata"]
-    assert np.abs(out["pixel_values_videos"].numpy() * 127.5 + 127.5 - levels).max() <= 3.01
+    assert np.abs(out["pixel_values_videos"].numpy() * 127.5 + 127.5 - pixels).max() <= 3.01
 
 
 # options
 
 
-def test_by_hand_call(processor):
+def test_call_of_the_video_processor(processor):
     size = {"shortest_edge": 1024, "longest_edge": 20000}
     out = processor(str(CLIP), video_fps=2, max_frames=4, size=size, return_metadata=True, return_tensors="pt")
     metadata = out["video_metadata"][0]
@@ -74,7 +74,7 @@ def test_by_hand_call(processor):
 
 
 @pytest.mark.parametrize(
-    "knobs, message",
+    "options, message",
     [
         ({"video_fps": 0}, "video_fps"),
         ({"video_fps": -1.0}, "video_fps"),
@@ -114,12 +114,12 @@ def test_by_hand_call(processor):
         ({"return_tensors": "tf"}, "return_tensors"),
     ],
 )
-def test_impossible_knobs(knobs, message, processor):
+def test_wrong_options(options, message, processor):
     with pytest.raises(ValueError, match=message):
-        processor("missing.mp4", **knobs)
+        processor("missing.mp4", **options)
 
 
-def test_knobs_act_for_one_call(processor):
+def test_options_act_for_one_call(processor):
     before = processor.to_dict()
     options = {"size": {"shortest_edge": 1024, "longest_edge": 9000}, "num_frames": 3, "frame_extract_num_threads": 1}
     videos = [str(CLIP)]
@@ -164,7 +164,7 @@ def test_two_calls_at_once(processor, make):
     assert wrong == []
 
 
-def test_full_frames_are_not_kept(tmp_path):
+def test_memory_holds_few_full_frames(tmp_path):
     path = write_video(tmp_path / "large.mp4", count=40, size=(960, 640), options={"preset": "ultrafast"})
     processor = MossVLVideoProcessor(
         num_frames=40, num_extract_threads=1, size={"shortest_edge": 1024, "longest_edge": 8192}
@@ -179,16 +179,16 @@ def test_full_frames_are_not_kept(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_inference_mode(threads):
-    """Decoding threads write into what was made in the caller's mode."""
+    """Decoding threads write into tensors that were made in the caller's mode."""
     processor = MossVLVideoProcessor(num_frames=6, frame_extract_num_threads=threads, **SMALL)
     expected = processor(str(CLIP))
     with torch.inference_mode():
-        seen = processor(str(CLIP))
-    assert torch.equal(seen["pixel_values_videos"].clone(), expected["pixel_values_videos"])
+        got = processor(str(CLIP))
+    assert torch.equal(got["pixel_values_videos"].clone(), expected["pixel_values_videos"])
 
 
-def test_decoded_frames_do_not_wait_for_the_garbage_collector():
-    """Each holds its picture and the threads that converted it."""
+def test_decoded_frames_are_freed_without_the_garbage_collector():
+    """A frame holds its pixels and the threads that converted it."""
 
     def living():
         return sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
@@ -199,7 +199,7 @@ def test_decoded_frames_do_not_wait_for_the_garbage_collector():
     try:
         processor = MossVLVideoProcessor(num_frames=30, frame_extract_num_threads=1, video_backend="pyav", **SMALL)
         processor(str(CLIP))
-        assert living() - before <= 1  # the one whose orientation was read
+        assert living() - before <= 1  # the frame whose orientation was read
     finally:
         gc.enable()
 
@@ -227,7 +227,7 @@ def test_saved_and_loaded(tmp_path):
     assert MossVLVideoProcessor.from_pretrained(tmp_path).resolve({}) == processor.resolve({})
 
 
-def test_constructor_refuses_what_it_does_not_know():
+def test_constructor_refuses_unknown_arguments():
     with pytest.raises(ValueError, match="did you mean 'video_fps'"):
         MossVLVideoProcessor(video_fp=2)
     with pytest.raises(ValueError, match="both"):

@@ -60,7 +60,7 @@ def test_sample_indices(total, count, expected):
         (256, [5.0], [256]),
         (10, [5.0, 5.0], [5, 5]),
         (10, [1.0, 3.0], [3, 7]),
-        (11, [1.0, 1.0], [6, 5]),  # the earlier one gets what is left over
+        (11, [1.0, 1.0], [6, 5]),  # ties go to the earlier one
         (10, [1.0, 1.0, 1.0], [4, 3, 3]),
         (3, [9.0, 1.0, 1.0], [1, 1, 1]),
         (8, [0.0, 0.0, 2.0], [1, 1, 6]),
@@ -87,7 +87,7 @@ def test_segment_times():
         (1080, 1920, 4, 4096, 500_000, 201326592, (512, 928)),  # one frame over the limit
         (10, 10, 1, 4096, 16777216, 201326592, (64, 64)),  # too small: grows
         (20, 900, 2, 4096, 16777216, 201326592, (32, 896)),
-        (64, 64, 50, 4096, 16777216, 50_000, (64, 64)),  # the share would make frames too small: they grow back
+        (64, 64, 50, 4096, 16777216, 50_000, (64, 64)),  # the share would make frames too small: they grow again
     ],
 )
 def test_fit_video_size(height, width, frames, low, high, share, expected):
@@ -97,7 +97,7 @@ def test_fit_video_size(height, width, frames, low, high, share, expected):
 # segments
 
 
-def test_segments_show_what_is_on_screen(processor):
+def test_segments_take_the_frames_on_screen(processor):
     segments = [[0.5, 3.0], (4.2,), [0.0, 0.1], [1.0, 1.5]]
     clips = processor.extract({"video_path": str(CLIP), "segments": segments}, video_fps=2.0)
     assert [clip.grid[0] for clip in clips] == [5, 1, 1, 1]
@@ -155,7 +155,7 @@ def test_segments_outside_are_clamped_with_one_warning(processor, warnings):
         ("0-3", "segments must be"),
     ],
 )
-def test_impossible_segments(segments, message, processor):
+def test_wrong_segments(segments, message, processor):
     with pytest.raises(ValueError, match=message):
         processor.plan({"video_path": str(CLIP), "segments": segments})
 
@@ -176,18 +176,18 @@ def test_videos_of_a_sample_share_max_frames(processor):
         processor.plan([CLIP, LONG], max_frames=1)
 
 
-def test_limits(processor):
-    def count(**knobs):
-        return len(processor.plan(CLIP, **knobs)[0].indices)
+def test_limits_of_the_number_of_frames(processor):
+    def count(**options):
+        return len(processor.plan(CLIP, **options)[0].indices)
 
     assert count(video_fps=100) == 150
     assert count(video_fps=100, max_frames=12) == 12
     assert count(video_fps=0.01, min_frames=4) == 4
-    assert count(video_fps=100, video_max_pixels=40960) == 10  # 4096 pixels a frame at least
+    assert count(video_fps=100, video_max_pixels=40960) == 10  # at least 4096 pixels per frame
     assert count(num_frames=7) == 7
 
 
-def test_two_videos_are_each_alone_but_for_the_limits(processor):
+def test_two_videos_share_only_the_limits(processor):
     both = processor.extract([CLIP, LONG])
     alone = [processor.extract(video)[0] for video in (CLIP, LONG)]
     for a, b in zip(both, alone, strict=True):

@@ -1,4 +1,4 @@
-"""Videos of numbered frames in many containers and codecs, and what tests of videos share."""
+"""Videos of numbered frames in many containers and codecs, and fixtures for tests of videos."""
 
 import json
 import logging
@@ -33,19 +33,19 @@ def processor():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """The warnings of the two rooms, as texts."""
+    """The warnings of all modules that read videos, as texts."""
     texts = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())
-    for room in (clip_decoding, video_sampling, video_reading):
-        room.logger.addHandler(handler)
+    for module in (clip_decoding, video_sampling, video_reading):
+        module.logger.addHandler(handler)
     yield texts
-    for room in (clip_decoding, video_sampling, video_reading):
-        room.logger.removeHandler(handler)
+    for module in (clip_decoding, video_sampling, video_reading):
+        module.logger.removeHandler(handler)
 
 
 def numbers(clip, height, width, merge=2, patch=16):
-    """What the frames of a clip of numbered frames show."""
+    """The numbers in the frames of a clip of numbered frames."""
     t, rows, columns = clip.grid
     blocks = clip.patches.view(t, rows // merge, columns // merge, merge, merge, 3, patch, patch)
     images = blocks.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, height, width, 3)
@@ -73,7 +73,7 @@ def copied(name, **options):
 
 
 WHOLE = list(range(40))
-# name: how it is made, the frames that are shown
+# name: (function that writes the file, numbers of the frames shown)
 KINDS = {
     "h264.mp4": (lambda path: write_video(path, options=X264_CLOSED), WHOLE),
     "h264_open_gop.mp4": (lambda path: write_video(path, options=X264_OPEN), WHOLE),
