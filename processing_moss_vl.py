@@ -134,7 +134,7 @@ class MossVLProcessor(ProcessorMixin):
         self.time_end_token_id = self._special_id(self.time_end_token)
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        """Checks parts by their methods: transformers would look up their classes by name."""
+        """Checks parts by their methods. transformers would look for their classes by name, and not find these."""
         if argument_name == "tokenizer":
             fits, expected = isinstance(argument, PreTrainedTokenizerBase), "a tokenizer"
         elif argument_name == "image_processor":
@@ -151,7 +151,7 @@ class MossVLProcessor(ProcessorMixin):
             raise ValueError(
                 f"the tokenizer has no special token {token!r}; add it with "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{token!r}, ...]}}), or take the "
-                "checkpoint's own tokenizer"
+                "checkpoint's tokenizer"
             )
         return index
 
@@ -194,7 +194,7 @@ class MossVLProcessor(ProcessorMixin):
 
         Returns `input_ids` and `attention_mask` [B, T]; `pixel_values` float32 [P, 3 * t * p * p] and `grid_thw`
         [media, 3], all media in the order of the text; `media_nums_per_sample`, a list of ints; `cross_attention_mask`
-        bool [B, 1, T, F], True = hidden, unless it is switched off or the rows are lists of unequal lengths; with
+        bool [B, 1, T, F], True = not visible, unless it is switched off or the rows are lists of unequal lengths; with
         `labels_spans` also `labels` [B, T]. With `do_normalize=False` `pixel_values` are uint8, a quarter of the
         bytes, and the model normalises them by `image_mean` and `image_std`.
 
@@ -278,7 +278,7 @@ class MossVLProcessor(ProcessorMixin):
         """`pixel_values`, or with an encoder `image_features`, and the grids of all media. Frees the patches of the
         media.
 
-        A sample without media gets a blank medium of zeros, which no token sees.
+        A sample without media gets a blank medium of zeros, which is visible to no token.
         """
         blank = self._blank_medium(samples, image_options)
         media = [(medium, medium is blank) for sample in samples for medium in sample.media or [blank]]

@@ -176,7 +176,7 @@ def _as_group(kind: str, media) -> list:
 
 
 def _pair_with_metadata(kind: str, groups: list[list], metadata) -> list[list[tuple]]:
-    """The groups with (medium, metadata) in place of each medium."""
+    """The groups, each medium with its metadata: lists of (medium, metadata)."""
     flat = [medium for group in groups for medium in group]
     for medium in flat:
         if not _is_one(kind, medium):

@@ -115,7 +115,7 @@ def _check_lengths(padding, options: dict, tokenizer: PreTrainedTokenizerBase) -
     if tokenizer.pad_token_id is None:
         raise ValueError("padding needs a tokenizer with a pad_token; set tokenizer.pad_token")
     if padding == "max_length" and "max_length" not in options and tokenizer.model_max_length > 1e20:
-        raise ValueError("padding='max_length' needs max_length; the tokenizer has no longest length of its own")
+        raise ValueError("padding='max_length' needs max_length; the tokenizer has no model_max_length")
 
 
 # rows
@@ -263,10 +263,12 @@ def _pad(rows: dict[str, list], options: TextOptions, values: dict) -> dict[str,
     return {name: [fill(row, values[name]) for row in lists] for name, lists in rows.items()}
 
 
-def frame_mask(input_ids: list[list[int]], attention_mask: list[list[int]], image_token: int, frames: int):
-    """bool [B, 1, T, F], True = hidden, from rows of equal length.
+def frame_mask(
+    input_ids: list[list[int]], attention_mask: list[list[int]], image_token: int, frames: int
+) -> torch.Tensor:
+    """bool [B, 1, T, F], True = not visible, from rows of equal length.
 
-    A token sees as many frames as there are image tokens at or before it; padding sees none.
+    As many frames are visible to a token as there are image tokens at or before it; none are visible to padding.
     """
     ids, attended = torch.tensor(input_ids), torch.tensor(attention_mask)
     visible = (ids == image_token).cumsum(1) * attended  # [B, T], number of visible frames

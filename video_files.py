@@ -151,7 +151,7 @@ class _PacketScan:
 
 @dataclass(frozen=True)
 class _StreamFacts:
-    """What the header of a container says about a video stream."""
+    """Facts about a video stream from the header of its container."""
 
     codec: str
     time_base: Fraction  # seconds per tick
@@ -309,7 +309,7 @@ class PyAVVideo(Video):
         return stream
 
     def _packets(self, container, stream, problems: list[str]):
-        """Yields the packets of a stream. Continues after damaged places."""
+        """Yields the packets of a stream. Continues after damaged data."""
         failures = 0
         while failures < MAX_FAILURES:
             try:
@@ -320,7 +320,7 @@ class PyAVVideo(Video):
                 return
             except self._av.error.FFmpegError as error:
                 failures += 1
-                problems.append(f"unreadable place: {error.strerror}")
+                problems.append(f"unreadable data: {error.strerror}")
 
     def _decode(self, context, packet, problems: list[str]) -> list:
         """The frames that the decoder returns after `packet` (None: the frames it still holds); none if the packet is
@@ -339,8 +339,8 @@ class PyAVVideo(Video):
         if data is None:
             return None
         a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-        is_half_turn = abs(a) + abs(d) >= abs(b) + abs(c)
-        return [a, 0, 0, d] if is_half_turn else [0, b, c, 0]
+        same_axes = abs(a) + abs(d) >= abs(b) + abs(c)
+        return [a, 0, 0, d] if same_axes else [0, b, c, 0]
 
     def _rgb(self, frame) -> np.ndarray:
         """uint8 [h, w, 3], upright, transparency on white."""

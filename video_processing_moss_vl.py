@@ -163,7 +163,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         counts = {name: positive_int(name, pick(name)) for name in count_names}
         if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1 and used:
             raise ValueError(
-                f"temporal_patch_size must be 1, got {pick('temporal_patch_size')!r}: every frame has its own time"
+                f"temporal_patch_size must be 1, got {pick('temporal_patch_size')!r}: every frame has one time"
             )
         if used and counts["video_max_pixels"] < low:
             raise ValueError(
@@ -254,8 +254,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             video_metadata: for decoded frames, one mapping, or a mapping or None per video.
             **options: the options for videos (options.py). `video_fps` may be a list with one entry per video. Options
             of one video
-                hold for that video alone; its own `max_frames` or `video_max_pixels` does not change the shares of
-                other videos.
+                hold for that video alone; a `max_frames` or `video_max_pixels` for one video does not change the
+                shares of other videos.
 
         Raises ValueError or FileNotFoundError if a video, a segment or an option is wrong.
         """

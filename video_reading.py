@@ -102,8 +102,8 @@ def read_frame_times(metadata: Mapping | None, total: int, name: str) -> FrameTi
         return _times_of_stamps(stamps, total, fps, duration, name)
     if source_total != total and not has_indices:
         raise ValueError(
-            f"{name}: video_metadata says total_num_frames {source_total}, and not which of them these are; expected "
-            f"frames_indices or timestamps beside it, or total_num_frames {total} and the fps at which they were taken"
+            f"{name}: video_metadata has total_num_frames {source_total} for {total} frames, without frames_indices; "
+            f"expected frames_indices or timestamps, or total_num_frames {total} and the fps at which they were taken"
         )
     return _times_of_rate(total, fps, duration, name)
 
@@ -129,8 +129,8 @@ def _times_of_rate(total: int, fps: float | None, duration: float | None, name: 
         )
     if duration is not None and abs(duration - total / fps) > 1 / fps:
         raise ValueError(
-            f"{name}: video_metadata says duration {duration:g}, but {total} frames at fps {fps:g} last "
-            f"{total / fps:g} s; expected the fps at which these were taken, or frames_indices or timestamps beside it"
+            f"{name}: video_metadata has duration {duration:g}, but {total} frames at fps {fps:g} last "
+            f"{total / fps:g} s; expected the fps at which these were taken, or frames_indices or timestamps"
         )
     return FrameTimes(np.arange(total) / fps, total / fps, given=False)
 
@@ -193,7 +193,7 @@ def open_video(
         return GivenFrames(source, metadata, name, allow_http)
     if metadata is not None:
         raise ValueError(
-            f"{name} is a file, which says itself when its frames are shown; video_metadata is for decoded frames"
+            f"{name} is a file, which holds the times of its frames; video_metadata is for decoded frames"
         )
     video_class = _video_class(backend)
     file, name = open_source(

@@ -25,7 +25,7 @@ from .video_reading import is_decoded, is_pair
 
 logger = logging.get_logger(__name__)
 
-# An option of the first set says how many frames are taken; one of the second set limits the number.
+# Options that set how many frames are taken, and options that limit the number.
 COUNT_OPTIONS = {"video_fps", "num_frames", "do_sample_frames"}
 COUNT_LIMITS = {"min_frames", "max_frames"}
 
@@ -116,7 +116,7 @@ class VideoRequest:
     explicit_segments: list[tuple[float, ...]] | None
     start: float | None  # video_start
     end: float | None  # video_end
-    default_count: bool  # True if no option of the call or the video says how many of its decoded frames are taken
+    default_count: bool  # True if neither the call nor the video sets how many decoded frames are taken
 
     @property
     def name(self) -> str:
@@ -189,8 +189,9 @@ def _source_name(source) -> str:
 
 
 def _check_count_options(call_options: Mapping, given: Mapping, name: str) -> None:
-    """Raises ValueError if the level that decides how many frames are taken says all of them and also a number, rate
-    or limit."""
+    """Raises ValueError if options take all frames and also set a number, a rate or a limit.
+
+    Only the level that sets the number of frames counts: the video's options, else the call's."""
     for level in (given, call_options):
         without_effect = [key for key in ("video_fps", "num_frames", "min_frames", "max_frames") if key in level]
         if level.get("do_sample_frames") is False and without_effect:

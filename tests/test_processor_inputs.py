@@ -301,7 +301,7 @@ def test_start_and_end_outside_the_video(processor, given):
     [
         (
             {"fps": 24.0, "duration": 10.0, "total_num_frames": 240},
-            "total_num_frames 240, and not which of them these are",
+            "total_num_frames 240 for 6 frames, without frames_indices",
         ),
         ({"fps": 24.0, "total_num_frames": 5}, "total_num_frames 5"),
         ({"fps": 24.0, "duration": 10.0}, "duration 10, but 6 frames at fps 24 last 0.25 s"),
