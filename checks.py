@@ -1,5 +1,4 @@
-"""Checks of arguments (numbers, flags, output formats), the nearest known name, and short forms of values for
-messages."""
+"""Checks of arguments (numbers, flags, output formats), and what messages need: nearest names, short values."""
 
 import difflib
 import math
@@ -15,8 +14,7 @@ def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
 
 
 def shorten(value, length: int = 100) -> str:
-    """A short `repr` for messages. Strings are cut after `length` characters, so that base64 data is never printed
-    whole."""
+    """A short `repr` for messages: strings, such as base64 data, are cut after `length` characters."""
     if isinstance(value, str):
         return repr(value) if len(value) <= length else f"{value[:length]!r}... ({len(value)} characters)"
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -72,8 +70,7 @@ def three_floats(name: str, value) -> tuple[float, float, float]:
 
 
 def tensor_format(return_tensors) -> str | None:
-    """`return_tensors` as "pt", "np" or None; an enum member counts as its value. Raises ValueError for anything
-    else."""
+    """`return_tensors` (or the value of an enum member): "pt", "np" or None. Raises ValueError otherwise."""
     kind = getattr(return_tensors, "value", return_tensors)
     if kind not in (None, "pt", "np"):
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}")

@@ -106,8 +106,7 @@ class MossVLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict, **kwargs):
-        """Settings among the keyword arguments override those of the file. Unknown keys of the file are dropped with a
-        warning."""
+        """Keyword arguments override settings of the file. Drops unknown keys of the file with a warning."""
         kwargs, given = split_keywords(kwargs, cls)
         return super().from_dict(merge_settings(known_settings(image_processor_dict, cls), given), **kwargs)
 
@@ -143,8 +142,7 @@ class MossVLImageProcessor(BaseImageProcessor):
         )
 
     def check(self, images, **options) -> None:
-        """Raises ValueError for options of a call, or of one image in the list `images`, that are wrong or do not fit.
-        Opens nothing."""
+        """Raises ValueError for wrong options of a call or of one image in the list `images`. Opens nothing."""
         self.resolve(options)
         for image in images:
             self.resolve(layered(options, read_medium("image", image)[1]))
@@ -227,8 +225,7 @@ class MossVLImageProcessorFast(MossVLImageProcessor):
 
 
 def flat_images(images) -> list:
-    """One image, an array [n, h, w, channels], or nested lists of images -> a flat list. Raises ValueError if it is
-    empty."""
+    """One image, an array [n, h, w, channels], or nested lists -> a flat list. ValueError if it is empty."""
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         images = split_array(images)
     if not isinstance(images, (list, tuple)):

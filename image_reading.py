@@ -231,8 +231,7 @@ def probe_image(source, *, what: str = "image", allow_http: bool = False, unit: 
 
 
 def load_image(source, *, what: str = "image", allow_http: bool = False) -> Image.Image:
-    """The image upright in RGB, transparency on white, the first frame of an animation. Sources and errors:
-    `probe_image`."""
+    """The image in RGB: upright, on white, first frame of an animation. Sources and errors: `probe_image`."""
     return Image.fromarray(probe_image(source, what=what, allow_http=allow_http).read())
 
 
@@ -320,8 +319,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [h, w, 3] of an RGB image, copied in strips: Pillow's own conversion holds several copies of what it
-    converts."""
+    """uint8 [h, w, 3] of an RGB image. Copies strips, because Pillow holds several copies of what it converts."""
     out = np.empty((image.height, image.width, 3), np.uint8)
     for first in range(0, image.height, STRIP):
         out[first : first + STRIP] = image.crop((0, first, image.width, min(first + STRIP, image.height)))

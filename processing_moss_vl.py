@@ -251,8 +251,7 @@ class MossVLProcessor(ProcessorMixin):
                 )
 
     def _decode_media(self, sample: Sample, options: SortedOptions, encoder: Encoder | None) -> None:
-        """Decodes the media of one sample. Pixel limits are shared within a sample, so that other samples do not
-        matter."""
+        """Decodes the media of one sample. Samples do not share pixel limits."""
         images, videos = [], []
         if sample.images:
             resolved = self.image_processor.resolve(options.images)
@@ -293,8 +292,7 @@ class MossVLProcessor(ProcessorMixin):
         return {**join_patches(parts, call.as_uint8), call.grid_name: grids}
 
     def _blank_medium(self, samples: list[Sample], options: ImageOptions) -> Medium:
-        """Zeros of `BLANK_SIDE` x `BLANK_SIDE` pixels. Raises ValueError if images and videos have patches of
-        different sizes."""
+        """A medium of zeros. Raises ValueError if images and videos have patches of different sizes."""
         widths = {m.patches.shape[1] for sample in samples for m in sample.media if m.patches is not None}
         if len(widths) > 1:
             raise ValueError(
@@ -453,8 +451,7 @@ class MossVLProcessor(ProcessorMixin):
         return merge_once(call, processor_kwargs or {}, "processor_kwargs"), variables
 
     def _with_assistant_masks(self, texts: list[str], answer_spans: list, return_tensors, call: dict) -> BatchFeature:
-        """The output of a call with `assistant_masks`: 1 for tokens of the assistant. They are made as labels, in
-        which -1 is no token."""
+        """The output of a call with `assistant_masks`: 1 for tokens of the assistant, made from labels."""
         spans = {"labels_spans": [list(spans) for spans in answer_spans]}
         call = {**merge_once(call, spans, "return_assistant_tokens_mask"), "ignore_index": -1}
         out = self(text=list(texts), return_tensors=return_tensors, **call)
@@ -469,8 +466,7 @@ class MossVLProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        """The parts of a checkpoint folder (see `load_parts`); in a pipeline also the arguments that leave the frame
-        mask out."""
+        """The parts of a checkpoint folder, and in a pipeline the arguments that leave the frame mask out."""
         parts = load_parts(pretrained_model_name_or_path, kwargs)
         chat_template, return_cross_attention_mask = None, False
         return [*parts, chat_template, return_cross_attention_mask] if is_in_pipeline(kwargs) else [*parts]
@@ -482,8 +478,7 @@ class MossVLProcessor(ProcessorMixin):
         return {name: value for name, value in out.items() if name not in defaults or value != defaults[name]}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Writes a folder that transformers 4.57 and 5 load: settings, tokenizer, chat template, and the code
-        files."""
+        """Writes settings, tokenizer, chat template and code files, for transformers 4.57 and 5."""
         hub = {
             name: kwargs.pop(name) for name in list(kwargs) if name not in ("save_jinja_files", "legacy_serialization")
         }

@@ -32,8 +32,7 @@ GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class SortedOptions:
-    """The options of a call by who takes them, under the names of options.py. None is never a value: it means not
-    given."""
+    """The options of a call by who takes them, under the names of options.py, without those that are None."""
 
     text: dict
     images: dict
@@ -89,8 +88,7 @@ def _read_flat(flat: dict, known: set[str]) -> dict:
 
 
 def merge_once(options: dict, others: Mapping, where: str) -> dict:
-    """Both together, without None. Raises ValueError for a name that both give; `where` says where `others` come
-    from."""
+    """Both together, without None. Raises ValueError for a name in both; `where`: the source of `others`."""
     for name in others:
         if others[name] is not None and options.get(name) is not None:
             raise ValueError(f"{name} is given twice, the second time as {where}")

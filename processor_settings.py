@@ -84,8 +84,7 @@ def split_keywords(kwargs: dict, cls: type) -> tuple[dict, dict]:
 
 
 def merge_settings(settings: dict, given: dict) -> dict:
-    """The settings of a file, overridden by those that are given. A given pixel limit replaces that of the file under
-    any name."""
+    """Settings of a file, overridden by given ones. A given pixel limit replaces the other names of the limit."""
     given = {name: value for name, value in given.items() if value is not None}
     size, given_size = dict(settings.get("size") or {}), dict(given.pop("size", None) or {})
     merged = dict(settings)

@@ -57,8 +57,7 @@ class Sample:
 
 
 def read_samples(text, labels_spans) -> list[Sample]:
-    """The samples of a call, without media. Raises ValueError if `text` is not a string or a list of strings, or if
-    spans are wrong."""
+    """The samples of a call, without media. Raises ValueError if `text` or `labels_spans` is malformed."""
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"text must be a string or a list of strings with at least one, got {text!r:.200}")
@@ -206,8 +205,7 @@ def _check_count(kind: str, pairs: list[tuple], wanted: int, where: str) -> None
 
 
 def _take(kind: str, queue: list[tuple], wanted: int) -> list[tuple]:
-    """Removes the media for this many placeholders from the queue. The segments of one video may be split between two
-    samples."""
+    """Removes media for this many placeholders from the queue. Segments of one video may be split."""
     taken = []
     while wanted:
         (medium, metadata), clips = queue[0], clips_of(kind, queue[0][0])

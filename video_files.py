@@ -49,20 +49,17 @@ class Video:
         return len(self.times) / self.duration
 
     def real_times(self) -> np.ndarray | None:
-        """`times` if they differ from number / rate: given by the caller, or off by more than one frame (variable
-        rate)."""
+        """`times` if the caller gave them or if they differ from number / rate by more than a frame; else None."""
         error = np.abs(self.times - np.arange(len(self.times)) / self.rate).max()
         return self.times if self.given_times or error > 1 / self.rate else None
 
     def shown_at(self, seconds: np.ndarray) -> np.ndarray:
-        """Numbers of the frames on screen at these times. Each frame starts up to 1 ms early, because containers round
-        times."""
+        """Numbers of the frames on screen at these times. Frames start up to 1 ms early: containers round times."""
         early = min(1e-3, 0.25 / self.rate)
         return np.clip(np.searchsorted(self.times, seconds + early, side="right") - 1, 0, None)
 
     def chunks(self, wanted: list[int], parts: int) -> list[list[int]]:
-        """Splits `wanted` (sorted) into at most `parts` lists that threads can read in parallel, with unchanged
-        frames."""
+        """Splits `wanted` (sorted) into at most `parts` lists that can be read in parallel, with the same result."""
         raise NotImplementedError
 
     def frames(
@@ -136,8 +133,7 @@ class _PacketScan:
             self.probed_pts.append(frame.pts)
 
     def has_steady_stamps(self) -> bool:
-        """Whether the time stamps of packets identify the frames: complete, without duplicates, decoding times
-        ascending."""
+        """Whether packets have complete and distinct time stamps, and ascending decoding times."""
         if None in self.pts:
             return False
         stamps = np.array(self.pts, np.int64)[~np.array(self.is_discarded)]
@@ -174,8 +170,7 @@ class _StreamFacts:
         )
 
     def ends_early(self, packets: int, frames: int, duration: float) -> str | None:
-        """A description of the damage if the file holds less than its header announces; `duration`: seconds of its
-        frames."""
+        """What is missing if the header announces more than the file holds. `duration`: seconds of its frames."""
         slack = 1.0 + 0.1 * self.announced if self.has_other_streams else 0.0
         longest = duration + slack + 1.5 * duration / frames
         if self.listed_packets <= packets and (self.listed_packets or self.announced <= longest):
@@ -243,8 +238,10 @@ class PyAVVideo(Video):
         super().__init__(name, times, duration, *size, problems)
 
     def _scan(self, container, stream, problems: list[str]) -> _PacketScan:
-        """Reads all packets. Decodes the first frame, and up to `PROBE_FRAMES` while the stream may have reordered
-        frames that do not show in the time stamps of packets."""
+        """Reads all packets and decodes the first frames.
+
+        One frame is enough if packets show whether frames are reordered; else up to `PROBE_FRAMES`.
+        """
         scan, context = _PacketScan(), stream.codec_context
         newest, reordered = None, not context.has_b_frames
         for packet in self._packets(container, stream, problems):
@@ -278,8 +275,7 @@ class PyAVVideo(Video):
         self._pts = self._stamps[self._shown].tolist() if by_stamp else None
 
     def _times(self, scan: _PacketScan, facts: _StreamFacts, steady: bool) -> tuple[np.ndarray, float]:
-        """(float64 [N], duration): from time stamps if they are steady, else at the nominal rate, or 25 without
-        one."""
+        """(float64 [N], duration): by time stamps if they are steady, else at the nominal rate (25 without one)."""
         tick, frame_seconds = float(facts.time_base), 1 / float(facts.rate or 25)
         if not steady:
             times, last_length = np.arange(len(self._shown)) * frame_seconds, frame_seconds
@@ -323,8 +319,7 @@ class PyAVVideo(Video):
                 problems.append(f"unreadable data: {error.strerror}")
 
     def _decode(self, context, packet, problems: list[str]) -> list:
-        """The frames that the decoder returns after `packet` (None: the frames it still holds); none if the packet is
-        damaged."""
+        """The frames that a packet completes (None: those still in the decoder); none if it is damaged."""
         try:
             return context.decode(packet)
         except self._av.error.FFmpegError as error:
@@ -333,8 +328,10 @@ class PyAVVideo(Video):
 
     @staticmethod
     def _display_matrix(frame) -> list[int] | None:
-        """(a, b, c, d) of the display matrix, x' = a x + c y and y' = b x + d y, reduced to a multiple of a quarter
-        turn: either b and c or a and d are 0."""
+        """(a, b, c, d) of the display matrix: x' = a x + c y, y' = b x + d y.
+
+        Reduced to quarter turns and mirror images: either b and c or a and d are 0.
+        """
         data = frame.side_data.get("DISPLAYMATRIX")
         if data is None:
             return None
@@ -510,8 +507,7 @@ class _PacketReader:
         return packet
 
     def _seek(self, number: int, problems: list[str]) -> bool:
-        """Seeks to the keyframe in packet `number`. False if the container lands after it, or before the current
-        position."""
+        """Seeks to the keyframe in packet `number`. False if the container lands after it or before `_next`."""
         target, here = self._video._stamps[number], self._video._stamps[self._next]
         try:
             self._container.seek(int(target), stream=self._stream)

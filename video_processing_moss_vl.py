@@ -125,8 +125,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
     @classmethod
     def from_dict(cls, video_processor_dict, **kwargs):
-        """Settings among the keyword arguments override those of the file. Unknown keys of the file are dropped with a
-        warning."""
+        """Keyword arguments override settings of the file. Drops unknown keys of the file with a warning."""
         kwargs, given = split_keywords(kwargs, cls)
         settings = known_settings(video_processor_dict, cls)
         if given.keys() & {"num_frames", "video_fps"}:
@@ -206,8 +205,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         return None, number
 
     def _read_requests(self, videos, video_metadata, options: dict) -> tuple[list[VideoRequest], VideoOptions]:
-        """The videos of a call with the options of each, and the options of the call. Raises ValueError for wrong
-        options."""
+        """The videos of a call with the options of each, and the options of the call. Raises ValueError."""
         videos = flat_videos(videos)
         options = read_options(drop_fixed(options, type(self).__name__), self.option_names, type(self).__name__)
         given_metadata = options.pop("video_metadata", None)

@@ -109,8 +109,7 @@ def read_frame_times(metadata: Mapping | None, total: int, name: str) -> FrameTi
 
 
 def _check_indices(metadata: Mapping, total: int, source_total: int | None, name: str) -> np.ndarray:
-    """The `frames_indices` [total], 0.. by default. `source_total`: the number of frames that they index, None if not
-    given."""
+    """The `frames_indices` [total], by default 0.. `source_total`: how many frames they index, if given."""
     indices = np.asarray(metadata.get("frames_indices", range(total)))
     if indices.shape != (total,):
         raise ValueError(
@@ -220,8 +219,7 @@ def _path_of_open_file(source):
 
 
 def _video_class(backend: str | None) -> type[Video]:
-    """The class for a `video_backend`; None: PyAV, or decord if only that is installed. Raises ImportError if it is
-    missing."""
+    """The class for a `video_backend`; None: PyAV, else decord. Raises ImportError if it is not installed."""
     if backend not in (None, "pyav", "decord"):
         raise ValueError(f"video_backend must be 'pyav' or 'decord', got {backend!r}")
     if backend != "decord":

@@ -71,8 +71,7 @@ def sample_indices(total: int, count: int) -> np.ndarray:
 
 
 def share_frames(total: int, lengths: list[float]) -> list[int]:
-    """Shares of `total` frames: one each, the rest in proportion to `lengths`, by largest remainder (ties: the earlier
-    one)."""
+    """Shares of `total`: 1 each, the rest in proportion to `lengths`, by largest remainder (ties: the first)."""
     rest, whole = total - len(lengths), sum(lengths)
     exact = [rest * length / whole if whole else rest / len(lengths) for length in lengths]
     shares = [math.floor(x) for x in exact]
@@ -329,8 +328,7 @@ class _ChosenFrames:
 
 
 def plan_clips(requests: list[VideoRequest], videos: list[Video], max_frames: int) -> list[ClipPlan]:
-    """The clips of one sample. `videos`: the opened video of each request; `max_frames`: the limit that all clips
-    share."""
+    """The clips of one sample. `videos`: of each request; `max_frames`: the limit that all clips share."""
     clips = [clip for request, video in zip(requests, videos, strict=True) for clip in _clips_of(request, video)]
     budgets = _frame_budgets(requests, clips, max_frames)
     chosen = [_choose_frames(clip, budget) for clip, budget in zip(clips, budgets, strict=True)]
@@ -351,8 +349,7 @@ def plan_clips(requests: list[VideoRequest], videos: list[Video], max_frames: in
 
 
 def _clips_of(request: VideoRequest, video: Video) -> list[_Clip]:
-    """The clips of a request. Raises ValueError for a segment outside the video, and warns of one that is partly
-    outside."""
+    """The clips of a request. Raises for a segment outside the video; warns of one that is partly outside."""
     segments = request.segments(video.duration)
     if segments is None:
         return [_Clip(request, video, None)]
