@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .attention import attend  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .checks import nearest_name  # noqa: F401
+    from .clip_decoding import decode_clips  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
     from .generation_batches import answer_turns  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
@@ -30,14 +31,24 @@ if TYPE_CHECKING:
     from .generation_queue import QueueServer  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
+    from .image_reading import probe_image  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
     from .options import OPTIONS  # noqa: F401
     from .patches import patchify  # noqa: F401
     from .pipeline_moss_vl import MossVLTextGenerationPipeline  # noqa: F401
     from .pretrained_model import MossVLPreTrainedModel  # noqa: F401
     from .processing_moss_vl import MossVLProcessor  # noqa: F401
+    from .processor_keywords import sort_options  # noqa: F401
+    from .processor_loading import load_parts  # noqa: F401
+    from .processor_settings import known_settings  # noqa: F401
+    from .resizing import fit_size  # noqa: F401
+    from .samples import Sample  # noqa: F401
+    from .text_rows import token_rows  # noqa: F401
+    from .threads import in_threads  # noqa: F401
+    from .video_files import Video  # noqa: F401
     from .video_processing_moss_vl import MossVLVideoProcessor  # noqa: F401
     from .video_reading import open_video  # noqa: F401
+    from .video_sampling import ClipPlan  # noqa: F401
     from .vision_encoder import MossVLVisionModel  # noqa: F401
     from .vision_sequence import VisionState  # noqa: F401
     from .xrope import xrope_rotary  # noqa: F401

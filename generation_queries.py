@@ -156,7 +156,7 @@ def read_query(model, processor, query, state, vision_chunked_length: int) -> Tu
     return Turn(
         messages=messages,
         text=text,
-        images=processor.image_processor.see(images, **images_kwargs) if images else images,
+        images=processor.image_processor.probe(images, **images_kwargs) if images else images,
         videos=videos,
         media_kwargs=media_kwargs,
         images_kwargs=images_kwargs,

@@ -33,8 +33,9 @@ from moss_vl.benchmarks.measuring import (
     table,
     write_json,
 )
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor, resize_uint8
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.patches import patchify
+from moss_vl.resizing import resize_uint8
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 from moss_vl.video_reading import open_video
 

@@ -1,4 +1,4 @@
-"""Small video files for tests. Each frame shows its own number, so that a test reads back which frame it was given."""
+"""Small video files for tests. Each frame shows its number, so that a test can read which frame it got."""
 
 import struct
 from fractions import Fraction
@@ -38,10 +38,22 @@ def read_number(image):
 
 
 def write_video(
-    path, count=40, rate=30, codec="libx264", options=None, pixels="yuv420p", size=(WIDTH, HEIGHT),
-    stamps=None, time_base=None, start=0, muxer=None, aspect=None, sound=False,
-):  # fmt: skip
-    """Encodes frames 0..count-1. `stamps`: their times in `time_base`; else one every 1 / rate, from frame time `start` on."""
+    path,
+    count=40,
+    rate=30,
+    codec="libx264",
+    options=None,
+    pixels="yuv420p",
+    size=(WIDTH, HEIGHT),
+    stamps=None,
+    time_base=None,
+    start=0,
+    muxer=None,
+    aspect=None,
+    sound=False,
+):
+    """Encodes frames 0..count-1. `stamps`: their times in `time_base`; by default one every 1 / rate, from frame time
+    `start`."""
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, pixels
@@ -62,7 +74,7 @@ def write_video(
 
 
 def write_sound(path):
-    """A second of tone, without any picture."""
+    """One second of a tone, without video."""
     with av.open(str(path), "w") as container:
         _write_tone(container, container.add_stream("pcm_s16le", rate=16000))
     return path
@@ -78,8 +90,8 @@ def _write_tone(container, stream):
 
 
 def copy_packets(source, path, first=None, muxer=None):
-    """The same packets in another container. With `first` (a frame), a cut there: from the keyframe before it on, at negative
-    times, which mp4 writes as an edit list (`-ss ... -c copy`)."""
+    """The same packets in another container. `first`: a frame to cut at, as `-ss ... -c copy` does; packets from the
+    keyframe before it have negative times, which mp4 stores as an edit list."""
     with av.open(str(source)) as old, av.open(str(path), "w", options=muxer or {}) as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)

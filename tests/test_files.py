@@ -1,4 +1,4 @@
-"""Settings files in all the forms they come in: limits under each of their names, tokenizers of either transformers, foreign classes."""
+"""Settings files: limits under all their names, tokenizers saved by both transformers versions, unknown classes."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
-from moss_vl.processing_moss_vl import _make_tokenizer_portable
+from moss_vl.processor_loading import make_tokenizer_portable
 from moss_vl.tools import install_into
 
 
@@ -30,28 +30,33 @@ GIVEN = {
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("in_file", IN_FILE)
-def test_a_limit_that_is_given_replaces_that_of_the_file_by_whatever_name(in_file, given):
-    knobs, expected = GIVEN[given]
+def test_a_given_limit_replaces_that_of_the_file_under_any_name(in_file, given):
+    options, expected = GIVEN[given]
     file = json.loads(json.dumps(IN_FILE[in_file]))
-    made = MossVLImageProcessor.from_dict(file, **json.loads(json.dumps(knobs)))
+    made = MossVLImageProcessor.from_dict(file, **json.loads(json.dumps(options)))
     assert (made.min_pixels, made.max_pixels) == expected
     assert file == IN_FILE[in_file], "the caller's settings stay as they are"
     again = MossVLImageProcessor.from_dict(made.to_dict())
     assert (again.min_pixels, again.max_pixels) == expected
 
 
-@pytest.mark.parametrize("config, expected", [
-    ({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]},
-     {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<a>"]}),
-    ({"tokenizer_class": "Qwen2Tokenizer"}, None),
-    ({"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image": "<a>"}}, None),
-    ({"extra_special_tokens": []}, {"additional_special_tokens": []}),
-])  # fmt: skip
-def test_a_tokenizer_s_file_is_put_so_that_both_versions_read_it(tmp_path, config, expected):
-    """What both read already stays to the letter."""
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (
+            {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]},
+            {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<a>"]},
+        ),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, None),
+        ({"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image": "<a>"}}, None),
+        ({"extra_special_tokens": []}, {"additional_special_tokens": []}),
+    ],
+)
+def test_the_config_of_a_tokenizer_is_rewritten_for_both_versions(tmp_path, config, expected):
+    """Entries that both versions read do not change."""
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(config | {"model_max_length": 7, "unk": "\u00e9"}), encoding="utf-8")
-    _make_tokenizer_portable(str(path))
+    make_tokenizer_portable(str(path))
     assert json.loads(path.read_text(encoding="utf-8")) == (config if expected is None else expected) | {
         "model_max_length": 7,
         "unk": "\u00e9",
@@ -69,8 +74,8 @@ def test_a_tokenizer_s_file_is_put_so_that_both_versions_read_it(tmp_path, confi
         None,
     ],
 )
-def test_classes_that_the_code_does_not_hold_are_replaced(tmp_path, foreign, capsys):
-    """Whether their file, the class in it, or the form of the name is not ours."""
+def test_unknown_classes_in_auto_map_are_replaced(tmp_path, foreign, capsys):
+    """The file, the class in it, or the form of the name may be unknown."""
     installer = install_into
     folder = tmp_path / "checkpoint"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Images: where they come from, their size, the resize, the order of patches, and what is refused."""
+"""The image processor: sources, sizes, the resize, the order of patches, options, and errors."""
 
 import base64
 import hashlib
@@ -15,16 +15,11 @@ import torch
 from conftest import GOLDEN
 from PIL import Image, PngImagePlugin
 
-from moss_vl import image_processing_moss_vl as room
-from moss_vl.image_processing_moss_vl import (
-    MossVLImageProcessor,
-    MossVLImageProcessorFast,
-    fit_size,
-    load_image,
-    open_source,
-    resize_uint8,
-)
+from moss_vl import image_processing_moss_vl, image_reading
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor, MossVLImageProcessorFast
+from moss_vl.image_reading import load_image, open_source
 from moss_vl.patches import normalise, patchify
+from moss_vl.resizing import fit_size, resize_uint8
 
 
 IMAGES = GOLDEN / "processing" / "images"
@@ -69,20 +64,20 @@ def test_golden_pixels(name):
         ((480, 640), (4096, 16777216), (480, 640)),
         ((37, 100), (4096, 16777216), (64, 128)),  # 32 x 96 is under 4096: beta 1.052, rounded up
         ((8, 8), (4096, 16777216), (64, 64)),
-        ((10, 2000), (4096, 16777216), (32, 928)),  # rounds to 0 rows: beta 0.4525
+        ((10, 2000), (4096, 16777216), (32, 928)),  # 10 / 32 rounds to 0 rows: beta 0.4525
         ((80, 48), (1, 16777216), (64, 64)),  # 2.5 and 1.5 blocks round to even
         ((3000, 4000), (4096, 1000000), (864, 1152)),  # beta 3.464
         ((3200, 20), (4096, 4096), (800, 32)),  # beta 3.953, at least one block
-        ((320, 320), (4096, 102400), (320, 320)),  # just at the limit
+        ((320, 320), (4096, 102400), (320, 320)),  # exactly at the limit
     ],
 )
 def test_fit_size(size, limits, expected):
     assert fit_size(*size, 32, *limits) == expected
 
 
-def grids(processor, shapes, **knobs):
+def grids(processor, shapes, **options):
     images = [np.zeros((*shape, 3), np.uint8) for shape in shapes]
-    return processor(images, **knobs)["image_grid_thw"].tolist()
+    return processor(images, **options)["image_grid_thw"].tolist()
 
 
 def test_images_of_a_sample_share_the_budget_by_area(processor):
@@ -99,16 +94,18 @@ def test_the_share_stays_within_the_limits_of_one_image(processor):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [{"min_pixels": 262144}, {"shortest_edge": 262144}, {"size": {"shortest_edge": 262144}}, {"min_pixels": 2.0**18}],
 )
-def test_names_of_the_lower_limit(processor, knobs):
-    assert grids(processor, [(64, 64)], **knobs) == [[1, 32, 32]]
+def test_names_of_the_lower_limit(processor, options):
+    assert grids(processor, [(64, 64)], **options) == [[1, 32, 32]]
 
 
-@pytest.mark.parametrize("knobs", [{"max_pixels": 16384}, {"longest_edge": 16384}, {"size": {"longest_edge": 16384}}])
-def test_names_of_the_upper_limit(processor, knobs):
-    assert grids(processor, [(640, 640)], **knobs) == [[1, 8, 8]]
+@pytest.mark.parametrize(
+    "options", [{"max_pixels": 16384}, {"longest_edge": 16384}, {"size": {"longest_edge": 16384}}]
+)
+def test_names_of_the_upper_limit(processor, options):
+    assert grids(processor, [(640, 640)], **options) == [[1, 8, 8]]
 
 
 # resize and patches
@@ -120,7 +117,7 @@ def cubic(x, a=-0.5):
 
 
 def resize_matrix(old, new):
-    """[new, old] weights of an antialiased cubic resize, written out by its definition."""
+    """[new, old] weights of an antialiased cubic resize, by its definition."""
     scale = old / new
     support = max(scale, 1.0)
     rows = np.zeros((new, old))
@@ -166,15 +163,15 @@ def test_patch_order(patch, merge, time):
 
 
 def test_normalise():
-    levels = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, -1)
+    values = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, -1)
     exact = (torch.arange(256, dtype=torch.float32) - 127.5) / 127.5
-    assert torch.equal(normalise(levels, HALF, HALF), exact.repeat(3)[None])
+    assert torch.equal(normalise(values, HALF, HALF), exact.repeat(3)[None])
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     per_channel = [(torch.arange(256, dtype=torch.float64) / 255 - m) / s for m, s in zip(mean, std, strict=True)]
-    torch.testing.assert_close(normalise(levels, mean, std).double(), torch.cat(per_channel)[None], atol=1e-6, rtol=0)
+    torch.testing.assert_close(normalise(values, mean, std).double(), torch.cat(per_channel)[None], atol=1e-6, rtol=0)
 
 
-# what an image may be
+# sources
 
 
 def test_all_sources_give_the_same_pixels(pixels, tmp_path):
@@ -188,32 +185,52 @@ def test_all_sources_give_the_same_pixels(pixels, tmp_path):
     with open(path, "rb") as file:
         file.seek(7)
         sources = [
-            str(path), path, path.as_uri(), data, bytearray(data), memoryview(data), io.BytesIO(data), at_end, file,
-            f"data:image/png;base64,{base}", f"data:;base64,{base.rstrip('=')}", "data:image/png," + "".join(f"%{b:02x}" for b in data),
-            image, image.convert("RGBA"), pixels, pixels.transpose(2, 0, 1), torch.from_numpy(pixels), torch.from_numpy(pixels).permute(2, 0, 1),
-            pixels.astype(np.int64), pixels.astype(np.float32), pixels / 255, torch.from_numpy(pixels / 255).float(),
-            pixels.astype(np.uint16) * 257, pixels[:, ::-1][:, ::-1], np.dstack([pixels, np.full((48, 80), 255, np.uint8)]),
-        ]  # fmt: skip
+            str(path),
+            path,
+            path.as_uri(),
+            data,
+            bytearray(data),
+            memoryview(data),
+            io.BytesIO(data),
+            at_end,
+            file,
+            f"data:image/png;base64,{base}",
+            f"data:;base64,{base.rstrip('=')}",
+            "data:image/png," + "".join(f"%{b:02x}" for b in data),
+            image,
+            image.convert("RGBA"),
+            pixels,
+            pixels.transpose(2, 0, 1),
+            torch.from_numpy(pixels),
+            torch.from_numpy(pixels).permute(2, 0, 1),
+            pixels.astype(np.int64),
+            pixels.astype(np.float32),
+            pixels / 255,
+            torch.from_numpy(pixels / 255).float(),
+            pixels.astype(np.uint16) * 257,
+            pixels[:, ::-1][:, ::-1],
+            np.dstack([pixels, np.full((48, 80), 255, np.uint8)]),
+        ]
         for source in sources:
             assert np.array_equal(np.asarray(load_image(source)), pixels), repr(source)[:80]
         assert file.tell() == 7 and at_end.tell() == len(data)
 
 
 @pytest.mark.parametrize("strip", [1, 32, 48, 1000])
-def test_pictures_are_handed_over_by_strips(monkeypatch, pixels, strip):
-    monkeypatch.setattr(room, "STRIP", strip)
-    assert np.array_equal(room._pixels(Image.fromarray(pixels)), pixels)
+def test_pixels_are_copied_in_strips(monkeypatch, pixels, strip):
+    monkeypatch.setattr(image_reading, "STRIP", strip)
+    assert np.array_equal(image_reading._pixels(Image.fromarray(pixels)), pixels)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_images_of_a_sample_are_read_in_threads(monkeypatch, processor, tmp_path, threads):
-    """In their order, also where a PIL image is given several times: Pillow reads a file's pixels when they are first asked for."""
-    monkeypatch.setattr(room, "IMAGE_THREADS", threads)
+    """In their order, also if a PIL image is given several times: Pillow reads the pixels of a file on first use."""
+    monkeypatch.setattr(image_processing_moss_vl, "IMAGE_THREADS", threads)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    images, lot = [], np.random.default_rng(1)
+    images, rng = [], np.random.default_rng(1)
     for number in range(8):
         images.append(tmp_path / f"{number}.png")
-        Image.fromarray(lot.integers(0, 256, (32 + 32 * (number % 3), 64, 3), dtype=np.uint8)).save(images[-1])
+        Image.fromarray(rng.integers(0, 256, (32 + 32 * (number % 3), 64, 3), dtype=np.uint8)).save(images[-1])
     expected = [processor([image], return_tensors="pt")["pixel_values"] for image in images]
     opened = Image.open(images[3])
     got = processor([*images, opened, opened, opened], return_tensors="pt")["pixel_values"]
@@ -244,7 +261,7 @@ def test_modes():
 
 def test_exif_rotation(pixels):
     upright = Image.fromarray(pixels)
-    stored = {  # orientation tag -> how the picture lies in the file
+    stored = {  # orientation tag -> the image as it is stored
         1: upright,
         2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         3: upright.transpose(Image.Transpose.ROTATE_180),
@@ -261,7 +278,7 @@ def test_exif_rotation(pixels):
             assert np.array_equal(np.asarray(load_image(encoded(image, kind, exif=exif))), pixels), (tag, kind)
 
 
-def test_rotated_image_has_the_grid_of_what_is_seen(processor):
+def test_a_rotated_image_has_the_grid_of_the_upright_image(processor):
     exif = Image.Exif()
     exif[0x0112] = 6
     assert processor(encoded(Image.new("RGB", (128, 64)), "JPEG", exif=exif))["image_grid_thw"].tolist() == [[1, 8, 4]]
@@ -280,11 +297,11 @@ def test_lists_and_arrays_of_images(processor, pixels):
         assert torch.equal(out["pixel_values"], torch.cat([one, one])) and len(out["image_grid_thw"]) == 2
 
 
-# what is refused
+# errors
 
 
 def png_header(width, height) -> bytes:
-    """A PNG of this size that has no pixels: only its header may be read."""
+    """A PNG of this size without pixels: only its header can be read."""
     file = io.BytesIO()
     PngImagePlugin.putchunk(
         file, b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
@@ -346,23 +363,23 @@ def test_bad_images(processor, source, message):
         processor(source)
 
 
-def test_a_bomb_is_refused_by_its_header_and_pillow_is_left_alone(monkeypatch):
+def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch):
     before = Image.MAX_IMAGE_PIXELS
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some programs do
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # some programs set this
         patch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
         with pytest.raises(ValueError, match="20000 x 10000"):
             load_image(png_header(20000, 10000))
     assert Image.MAX_IMAGE_PIXELS == before
 
 
-def test_nothing_is_decoded_where_a_later_image_is_missing(processor, monkeypatch):
-    monkeypatch.setattr(room, "_pil_rgb", lambda *_: pytest.fail("decoded"))
+def test_nothing_is_decoded_if_a_later_image_is_missing(processor, monkeypatch):
+    monkeypatch.setattr(image_reading, "_pil_rgb", lambda *_: pytest.fail("decoded"))
     with pytest.raises(FileNotFoundError):
         processor([PHOTO, "gone.png"])
 
 
-def test_200_to_1_is_still_taken(processor):
+def test_200_to_1_is_accepted(processor):
     assert processor(np.zeros((8, 1600, 3), np.uint8))["image_grid_thw"].tolist() == [[1, 2, 58]]
 
 
@@ -418,11 +435,11 @@ def test_download(server, processor):
         open_source(f"{server}/slow", what="image", allow_http=True, timeout=0.3)
 
 
-# knobs
+# options
 
 
 @pytest.mark.parametrize(
-    "knobs, message",
+    "options, message",
     [
         ({"max_pixel": 1000}, "'max_pixel'; did you mean 'max_pixels'"),
         ({"video_fps": 1}, "unknown keyword 'video_fps'"),
@@ -448,25 +465,31 @@ def test_download(server, processor):
         ({"return_tensors": "tf"}, "'pt', 'np' or None"),
     ],
 )
-def test_bad_knobs(processor, knobs, message):
+def test_bad_options(processor, options, message):
     with pytest.raises(ValueError, match=message):
-        processor(PHOTO, **knobs)
+        processor(PHOTO, **options)
     if (
-        "return_tensors" not in knobs
+        "return_tensors" not in options
         and "unknown keyword 'video_fps'" != message
         and "did you mean 'max_pixels'" not in message
     ):
         with pytest.raises(ValueError, match=message):
-            MossVLImageProcessor(**knobs)
+            MossVLImageProcessor(**options)
 
 
-def test_knobs_act_for_one_call(processor):
+def test_options_act_for_one_call(processor):
     before = json.loads(processor.to_json_string())
     plain = processor(PHOTO)["pixel_values"]
     changed = {
-        "max_pixels": 16384, "multi_image_max_pixels": 16384, "patch_size": 8, "merge_size": 4, "temporal_patch_size": 2,
-        "image_mean": (0.1, 0.2, 0.3), "image_std": [0.5, 0.6, 0.7], "min_pixels": 1048576,
-    }  # fmt: skip
+        "max_pixels": 16384,
+        "multi_image_max_pixels": 16384,
+        "patch_size": 8,
+        "merge_size": 4,
+        "temporal_patch_size": 2,
+        "image_mean": (0.1, 0.2, 0.3),
+        "image_std": [0.5, 0.6, 0.7],
+        "min_pixels": 1048576,
+    }
     for name, value in changed.items():
         other = processor(PHOTO, **{name: value})["pixel_values"]
         assert other.shape != plain.shape or not torch.equal(other, plain), name
@@ -474,7 +497,7 @@ def test_knobs_act_for_one_call(processor):
     assert torch.equal(processor(PHOTO, **dict.fromkeys(changed))["pixel_values"], plain)
 
 
-def test_two_threads_with_other_knobs(processor):
+def test_two_threads_with_different_options(processor):
     sizes = [2**i for i in range(12, 18)]
     alone = {size: processor(PHOTO, max_pixels=size)["pixel_values"] for size in sizes}
     wrong = []

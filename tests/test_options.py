@@ -11,7 +11,7 @@ from conftest import ROOT
 from golden_cases import CLIP, FOLDER, LARGE, PHOTO, SHORT, SMALL, make_processor
 from PIL import Image
 
-from moss_vl import video_processing_moss_vl
+from moss_vl import video_sampling
 from moss_vl.checks import shorten
 from moss_vl.options import FIXED_TEXT, OPTIONS, REFUSED, layered, names_of, read_options
 from moss_vl.processing_moss_vl import MossVLProcessor
@@ -336,7 +336,7 @@ def test_a_rate_per_video_over_a_batch(processor):
 
 def test_leaving_out_decoded_frames_is_a_warning(videos, monkeypatch):
     warnings = []
-    monkeypatch.setattr(video_processing_moss_vl.logger, "warning_once", lambda text: warnings.append(text))
+    monkeypatch.setattr(video_sampling.logger, "warning_once", lambda text: warnings.append(text))
     videos.plan([FRAMES], video_metadata={"fps": 4})
     assert (
         len(warnings) == 1

@@ -1,4 +1,4 @@
-"""Edges of the processors that examples pass by: exact limits, rounding, warnings, threads, first and last moments."""
+"""Edge cases of the processors: exact limits, rounding, first and last times, warnings, threads."""
 
 import io
 import logging
@@ -13,16 +13,14 @@ import torch
 from make_media import draw, write_video
 from PIL import Image
 
-from moss_vl import image_processing_moss_vl, video_processing_moss_vl
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor, fit_size, load_image, open_source, pixel_limits
-from moss_vl.video_processing_moss_vl import (
-    MossVLVideoProcessor,
-    fit_video_size,
-    frame_count,
-    read_segment,
-    segment_times,
-)
-from moss_vl.video_reading import Video, open_video, seconds_of
+from moss_vl import clip_decoding, image_processing_moss_vl, video_processing_moss_vl
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+from moss_vl.image_reading import load_image, open_source
+from moss_vl.resizing import fit_size, fit_video_size, pixel_limits
+from moss_vl.video_files import Video, seconds_of
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+from moss_vl.video_reading import open_video
+from moss_vl.video_sampling import frame_count, read_segment, segment_times
 
 
 # exact limits
@@ -31,48 +29,50 @@ from moss_vl.video_reading import Video, open_video, seconds_of
 @pytest.mark.parametrize(
     "height, width, low, high, expected",
     [
-        (64, 75, 1, 4096, (64, 64)),  # rounds to exactly the limit, from above
+        (64, 75, 1, 4096, (64, 64)),  # rounds down to exactly the limit
         (64, 75, 1, 4095, (32, 64)),
         (75, 64, 1, 4096, (64, 64)),
-        (50, 64, 4096, 9999, (64, 64)),  # rounds to exactly the limit, from below
+        (50, 64, 4096, 9999, (64, 64)),  # rounds up to exactly the limit
         (50, 64, 4097, 9999, (64, 96)),
         (80, 80, 4096, 4096, (64, 64)),
-        (300, 20, 1, 1024, (96, 32)),  # one side is at the factor already
+        (300, 20, 1, 1024, (96, 32)),  # one side is the factor already
         (17, 17, 1, 9999, (32, 32)),
     ],
 )
-def test_a_picture_at_its_limit(height, width, low, high, expected):
+def test_an_image_at_its_limit(height, width, low, high, expected):
     assert fit_size(height, width, 32, low, high) == expected
-    if high != 1024:  # of one frame, the two rules are the same
+    if high != 1024:  # for one frame, images and videos have the same rule
         assert fit_video_size(height, width, 1, 32, low, high, 10**9) == expected
 
 
 @pytest.mark.parametrize(
     "height, width, frames, low, high, share, expected",
     [
-        (64, 75, 3, 1, 10**6, 3 * 4096, (64, 64)),  # all frames make exactly the share
+        (64, 75, 3, 1, 10**6, 3 * 4096, (64, 64)),  # all frames have exactly the share
         (64, 75, 3, 1, 10**6, 3 * 4096 - 1, (32, 64)),
         (64, 75, 3, 1, 4096, 10**9, (64, 64)),
         (50, 64, 1, 4096, 10**6, 10**9, (64, 64)),
         (50, 64, 2, 2048, 10**6, 10**9, (64, 64)),
-        (20, 20, 4, 1024, 10**6, 10**9, (32, 32)),  # the clip as a whole and each frame are at the least
+        (20, 20, 4, 1024, 10**6, 10**9, (32, 32)),  # the clip and each frame have exactly the minimum
     ],
 )
 def test_a_clip_at_its_limit(height, width, frames, low, high, share, expected):
     assert fit_video_size(height, width, frames, 32, low, high, share) == expected
 
 
-def test_limits_may_meet_and_not_cross():
+def test_limits_may_be_equal_and_not_cross():
     assert pixel_limits({"shortest_edge": 5000, "longest_edge": 5000}) == (5000, 5000)
     with pytest.raises(ValueError, match="5001 is above longest_edge .* 5000"):
         pixel_limits({"shortest_edge": 5001, "longest_edge": 5000})
-    assert MossVLVideoProcessor(video_max_pixels=4096).video_max_pixels == 4096  # exactly one frame of the least size
+    assert (
+        MossVLVideoProcessor(video_max_pixels=4096).video_max_pixels == 4096
+    )  # exactly one frame of the minimum size
     with pytest.raises(ValueError, match="video_max_pixels 4095 does not hold one frame"):
         MossVLVideoProcessor(video_max_pixels=4095)
     assert MossVLVideoProcessor(min_frames=3, max_frames=3).resolve({"num_frames": 3}).num_frames == 3
 
 
-def test_the_thinnest_picture():
+def test_the_thinnest_image():
     processor = MossVLImageProcessor()
     for shape in ((1, 200, 3), (200, 1, 3), (2, 400, 3)):
         assert processor(np.zeros(shape, np.uint8))["image_grid_thw"].prod() > 0
@@ -88,18 +88,18 @@ def test_bytes_at_their_limit():
         open_source(url, what="image", max_bytes=3)
 
 
-def test_frames_at_a_whole_number():
-    """A rate that divides the length takes no frame more; the last frame of a segment is before its end."""
+def test_a_rate_that_divides_the_duration():
+    """It takes no extra frame; the last frame of a segment is before its end."""
     assert frame_count(5.0, 2.0, None, 1, 256) == 10 and frame_count(5.0 + 1e-7, 2.0, None, 1, 256) == 10
     assert frame_count(5.0 + 1e-5, 2.0, None, 1, 256) == 11 and frame_count(0.0, 1.0, None, 1, 256) == 1
     assert segment_times((1.0, 2.0), 2, 9.0).tolist() == [1.0, 1.5]
 
 
-# moments
+# times
 
 
 class Still(Video):
-    """Frames that are all there but those in `missing`, for which nothing is yielded, or the one before."""
+    """A video without the frames in `missing`: nothing is yielded for them, or with `stand_in` the frame before."""
 
     def __init__(self, times, duration, missing=(), stand_in=False):
         super().__init__("still.mp4", np.array(times, np.float64), duration, 64, 64)
@@ -118,7 +118,7 @@ class Still(Video):
 
 @pytest.mark.parametrize("rate, early", [(30, 1e-3), (250, 1e-3), (1000, 0.25e-3)])
 def test_a_frame_counts_from_a_millisecond_early(rate, early):
-    """Containers round time stamps to milliseconds; of very fast videos a quarter of a frame counts instead."""
+    """Containers round time stamps to milliseconds. In very fast videos a quarter of a frame counts instead."""
     video = Still(np.arange(10) / rate, 10 / rate)
     moments = np.arange(1, 10) / rate
     assert video.shown_at(moments - 0.9 * early).tolist() == list(range(1, 10))
@@ -141,7 +141,7 @@ def test_seconds_of_rounded_time_stamps():
         ([-0.1, 0, 1], "timestamp 0 is -0.1; expected seconds from 0 on"),
         ([0, 2, 1], "timestamp 2 is 1 after 2"),
         ([0, float("nan"), 1], "timestamp 1 is nan"),
-        ([0, 1], "expected 3 timestamps, one a frame, got 2"),
+        ([0, 1], "expected 3 timestamps, one per frame, got 2"),
         ([[0], [1], [2]], "got shape .3, 1."),
     ],
 )
@@ -151,21 +151,31 @@ def test_bad_time_stamps(times, message):
 
 
 def test_good_time_stamps():
-    video = open_video([draw(i) for i in range(3)], {"timestamps": [0, 0, 0.5]})  # from 0 on, and two may be equal
+    video = open_video([draw(i) for i in range(3)], {"timestamps": [0, 0, 0.5]})  # from 0; two may be equal
     assert video.times.tolist() == [0, 0, 0.5] and video.duration == 0.75
     assert open_video([draw(0)], {"timestamps": [2.0]}).times.tolist() == [2.0]
 
 
 def test_a_file_whose_first_stamp_is_negative(tmp_path):
-    """Times count from the first frame that is shown."""
+    """Times count from the first frame shown."""
     path = write_video(tmp_path / "early.mkv", count=10, rate=10, codec="ffv1", pixels="yuv420p", start=-3)
     video = open_video(path)
     assert video.times.tolist() == pytest.approx([i / 10 for i in range(len(video.times))]) and video.times[0] == 0
 
 
-@pytest.mark.parametrize("segment, message", [([1, 1], "is empty"), ([2, 1], "is reversed"), ([], "expected .start, end"), ([1, 2, 3], "expected .start, end"),
-                                              (["a"], "expected .start, end"), ([0, float("inf")], "expected .start, end"), (3, "expected .start, end")])  # fmt: skip
-def test_segments_that_are_none(segment, message):
+@pytest.mark.parametrize(
+    "segment, message",
+    [
+        ([1, 1], "is empty"),
+        ([2, 1], "is reversed"),
+        ([], "expected .start, end"),
+        ([1, 2, 3], "expected .start, end"),
+        (["a"], "expected .start, end"),
+        ([0, float("inf")], "expected .start, end"),
+        (3, "expected .start, end"),
+    ],
+)
+def test_malformed_segments(segment, message):
     with pytest.raises(ValueError, match=message):
         read_segment(segment, "x")
 
@@ -188,13 +198,13 @@ def warnings():
     texts = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())
-    video_processing_moss_vl.logger.addHandler(handler)
+    clip_decoding.logger.addHandler(handler)
     yield texts
-    video_processing_moss_vl.logger.removeHandler(handler)
+    clip_decoding.logger.removeHandler(handler)
 
 
-def test_missing_frames_are_told(warnings, monkeypatch):
-    """Also where the decoder reports nothing: one warning with both numbers."""
+def test_missing_frames_give_one_warning(warnings, monkeypatch):
+    """The warning has both numbers, also if the decoder reports nothing."""
     processor = MossVLVideoProcessor()
     video = Still(np.arange(8), 8.0)
     monkeypatch.setattr(video_processing_moss_vl, "open_video", lambda *_, **__: video)
@@ -202,35 +212,35 @@ def test_missing_frames_are_told(warnings, monkeypatch):
     for stand_in, timestamps in ((False, [0, 1, 2, 4, 5, 6, 7]), (True, [0, 1, 2, 4, 5, 6, 7])):
         video = Still(np.arange(8), 8.0, missing=(3,), stand_in=stand_in)
         assert processor.extract("still.mp4")[0].timestamps == timestamps
-        assert warnings == ["still.mp4 is damaged: 7 of the 8 frames asked for could be had"]
+        assert warnings == ["still.mp4 is damaged: 7 of the 8 frames asked for could be decoded"]
         warnings.clear()
     video = Still(np.arange(8), 8.0, missing=range(8))
     with pytest.raises(ValueError, match="none of the 8 frames asked for can be decoded"):
         processor.extract("still.mp4")
 
 
-# pictures
+# images
 
 
 def test_sixteen_bits_are_rounded():
-    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    expected = np.rint(levels / 257).astype(np.uint8)
-    assert np.array_equal(np.asarray(load_image(levels))[..., 0], expected)
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(values / 257).astype(np.uint8)
+    assert np.array_equal(np.asarray(load_image(values))[..., 0], expected)
     file = io.BytesIO()
-    Image.fromarray(levels).save(file, "PNG")
+    Image.fromarray(values).save(file, "PNG")
     assert np.array_equal(np.asarray(load_image(file))[..., 1], expected)
 
 
 def test_floats_are_rounded():
-    levels = np.linspace(0, 1, 64 * 64).reshape(64, 64).astype(np.float32)
-    assert np.array_equal(np.asarray(load_image(levels))[..., 2], np.rint(levels * 255).astype(np.uint8))
+    values = np.linspace(0, 1, 64 * 64).reshape(64, 64).astype(np.float32)
+    assert np.array_equal(np.asarray(load_image(values))[..., 2], np.rint(values * 255).astype(np.uint8))
     for low, high in ((-1e-3, 1), (0, 255.5), (0, float("nan"))):
         with pytest.raises(ValueError, match="expected 0..255"):
             load_image(np.array([[low, high]], np.float32))
 
 
 class Loading(Image.Image):
-    """A picture that notices when two threads load it at once, as Pillow's own do not bear."""
+    """An image that notices when two threads load it at once, which Pillow does not support."""
 
     def __init__(self, picture):
         super().__init__()
@@ -246,7 +256,7 @@ class Loading(Image.Image):
         return super().load()
 
 
-def test_a_picture_that_is_given_twice_is_loaded_by_one_thread_at_a_time(monkeypatch):
+def test_an_image_that_is_given_twice_is_loaded_by_one_thread_at_a_time(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     threads = set()
     resize = image_processing_moss_vl.resize_uint8
@@ -259,7 +269,9 @@ def test_a_picture_that_is_given_twice_is_loaded_by_one_thread_at_a_time(monkeyp
     monkeypatch.setattr(image_processing_moss_vl, "resize_uint8", noted)
     picture = Loading(Image.fromarray(draw(5)))
     out = MossVLImageProcessor()([picture] * 6)
-    assert picture.times >= 6 and picture.most == 1 and len(threads) > 1  # several threads, one of them in the picture
+    assert (
+        picture.times >= 6 and picture.most == 1 and len(threads) > 1
+    )  # several threads, of which one at a time loads
     assert len(set(map(tuple, out["image_grid_thw"].tolist()))) == 1
 
 
@@ -267,7 +279,7 @@ def test_a_picture_that_is_given_twice_is_loaded_by_one_thread_at_a_time(monkeyp
 
 
 def test_a_playlist_in_bytes_reaches_no_file(tmp_path, monkeypatch):
-    """FFmpeg itself would follow this one, as the first lines show."""
+    """FFmpeg itself would open the file, as the first assert shows."""
     write_video(tmp_path / "secret.mp4", count=3)
     monkeypatch.chdir(tmp_path)
     playlist = b"ffconcat version 1.0\nfile secret.mp4\n"

@@ -1,4 +1,5 @@
-"""What callers give the processors beside the plain cases: loading, limits of one kind, spans, metadata, padding, pipelines of objects."""
+"""Less common inputs of the processors: loading, limits of one kind of media, parts of videos, metadata, padding,
+pipelines."""
 
 import functools
 import http.server
@@ -55,11 +56,22 @@ def frames(count, size=(64, 64)):
 # loading
 
 
-@pytest.mark.parametrize("given", [
-    {"revision": "main"}, {"cache_dir": "x"}, {"token": "a"}, {"local_files_only": True}, {"force_download": False}, {"subfolder": ""},
-    {"proxies": {}}, {"use_auth_token": None}, {"revision": "main", "max_pixels": 60000},
-], ids=str)  # fmt: skip
-def test_arguments_of_the_hub_reach_no_processor(given):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"revision": "main"},
+        {"cache_dir": "x"},
+        {"token": "a"},
+        {"local_files_only": True},
+        {"force_download": False},
+        {"subfolder": ""},
+        {"proxies": {}},
+        {"use_auth_token": None},
+        {"revision": "main", "max_pixels": 60000},
+    ],
+    ids=str,
+)
+def test_keywords_of_the_hub_are_not_settings(given):
     for load in (
         functools.partial(AutoImageProcessor.from_pretrained, trust_remote_code=True),
         MossVLVideoProcessor.from_pretrained,
@@ -72,7 +84,7 @@ def test_arguments_of_the_hub_reach_no_processor(given):
 
 
 @pytest.mark.parametrize("make", [MossVLImageProcessor, MossVLVideoProcessor])
-def test_what_a_pipeline_passes_for_the_model_reaches_no_processor(make):
+def test_keywords_for_the_model_are_not_settings_in_a_pipeline(make):
     loaded = make.from_dict(
         {"patch_size": 16}, _from_pipeline="image-to-text", dtype="auto", revision="main", max_pixels=60000
     )
@@ -81,7 +93,7 @@ def test_what_a_pipeline_passes_for_the_model_reaches_no_processor(make):
         make.from_dict({"patch_size": 16}, dtype="auto")
 
 
-def test_downloads_are_allowed_by_who_loads_and_by_no_file(tmp_path):
+def test_downloads_are_allowed_by_the_caller_and_not_by_a_file(tmp_path):
     loaded = MossVLProcessor.from_pretrained(NANO, allow_http=True)
     parts = (loaded.image_processor, loaded.video_processor)
     assert all(part.resolve({}).allow_http and not part.resolve({"allow_http": False}).allow_http for part in parts)
@@ -164,7 +176,7 @@ def test_a_limit_is_set_as_an_attribute(make):
 # options of one kind
 
 
-def test_a_limit_is_held_against_the_media_that_are_there(processor):
+def test_a_limit_is_checked_only_for_media_that_are_given(processor):
     """moss-vl-nano: images of at least 50176 pixels, frames of 36864 to 50176."""
     assert processor(text="<|video|>", videos=VIDEO, num_frames=2, max_pixels=45000)["grid_thw"].tolist() == [
         [2, 12, 14]
@@ -183,27 +195,36 @@ def test_a_limit_is_held_against_the_media_that_are_there(processor):
         with pytest.raises(ValueError, match="50176 is above longest_edge"):
             processor(text=text, **media, max_pixels=40960)
     for text, given, message in (
-        ("no media", {"max_pixels": "big"}, "max_pixels must be a positive"), ("no media", {"min_pixels": 9, "max_pixels": 8}, "is above"),
-        ("no media", {"resized_height": 64}, "make a size together"), ("no media", {"fps": 0}, "video_fps must be"),
-    ):  # fmt: skip
+        ("no media", {"max_pixels": "big"}, "max_pixels must be a positive"),
+        ("no media", {"min_pixels": 9, "max_pixels": 8}, "is above"),
+        ("no media", {"resized_height": 64}, "make a size together"),
+        ("no media", {"fps": 0}, "video_fps must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             processor(text=text, **given)
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"padding_side": "left"}, "padding_side: no effect without padding"), ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: no effect"),
-    ({"padding": False, "padding_side": "left"}, "no effect"), ({"padding": "do_not_pad", "pad_to_multiple_of": 8}, "no effect"),
-    ({"do_sample": False}, "do_sample is an argument of generate.*generate_kwargs"), ({"top_p": 1.0}, "top_p is an argument of generate"),
-    ({"do_rescal": False}, r"unknown keyword 'do_rescal'; (?!did you mean 'do_rescale')"),
-], ids=str)  # fmt: skip
-def test_text_options_without_effect_and_those_of_generate(processor, given, message):
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"padding_side": "left"}, "padding_side: no effect without padding"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: no effect"),
+        ({"padding": False, "padding_side": "left"}, "no effect"),
+        ({"padding": "do_not_pad", "pad_to_multiple_of": 8}, "no effect"),
+        ({"do_sample": False}, "do_sample is an argument of generate.*generate_kwargs"),
+        ({"top_p": 1.0}, "top_p is an argument of generate"),
+        ({"do_rescal": False}, r"unknown keyword 'do_rescal'; (?!did you mean 'do_rescale')"),
+    ],
+    ids=str,
+)
+def test_text_options_without_effect_and_options_of_generate(processor, given, message):
     with pytest.raises(ValueError, match=message):
         processor(text="a", **given)
     with pytest.raises(ValueError, match=message):
         processor.apply_chat_template(CHATS[0], tokenize=True, add_generation_prompt=True, **given)
 
 
-def test_no_side_is_said_without_padding(processor):
+def test_no_padding_side_without_padding(processor):
     out = processor.apply_chat_template(
         CHATS[0], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
@@ -243,13 +264,21 @@ def test_media_as_bytes_beside_their_path(processor):
 # videos and frames
 
 
-@pytest.mark.parametrize("given, expected", [
-    ({"video_start": 5, "video_end": 99}, [5, 6, 7, 8, 9]), ({"video_end": 60}, list(range(10))), ({"video_start": -3}, list(range(10))),
-    ({"video_start": -2, "video_end": 2, "nframes": 4}, [0, 0.5, 1, 1.5]), ({"video_start": 9, "video_end": 10.5, "fps": 2}, [9, 9.5]),
-    ({"video_start": "8", "video_end": "99", "fps": "1"}, [8, 9]), ({"segments": [[8, 12]], "nframes": 4}, [8, 9, 9.967, 9.967]),
-], ids=str)  # fmt: skip
-def test_a_span_is_moved_into_the_video_before_it_is_sampled(processor, given, expected):
-    """Of a segment, the times of its frames are."""
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"video_start": 5, "video_end": 99}, [5, 6, 7, 8, 9]),
+        ({"video_end": 60}, list(range(10))),
+        ({"video_start": -3}, list(range(10))),
+        ({"video_start": -2, "video_end": 2, "nframes": 4}, [0, 0.5, 1, 1.5]),
+        ({"video_start": 9, "video_end": 10.5, "fps": 2}, [9, 9.5]),
+        ({"video_start": "8", "video_end": "99", "fps": "1"}, [8, 9]),
+        ({"segments": [[8, 12]], "nframes": 4}, [8, 9, 9.967, 9.967]),
+    ],
+    ids=str,
+)
+def test_start_and_end_are_clamped_before_sampling(processor, given, expected):
+    """For a segment, only the times of its frames are clamped."""
     [clip] = processor.video_processor.extract({"video": VIDEO, **given})
     assert clip.timestamps == pytest.approx(expected, abs=0.05)
     if "segments" not in given:
@@ -262,19 +291,30 @@ def test_a_span_is_moved_into_the_video_before_it_is_sampled(processor, given, e
     [{"video_start": 10}, {"video_start": 12}, {"video_end": 0}, {"video_start": -2, "video_end": -1}],
     ids=str,
 )
-def test_a_span_outside_the_video(processor, given):
+def test_start_and_end_outside_the_video(processor, given):
     with pytest.raises(ValueError, match="lies outside the video, which lasts 10 s"):
         processor(text="<|video|>", videos=VIDEO, **given)
 
 
-@pytest.mark.parametrize("metadata, message", [
-    ({"fps": 24.0, "duration": 10.0, "total_num_frames": 240}, "total_num_frames 240, and not which of them these are"),
-    ({"fps": 24.0, "total_num_frames": 5}, "total_num_frames 5"), ({"fps": 24.0, "duration": 10.0}, "duration 10, but 6 frames at fps 24 last 0.25 s"),
-    ({"fps": 1.0, "frames_indices": [0, 1, 2]}, "expected 6 frames_indices, one per frame"),
-    ({"timestamps": list(range(6)), "frames_indices": [0]}, "expected 6 frames_indices"),
-    ({"fps": 1.0, "frames_indices": [0, 1, 2, 3, 4, 9], "total_num_frames": 9}, "go up to 9, beyond total_num_frames 9"),
-    ({"fps": 1.0, "total_num_frames": "six"}, "total_num_frames must be a positive"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (
+            {"fps": 24.0, "duration": 10.0, "total_num_frames": 240},
+            "total_num_frames 240 for 6 frames, without frames_indices",
+        ),
+        ({"fps": 24.0, "total_num_frames": 5}, "total_num_frames 5"),
+        ({"fps": 24.0, "duration": 10.0}, "duration 10, but 6 frames at fps 24 last 0.25 s"),
+        ({"fps": 1.0, "frames_indices": [0, 1, 2]}, "expected 6 frames_indices, one per frame"),
+        ({"timestamps": list(range(6)), "frames_indices": [0]}, "expected 6 frames_indices"),
+        (
+            {"fps": 1.0, "frames_indices": [0, 1, 2, 3, 4, 9], "total_num_frames": 9},
+            "go up to 9, beyond total_num_frames 9",
+        ),
+        ({"fps": 1.0, "total_num_frames": "six"}, "total_num_frames must be a positive"),
+    ],
+    ids=str,
+)
 def test_metadata_that_contradict_the_frames(processor, metadata, message):
     for given in (
         metadata,
@@ -284,11 +324,20 @@ def test_metadata_that_contradict_the_frames(processor, metadata, message):
             processor.video_processor(videos=[frames(6)], do_sample_frames=False, video_metadata=[given])
 
 
-@pytest.mark.parametrize("metadata, expected", [
-    ({"fps": 2.0, "total_num_frames": 6, "duration": 3.0}, [0, 0.5, 1, 1.5, 2, 2.5]), ({"fps": 2.0, "duration": 2.8}, [0, 0.5, 1, 1.5, 2, 2.5]),
-    ({"fps": 24.0, "duration": 10.0, "total_num_frames": 240, "frames_indices": [0, 48, 96, 144, 192, 239]}, [0, 2, 4, 6, 8, 239 / 24]),
-    ({"timestamps": [0, 1, 2, 3, 4, 5], "total_num_frames": 240}, [0, 1, 2, 3, 4, 5]), ({"fps": "2"}, [0, 0.5, 1, 1.5, 2, 2.5]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, expected",
+    [
+        ({"fps": 2.0, "total_num_frames": 6, "duration": 3.0}, [0, 0.5, 1, 1.5, 2, 2.5]),
+        ({"fps": 2.0, "duration": 2.8}, [0, 0.5, 1, 1.5, 2, 2.5]),
+        (
+            {"fps": 24.0, "duration": 10.0, "total_num_frames": 240, "frames_indices": [0, 48, 96, 144, 192, 239]},
+            [0, 2, 4, 6, 8, 239 / 24],
+        ),
+        ({"timestamps": [0, 1, 2, 3, 4, 5], "total_num_frames": 240}, [0, 1, 2, 3, 4, 5]),
+        ({"fps": "2"}, [0, 0.5, 1, 1.5, 2, 2.5]),
+    ],
+    ids=str,
+)
 def test_metadata_that_fit(processor, metadata, expected):
     [clip] = processor.video_processor.extract([frames(6)], do_sample_frames=False, video_metadata=[metadata])
     assert clip.timestamps == pytest.approx(expected)
@@ -335,7 +384,7 @@ def test_a_pipeline_of_ready_objects_answers_in_batches(model):
     assert [one[0]["generated_text"] for one in same] == [ANSWERS[0]] * 2
 
 
-def test_a_pipeline_of_ready_objects_that_pad_right_says_how_to_mend_it(model):
+def test_a_pipeline_with_right_padding_says_how_to_mend_it(model):
     ready = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
     pipe = pipeline("image-text-to-text", model=model, processor=ready, device="cpu")
     same = pipe(text=[CHATS[0], CHATS[0]], max_new_tokens=8, return_full_text=False, batch_size=2)
@@ -345,7 +394,7 @@ def test_a_pipeline_of_ready_objects_that_pad_right_says_how_to_mend_it(model):
     assert ready.tokenizer.padding_side == "right" and ready.return_cross_attention_mask
 
 
-def test_the_mask_leaves_with_a_pipelines_text_unless_it_was_asked_for(processor):
+def test_a_pipeline_drops_the_mask_unless_it_was_requested(processor):
     out = processor(text="a", return_tensors="pt")
     out["labels"] = out["input_ids"]
     assert "cross_attention_mask" in out and dict(**out).keys() == out.keys()
@@ -356,7 +405,7 @@ def test_the_mask_leaves_with_a_pipelines_text_unless_it_was_asked_for(processor
     assert "cross_attention_mask" in asked
 
 
-def test_a_text_pipeline_pads_left_and_leaves_the_given_tokenizer_as_it_is():
+def test_a_text_pipeline_pads_left_and_does_not_change_a_given_tokenizer():
     texts = ["A star is", "What color is it, say, in the evening of a long day?", "Say yes."]
     given = AutoTokenizer.from_pretrained(NANO)
     assert given.padding_side == "right"
@@ -372,17 +421,27 @@ def test_a_text_pipeline_pads_left_and_leaves_the_given_tokenizer_as_it_is():
 # records
 
 
-@pytest.mark.parametrize("part, message", [
-    ({"video": "v.mp4", "fps": 2, "nframes": 3}, "both say how many frames"), ({"video": "v.mp4", "video_start": 99}, "lies outside the video"),
-    ({"video": "v.mp4", "video_end": -1}, "lies outside the video"), ({"video": "v.mp4", "video_start": "soon"}, "video_start must be a number"),
-    ({"video": "v.mp4", "video_start": 0, "segments": [[0, 1]]}, "both say which part"), ({"video": "v.mp4", "sample_fps": 2}, "sample_fps is the rate"),
-    ({"video": ["a.png", "b.png"]}, "nothing says when they are shown"), ({"video": ["a.png", "b.png"], "fps": 0}, "must be a number above 0"),
-    ({"video": ["a.png", "b.png"], "fps": 1, "segments": [[5, 6]]}, "lies outside the video"),
-    ({"video": "v.mp4", "max_pixels": "big"}, "max_pixels must be"), ({"video": "v.mp4", "do_sample_frames": False, "fps": 1}, "without effect"),
-    ({"video": "v.mp4", "segments": [[0, 1], [1, 2]], "max_frames": 1}, "2 segments share its max_frames 1"),
-    ({"image": "a.png", "max_pixels": "big"}, "max_pixels must be"), ({"image": "a.png", "resized_height": 64}, "make a size together"),
-    ({"image": "a.png", "min_pixels": 9, "max_pixels": 8}, "is above"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"video": "v.mp4", "fps": 2, "nframes": 3}, "both say how many frames"),
+        ({"video": "v.mp4", "video_start": 99}, "lies outside the video"),
+        ({"video": "v.mp4", "video_end": -1}, "lies outside the video"),
+        ({"video": "v.mp4", "video_start": "soon"}, "video_start must be a number"),
+        ({"video": "v.mp4", "video_start": 0, "segments": [[0, 1]]}, "both say which part"),
+        ({"video": "v.mp4", "sample_fps": 2}, "sample_fps is the rate"),
+        ({"video": ["a.png", "b.png"]}, "nothing says when they are shown"),
+        ({"video": ["a.png", "b.png"], "fps": 0}, "must be a number above 0"),
+        ({"video": ["a.png", "b.png"], "fps": 1, "segments": [[5, 6]]}, "lies outside the video"),
+        ({"video": "v.mp4", "max_pixels": "big"}, "max_pixels must be"),
+        ({"video": "v.mp4", "do_sample_frames": False, "fps": 1}, "without effect"),
+        ({"video": "v.mp4", "segments": [[0, 1], [1, 2]], "max_frames": 1}, "2 segments share its max_frames 1"),
+        ({"image": "a.png", "max_pixels": "big"}, "max_pixels must be"),
+        ({"image": "a.png", "resized_height": 64}, "make a size together"),
+        ({"image": "a.png", "min_pixels": 9, "max_pixels": 8}, "is above"),
+    ],
+    ids=str,
+)
 def test_options_of_records_are_checked_before_training(folder, part, message):  # noqa: F811
     record = {"messages": turns([{"type": next(iter(part)), **part}, {"type": "text", "text": "?"}], "yes")}
     with pytest.raises(ValueError, match=f"record 0: .*{message}"):
@@ -390,7 +449,7 @@ def test_options_of_records_are_checked_before_training(folder, part, message): 
 
 
 def test_options_of_records_are_checked_with_those_of_the_command(folder, processor):  # noqa: F811
-    """What no checkpoint refuses by itself, this one's settings do."""
+    """Options that are valid alone may contradict the settings of a checkpoint."""
 
     def record(**part):
         return read_one(folder, {"messages": turns([{"type": next(iter(part)), **part}, "?"], "yes")})
@@ -398,9 +457,10 @@ def test_options_of_records_are_checked_with_those_of_the_command(folder, proces
     parts = (processor.image_processor, processor.video_processor)
     many, small = record(video="v.mp4", nframes=300), record(image="a.png", max_pixels=4096)
     for one, options, message in (
-        (many, {}, "num_frames 300 lies outside"), (small, {}, "50176 is above longest_edge"),
+        (many, {}, "num_frames 300 lies outside"),
+        (small, {}, "50176 is above longest_edge"),
         (record(image="a.png", max_pixels=60000), {"min_pixels": 62000}, "62000 is above longest_edge"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             check_options(one, *parts, **options)
     check_options(many, *parts, max_frames=300)

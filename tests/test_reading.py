@@ -1,4 +1,4 @@
-"""Images read side by side, whatever number of threads this machine or its environment gives torch."""
+"""Images are read in parallel, with any number of torch threads."""
 
 import threading
 import time
@@ -8,23 +8,25 @@ import pytest
 import torch
 from PIL import Image
 
-from moss_vl import image_processing_moss_vl as room
-from moss_vl.image_processing_moss_vl import MossVLImageProcessor, SeenImage, in_threads
+from moss_vl import image_processing_moss_vl
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+from moss_vl.image_reading import ProbedImage
+from moss_vl.threads import in_threads
 
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Sets how many threads images are read on; torch has one in these tests, which would hide every race."""
+    """Sets the number of threads for reading images; torch has one in these tests, which would hide every race."""
 
     def give(limit, torch_threads=None):
-        monkeypatch.setattr(room, "IMAGE_THREADS", limit)
+        monkeypatch.setattr(image_processing_moss_vl, "IMAGE_THREADS", limit)
         monkeypatch.setattr(torch, "get_num_threads", lambda: limit if torch_threads is None else torch_threads)
 
     return give
 
 
 class Watch:
-    """How many are inside at once, and at most were."""
+    """Counts how many threads are inside at once."""
 
     def __init__(self):
         self.lock, self.inside, self.most = threading.Lock(), 0, 0
@@ -41,7 +43,7 @@ class Watch:
 
 
 def watched(image, watch):
-    """The PIL image, whose every `load` is watched."""
+    """The PIL image, with every `load` counted by `watch`."""
 
     class Watched(type(image)):
         def load(self):
@@ -52,26 +54,26 @@ def watched(image, watch):
     return image
 
 
-def picture(level, side=64):
-    return np.full((side, side, 3), level, np.uint8)
+def picture(value, side=64):
+    return np.full((side, side, 3), value, np.uint8)
 
 
-def test_images_are_read_side_by_side(threads):
-    """Each waits for the two others: one after the other, none would end."""
+def test_images_are_read_in_parallel(threads):
+    """Each waits for the two others: in sequence, none would end."""
     threads(3)
     meeting = threading.Barrier(3, timeout=20)
 
-    def read(level):
+    def read(value):
         meeting.wait()
-        return picture(level)
+        return picture(value)
 
-    seen = [SeenImage(str(level), 64, 64, lambda level=level: read(level)) for level in (10, 20, 30)]
-    found = MossVLImageProcessor().extract(seen)
+    probed = [ProbedImage(str(value), 64, 64, lambda value=value: read(value)) for value in (10, 20, 30)]
+    found = MossVLImageProcessor().extract(probed)
     assert [int(patches[0, 0]) for patches, _ in found] == [10, 20, 30]
 
 
 @pytest.mark.parametrize("limit, torch_threads, most", [(2, 8, 2), (8, 2, 2), (1, 8, 1), (8, 1, 1)])
-def test_on_no_more_threads_than_either_allows(threads, limit, torch_threads, most):
+def test_neither_limit_of_threads_is_exceeded(threads, limit, torch_threads, most):
     threads(limit, torch_threads)
     watch = Watch()
 
@@ -79,12 +81,13 @@ def test_on_no_more_threads_than_either_allows(threads, limit, torch_threads, mo
         with watch:
             return picture(7)
 
-    MossVLImageProcessor().extract([SeenImage("x", 64, 64, read) for _ in range(8)])
+    MossVLImageProcessor().extract([ProbedImage("x", 64, 64, read) for _ in range(8)])
     assert watch.most <= most
 
 
 def test_an_image_of_the_caller_is_loaded_by_one_thread_at_a_time(threads):
-    """It decodes itself when it is first read, and may stand in a list several times: two threads in it would tear its file."""
+    """It decodes itself on first use and may be in a list several times; two threads would disturb each other's
+    reads."""
     threads(4)
     watch = Watch()
     image = watched(Image.fromarray(picture(50)), watch)
@@ -93,8 +96,8 @@ def test_an_image_of_the_caller_is_loaded_by_one_thread_at_a_time(threads):
     assert all(int(patches.min()) == int(patches.max()) == 50 for patches, _ in found)
 
 
-def test_an_error_of_one_is_the_error_of_all(threads):
-    """The first in order, whoever fails first; those that did not begin are not begun."""
+def test_the_first_error_in_order_is_raised(threads):
+    """Also if a later item fails earlier; items that have not started are cancelled."""
     begun, gate = [], threading.Event()
 
     def work(number):
@@ -113,8 +116,8 @@ def test_an_error_of_one_is_the_error_of_all(threads):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
-def test_order_and_mode_are_those_of_one_thread(count):
-    """Several columns; results in their order; inference mode is handed on to every thread."""
+def test_order_and_inference_mode_are_those_of_one_thread(count):
+    """Results are in order, and every thread has the inference mode of the caller."""
 
     def work(one, other):
         time.sleep(0.002 * (3 - one))

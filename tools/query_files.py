@@ -160,7 +160,7 @@ class MediaReader:
             return kind, medium
         if scheme_of(medium) not in ("data", "http", "https"):
             return probe_file(medium), medium
-        from moss_vl.image_processing_moss_vl import open_source
+        from moss_vl.image_reading import open_source
         from moss_vl.video_reading import DOWNLOAD_SECONDS, MAX_VIDEO_BYTES
 
         source, _ = open_source(

@@ -574,10 +574,10 @@ def make_datasets(args, processor) -> tuple[RecordDataset, RecordDataset | None]
         )
     knobs = {knob: getattr(args, name) for name, knob in KNOBS.items() if getattr(args, name) is not None}
     processor.image_processor.resolve(
-        {name: value for name, value in knobs.items() if name in processor.image_processor.knobs}
+        {name: value for name, value in knobs.items() if name in processor.image_processor.option_names}
     )
     processor.video_processor.resolve(
-        {name: value for name, value in knobs.items() if name in processor.video_processor.knobs}
+        {name: value for name, value in knobs.items() if name in processor.video_processor.option_names}
     )
     if args.workers:
         knobs["num_extract_threads"] = 1  # the workers are side by side already

@@ -39,7 +39,10 @@ from moss_vl.conversation import (
     split_placeholders,
     write_placeholders,
 )
-from moss_vl.image_processing_moss_vl import ANY_SIZE, MossVLImageProcessor, open_source, see_image
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+from moss_vl.image_reading import open_source, probe_image
+from moss_vl.resizing import ANY_SIZE
+from moss_vl.video_files import open_container
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
@@ -136,7 +139,7 @@ def check_options(record: Record, images, videos, seconds=None, **options) -> No
     """ValueError for options of a record's media that are wrong, or that do not fit each other, the settings of the processors of `images`
     and `videos`, or the `options` of a call to these. `seconds`: how long each video is, None if unknown."""
     images_options, videos_options = (
-        {n: x for n, x in options.items() if n in processor.knobs} for processor in (images, videos)
+        {n: x for n, x in options.items() if n in processor.option_names} for processor in (images, videos)
     )
     if record.images:
         images.check(record.images, **images_options)
@@ -376,7 +379,7 @@ def _look(kind: str, medium, seconds: dict) -> None:
         return
     if (kind, source) not in seconds:
         if kind == "image":
-            see_image(source)
+            probe_image(source)
         seconds[kind, source] = _video_seconds(source) if kind == "video" else None
     length = seconds[kind, source]
     for segment in options.get("segments") or ():
@@ -389,12 +392,7 @@ def _video_seconds(path: str) -> float | None:
     import av
 
     file, name = open_source(path, what="video")
-    reach = "file" if isinstance(file, str) else "data"  # a playlist in the file must not reach further
-    try:
-        file = f"file:{file}" if isinstance(file, str) else file
-        with av.open(file, container_options={"protocol_whitelist": reach}, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise ValueError(f"{name} has no video in it")
-            return container.duration / av.time_base if container.duration else None
-    except (av.error.FFmpegError, UnicodeError) as error:
-        raise ValueError(f"{name} is not a video that PyAV can read: {getattr(error, 'strerror', error)}") from None
+    with open_container(file, name) as container:
+        if not container.streams.video:
+            raise ValueError(f"{name} has no video in it")
+        return container.duration / av.time_base if container.duration else None
