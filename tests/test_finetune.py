@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-from moss_vl.training import finetune
+from moss_vl.training import finetune, tuning_options
 from moss_vl.training.batches import BadRecord, Collator, RecordDataset, encode, render
 from moss_vl.training.records import read_records
 
@@ -198,7 +198,7 @@ def test_a_template_that_rewrites_turns_is_refused(processor, data):
 
     record = read_records(data)[3]
     assert list(render(record, processor)[1])
-    with pytest.raises(ValueError, match="turn 3 otherwise"):
+    with pytest.raises(ValueError, match="turn 3 differently"):
         render(record, Rewriting)
 
 
@@ -282,7 +282,7 @@ def test_a_video_that_breaks_in_a_worker_is_named(checkpoint, data, tmp_path, ca
 def test_every_parameter_belongs_to_one_part(checkpoint):
     model = load(checkpoint)
     config = model.config
-    parts = {part: [] for part in finetune.PARTS}
+    parts = {part: [] for part in tuning_options.PARTS}
     for name, _ in model.named_parameters():
         parts[finetune.part_of(name, config)].append(name)
     assert all(parts.values())
@@ -535,8 +535,8 @@ def test_adapters_are_where_they_are_asked_for(checkpoint, data, tmp_path):
     assert targets("--train", "cross", "merger") == cross | mlps | {
         f"model.visual.merger.linear_fc{i}" for i in (1, 2)
     }
-    everything = targets("--train", *finetune.PARTS)
-    assert {finetune.part_of(name, config) for name in everything} == set(finetune.PARTS)
+    everything = targets("--train", *tuning_options.PARTS)
+    assert {finetune.part_of(name, config) for name in everything} == set(tuning_options.PARTS)
     assert not any("embed" in name for name in everything)
 
 
@@ -607,7 +607,7 @@ def test_everything_wrong_is_told_before_a_model_loads(checkpoint, data, tmp_pat
         ([checkpoint, tmp_path / "nowhere.json", new], "no such data file"),
         ([checkpoint, tmp_path / "system.json", new, "--no-template"], "a system turn needs the chat template"),
         ([tmp_path / "nowhere", data, new], "no such checkpoint folder"),
-        ([checkpoint, tmp_path / "one.json", new, "--eval-share", "0.5"], "nothing is left to learn"),
+        ([checkpoint, tmp_path / "one.json", new, "--eval-share", "0.5"], "nothing is left to train on"),
         ([checkpoint, data, new, "--eval-data", tmp_path / "bad.json"], "2 of the 2 records are bad"),
         ([checkpoint, data, new, "--min-pixels", "4096", "--max-pixels", "64"], "is above longest_edge"),
         ([checkpoint, data, new, "--min-frames", "20", "--max-frames", "10"], "min_frames 20 is above max_frames 10"),

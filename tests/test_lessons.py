@@ -65,7 +65,7 @@ def model(processor):
 
 @pytest.fixture(autouse=True)
 def one_font(monkeypatch):
-    """The same scenes wherever the tests run: fonts are drawn by lot among those installed."""
+    """The same scenes wherever the tests run: fonts are drawn at random among those installed."""
     monkeypatch.setattr(world, "fonts", lambda: (None,))
 
 
@@ -284,7 +284,7 @@ def test_sights_of_things():
             "twin": 0,
         }
         sight |= {"across": int(x * FINE), "down": int(y * FINE)} | {
-            f"nearest shape {way}": len(SHAPES) for way in world.WAYS
+            f"nearest shape {way}": len(SHAPES) for way in world.DIRECTIONS
         }
         for way, other in nearest.items():
             sight |= dict(

@@ -3,7 +3,7 @@
 import pytest
 from test_records import folder, read_one, turns  # noqa: F401 - folder is a fixture
 
-from moss_vl.training.records import _look
+from moss_vl.training.records import _probe
 
 
 def asked(*parts):
@@ -77,11 +77,11 @@ def test_media_that_are_named_again(folder):  # noqa: F811
         (asked(image) | {"images": ["b.png"]}, "image 0 of the messages is .*a.png.*, but images has .*b.png"),
         (
             asked(image) | {"images": ["a.png", "b.png"]},
-            "has 0 places .*1 more have their own, so that either 0 images are given, or all 1 again",
+            "places for 0 images, and have 1 of their own .images may also name all 1 again.*, but images holds 2",
         ),
         (
             asked(image, {"type": "image"}, {"type": "image"}) | {"images": ["a.png"]},
-            r"has 2 places <\|image\|>, but 1 images; 1 more",
+            r"places for 2 images, and have 1 of their own .images may also name all 3 again.*, but images holds 1",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -115,6 +115,6 @@ def test_a_moment_at_the_last_second_and_one_that_has_no_length(folder):  # noqa
 
 def test_a_file_that_was_seen_as_a_video_is_no_image(folder):  # noqa: F811
     seconds, path = {}, str(folder / "v.mp4")
-    _look("video", path, seconds)
+    _probe("video", path, seconds)
     with pytest.raises(ValueError, match="not an image that Pillow can read"):
-        _look("image", path, seconds)
+        _probe("image", path, seconds)

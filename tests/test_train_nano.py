@@ -27,7 +27,7 @@ def stages(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One font, as drawn by lot among those installed; little of the encoder alone; no other threads or number formats for later tests."""
+    """One font, as drawn at random among those installed; little of the encoder alone; no other threads or number formats for later tests."""
     monkeypatch.setattr(world, "fonts", lambda: (None,))
     monkeypatch.setattr(train_nano, "STAGES", (train_nano.Stage(0.0, {"pictures": 0.4, "look": 0.6}, (1.0, 0.0)),))
     threads = torch.get_num_threads()
@@ -128,7 +128,7 @@ def test_torn_clips_are_read_at_their_positions(monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32)
     logits = {}
     for name, leaps in {"not": (0, 0), "whole": (90, 90), "torn": (0, 90)}.items():
-        leaping = lambda lot, frames: [leaps[0]] + [leaps[1]] * (frames - 1)  # noqa: B023, E731
+        leaping = lambda rng, frames: [leaps[0]] + [leaps[1]] * (frames - 1)  # noqa: B023, E731
         monkeypatch.setattr(lessons, "random_leaps", leaping)
         monkeypatch.setattr(lessons, "LEAPING", 1.0)
         batch = small_clips(processor, "later")

@@ -1,4 +1,4 @@
-"""The drawn world keeps to its description: scenes by lot, what their pixels show, and questions with answers written by hand."""
+"""The drawn world keeps to its description: scenes at random, what their pixels show, and questions with answers written by hand."""
 
 import math
 import random
@@ -103,7 +103,7 @@ def starts_of(thing) -> list[float]:
     return [start for start in starts if 0 < start < math.inf]
 
 
-# Scenes by lot
+# Scenes at random
 
 
 def test_canvases_and_backgrounds():
@@ -349,9 +349,9 @@ def test_unknown_shape():
 
 def test_sampled_times_are_those_of_the_video_processor():
     processor = MossVLVideoProcessor(num_extract_threads=1)
-    lot = random.Random(0)
+    rng = random.Random(0)
     lengths = [(2.0, 8), (20.0, 30), (40.0, 30), (10.0, 24), (6.0, 15), (10.1, 10)]
-    lengths += [(lot.randint(40, 400) / fps, fps) for fps in range(8, 31)]
+    lengths += [(rng.randint(40, 400) / fps, fps) for fps in range(8, 31)]
     for seconds, fps in lengths:
         scene = Scene(32, 32, ((0, 0, 0),) * 2, (), seconds=seconds, fps=fps)
         frames = np.broadcast_to(np.zeros(3, dtype=np.uint8), (round(seconds * fps), 32, 32, 3))
@@ -441,7 +441,7 @@ def test_questions_about_a_picture():
     tasks = [task for task in PICTURE_TASKS if task != "exists"]
     description = ('a large red circle on the left, a large green square in the center, a small yellow star at the bottom, '
                    'a small blue star at the top right, and the text "K7Q"')  # fmt: skip
-    assert asked(lambda task, lot: ask_picture(task, CORNERED, lot, plain=True), tasks) == {
+    assert asked(lambda task, rng: ask_picture(task, CORNERED, rng, plain=True), tasks) == {
         "Describe the picture.": description, "": description,
         "What color is the circle?": "red", "What color is the square?": "green",
         "What shape is the red object?": "circle", "What shape is the green object?": "square",
@@ -470,14 +470,14 @@ def test_what_there_is_and_what_not():
         expected |= {
             f"Is there {article} {colour} {shape}?": "yes" if (colour, shape) in there else "no" for shape in SHAPES
         }
-    assert asked(lambda task, lot: ask_picture(task, CORNERED, lot, plain=True), ["exists"], draws=1500) == expected
+    assert asked(lambda task, rng: ask_picture(task, CORNERED, rng, plain=True), ["exists"], draws=1500) == expected
     assert "Is there a green ring?" in expected and "Is there an orange cross?" in expected
 
 
 def test_a_picture_without_sign_and_with_one_thing():
     scene = replace(CORNERED, sign=None, things=CORNERED.things[:1])
     tasks = [task for task in PICTURE_TASKS if task != "exists"]
-    assert asked(lambda task, lot: ask_picture(task, scene, lot, plain=True), tasks) == {
+    assert asked(lambda task, rng: ask_picture(task, scene, rng, plain=True), tasks) == {
         "Describe the picture.": "a small blue star at the top right", "": "a small blue star at the top right",
         "What color is the star?": "blue", "What shape is the blue object?": "star", "How many objects are there?": "1",
         "Where is the star?": "top right",
@@ -505,13 +505,13 @@ def test_questions_about_several_images():
                                   (("circle", "red"), ("star", "blue"), ("ring", "orange"), ("square", "green")))  # fmt: skip
     groups = (circle,), (star, replace(star, colour="red"), square), (ring, circle)
     scenes = [replace(CORNERED, things=things) for things in groups]
-    found = asked(lambda task, lot: ask_images(scenes, lot, plain=True), ["which image"])
+    found = asked(lambda task, rng: ask_images(scenes, rng, plain=True), ["which image"])
     assert found == {
         "Which image shows a star?": "2",
         "Which image shows a square?": "2",
         "Which image shows a ring?": "3",
     }
-    everything = asked(lambda task, lot: ask_images(scenes, lot), ["which image"], draws=800)
+    everything = asked(lambda task, rng: ask_images(scenes, rng), ["which image"], draws=800)
     assert found.items() <= everything.items()
     assert (
         everything["Which image shows an orange ring?"] == "3" and everything["Which image shows a red star?"] == "2"
@@ -543,7 +543,7 @@ STILL = replace(ONE_OF_EACH, things=(Thing("cross", "red", 0.5, 0.5, 0.2),), sec
 def about_clip(scene, fps) -> tuple[dict[str, str], dict[float, str]]:
     """Prompt -> answer; and apart, time -> answer, what is asked about moments between two sampled frames."""
     times = sampled_times(scene, fps)
-    found, between = asked(lambda task, lot: ask_clip(task, scene, times, lot, plain=True), CLIP_TASKS), {}
+    found, between = asked(lambda task, rng: ask_clip(task, scene, times, rng, plain=True), CLIP_TASKS), {}
     for prompt in list(found):
         moment = re.fullmatch(r"What is visible at (\d+\.\d) seconds\?", prompt)
         if moment is not None and moment[1] not in {f"{time:.1f}" for time in times}:
@@ -643,7 +643,7 @@ def test_unknown_tasks():
         ask_clip("where", STILL, [0.0], random.Random(0))
 
 
-# Questions about scenes by lot
+# Questions about scenes at random
 
 
 def meant(colour, shape, things) -> list[Thing]:
@@ -660,9 +660,9 @@ def test_every_wording_means_one_thing_and_is_asked():
     """ "The star" where there are two is never asked, in no wording; and every task has several."""
     wordings = {}
     for i, (picture, clip) in enumerate(zip(PICTURES, CLIPS, strict=False)):
-        lot, times = random.Random(i), sampled_times(clip, 1 + i % 2)
-        questions = [(ask_picture(task, picture, lot), picture) for task in PICTURE_TASKS for _ in range(3)]
-        questions += [(ask_clip(task, clip, times, lot), clip) for task in CLIP_TASKS for _ in range(3)]
+        rng, times = random.Random(i), sampled_times(clip, 1 + i % 2)
+        questions = [(ask_picture(task, picture, rng), picture) for task in PICTURE_TASKS for _ in range(3)]
+        questions += [(ask_clip(task, clip, times, rng), clip) for task in CLIP_TASKS for _ in range(3)]
         for question, scene in questions:
             if question is not None:
                 wordings.setdefault(question.task, set()).add(
@@ -678,9 +678,9 @@ def test_every_wording_means_one_thing_and_is_asked():
 def test_answers_about_pictures_agree_with_a_slow_search():
     checked = Counter()
     for i, scene in enumerate(PICTURES):
-        lot = random.Random(i)
+        rng = random.Random(i)
         for task in PICTURE_TASKS:
-            question = ask_picture(task, scene, lot, plain=True)
+            question = ask_picture(task, scene, rng, plain=True)
             if question is None:
                 continue
             named = [meant(colour, shape, scene.things) for colour, shape in NAME.findall(question.prompt)]
@@ -734,7 +734,7 @@ def test_answers_about_clips_agree_with_a_slow_search():
         "start moving": "moves",
     }
     for i, scene in enumerate(CLIPS + MOVING):
-        times, lot = sampled_times(scene, 1 + i % 2), random.Random(i)
+        times, rng = sampled_times(scene, 1 + i % 2), random.Random(i)
         before, first_seen = [], {}
         for time in times:
             now = [thing.at(time) for thing in scene.things]
@@ -748,7 +748,7 @@ def test_answers_about_clips_agree_with_a_slow_search():
             before = now
         assert len(first_seen) == sum(len(starts_of(thing)) for thing in scene.things), "an event that no frame shows"
         for task in CLIP_TASKS:
-            question = ask_clip(task, scene, times, lot, plain=True)
+            question = ask_clip(task, scene, times, rng, plain=True)
             if question is None:
                 stamps = [time for time, _ in first_seen.values()]
                 assert not any(kind == kind_of.get(task) for _, kind in first_seen.values())
@@ -806,8 +806,8 @@ def test_answers_about_clips_agree_with_a_slow_search():
 
 def test_crowds_are_clear_and_on_the_canvas():
     """A crowd is drawn for its many letters and things; none may hide another, or what a vision token is asked would be wrong."""
-    lot = random.Random(5)
-    crowds = [random_crowd(lot) for _ in range(60)]
+    rng = random.Random(5)
+    crowds = [random_crowd(rng) for _ in range(60)]
     assert max(len(crowd.signs) for crowd in crowds) > 2 and max(len(crowd.things) for crowd in crowds) > 2
     for crowd in crowds:
         alone = [replace(crowd, things=(), more_signs=(sign,)) for sign in crowd.signs]

@@ -114,13 +114,13 @@ def corpus():
 
     The strings of signs are left out: their letters stay one token each, so that a sign is read letter by letter.
     """
-    lot = random.Random(SEED)
+    rng = random.Random(SEED)
     for _ in range(4000):
-        picture, clip = world.random_picture(lot, sign_share=0), world.random_clip(lot)
-        times = questions.sampled_times(clip, lot.choice((1, 2)))
-        asked = [questions.ask_picture(task, picture, lot) for task in questions.PICTURE_TASKS]
-        asked += [questions.ask_clip(task, clip, times, lot) for task in questions.CLIP_TASKS]
-        asked += [questions.ask_images([picture], lot)]
+        picture, clip = world.random_picture(rng, sign_share=0), world.random_clip(rng)
+        times = questions.sampled_times(clip, rng.choice((1, 2)))
+        asked = [questions.ask_picture(task, picture, rng) for task in questions.PICTURE_TASKS]
+        asked += [questions.ask_clip(task, clip, times, rng) for task in questions.CLIP_TASKS]
+        asked += [questions.ask_images([picture], rng)]
         yield from (text for question in asked if question is not None for text in (question.prompt, question.answer))
     frame = ("system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n")
     yield from (', and the text "', *frame) * 20

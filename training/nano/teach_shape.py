@@ -30,19 +30,19 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def picture_with_heart(lot: random.Random) -> Scene:
+def picture_with_heart(rng: random.Random) -> Scene:
     """A picture of the drawn world in which one thing is a heart."""
-    scene = random_picture(lot, sign_share=0.2)
-    index = lot.randrange(len(scene.things))
+    scene = random_picture(rng, sign_share=0.2)
+    index = rng.randrange(len(scene.things))
     things = list(scene.things)
     things[index] = replace(things[index], shape=SHAPE, detail=None, fill=1.0)
     return replace(scene, things=tuple(things))
 
 
-def question_about(scene: Scene, task: str, lot: random.Random) -> Question | None:
+def question_about(scene: Scene, task: str, rng: random.Random) -> Question | None:
     """One that has the heart in it: in the question, or in the answer."""
     for _ in range(20):
-        question = ask_picture(task, scene, lot)
+        question = ask_picture(task, scene, rng)
         if question is not None and (SHAPE in question.prompt + question.answer):
             return question
     return None
@@ -50,14 +50,14 @@ def question_about(scene: Scene, task: str, lot: random.Random) -> Question | No
 
 def examples(count: int, seed) -> list[tuple[Scene, Question]]:
     """`count` about hearts, and twice as many about pictures without, mostly descriptions, which are forgotten first."""
-    lot, out = random.Random(f"{SHAPE} {seed}"), []
+    rng, out = random.Random(f"{SHAPE} {seed}"), []
     while len(out) < 3 * count:
         if len(out) % 3:
-            scene = random_picture(lot)
-            question = ask_picture(lot.choice((*PICTURE_TASKS, *TASKS, *["describe picture"] * 4)), scene, lot)
+            scene = random_picture(rng)
+            question = ask_picture(rng.choice((*PICTURE_TASKS, *TASKS, *["describe picture"] * 4)), scene, rng)
         else:
-            scene = picture_with_heart(lot)
-            question = question_about(scene, lot.choice(TASKS), lot)
+            scene = picture_with_heart(rng)
+            question = question_about(scene, rng.choice(TASKS), rng)
         if question is not None:
             out.append((scene, question))
     return out
@@ -85,12 +85,12 @@ def examine(checkpoint: Path, count: int) -> dict[str, float]:
 
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.bfloat16).eval()
-    lot, marks = random.Random(f"{SHAPE} examination"), {}
+    rng, marks = random.Random(f"{SHAPE} examination"), {}
     for task in TASKS:
         items = []
         while len(items) < count:
-            scene = picture_with_heart(lot)
-            question = question_about(scene, task, lot)
+            scene = picture_with_heart(rng)
+            question = question_about(scene, task, rng)
             if question is not None:
                 items.append(Item(question, (scene,), template=True))
         marks[task] = average(ask(model, processor, items, size=32, workers=1))["exact"]
