@@ -19,23 +19,23 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from moss_vl.training.nano import evaluate, world
 from moss_vl.training.nano.evaluate import (
     CLIP_TASKS,
-    FRAMES,
+    FRAMES_PER_QUESTION,
     TASKS,
     Examinee,
     Item,
     Question,
     ask,
     average,
+    chunk_items,
     clip_items,
     edits,
+    encode_media,
     events_in,
     larger,
-    look,
-    lots_of,
-    marks,
     picture_items,
     prompt_ids,
-    shuffled,
+    scores,
+    shuffle_stamps,
     table,
 )
 from moss_vl.training.nano.world import draw_scene, write_clip
@@ -53,7 +53,7 @@ def processor():
 
 @pytest.fixture(scope="module", autouse=True)
 def one_font():
-    """The same scenes wherever the tests run: fonts are drawn by lot among those installed."""
+    """The same scenes wherever the tests run: fonts are drawn by rng among those installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "fonts", lambda: (None,))
         yield
@@ -107,7 +107,7 @@ def through_the_processor(processor, item, folder) -> dict:
 
 
 def mark(task, right, given, times=()) -> dict:
-    return marks(Item(Question(task, "", right), (), True, times=times), given)
+    return scores(Item(Question(task, "", right), (), True, times=times), given)
 
 
 def test_an_answer_counts_to_the_letter():
@@ -298,18 +298,18 @@ def test_controls_ask_the_same_questions(monkeypatch):
 def test_what_is_asked_about_one_sight_is_in_one_lot():
     items = picture_items("count", 7, 1)
     blanked = [replace(item, column="blanked") for item in items[:2]]
-    assert lots_of([*items, *blanked], 3) == [
+    assert chunk_items([*items, *blanked], 3) == [
         [[items[0], blanked[0]], [items[1], blanked[1]], [items[2]]], [[item] for item in items[3:6]], [[items[6]]]]  # fmt: skip
 
 
-def test_lots_of_clips_are_the_smaller_the_longer_they_are():
-    lot = random.Random(0)
+def test_chunk_items_clips_are_the_smaller_the_longer_they_are():
+    rng = random.Random(0)
     (scene,) = picture_items("count", 1, 1)[0].scenes
     items = [Item(Question("when", f"{number}", ""), (replace(scene, grain=number % 50),), True, 1 + number % 2, (0.0,) * (2 + number % 50))
              for number in range(80)]  # fmt: skip
-    lot.shuffle(items)
+    rng.shuffle(items)
     size = 4
-    lots = lots_of(items, size)
+    lots = chunk_items(items, size)
     assert Counter(item for found in lots for about in found for item in about) == Counter(items)
     sights = [about for found in lots for about in found]
     assert len(sights) == 50 and all(len({(item.scenes, item.fps) for item in about}) == 1 for about in sights)
@@ -317,7 +317,10 @@ def test_lots_of_clips_are_the_smaller_the_longer_they_are():
     assert lengths == sorted(lengths) and max(map(len, lots)) == size
 
     def fits(found):
-        return len(found) <= size and len(found) * max(len(about[0].times) for about in found) <= FRAMES * size
+        return (
+            len(found) <= size
+            and len(found) * max(len(about[0].times) for about in found) <= FRAMES_PER_QUESTION * size
+        )
 
     assert all(len(found) == 1 or fits(found) for found in lots) and any(len(found) < size for found in lots[:-1])
     for one, other in pairwise(lots):
@@ -326,7 +329,7 @@ def test_lots_of_clips_are_the_smaller_the_longer_they_are():
 
 def test_a_prompt_is_what_the_processor_makes_of_it(processor, mixed, tmp_path):
     for item in mixed:
-        expected, inputs = through_the_processor(processor, item, tmp_path), look(processor, item)
+        expected, inputs = through_the_processor(processor, item, tmp_path), encode_media(processor, item)
         assert prompt_ids(processor, item, inputs["input_ids"][0].tolist()) == expected["input_ids"][0].tolist()
         assert torch.equal(inputs["grid_thw"], expected["grid_thw"])
         assert inputs["pixel_values"].shape == expected["pixel_values"].shape
@@ -352,12 +355,12 @@ class Echo:
 def test_every_item_gets_its_own_answer(processor, mixed, size, workers, on_cpu, monkeypatch, forks):
     """Whether workers answer or only look."""
 
-    class Elsewhere(evaluate.Lots):
+    class Elsewhere(evaluate.Chunks):
         def __init__(self, *args):
             super().__init__(*args)
             self.answered = on_cpu
 
-    monkeypatch.setattr(evaluate, "Lots", Elsewhere)
+    monkeypatch.setattr(evaluate, "Chunks", Elsewhere)
     answers = list(ask(Echo(), processor, mixed, size, workers))
     assert Counter(item for item, _ in answers) == Counter(mixed)
     for item, given in answers:
@@ -383,7 +386,7 @@ def test_every_row_of_a_batch_has_its_own_media(processor, mixed):
             item = asked[re.search(r"(so )*question \d+\?", processor.tokenizer.decode(ids))[0]]
             padding = int((attended == 0).sum())
             assert attended.tolist() == [0] * padding + [1] * (len(ids) - padding), "padded on the left"
-            inputs = look(processor, item)
+            inputs = encode_media(processor, item)
             assert ids[padding:].tolist() == prompt_ids(processor, item, inputs["input_ids"][0].tolist())
             assert torch.equal(own, inputs["grid_thw"])
             assert token.item() == pytest.approx(
@@ -411,7 +414,7 @@ def test_answers_are_those_to_each_item_alone(processor, model, mixed, tmp_path,
 def test_what_is_blanked_is_encoded_as_grey(processor, model, mixed):
     examinee = Examinee(model, processor)
     for item in (mixed[0], mixed[2], mixed[-1]):  # an image, several, a clip
-        inputs = look(processor, item)
+        inputs = encode_media(processor, item)
         plain, blanked = examinee.rows(0, [item, replace(item, column="blanked")], inputs)
         assert blanked.ids == plain.ids and torch.equal(blanked.grids, plain.grids)
         grey = model.model.visual(torch.zeros_like(inputs["pixel_values"]), inputs["grid_thw"])
@@ -439,8 +442,8 @@ def test_shuffled_stamps_change_places_and_all_else_stays(processor):
         text = "<|video|>What is visible at 3.0 seconds?"
         ids = processor(text=text, videos=[video], video_metadata=[{"fps": 1.0}])["input_ids"][0]
         before, (stamps, rest) = list(ids), cut(ids, *marks)
-        found = shuffled(ids, *marks, seed=1)
-        assert ids == before and found == shuffled(ids, *marks, seed=1)
+        found = shuffle_stamps(ids, *marks, seed=1)
+        assert ids == before and found == shuffle_stamps(ids, *marks, seed=1)
         moved, same = cut(found, *marks)
         assert len(stamps) == count and sorted(moved) == sorted(stamps) and same == rest
         assert len(set(map(len, stamps))) == (2 if count > 10 else 1), "the test needs stamps of two lengths"
@@ -448,7 +451,7 @@ def test_shuffled_stamps_change_places_and_all_else_stays(processor):
 
 
 def test_stamps_are_shuffled_for_their_control_alone(processor, clips):
-    item, inputs = clips["when"][0], look(processor, clips["when"][0])
+    item, inputs = clips["when"][0], encode_media(processor, clips["when"][0])
     examinee, columns = Examinee(Echo(), processor), ("", "blanked", "stamps shuffled", "twice as long")
     ids = {
         row.item.column: row.ids
@@ -457,7 +460,7 @@ def test_stamps_are_shuffled_for_their_control_alone(processor, clips):
     assert list(ids) == list(columns) and ids[""] == ids["blanked"] == ids["twice as long"] == prompt_ids(
         processor, item, inputs["input_ids"][0].tolist())  # fmt: skip
     marks = processor.time_start_token_id, processor.time_end_token_id
-    assert ids["stamps shuffled"] == shuffled(ids[""], *marks, seed=item.question.prompt) != ids[""]
+    assert ids["stamps shuffled"] == shuffle_stamps(ids[""], *marks, seed=item.question.prompt) != ids[""]
 
 
 # The table and the command
@@ -540,8 +543,9 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
         columns = [column for column in asked[task] if column]
         assert list(row) == ["n", "exact", "commonest answer", "measures", *columns]
         assert row["n"] == 2 and row["commonest answer"] in (0.5, 1.0) and row["exact"] == row["measures"]["exact"]
-        for scores in (row["measures"], *(row[column] for column in columns)):
-            assert scores.keys() == {"exact", *measures[task]} and all(0 <= score <= 1 for score in scores.values())
+        for measured in (row["measures"], *(row[column] for column in columns)):
+            assert measured.keys() == {"exact", *measures[task]}
+            assert all(0 <= score <= 1 for score in measured.values())
         for column in ("", *columns):
             exact = [
                 line["given"] == line["right"] for line in lines if (line["task"], line["column"]) == (task, column)

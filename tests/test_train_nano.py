@@ -11,7 +11,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from moss_vl.training.nano import lessons, train_nano, world
+from moss_vl.training.nano import facts, lessons, muon, train_nano, tutor, world
+from moss_vl.training.nano.lessons import visible_parts
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
@@ -107,10 +108,10 @@ def test_each_moment_is_encoded_once(monkeypatch):
     assert any(len(set(moments)) < len(moments) for moments in batch["moments"])
     every, sizes = visual(pixel_values, grid), []
     visual.patch_embed.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    with train_nano.each_moment_once(visual, batch):
+    with tutor.encode_moments_once(visual, batch):
         noisy = visual(pixel_values, grid)
-    monkeypatch.setattr(train_nano, "NOISE", 0.0)
-    with train_nano.each_moment_once(visual, batch):
+    monkeypatch.setattr(tutor, "NOISE", 0.0)
+    with tutor.encode_moments_once(visual, batch):
         once = visual(pixel_values, grid)
     assert (
         sizes
@@ -132,9 +133,9 @@ def test_torn_clips_are_read_at_their_positions(monkeypatch):
         monkeypatch.setattr(lessons, "random_leaps", leaping)
         monkeypatch.setattr(lessons, "LEAPING", 1.0)
         batch = small_clips(processor, "later")
-        with train_nano.torn(model.model.language_model, batch):
+        with tutor.leaping_frames(model.model.language_model, batch):
             logits[name] = model(
-                input_ids=batch["input_ids"], attention_mask=train_nano.may_see(batch["parts"]), position_ids=batch["position_ids"],
+                input_ids=batch["input_ids"], attention_mask=visible_parts(batch["parts"]), position_ids=batch["position_ids"],
                 pixel_values=batch["pixel_values"].float(), grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"],
             ).logits[batch["labels"] != -100]  # fmt: skip
     assert torch.allclose(logits["whole"], logits["not"], atol=2e-3)
@@ -148,7 +149,7 @@ def test_a_word_counts_more_where_it_is_the_whole_answer():
     weights = torch.tensor([[0, *[2**-0.5] * 2, 0, *[0.5] * 4]])
     losses = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
     expected = (2**0.5 * losses[:2].mean() + 2 * losses[3:].mean()) / (2**0.5 + 2)
-    assert train_nano.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(
+    assert tutor.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(
         expected.item(), rel=1e-5
     )
 
@@ -158,12 +159,12 @@ def test_attention_on_its_points():
     weights = torch.zeros(1, 2, 3, 4)
     weights[0, 1, 2] = torch.tensor([0.1, 0.2, 0.3, 0.4])
     points = torch.tensor([[0, 1, 2, 1, 0], [0, 1, 2, 3, 0], [0, 1, 2, 0, 1]])
-    assert train_nano.attention_on(weights, points).tolist() == pytest.approx([0.6, 0.1])
+    assert tutor.attention_on(weights, points).tolist() == pytest.approx([0.6, 0.1])
 
 
 def test_plan_and_rate(stages):
     steps, plan = 5000, train_nano.plan_of(5000)
-    kinds, rates = [plan(step) for step in range(steps)], [train_nano.rate_of(step, steps) for step in range(steps)]
+    kinds, rates = [plan(step) for step in range(steps)], [train_nano.rate_at(step, steps) for step in range(steps)]
     ends = [*(stage.begins for stage in stages[1:]), 1.0]
     for stage, end in zip(stages, ends, strict=True):
         part = slice(math.ceil(stage.begins * steps), math.ceil(end * steps))
@@ -179,7 +180,7 @@ def test_plan_and_rate(stages):
 def test_a_stage_weighs_what_it_names():
     """Half the loss of what is asked weighs nothing, then all of it."""
     torch.manual_seed(0)
-    quiz = train_nano.Quiz(8, (("stamp 0", 3), ("place a", 3)), {"stamp": 1.0, "place": 2.0})
+    quiz = tutor.FactHeads(8, (("stamp 0", 3), ("place a", 3)), {"stamp": 1.0, "place": 2.0})
     vectors, targets = torch.randn(5, 8), torch.tensor([[0, 1], [2, -100], [1, 1], [0, 0], [2, 2]])
     whole, stamps, places = (quiz(vectors, targets, **weights)[0] for weights in ({}, {"place": 0.0}, {"stamp": 0.0}))
     assert whole.item() == pytest.approx((stamps + places).item(), rel=1e-6) and min(stamps, places) > 0
@@ -193,12 +194,12 @@ def test_every_kind_of_a_stage_can_be_drawn(stages):
 
 
 def test_every_weight_of_a_stage_has_something_to_weigh(stages):
-    known = {*train_nano.FACT_WEIGHTS, *train_nano.GAZE_WEIGHTS}
+    known = {*tutor.FRAME_FACT_WEIGHTS, *tutor.ATTENTION_WEIGHTS}
     assert all(set(stage.weights) <= known for stage in stages)
-    assert {name.split()[0] for name, _ in (*lessons.CONTENTS, *lessons.CHANGES, *lessons.COURSE)} == set(
-        train_nano.FACT_WEIGHTS
+    assert {name.split()[0] for name, _ in (*facts.CONTENTS, *facts.CHANGES, *facts.COURSE)} == set(
+        tutor.FRAME_FACT_WEIGHTS
     )
-    assert set(lessons.Gaze.NAMES) == set(train_nano.GAZE_WEIGHTS)
+    assert set(lessons.AttentionTargets.NAMES) == set(tutor.ATTENTION_WEIGHTS)
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 96), (2, 96, 48), (4, 64, 64)])
@@ -206,7 +207,7 @@ def test_orthogonal(shape):
     """Singular vectors stay, singular values come near 1."""
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    values = (u.mT @ train_nano.orthogonal(matrices) @ v.mT).diagonal(dim1=1, dim2=2)
+    values = (u.mT @ muon.orthogonal(matrices) @ v.mT).diagonal(dim1=1, dim2=2)
     assert 0.6 < values.quantile(0.1) and values.max() < 1.3
-    rest = train_nano.orthogonal(matrices) - u @ torch.diag_embed(values) @ v
+    rest = muon.orthogonal(matrices) - u @ torch.diag_embed(values) @ v
     assert rest.norm() < 1e-3 * matrices.norm()
