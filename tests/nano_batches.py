@@ -42,8 +42,8 @@ def one_font(monkeypatch):
 def notes(monkeypatch):
     """What went into the last batch.
 
-    "scenes": all scenes; "pixels": (pictures, limits) of each call of the image processor; "rows": the texts of the rows,
-    each with its questions as `asked` and, of a clip, (scene, pictures, limits) as `clip`.
+    "scenes": all scenes; "pixels": (pictures, limits) of each call of the image processor; "rows": the texts of the
+    rows, each with its questions as `asked` and, of a clip, (scene, pictures, limits) as `clip`.
     """
     notes = {"scenes": [], "pixels": [], "rows": []}
 

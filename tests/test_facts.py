@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from nano_batches import KINDS, NAMES, batch_of, known, model, named, notes, one_font, processor
+from nano_batches import (  # noqa: F401 - fixtures among them
+    KINDS,
+    NAMES,
+    batch_of,
+    known,
+    model,
+    named,
+    notes,
+    one_font,
+    processor,
+)
 
 from moss_vl.training.nano import lessons, world
 from moss_vl.training.nano.facts import (
@@ -34,13 +44,16 @@ from moss_vl.training.nano.world import (
 
 
 STAGE = Scene(
-    width=320, height=240, background=((220, 220, 220),) * 2, sign=Sign("K7Q", 152 / 320, 0.25, 0.2, "black"),
+    width=320,
+    height=240,
+    background=((220, 220, 220),) * 2,
+    sign=Sign("K7Q", 152 / 320, 0.25, 0.2, "black"),
     things=(
         Thing("star", "blue", 290 / 320, 30 / 240, 0.10),
         Thing("circle", "red", 120 / 320, 120 / 240, 0.20),
         Thing("ring", "green", 201 / 320, 199 / 240, 0.09),
     ),
-)  # fmt: skip
+)
 
 
 def test_token_facts_of_things():
@@ -155,9 +168,13 @@ def test_ink_has_the_order_of_the_patches(processor):
 
 
 def test_slots():
-    """The leftmost thing of a shape has the slot of the shape; its twins share two more slots, and a third has none."""
-    things = [*enumerate(Thing(shape, "red", x, 0.5, 0.1) for shape, x in
-                         (("star", 0.9), ("ring", 0.5), ("star", 0.1), ("ring", 0.6), ("ring", 0.7), ("ring", 0.8)))]  # fmt: skip
+    """The leftmost thing of a shape has the slot of the shape; its twins share two more slots; others have none."""
+    things = [
+        *enumerate(
+            Thing(shape, "red", x, 0.5, 0.1)
+            for shape, x in (("star", 0.9), ("ring", 0.5), ("star", 0.1), ("ring", 0.6), ("ring", 0.7), ("ring", 0.8))
+        )
+    ]
     slots = assign_slots(things)
     assert {slot: number for slot, (number, _) in slots.items()} == {"star": 2, "ring": 1, "second": 3, "third": 4}
     assert all(slots[slot] == things[slots[slot][0]] for slot in slots)

@@ -1,4 +1,4 @@
-"""Training batches: a question in a packed row equals the question alone, labels are answers, attention targets show them."""
+"""Batches of the drawn world: packed questions equal questions alone; labels and attention targets are right."""
 
 import random
 import re
@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from nano_batches import (
+from nano_batches import (  # noqa: F401 - fixtures among them
     KINDS,
     batch_of,
     known,
@@ -60,10 +60,14 @@ def test_a_question_in_a_packed_row_equals_the_question_alone(processor, model, 
         notes["scenes"].clear(), notes["pixels"].clear()
         batch = batch_of(processor, kind, step)
         out = model(
-            input_ids=batch["input_ids"], attention_mask=visible_parts(batch["parts"]), position_ids=batch["position_ids"],
-            labels=batch["labels"], pixel_values=batch["pixel_values"].float(), grid_thw=batch["grid_thw"],
+            input_ids=batch["input_ids"],
+            attention_mask=visible_parts(batch["parts"]),
+            position_ids=batch["position_ids"],
+            labels=batch["labels"],
+            pixel_values=batch["pixel_values"].float(),
+            grid_thw=batch["grid_thw"],
             media_nums_per_sample=batch["media_nums"],
-        )  # fmt: skip
+        )
         losses = []
         for row, row_text in enumerate(notes["rows"]):
             media, parts = media_of(notes, batch, row), batch["parts"][row]
@@ -237,7 +241,7 @@ def test_answers_attend_to_tokens_that_show_them(processor, notes):
 
 
 def test_answers_attend_to_the_thing_that_the_question_names(processor, notes):
-    """The answer about a thing's place or colour and the thing are in the same tokens; of an absent thing, the separator."""
+    """Answers about place or colour have the targets of the thing; answers about an absent thing, the separator."""
     covered = set()
     for step in range(2):
         batch = batch_of(processor, "pictures", step)
@@ -277,7 +281,7 @@ def test_pictures_attend_to_the_thing_of_each_slot(processor, notes):
 
 
 def test_answers_about_clips_attend_to_the_frame_that_shows_them(processor, notes):
-    """The frame whose time stamp is the answer ("when") or in the question ("visible at"); the picture of the answer."""
+    """The frame with the time stamp of the answer ("when") or question ("visible at"); the picture of the answer."""
     found = {"when": 0, "visible at": 0, "which image": 0}
     pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for kind, step in (("clips", 0), ("clips", 1), ("images", 0)):

@@ -1,4 +1,4 @@
-"""Turns records into batches: text with the spans to learn, the tensors of one sample, and samples of any size collated.
+"""Turns records into batches: text with the spans to learn, the tensors of a sample, and samples collated to a batch.
 
 Axes: B samples, T tokens, P patches. `RecordDataset` works in data-loader workers.
 """
@@ -28,8 +28,8 @@ def render(record: Record, processor, template: bool = True) -> tuple[str, list[
         template: render the chat template. Without it, the contents are concatenated, and `eos_token` ends the
             assistant's.
 
-    Raises ValueError if the template does not accept the conversation or renders a turn differently when others follow;
-    without a template, for a system turn.
+    Raises ValueError if the template does not accept the conversation or renders a turn differently when others
+    follow; without a template, for a system turn.
     """
     if not template:
         return _concatenate(record.messages, processor.tokenizer.eos_token)
@@ -47,8 +47,8 @@ def render(record: Record, processor, template: bool = True) -> tuple[str, list[
             end = text.find(TURN_END, len(prompt))
             if not text.startswith(prompt) or end < 0:
                 raise ValueError(
-                    f"the chat template renders turn {turn} differently from its generation prompt, or does not end it "
-                    f"with {TURN_END}, so the tokens to learn cannot be found; expected ChatML"
+                    f"the chat template renders turn {turn} differently from its generation prompt, or does not end "
+                    f"it with {TURN_END}, so the tokens to learn cannot be found; expected ChatML"
                 )
             spans.append((len(prompt), end + len(TURN_END)))
     return text, spans
@@ -113,8 +113,8 @@ def encode(
 def _separate(text: str, spans, separator: str) -> tuple[str, list[tuple[int, int]], list[int]]:
     """The text with `separator` before each span, the spans in it, and the index of each one among all separators.
 
-    Generation tokenizes a response separately from its prompt, so training must, too: "?" and "blue" must not become one
-    token. The caller removes the separators, a special token, after tokenization.
+    Generation tokenizes a response separately from its prompt, so training must, too: "?" and "blue" must not become
+    one token. The caller removes the separators, a special token, after tokenization.
     """
     pieces, moved, indices, end = [], [], [], 0
     for count, (start, stop) in enumerate(spans, start=1):
@@ -162,10 +162,10 @@ class RecordDataset(torch.utils.data.Dataset):
 class Collator:
     """Collates samples of `encode` into the inputs of the model.
 
-    These are `input_ids`, `attention_mask` and `labels` [B, T], padded on the right; `pixel_values` and `grid_thw` of all
-    media, packed; `media_nums_per_sample`; and `logits_to_keep`, which omits the logits before the first learned token:
-    for the prompt of a long video they would be the largest tensor. There is no `cross_attention_mask` (T x frames): the
-    model derives it from the text.
+    These are `input_ids`, `attention_mask` and `labels` [B, T], padded on the right; `pixel_values` and `grid_thw` of
+    all media, packed; `media_nums_per_sample`; and `logits_to_keep`, which omits the logits before the first learned
+    token: for the prompt of a long video they would be the largest tensor. There is no `cross_attention_mask` (T x
+    frames): the model derives it from the text.
 
     Args:
         pad_token_id: the tokenizer's.

@@ -127,7 +127,7 @@ def settings_of(args) -> dict:
 
 
 def part_of(name: str, config) -> str:
-    """The part, one of `PARTS`, that a parameter or module of MossVLForConditionalGeneration belongs to by its name."""
+    """The part, one of `tuning_options.PARTS`, that a parameter or module of the model belongs to by its name."""
     if name.startswith("model.visual.merger.") or name == "model.separator_token":
         return "merger"
     if name.startswith("model.visual."):

@@ -314,7 +314,7 @@ def _check_roles(roles: list[str]) -> None:
 
 
 def _assign_media(kind: str, messages: list, media: list) -> list:
-    """Gives the `media` of a record to the parts of `kind`; returns all media of that kind in the order of the text."""
+    """Gives the `media` of a record to the parts of `kind`; returns all media of the kind in the order of the text."""
     parts = [part for message in messages for part in message["content"] if part["type"] == kind]
     empty = [part for part in parts if kind not in part]
     if len(empty) == len(parts) == sum(clips_of(kind, medium) for medium in media) != len(media):

@@ -1,4 +1,4 @@
-"""Examines a checkpoint on the drawn world: python training/nano/evaluate.py --checkpoint FOLDER --json evaluation.json
+"""Examines a checkpoint on the drawn world: python training/nano/evaluate.py --checkpoint FOLDER --json table.json
 
 It asks questions about new pictures and clips (written to h264 files and read back), from seeds that no training uses.
 An answer counts if it equals the right one. Controls repeat questions with blanked pixels and with shuffled time

@@ -33,9 +33,9 @@ TWINS = ("second", "third")  # things of one shape, from the left
 FINE = 24  # parts of a side of the canvas, in which a thing's centre is classified
 IGNORED = -100  # class of a fact that does not apply, label of a token without a loss
 
-# (name, classes) of the facts of a vision token. They describe the thing that the token shows (its rank among all things
-# and its twin number among those of its shape, both from the left), the nearest thing on each side, and the letters in
-# the token, the first of them with its index in the sign.
+# (name, classes) of the facts of a vision token. They describe the thing that the token shows (its rank among all
+# things and its twin number among those of its shape, both from the left), the nearest thing on each side, and the
+# letters in the token, the first of them with its index in the sign.
 TOKEN_FACTS = (
     ("shape", len(SHAPES) + 1),
     ("colour", len(COLOURS)),
@@ -54,9 +54,9 @@ TOKEN_FACTS = (
 TOKEN_FACT_INDEX = {name: index for index, (name, _) in enumerate(TOKEN_FACTS)}
 
 # (name, classes) of the facts of the text token of a picture or frame, in the order in which a model can know them.
-# CONTENTS: the thing in each slot (see `assign_slots`) and the number of things. CHANGES: the event of the thing in each
-# slot, the digits of the time stamp, and the index of the picture among several. COURSE: the number of events so far, the
-# event that begins in this frame, the thing it concerns with its present size and region, and its new colour.
+# CONTENTS: the thing in each slot (see `assign_slots`) and the number of things. CHANGES: the event of the thing in
+# each slot, the digits of the time stamp, and the index of the picture among several. COURSE: the number of events so
+# far, the event that begins in this frame, the thing it concerns with its size and region, and its new colour.
 SLOTS = (*SHAPES, *TWINS)
 EVENTS = ("appears", "disappears", "changes", *(f"moves {direction}" for direction in DIRECTIONS))
 PICTURES = 4  # most pictures in a row
@@ -199,7 +199,7 @@ def ink_patches(scene: Scene, grid: tuple[int, int]) -> np.ndarray:
 
 
 def assign_slots(things: list[tuple[int, Thing]]) -> dict[str, tuple[int, Thing]]:
-    """Slot -> (index, thing). The leftmost thing of a shape has the slot of the shape; its twins share two more slots."""
+    """Slot -> (index, thing). The leftmost thing of a shape has the slot of the shape; its twins share two more."""
     slots, free = {}, list(TWINS)
     for number, thing in sorted(things, key=lambda pair: pair[1].x):
         slot = thing.shape if thing.shape not in slots else free.pop(0) if free else None

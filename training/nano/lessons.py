@@ -2,8 +2,8 @@
 
 The questions about one picture or clip share its pixels and its text tokens. A row is [media, question 1 with answer,
 question 2 with answer, ...]; each question sees the media and itself, and has the positions it would have alone.
-Beside the answers, a batch holds the targets of auxiliary losses: facts (facts.py), and the tokens that attention heads
-should attend to.
+Beside the answers, a batch holds the targets of auxiliary losses: facts (facts.py), and the tokens that attention
+heads should attend to.
 
 Axes: B rows, T text tokens, P patches, media in their order in the text.
 """
@@ -75,9 +75,7 @@ CHANCES = {  # expected number of questions of each task about a picture or clip
 LATEST = 20.0  # latest start, in seconds, of a clip as part of a longer one
 LEAPING = 0.5  # share of those clips whose frames leap to later positions than their text gives them
 FURTHEST = 600  # largest leap, in positions
-SAME_SIZE = (
-    8  # pictures of one size in a batch: CPU kernels are prepared per shape, and equal grids are encoded as one
-)
+SAME_SIZE = 8  # pictures of one size in a batch: kernels are prepared per shape, and equal grids are encoded together
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, as in released checkpoints
 
 
@@ -176,7 +174,10 @@ class RowText:
 
 
 def choose(rng: random.Random, tasks, ask) -> list[Question]:
-    """Random questions of the tasks by `CHANCES`, no two with the same prompt. `ask`: (task, plain) -> question or None."""
+    """Random questions of the tasks by `CHANCES`, no two with the same prompt.
+
+    `ask`: (task, plain) -> a question or None.
+    """
     questions = {}
     while not questions:
         for task in tasks:
@@ -350,8 +351,8 @@ class Lessons:
     """The batches of a run, the same for the same seed.
 
     Args:
-        plan: step -> kind of its batch: "look" (pictures without questions), "pictures", "images" (several pictures per
-            row), "clips", or "later" (clips as parts of longer ones).
+        plan: step -> kind of its batch: "look" (pictures without questions), "pictures", "images" (several pictures
+            per row), "clips", or "later" (clips as parts of longer ones).
         size: pictures per batch, a multiple of 8; batches of other kinds cost about as much.
     """
 

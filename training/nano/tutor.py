@@ -203,7 +203,7 @@ def attention_on(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def encode_moments_once(visual, batch: dict):
-    """Within the context, the encoder encodes one frame per moment of a clip and repeats its tokens, with some noise."""
+    """Within the context, the encoder encodes one frame per moment of a clip and repeats its tokens, with noise."""
     if "moments" not in batch:
         yield
         return
