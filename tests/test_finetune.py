@@ -165,42 +165,12 @@ def test_default_learning_rates(tmp_path):
 
 def test_options_reach_the_trainer(tmp_path):
     """All values differ from the defaults, those of this command and of `TrainingArguments`."""
-    arguments = finetune.training_arguments(
-        parsed(
-            tmp_path,
-            "--epochs",
-            2.5,
-            "--batch-size",
-            3,
-            "--accumulation",
-            5,
-            "--lr",
-            0.25,
-            "--schedule",
-            "linear",
-            "--warmup",
-            7,
-            "--weight-decay",
-            0.125,
-            "--max-grad-norm",
-            0.75,
-            "--seed",
-            11,
-            "--log-steps",
-            13,
-            "--save-steps",
-            17,
-            "--eval-steps",
-            19,
-            "--eval-share",
-            0.5,
-            "--keep",
-            4,
-            "--workers",
-            6,
-            "--gradient-checkpointing",
-        )
+    options = (
+        "--epochs 2.5 --batch-size 3 --accumulation 5 --lr 0.25 --schedule linear --warmup 7 --weight-decay 0.125 "
+        "--max-grad-norm 0.75 --seed 11 --log-steps 13 --save-steps 17 --eval-steps 19 --eval-share 0.5 --keep 4 "
+        "--workers 6 --gradient-checkpointing"
     )
+    arguments = finetune.training_arguments(parsed(tmp_path, *options.split()))
     expected = {
         "output_dir": str(tmp_path),
         "num_train_epochs": 2.5,

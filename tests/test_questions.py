@@ -409,84 +409,95 @@ def test_answers_about_pictures_agree_with_a_slow_search():
     assert all(checked[task, True] for task in ("exists", "relation", "text"))
 
 
+def first_changes(scene, times) -> dict[int, tuple[float, str]]:
+    """Index of a thing -> (time, kind) of its event, from comparing each sampled frame with the one before."""
+    before, changes = [], {}
+    for time in times:
+        now = [thing.at(time) for thing in scene.things]
+        for index, (old, new) in enumerate(zip(before, now, strict=False)):
+            if (old is None) != (new is None):
+                changes[index] = time, "appear" if old is None else "disappear"
+            elif new is not None and new.colour != old.colour:
+                changes[index] = time, "change color"
+            elif new is not None and (new.x, new.y) != (old.x, old.y):
+                changes.setdefault(index, (time, "start moving"))
+        before = now
+    return changes
+
+
+KIND_OF = {"direction": "start moving", "color after": "change color"}
+CLAUSES = {"appear": "appears", "disappear": "disappears", "change color": "changes color to", "start moving": "moves"}
+
+
+def check_missing_question(task, changes):
+    """A clip offers no question only if it has no event for it, or if the first or last one is ambiguous."""
+    stamps = [time for time, _ in changes.values()]
+    assert not any(kind == KIND_OF.get(task) for _, kind in changes.values())
+    assert task in KIND_OF or not stamps or task == "first or last" and len(set(stamps)) < len(stamps)
+
+
+def check_clip_answer(task, question, scene, changes):
+    """Of all tasks but "visible at"."""
+    found = NAME.findall(question.prompt)
+    named = [scene.things.index(thing) for name in found for thing in meant(*name, scene.things)]
+    if task == "when":
+        time, kind = changes[named[0]]
+        assert question.prompt.endswith(f" {kind}?") and question.answer == f"{time:.1f} seconds"
+    elif task == "describe clip":
+        stamps = [re.match(r"at (\d+\.\d) seconds ", clause)[1] for clause in question.answer.split("; ")]
+        assert stamps == ["0.0", *(f"{time:.1f}" for time, _ in sorted(changes.values()))]
+    elif task == "duration":
+        assert question.answer == f"{scene.seconds:.1f} seconds"
+    elif task == "color after":
+        first, last = scene.things[named[0]], scene.things[named[0]].at(scene.seconds)
+        assert question.answer == last.colour != first.colour
+    elif task == "direction":
+        first, last = scene.things[named[0]], scene.things[named[0]].at(scene.seconds)
+        sides = {
+            "left": last.x < first.x,
+            "right": last.x > first.x,
+            "up": last.y < first.y,
+            "down": last.y > first.y,
+        }
+        assert [side for side, true in sides.items() if true] == [question.answer]
+    else:
+        order = sorted(changes.values(), reverse="last" in question.prompt)
+        assert len(order) < 2 or order[0][0] != order[1][0], "which was first is ambiguous"
+        kind = order[0][1] if order else None
+        assert CLAUSES.get(kind, "nothing") in question.answer
+
+
+def check_visible_at(question, scene, times) -> bool:
+    """Returns whether the question is about a time between two sampled frames."""
+    moment = re.search(r"at (\d+\.\d) seconds", question.prompt)[1]
+    frames = [time for time in times if f"{time:.1f}" == moment]
+    between = not frames
+    if between:
+        later = next(index for index, time in enumerate(times) if time > float(moment))
+        frames = times[later - 1 : later + 1]
+        assert scene.at(frames[0]) == scene.at(float(moment)) == scene.at(frames[1])
+    present = [thing.at(frames[0]) for thing in scene.things if thing.at(frames[0]) is not None]
+    parts = question.answer.split(", ") if present else []
+    present.sort(key=lambda thing: thing.x)
+    assert [part.split()[1:4] for part in parts] == [[thing.size, thing.colour, thing.shape] for thing in present]
+    return between
+
+
 def test_answers_about_clips_agree_with_a_slow_search():
-    """Event times come from comparing each sampled frame with the one before."""
     checked = Counter()
-    kind_of = {"direction": "start moving", "color after": "change color"}
-    clauses_of = {
-        "appear": "appears",
-        "disappear": "disappears",
-        "change color": "changes color to",
-        "start moving": "moves",
-    }
     for i, scene in enumerate(CLIPS + MOVING):
         times, rng = sampled_times(scene, 1 + i % 2), random.Random(i)
-        before, first_visible = [], {}
-        for time in times:
-            now = [thing.at(time) for thing in scene.things]
-            for index, (old, new) in enumerate(zip(before, now, strict=False)):
-                if (old is None) != (new is None):
-                    first_visible[index] = time, "appear" if old is None else "disappear"
-                elif new is not None and new.colour != old.colour:
-                    first_visible[index] = time, "change color"
-                elif new is not None and (new.x, new.y) != (old.x, old.y):
-                    first_visible.setdefault(index, (time, "start moving"))
-            before = now
-        assert len(first_visible) == sum(len(starts_of(thing)) for thing in scene.things), (
-            "an event that no frame shows"
-        )
+        changes = first_changes(scene, times)
+        assert len(changes) == sum(len(starts_of(thing)) for thing in scene.things), "an event that no frame shows"
         for task in CLIP_TASKS:
             question = ask_clip(task, scene, times, rng, plain=True)
             if question is None:
-                stamps = [time for time, _ in first_visible.values()]
-                assert not any(kind == kind_of.get(task) for _, kind in first_visible.values())
-                assert task in kind_of or not stamps or task == "first or last" and len(set(stamps)) < len(stamps)
+                check_missing_question(task, changes)
                 continue
             checked[task] += 1
-            named = [
-                scene.things.index(thing)
-                for name in NAME.findall(question.prompt)
-                for thing in meant(*name, scene.things)
-            ]
-            if task == "when":
-                time, kind = first_visible[named[0]]
-                assert question.prompt.endswith(f" {kind}?") and question.answer == f"{time:.1f} seconds"
-            elif task == "describe clip":
-                stamps = [re.match(r"at (\d+\.\d) seconds ", clause)[1] for clause in question.answer.split("; ")]
-                assert stamps == ["0.0", *(f"{time:.1f}" for time, _ in sorted(first_visible.values()))]
-            elif task == "duration":
-                assert question.answer == f"{scene.seconds:.1f} seconds"
-            elif task == "color after":
-                assert (
-                    question.answer == scene.things[named[0]].at(scene.seconds).colour != scene.things[named[0]].colour
-                )
-            elif task == "direction":
-                first, last = scene.things[named[0]], scene.things[named[0]].at(scene.seconds)
-                ways = {
-                    "left": last.x < first.x,
-                    "right": last.x > first.x,
-                    "up": last.y < first.y,
-                    "down": last.y > first.y,
-                }
-                assert [way for way, true in ways.items() if true] == [question.answer]
-            elif task == "visible at":
-                moment = re.search(r"at (\d+\.\d) seconds", question.prompt)[1]
-                frames = [time for time in times if f"{time:.1f}" == moment]
-                if not frames:  # between two equal frames
-                    later = next(index for index, time in enumerate(times) if time > float(moment))
-                    frames = times[later - 1 : later + 1]
-                    assert scene.at(frames[0]) == scene.at(float(moment)) == scene.at(frames[1])
-                    checked["between"] += 1
-                present = [thing.at(frames[0]) for thing in scene.things if thing.at(frames[0]) is not None]
-                parts = question.answer.split(", ") if present else []
-                present.sort(key=lambda thing: thing.x)
-                assert [part.split()[1:4] for part in parts] == [
-                    [thing.size, thing.colour, thing.shape] for thing in present
-                ]
+            if task == "visible at":
+                checked["between"] += check_visible_at(question, scene, times)
             else:
-                order = sorted(first_visible.values(), reverse="last" in question.prompt)
-                assert len(order) < 2 or order[0][0] != order[1][0], "which was first is ambiguous"
-                kind = order[0][1] if order else None
-                assert clauses_of.get(kind, "nothing") in question.answer
+                check_clip_answer(task, question, scene, changes)
     assert all(checked[task] for task in CLIP_TASKS)
     assert 0.1 < checked["between"] / checked["visible at"] < 0.25, "a quarter, minus clips without such a pair"

@@ -96,27 +96,36 @@ def test_answers_do_not_train_the_encoder(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_each_moment_is_encoded_once(monkeypatch):
+@pytest.mark.parametrize("separators", [False, True])
+def test_each_moment_is_encoded_once(monkeypatch, separators):
     """The tokens equal those of all frames encoded, from fewer patches; noise makes them differ a little."""
     processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
-    visual = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).model.visual
+    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).model
+    visual, separator = model.visual, model.separator_token if separators else None
     batch = small_clips(processor, "clips")
-    pixel_values, grid = batch["pixel_values"].float(), batch["grid_thw"]
+    inputs, grid = (batch["pixel_values"].float(), batch["grid_thw"], None, None, None, separator), batch["grid_thw"]
     assert any(len(set(moments)) < len(moments) for moments in batch["moments"])
-    every, sizes = visual(pixel_values, grid), []
+    every, sizes = visual(*inputs), []
     visual.patch_embed.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     with tutor.encode_moments_once(visual, batch):
-        noisy = visual(pixel_values, grid)
+        noisy = visual(*inputs)
     monkeypatch.setattr(tutor, "NOISE", 0.0)
     with tutor.encode_moments_once(visual, batch):
-        once = visual(pixel_values, grid)
-    assert (
-        sizes
-        == [sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid, strict=True))] * 2
-    )
+        once = visual(*inputs)
+    patches = sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid, strict=True))
+    assert sizes == [patches] * 2
     assert torch.allclose(once, every, atol=1e-4)
     assert not torch.equal(noisy, once) and (noisy - once).abs().max() < 0.2 * every.std()
-    assert torch.equal(visual(pixel_values, grid), every), "outside of it nothing has changed"
+    if separators:
+        assert (every == separator).all(1).sum() == (noisy == separator).all(1).sum() == sum(t for t, _, _ in grid)
+    assert torch.equal(visual(*inputs), every), "outside of the context nothing has changed"
+
+
+@pytest.mark.parametrize("kind", ["look", "pictures", "images", "clips", "later"])
+def test_every_kind_of_batch_can_be_learned(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(train_nano, "plan_of", lambda steps: lambda step: kind)
+    learned, start = run(tmp_path / "run", steps=1), load_file(NANO / "model.safetensors")
+    assert any(not torch.equal(start[name], learned[name]) for name in start)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class Change:
     link: Path | None = None
 
 
-def code_files():
+def code_files() -> list[str]:
     """The project's .py files that a checkpoint needs: those that auto_map names, and all that they import relatively.
 
     Imports for type checkers count, too, because transformers copies these files as well.
@@ -61,7 +61,7 @@ def code_files():
     return files
 
 
-def read_json(path):
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -71,7 +71,7 @@ def read_json(path):
     return content
 
 
-def verify_checkpoint(folder):
+def verify_checkpoint(folder: Path) -> None:
     """Raises InstallError unless `folder` is the folder of a MOSS-VL checkpoint."""
     if not folder.is_dir():
         raise InstallError(
@@ -90,7 +90,7 @@ def verify_checkpoint(folder):
 # planning; nothing is written here
 
 
-def plan_changes(folder, link):
+def plan_changes(folder: Path, link: bool) -> list[Change]:
     """The changes after which `folder` uses this project's code."""
     changes = [plan_code_file(folder, name, link) for name in code_files()]
     changes += [plan_auto_map(folder, "config.json", read_json(PROJECT / "config.json")["auto_map"])]
@@ -104,7 +104,7 @@ def plan_changes(folder, link):
     return [change for change in changes if change is not None]
 
 
-def plan_code_file(folder, name, link):
+def plan_code_file(folder: Path, name: str, link: bool) -> Change | None:
     source, target = PROJECT / name, folder / name
     if target.is_dir():
         raise InstallError(f"{target}: is a folder, expected a file")
@@ -118,13 +118,13 @@ def plan_code_file(folder, name, link):
     return Change(name, verb, remark, content=b"" if link else content, link=source if link else None)
 
 
-def plan_auto_map(folder, name, wanted):
+def plan_auto_map(folder: Path, name: str, wanted: dict) -> Change | None:
     config = read_json(folder / name)
     remarks = complete_auto_map(config, wanted, folder / name)
     return edit(name, config, remarks)
 
 
-def plan_processor_config(folder):
+def plan_processor_config(folder: Path) -> Change | None:
     name = "processor_config.json"
     config = read_json(folder / name)
     image_map, video_map = (read_json(PROJECT / file)["auto_map"] for file in PROCESSOR_FILES)
@@ -141,14 +141,14 @@ def plan_processor_config(folder):
     return edit(name, config, remarks)
 
 
-def edit(name, config, remarks):
+def edit(name: str, config: dict, remarks: list[str]) -> Change | None:
     if not remarks:
         return None
     content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return Change(name, "edit", f"auto_map {', '.join(remarks)}", content=content.encode("utf-8"))
 
 
-def complete_auto_map(config, wanted, path):
+def complete_auto_map(config: dict, wanted: dict, path: Path) -> list[str]:
     """Adds the missing entries of `wanted` to the auto_map of `config`; returns a remark for each.
 
     An existing entry is kept if the code files define the class that it names. An entry that names another class, or
@@ -170,7 +170,7 @@ def complete_auto_map(config, wanted, path):
     return remarks
 
 
-def is_provided(reference):
+def is_provided(reference) -> bool:
     """Whether one of the code files defines or imports the `module.Class` of the reference."""
     if not isinstance(reference, str) or reference.count(".") != 1 or "--" in reference:
         return False
@@ -241,7 +241,7 @@ def uninterrupted():
             signal.signal(signal.SIGINT, handler if handler is not None else signal.SIG_DFL)
 
 
-def put(path, content, link):
+def put(path: Path, content: bytes, link) -> None:
     """Writes a temporary file and moves it to `path` in one step.
 
     A link at `path` is replaced, and its target is not changed: in the cache of huggingface_hub, revisions share it.
@@ -261,7 +261,7 @@ def put(path, content, link):
 # checking
 
 
-def check_folder(folder):
+def check_folder(folder: Path) -> list[str]:
     """Loads configuration, processor and, on the meta device, model of the folder; returns lines of findings.
 
     Raises InstallError if something does not load or does not fit the weights.
@@ -292,7 +292,7 @@ def check_folder(folder):
         return [line, *check_processor(folder, config), *check_weights(folder, config, model)]
 
 
-def check_processor(folder, config):
+def check_processor(folder: Path, config) -> list[str]:
     from transformers import AutoProcessor
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -317,14 +317,14 @@ def check_processor(folder, config):
         for name in ("image_token_id", "video_token_id")
     ]
     lines += [
-        f"warning: {name} is {got} in {where}, {expected} in config.json; they belong to different models"
-        for where, name, got, expected in pairs
+        f"warning: {name} is {got} in {owner}, {expected} in config.json; they belong to different models"
+        for owner, name, got, expected in pairs
         if got != expected
     ]
     return lines
 
 
-def check_weights(folder, config, model):
+def check_weights(folder: Path, config, model) -> list[str]:
     """Compares names and shapes in the safetensors headers with the model's. Additional tensors are a warning."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found, absent = read_weight_shapes(folder)
@@ -350,7 +350,7 @@ def check_weights(folder, config, model):
     return lines
 
 
-def read_weight_shapes(folder):
+def read_weight_shapes(folder: Path) -> tuple[dict[str, tuple | None], list[str]]:
     """({tensor name: shape, None if its file is absent}, names of absent files), from the headers alone."""
     from safetensors import SafetensorError, safe_open
 
@@ -373,7 +373,7 @@ def read_weight_shapes(folder):
 # the command
 
 
-def install(folder, link=False, dry_run=False, check=True):
+def install(folder: Path, link: bool = False, dry_run: bool = False, check: bool = True) -> None:
     verify_checkpoint(folder)
     changes = plan_changes(folder, link)
     print(f"{folder}:" + ("" if changes else " already has these code files and entries"))
@@ -396,7 +396,7 @@ def install(folder, link=False, dry_run=False, check=True):
     print("\n".join(lines))
 
 
-def main(argv=None):
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description="Install the MOSS-VL code files into a checkpoint folder and check that it loads. Weights, "
         "tokenizer and settings are not changed; replaced files are kept in a backup folder inside the checkpoint.",

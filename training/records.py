@@ -140,7 +140,7 @@ def _read_record(row: Row, seconds: dict) -> Record:
 
 
 def _report_bad(bad: list[str], total: int, skip_bad: bool) -> None:
-    """Warns of bad records if they are skipped, else raises ValueError. `bad`: place and reason of each."""
+    """Warns of bad records if they are skipped, else raises ValueError. `bad`: file, index and reason of each."""
     lines = [f"{len(bad)} of the {total} records are bad:", *bad[:NAMED_RECORDS]]
     if len(bad) > NAMED_RECORDS:
         lines.append(f"and {len(bad) - NAMED_RECORDS} more")

@@ -140,10 +140,10 @@ def token_facts(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -
     out = np.full((*grid, len(TOKEN_FACTS)), IGNORED, dtype=np.int64)
     out[..., TOKEN_FACT_INDEX["shape"]] = len(SHAPES)
     things = sorted(things, key=lambda thing: thing.x)
-    shown = thing_tokens(things, canvas, grid)
+    thing_of_token = thing_tokens(things, canvas, grid)
     for number, values in enumerate(thing_facts(things, canvas)):
         for name, value in values.items():
-            out[shown == number, TOKEN_FACT_INDEX[name]] = value
+            out[thing_of_token == number, TOKEN_FACT_INDEX[name]] = value
     write_letter_facts(out, signs, canvas)
     return out.reshape(-1, len(TOKEN_FACTS))
 

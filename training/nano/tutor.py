@@ -5,6 +5,7 @@ Axes: B rows, H heads, T text tokens, S attended tokens, N vision tokens, D chan
 
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
+from operator import mul
 
 import torch
 import torch.nn.functional as F
@@ -220,15 +221,23 @@ def encode_moments_once(visual, batch: dict):
         return torch.cat(selected), grid, *args[2:]
 
     def repeat_tokens(module, args, out):
-        tokens = [size // visual.spatial_merge_size**2 for size in sizes]  # per frame
-        clips = out.split([len(first) * number for first, number in zip(firsts, tokens, strict=True)])
-        clips = [
-            clip.unflatten(0, (-1, number))[moments].flatten(0, 1)
-            for clip, number, moments in zip(clips, tokens, batch["moments"], strict=True)
+        counts = [size // visual.spatial_merge_size**2 for size in sizes]  # tokens per frame
+        frames = [len(first) for first in firsts]
+        separators = (len(out) - sum(map(mul, frames, counts))) // sum(frames)  # per frame: 1 if the encoder adds them
+        clips = out.split([number * (count + separators) for number, count in zip(frames, counts, strict=True)])
+        repeated = [
+            clip.unflatten(0, (-1, count + separators))[moments]
+            for clip, count, moments in zip(clips, counts, batch["moments"], strict=True)
         ]
-        repeated, generator = torch.cat(clips), torch.Generator().manual_seed(batch["grain"])
-        noise = torch.randn(repeated.shape, generator=generator).to(repeated)
-        return repeated + NOISE * repeated.std(0) * noise
+        tokens = torch.cat([clip[:, :count].flatten(0, 1) for clip, count in zip(repeated, counts, strict=True)])
+        noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(batch["grain"])).to(tokens)
+        tokens = (tokens + NOISE * tokens.std(0) * noise).split(list(map(mul, map(len, repeated), counts)))
+        return torch.cat(
+            [
+                torch.cat([part.unflatten(0, (-1, count)), clip[:, count:]], dim=1).flatten(0, 1)
+                for part, clip, count in zip(tokens, repeated, counts, strict=True)
+            ]
+        )
 
     hooks = [visual.register_forward_pre_hook(select_frames), visual.register_forward_hook(repeat_tokens)]
     try:
