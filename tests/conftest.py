@@ -1,4 +1,7 @@
-"""Imports the project as a package in place, and keeps every test off the network, out of the user's caches, and tidy."""
+"""Checks that the tests import this checkout, and keeps them off the network and out of the user's caches.
+
+pyproject.toml puts the root and tests/ on the path of this process. PYTHONPATH puts the root on that of its children.
+"""
 
 import atexit
 import os
@@ -9,42 +12,48 @@ from pathlib import Path
 import pytest
 
 
-SCRATCH = Path(tempfile.mkdtemp(prefix="moss-vl-tests-"))  # of this process; nothing of it outlives the run
+SCRATCH = Path(tempfile.mkdtemp(prefix="moss-vl-tests-"))  # of this process, removed at its exit
 (SCRATCH / "tmp").mkdir()
 os.environ["HF_HOME"] = str(SCRATCH / "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with several threads
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
 GOLDEN = SHARED_GOLDEN if SHARED_GOLDEN.is_dir() else ROOT / "tests" / "golden"
 
-os.environ["PYTHONPATH"] = str(ROOT)  # for child processes; in this one, pyproject.toml puts the root on the path
+os.environ["PYTHONPATH"] = str(ROOT)
 
 
 def pytest_configure(config):
-    """An exception in a thread is a failure, not a warning that nobody reads."""
+    """Stops if `moss_vl` is another checkout, and makes exceptions in threads failures instead of warnings."""
+    import moss_vl
+
+    (imported,) = moss_vl.__path__
+    if Path(imported).resolve() != ROOT:
+        raise pytest.UsageError(
+            f"the tests of {ROOT} import moss_vl from {imported}; unset PYTHONPATH, or uninstall the other checkout"
+        )
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @atexit.register
-def forget_scratch(process=os.getpid()):
-    if os.getpid() == process:  # and no fork of it
+def remove_scratch(process=os.getpid()):
+    if os.getpid() == process:  # not in forked processes
         shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
-def tidy(monkeypatch, tmp_path_factory):
-    """The temporary directory of a test is its own and empty, and what a test or the code it runs leaves there is a failure."""
-    tmp_path_factory.getbasetemp()  # pytest's own, beside it
+def empty_temporary_directory(monkeypatch, tmp_path_factory):
+    """Gives each test an empty temporary directory; files that are left in it are a failure."""
+    tmp_path_factory.getbasetemp()  # created now, outside of this directory
     folder = SCRATCH / "tmp"
-    monkeypatch.setenv("TMPDIR", str(folder))  # of its child processes
+    monkeypatch.setenv("TMPDIR", str(folder))  # of child processes
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
-    left = sorted(
-        path.name for path in folder.iterdir() if not path.name.startswith(("torch", "pytorch"))
-    )  # its own caches and logs
+    # except for caches and logs of torch
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("torch", "pytorch")))
     for name in left:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)

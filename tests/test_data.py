@@ -1,4 +1,4 @@
-"""The sample files: small, drawn by training/nano/make_samples.py, and showing what its scenes say at the times they say."""
+"""The sample files in data/ are small, drawn by make_samples.py, and show its scenes and their events."""
 
 import math
 from functools import lru_cache
@@ -16,9 +16,8 @@ from moss_vl.training.nano.world import COLOURS, MOVE_SECONDS, SHAPES, draw_scen
 
 FOLDER = ROOT / "data"
 
-samples = make_samples
-PICTURES = [name for name in samples.SCENES if name.endswith(".jpg")]
-CLIPS = [name for name in samples.SCENES if name.endswith(".mp4")]
+PICTURES = [name for name in make_samples.SCENES if name.endswith(".jpg")]
+CLIPS = [name for name in make_samples.SCENES if name.endswith(".mp4")]
 
 
 @lru_cache
@@ -30,7 +29,7 @@ def decode(path):
 
 
 def pixel_at(frame, thing):
-    """The frame's colour where the thing is solid: its centre, or for a ring the middle of its band."""
+    """The frame's colour at the centre of the thing, or in the middle of the band of a ring."""
     height, width = frame.shape[:2]
     away = 0.79 * thing.radius * min(height, width) if thing.shape == "ring" else 0.0
     return frame[round(thing.y * height), round(thing.x * width + away)].astype(int)
@@ -48,31 +47,31 @@ def on_canvas(mask, begin, scene):
 
 
 def events(thing):
-    """(time, thing before, thing after) of every event after the start; None where it is not to be seen."""
+    """(time, thing before, thing after) of every event after the start; None if it is absent."""
     times = [(thing.appears, 0.0), (thing.disappears, 0.0)]
     times += [(thing.changes[0], 0.0)] if thing.changes is not None else []
     times += [(thing.moves[0], MOVE_SECONDS)] if thing.moves is not None else []
     return [(time, thing.at(time - 0.01), thing.at(time + lasts)) for time, lasts in times if 0 < time < math.inf]
 
 
-@pytest.mark.parametrize("name", samples.SCENES)
-def test_files_are_small_and_of_the_scene_s_size(name):
-    scene = samples.SCENES[name]
+@pytest.mark.parametrize("name", make_samples.SCENES)
+def test_files_are_small_and_have_the_size_of_their_scenes(name):
+    scene = make_samples.SCENES[name]
     assert (FOLDER / name).stat().st_size < 300_000
     frame = np.asarray(Image.open(FOLDER / name)) if name in PICTURES else decode(FOLDER / name)[0][0]
     assert frame.shape == (scene.height, scene.width, 3)
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_script_draws_the_committed_pictures(name, tmp_path):
-    samples.write_picture(samples.SCENES[name], tmp_path / name)
+def test_committed_pictures_are_those_of_the_script(name, tmp_path):
+    make_samples.write_picture(make_samples.SCENES[name], tmp_path / name)
     drawn, kept = (np.asarray(Image.open(folder / name)).astype(int) for folder in (tmp_path, FOLDER))
-    assert np.abs(drawn - kept).mean() < 1  # another JPEG or font library may round another way
+    assert np.abs(drawn - kept).mean() < 1  # JPEG and font libraries round differently
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_script_draws_the_committed_clips(name):
-    scene = samples.SCENES[name]
+def test_committed_clips_are_those_of_the_script(name):
+    scene = make_samples.SCENES[name]
     frames, times = decode(FOLDER / name)
     expected = frame_times(scene)
     assert times == pytest.approx(expected, abs=1e-3)
@@ -83,8 +82,8 @@ def test_script_draws_the_committed_clips(name):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_things_happen_when_the_scene_says(name):
-    scene = samples.SCENES[name]
+def test_events_happen_at_the_times_of_the_scene(name):
+    scene = make_samples.SCENES[name]
     frames, times = decode(FOLDER / name)
     happened = 0
     for thing in scene.things:
@@ -101,9 +100,9 @@ def test_things_happen_when_the_scene_says(name):
     assert happened >= 2
 
 
-@pytest.mark.parametrize("name", samples.SCENES)
-def test_scenes_keep_to_the_drawn_world(name):
-    scene = samples.SCENES[name]
+@pytest.mark.parametrize("name", make_samples.SCENES)
+def test_scenes_belong_to_the_drawn_world(name):
+    scene = make_samples.SCENES[name]
     assert 96 <= min(scene.width, scene.height) and max(scene.width, scene.height) <= 320
     assert max(scene.width, scene.height) <= 2 * min(scene.width, scene.height)
     assert scene.noise <= 12

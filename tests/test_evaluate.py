@@ -1,4 +1,4 @@
-"""Examining a checkpoint: marks, the questions, what the controls change, which answer is whose, the table, and the command."""
+"""evaluate.py: scores, questions, controls, the assignment of answers to questions, the table, and the command."""
 
 import gc
 import json
@@ -19,41 +19,41 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from moss_vl.training.nano import evaluate, world
 from moss_vl.training.nano.evaluate import (
     CLIP_TASKS,
-    FRAMES,
+    FRAMES_PER_QUESTION,
     TASKS,
     Examinee,
     Item,
     Question,
     ask,
     average,
+    chunk_items,
     clip_items,
     edits,
+    encode_media,
     events_in,
     larger,
-    look,
-    lots_of,
-    marks,
     picture_items,
     prompt_ids,
-    shuffled,
+    scores,
+    shuffle_stamps,
     table,
 )
 from moss_vl.training.nano.world import draw_scene, write_clip
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
-BRIEF = (2.0, 3.0)  # seconds of a clip
+SHORT = (2.0, 3.0)  # duration of clips, in seconds
 
 
 @pytest.fixture(scope="module")
 def processor():
-    """With a fifth of the checkpoint's pixels: what is examined is who gets which answer, not how good it is."""
+    """With a fifth of the checkpoint's pixels: these tests do not measure the quality of answers."""
     return AutoProcessor.from_pretrained(NANO, trust_remote_code=True, min_pixels=64 * 64, max_pixels=96 * 96)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_font():
-    """The same scenes wherever the tests run: fonts are drawn by lot among those installed."""
+    """Only one font, so that scenes do not depend on the installed fonts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "fonts", lambda: (None,))
         yield
@@ -61,8 +61,7 @@ def one_font():
 
 @pytest.fixture
 def forks():
-    """For tests that start workers: PyAV's frames that earlier tests left as garbage are freed here. A forked child that freed them
-    would wait for their threads, which it does not have."""
+    """For tests that start workers. A forked worker that collected PyAV frames of earlier tests would wait forever."""
     gc.collect()
 
 
@@ -73,24 +72,26 @@ def model():
 
 @pytest.fixture(scope="module")
 def clips():
-    """Three questions of two tasks, about clips of both rates."""
-    return clip_items(("when", "visible at"), 3, 5, BRIEF)
+    """Three questions of two tasks, about clips sampled at both rates."""
+    return clip_items(("when", "visible at"), 3, 5, SHORT)
 
 
 @pytest.fixture(scope="module")
 def mixed(clips):
-    """Items of one image, of several, and clips; each with a prompt of its own length that no other has. Clips are asked twice."""
+    """Items with one image, several images, and clips (two items each). Prompts have different lengths."""
     found = [
         *picture_items("color", 2, 1),
         *picture_items("which image", 3, 1),
         *(item for task in clips.values() for item in task),
     ]
-    return [replace(item, question=replace(item.question, prompt=number * "so " + f"question {number}?"))
-            for number, item in enumerate(found)]  # fmt: skip
+    return [
+        replace(item, question=replace(item.question, prompt=number * "so " + f"question {number}?"))
+        for number, item in enumerate(found)
+    ]
 
 
 def through_the_processor(processor, item, folder) -> dict:
-    """What the processor gives for the whole of an item by itself, as a user would ask it."""
+    """The processor's output for one whole item, as a user would call it."""
     medium = "<|video|>" if item.fps else "<|image|>" * len(item.scenes)
     text = medium + item.question.prompt
     if item.template:
@@ -103,23 +104,33 @@ def through_the_processor(processor, item, folder) -> dict:
     return processor(text=text, videos=str(folder / "clip.mp4"), video_fps=item.fps, return_tensors="pt")
 
 
-# Marks
+# scores
 
 
-def mark(task, right, given, times=()) -> dict:
-    return marks(Item(Question(task, "", right), (), True, times=times), given)
+def score(task, right, given, times=()) -> dict:
+    return scores(Item(Question(task, "", right), (), True, times=times), given)
 
 
-def test_an_answer_counts_to_the_letter():
-    assert mark("color", "blue", "blue") == {"exact": 1.0}
-    assert {mark("color", "blue", given)["exact"] for given in ("Blue", "blue ", "blue.", "", "a blue star")} == {0.0}
+def test_an_answer_must_be_equal():
+    assert score("color", "blue", "blue") == {"exact": 1.0}
+    assert {score("color", "blue", given)["exact"] for given in ("Blue", "blue ", "blue.", "", "a blue star")} == {0.0}
 
 
 @pytest.mark.parametrize(
     "first, second, distance",
-    [("", "", 0), ("K7Q", "K7Q", 0), ("K7Q", "", 3), ("K7Q", "K7", 1), ("K7Q", "XK7Q", 1), ("K7Q", "7KQ", 2), ("K7Q", "K8Q", 1),
-     ("ABC", "XYZ", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)],
-)  # fmt: skip
+    [
+        ("", "", 0),
+        ("K7Q", "K7Q", 0),
+        ("K7Q", "", 3),
+        ("K7Q", "K7", 1),
+        ("K7Q", "XK7Q", 1),
+        ("K7Q", "7KQ", 2),
+        ("K7Q", "K8Q", 1),
+        ("ABC", "XYZ", 3),
+        ("kitten", "sitting", 3),
+        ("flaw", "lawn", 2),
+    ],
+)
 def test_edits(first, second, distance):
     assert edits(first, second) == edits(second, first) == distance
 
@@ -127,42 +138,58 @@ def test_edits(first, second, distance):
 def test_characters_of_a_sign():
     given = {"K7Q": 1.0, "K7O": 2 / 3, "K7": 2 / 3, "K7QQ": 2 / 3, "": 0.0, "nothing": 0.0}
     for answer, share in given.items():
-        assert mark("text", "K7Q", answer) == pytest.approx({"exact": float(answer == "K7Q"), "characters": share})
-    assert mark("no text", "nothing", "nothing") == {"exact": 1.0}
+        assert score("text", "K7Q", answer) == pytest.approx({"exact": float(answer == "K7Q"), "characters": share})
+    assert score("no text", "nothing", "nothing") == {"exact": 1.0}
 
 
-def test_every_object_whatever_the_sign_says():
+def test_every_object_ignores_the_sign():
     things = "a large red circle on the left, a small blue star at the top right"
     signed = f'{things}, and the text "K7Q"'
-    assert mark("describe picture", signed, signed) == {"exact": 1.0, "every object": 1.0}
+    assert score("describe picture", signed, signed) == {"exact": 1.0, "every object": 1.0}
     for given in (things, f'{things}, and the text "K7O"'):
-        assert mark("describe picture", signed, given) == {"exact": 0.0, "every object": 1.0}
-    assert mark("describe picture", things, signed) == {"exact": 0.0, "every object": 1.0}
+        assert score("describe picture", signed, given) == {"exact": 0.0, "every object": 1.0}
+    assert score("describe picture", things, signed) == {"exact": 0.0, "every object": 1.0}
     for given in (
         signed.replace("red", "black"),
         signed.removeprefix("a large red circle on the left, "),
         "the text",
         "",
     ):
-        assert mark("describe picture", signed, given) == {"exact": 0.0, "every object": 0.0}
+        assert score("describe picture", signed, given) == {"exact": 0.0, "every object": 0.0}
 
 
 def test_when_within_a_frame():
     times = (0.0, 0.96, 1.96, 2.96)  # stamps 0.0, 1.0, 2.0, 3.0
-    given = {"1.0 seconds": 1.0, "2.0 seconds": 1.0, "3.0 seconds": 1.0, "0.0 seconds": 0.0, "1.5 seconds": 0.0, "4.0 seconds": 0.0,
-             "2 seconds": 0.0, "soon": 0.0, "": 0.0}  # fmt: skip
+    given = {
+        "1.0 seconds": 1.0,
+        "2.0 seconds": 1.0,
+        "3.0 seconds": 1.0,
+        "0.0 seconds": 0.0,
+        "1.5 seconds": 0.0,
+        "4.0 seconds": 0.0,
+        "2 seconds": 0.0,
+        "soon": 0.0,
+        "": 0.0,
+    }
     for answer, near in given.items():
-        assert mark("when", "2.0 seconds", answer, times) == {
+        assert score("when", "2.0 seconds", answer, times) == {
             "exact": float(answer == "2.0 seconds"),
             "within a frame": near,
         }
 
 
 def test_duration_within_a_fifth_of_a_second():
-    given = {"10.1 seconds": 1.0, "10.3 seconds": 1.0, "9.9 seconds": 1.0, "10.4 seconds": 0.0, "9.8 seconds": 0.0,
-             "10 seconds": 0.0, "long": 0.0}  # fmt: skip
+    given = {
+        "10.1 seconds": 1.0,
+        "10.3 seconds": 1.0,
+        "9.9 seconds": 1.0,
+        "10.4 seconds": 0.0,
+        "9.8 seconds": 0.0,
+        "10 seconds": 0.0,
+        "long": 0.0,
+    }
     for answer, near in given.items():
-        assert mark("duration", "10.1 seconds", answer) == {
+        assert score("duration", "10.1 seconds", answer) == {
             "exact": float(answer == "10.1 seconds"),
             "within 0.2 s": near,
         }
@@ -207,23 +234,23 @@ def test_every_event():
     }
     names = ("exact", "every event", "every event, within a frame", "first frame")
     for given, expected in cases.items():
-        assert mark("describe clip", right, given, times) == dict(zip(names, expected, strict=True)), given
+        assert score("describe clip", right, given, times) == dict(zip(names, expected, strict=True)), given
 
 
-def test_words_without_a_time_describe_no_clip_in_which_nothing_happens():
-    assert mark("describe clip", START, START.replace("red", "blue"))["every event"] == 1.0
+def test_a_description_without_times_has_no_events():
+    assert score("describe clip", START, START.replace("red", "blue"))["every event"] == 1.0
     for given in ("", "nothing", "the circle"):
         assert {
-            mark("describe clip", START, given)[name] for name in ("every event", "every event, within a frame")
+            score("describe clip", START, given)[name] for name in ("every event", "every event, within a frame")
         } == {0.0}
 
 
-def test_average_of_marks():
+def test_average_of_scores():
     item = Item(Question("text", "", "AB"), (), True)
     assert average([(item, "AB"), (item, "AX"), (item, "A"), (item, "")]) == {"exact": 0.25, "characters": 0.5}
 
 
-# The questions
+# questions
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task not in CLIP_TASKS])
@@ -265,19 +292,21 @@ def test_questions_about_clips(clips, processor, tmp_path):
             assert clip.timestamps == pytest.approx(item.times, abs=1e-3)
 
 
-def test_questions_about_clips_depend_on_the_seed_and_their_task_alone(clips):
-    assert clip_items(("when", "visible at"), 3, 5, BRIEF) == clips
-    assert clip_items(("visible at",), 2, 5, BRIEF) == {"visible at": clips["visible at"][:2]}
-    assert clip_items(("when",), 3, 6, BRIEF)["when"] != clips["when"]
+def test_questions_about_clips_depend_only_on_seed_and_task(clips):
+    assert clip_items(("when", "visible at"), 3, 5, SHORT) == clips
+    assert clip_items(("visible at",), 2, 5, SHORT) == {"visible at": clips["visible at"][:2]}
+    assert clip_items(("when",), 3, 6, SHORT)["when"] != clips["when"]
 
 
 def test_controls_ask_the_same_questions(monkeypatch):
-    monkeypatch.setattr(evaluate, "SECONDS", BRIEF)
+    monkeypatch.setattr(evaluate, "SECONDS", SHORT)
     monkeypatch.setattr(evaluate, "LONG", (3.0, 4.0))
     asked = evaluate.examination(("shape", "when", "duration"), 3, 2, 1)
     assert {task: list(columns) for task, columns in asked.items()} == {
-        "shape": ["", "blanked", "twice as large"], "when": ["", "blanked", "stamps shuffled", "twice as long"],
-        "duration": ["", "blanked", "twice as long"]}  # fmt: skip
+        "shape": ["", "blanked", "twice as large"],
+        "when": ["", "blanked", "stamps shuffled", "twice as long"],
+        "duration": ["", "blanked", "twice as long"],
+    }
     for task, columns in asked.items():
         assert [len(items) for items in columns.values()] == [3] + [2] * (len(columns) - 1)
         for column, items in columns.items():
@@ -292,50 +321,63 @@ def test_controls_ask_the_same_questions(monkeypatch):
     assert evaluate.examination(("shape",), 3, 0, 1) == {"shape": {"": picture_items("shape", 3, 1)}}
 
 
-# Asking
+# answers
 
 
-def test_what_is_asked_about_one_sight_is_in_one_lot():
+def test_questions_about_the_same_media_are_in_one_chunk():
     items = picture_items("count", 7, 1)
     blanked = [replace(item, column="blanked") for item in items[:2]]
-    assert lots_of([*items, *blanked], 3) == [
-        [[items[0], blanked[0]], [items[1], blanked[1]], [items[2]]], [[item] for item in items[3:6]], [[items[6]]]]  # fmt: skip
+    assert chunk_items([*items, *blanked], 3) == [
+        [[items[0], blanked[0]], [items[1], blanked[1]], [items[2]]],
+        [[item] for item in items[3:6]],
+        [[items[6]]],
+    ]
 
 
-def test_lots_of_clips_are_the_smaller_the_longer_they_are():
-    lot = random.Random(0)
+def test_chunks_of_longer_clips_are_smaller():
+    rng = random.Random(0)
     (scene,) = picture_items("count", 1, 1)[0].scenes
-    items = [Item(Question("when", f"{number}", ""), (replace(scene, grain=number % 50),), True, 1 + number % 2, (0.0,) * (2 + number % 50))
-             for number in range(80)]  # fmt: skip
-    lot.shuffle(items)
+    items = [
+        Item(
+            Question("when", f"{number}", ""),
+            (replace(scene, grain=number % 50),),
+            True,
+            1 + number % 2,
+            (0.0,) * (2 + number % 50),
+        )
+        for number in range(80)
+    ]
+    rng.shuffle(items)
     size = 4
-    lots = lots_of(items, size)
-    assert Counter(item for found in lots for about in found for item in about) == Counter(items)
-    sights = [about for found in lots for about in found]
-    assert len(sights) == 50 and all(len({(item.scenes, item.fps) for item in about}) == 1 for about in sights)
-    lengths = [len(about[0].times) for about in sights]
-    assert lengths == sorted(lengths) and max(map(len, lots)) == size
+    chunks = chunk_items(items, size)
+    assert Counter(item for chunk in chunks for group in chunk for item in group) == Counter(items)
+    groups = [group for chunk in chunks for group in chunk]
+    assert len(groups) == 50 and all(len({(item.scenes, item.fps) for item in group}) == 1 for group in groups)
+    lengths = [len(group[0].times) for group in groups]
+    assert lengths == sorted(lengths) and max(map(len, chunks)) == size
 
-    def fits(found):
-        return len(found) <= size and len(found) * max(len(about[0].times) for about in found) <= FRAMES * size
+    def fits(chunk):
+        frames = len(chunk) * max(len(group[0].times) for group in chunk)
+        return len(chunk) <= size and frames <= FRAMES_PER_QUESTION * size
 
-    assert all(len(found) == 1 or fits(found) for found in lots) and any(len(found) < size for found in lots[:-1])
-    for one, other in pairwise(lots):
-        assert not fits([*one, other[0]]), "the next clip had room"
+    assert all(len(chunk) == 1 or fits(chunk) for chunk in chunks)
+    assert any(len(chunk) < size for chunk in chunks[:-1])
+    for one, other in pairwise(chunks):
+        assert not fits([*one, other[0]]), "the next clip would have fitted"
 
 
-def test_a_prompt_is_what_the_processor_makes_of_it(processor, mixed, tmp_path):
+def test_prompts_and_media_equal_the_processor_s_output(processor, mixed, tmp_path):
     for item in mixed:
-        expected, inputs = through_the_processor(processor, item, tmp_path), look(processor, item)
+        expected, inputs = through_the_processor(processor, item, tmp_path), encode_media(processor, item)
         assert prompt_ids(processor, item, inputs["input_ids"][0].tolist()) == expected["input_ids"][0].tolist()
         assert torch.equal(inputs["grid_thw"], expected["grid_thw"])
         assert inputs["pixel_values"].shape == expected["pixel_values"].shape
-        # The encoder may write a clip in another way the next time.
+        # encoded twice, a clip may differ slightly
         assert (inputs["pixel_values"] - expected["pixel_values"]).abs().mean() <= (0.002 if item.fps else 0)
 
 
 class Echo:
-    """A model that says again what it is told, and keeps what it gets; it encodes all media of a prompt as one number."""
+    """A model that repeats its prompt and records its inputs; all media of a prompt are encoded as one number."""
 
     device = torch.device("cpu")
 
@@ -349,15 +391,15 @@ class Echo:
 
 @pytest.mark.parametrize("size, workers", [(1, 1), (4, 2), (4, 0)])
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_every_item_gets_its_own_answer(processor, mixed, size, workers, on_cpu, monkeypatch, forks):
-    """Whether workers answer or only look."""
+def test_every_item_gets_the_answer_to_its_prompt(processor, mixed, size, workers, on_cpu, monkeypatch, forks):
+    """Also if the workers only encode media."""
 
-    class Elsewhere(evaluate.Lots):
+    class Elsewhere(evaluate.Chunks):
         def __init__(self, *args):
             super().__init__(*args)
             self.answered = on_cpu
 
-    monkeypatch.setattr(evaluate, "Lots", Elsewhere)
+    monkeypatch.setattr(evaluate, "Chunks", Elsewhere)
     answers = list(ask(Echo(), processor, mixed, size, workers))
     assert Counter(item for item, _ in answers) == Counter(mixed)
     for item, given in answers:
@@ -366,7 +408,7 @@ def test_every_item_gets_its_own_answer(processor, mixed, size, workers, on_cpu,
         assert given.removeprefix("user\n").startswith(stamps + item.question.prompt)
 
 
-def test_every_row_of_a_batch_has_its_own_media(processor, mixed):
+def test_every_row_of_a_batch_has_the_media_of_its_item(processor, mixed):
     model, size, asked = Echo(), 3, {item.question.prompt: item for item in mixed}
     list(ask(model, processor, mixed, size, 0))
     rows = 0
@@ -377,15 +419,15 @@ def test_every_row_of_a_batch_has_its_own_media(processor, mixed):
             and len(call["input_ids"]) <= size
         )
         grids = call["grid_thw"].split(call["media_nums_per_sample"])
-        for ids, attended, own, token in zip(
+        for ids, attended, row_grids, token in zip(
             call["input_ids"], call["attention_mask"], grids, call["image_features"], strict=True
         ):
             item = asked[re.search(r"(so )*question \d+\?", processor.tokenizer.decode(ids))[0]]
             padding = int((attended == 0).sum())
             assert attended.tolist() == [0] * padding + [1] * (len(ids) - padding), "padded on the left"
-            inputs = look(processor, item)
+            inputs = encode_media(processor, item)
             assert ids[padding:].tolist() == prompt_ids(processor, item, inputs["input_ids"][0].tolist())
-            assert torch.equal(own, inputs["grid_thw"])
+            assert torch.equal(row_grids, inputs["grid_thw"])
             assert token.item() == pytest.approx(
                 inputs["pixel_values"].abs().sum().item(), rel=1e-3 if item.fps else 1e-6
             )
@@ -393,8 +435,8 @@ def test_every_row_of_a_batch_has_its_own_media(processor, mixed):
     assert rows == len(mixed)
 
 
-def test_answers_are_those_to_each_item_alone(processor, model, mixed, tmp_path, monkeypatch, forks):
-    """Of the checkpoint, through nothing but the processor and `generate`: rows with images and clips of different number and length."""
+def test_answers_equal_those_to_each_item_alone(processor, model, mixed, tmp_path, monkeypatch, forks):
+    """Compared with the processor and `generate` alone, for rows with different numbers of images and frames."""
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 6)
     together, alone = dict(ask(model, processor, mixed, 4, 2)), {}
     for item in mixed:
@@ -405,13 +447,13 @@ def test_answers_are_those_to_each_item_alone(processor, model, mixed, tmp_path,
     assert len(set(alone.values())) > 1, "the test needs different answers"
 
 
-# Controls
+# controls
 
 
-def test_what_is_blanked_is_encoded_as_grey(processor, model, mixed):
+def test_blanked_media_are_encoded_as_grey(processor, model, mixed):
     examinee = Examinee(model, processor)
     for item in (mixed[0], mixed[2], mixed[-1]):  # an image, several, a clip
-        inputs = look(processor, item)
+        inputs = encode_media(processor, item)
         plain, blanked = examinee.rows(0, [item, replace(item, column="blanked")], inputs)
         assert blanked.ids == plain.ids and torch.equal(blanked.grids, plain.grids)
         grey = model.model.visual(torch.zeros_like(inputs["pixel_values"]), inputs["grid_thw"])
@@ -431,48 +473,64 @@ def cut(ids, begin, end) -> tuple[list[tuple], list]:
     return stamps, rest + ids[at:]
 
 
-def test_shuffled_stamps_change_places_and_all_else_stays(processor):
-    """Stamps of one and of two digits before the point: where they change places, the frames between them move."""
+def test_shuffling_changes_only_the_order_of_stamps(processor):
+    """Stamps have one or two digits before the point, so frames between them may move."""
     marks = processor.time_start_token_id, processor.time_end_token_id
     for count in (13, 3, 1):
         video = [Image.new("RGB", (32, 32), (level,) * 3) for level in range(0, 10 * count, 10)]
         text = "<|video|>What is visible at 3.0 seconds?"
         ids = processor(text=text, videos=[video], video_metadata=[{"fps": 1.0}])["input_ids"][0]
         before, (stamps, rest) = list(ids), cut(ids, *marks)
-        found = shuffled(ids, *marks, seed=1)
-        assert ids == before and found == shuffled(ids, *marks, seed=1)
+        found = shuffle_stamps(ids, *marks, seed=1)
+        assert ids == before and found == shuffle_stamps(ids, *marks, seed=1)
         moved, same = cut(found, *marks)
         assert len(stamps) == count and sorted(moved) == sorted(stamps) and same == rest
         assert len(set(map(len, stamps))) == (2 if count > 10 else 1), "the test needs stamps of two lengths"
         assert (moved != stamps) == (count > 1)
 
 
-def test_stamps_are_shuffled_for_their_control_alone(processor, clips):
-    item, inputs = clips["when"][0], look(processor, clips["when"][0])
+def test_stamps_are_shuffled_only_for_their_control(processor, clips):
+    item, inputs = clips["when"][0], encode_media(processor, clips["when"][0])
     examinee, columns = Examinee(Echo(), processor), ("", "blanked", "stamps shuffled", "twice as long")
     ids = {
         row.item.column: row.ids
         for row in examinee.rows(0, [replace(item, column=column) for column in columns], inputs)
     }
     assert list(ids) == list(columns) and ids[""] == ids["blanked"] == ids["twice as long"] == prompt_ids(
-        processor, item, inputs["input_ids"][0].tolist())  # fmt: skip
+        processor, item, inputs["input_ids"][0].tolist()
+    )
     marks = processor.time_start_token_id, processor.time_end_token_id
-    assert ids["stamps shuffled"] == shuffled(ids[""], *marks, seed=item.question.prompt) != ids[""]
+    assert ids["stamps shuffled"] == shuffle_stamps(ids[""], *marks, seed=item.question.prompt) != ids[""]
 
 
-# The table and the command
+# the table and the command
 
 
 def test_table():
-    result = {"tasks": {
-        "text": {"n": 500, "exact": 0.851, "commonest answer": 0.004, "measures": {"exact": 0.851, "characters": 0.9564},
-                 "blanked": {"exact": 0.0, "characters": 0.05}, "twice as large": {"exact": 0.8, "characters": 0.93}},
-        "when": {"n": 7, "exact": 1.0, "commonest answer": 2 / 7, "measures": {"exact": 1.0, "within a frame": 1.0},
-                 "stamps shuffled": {"exact": 0.25, "within a frame": 0.5}, "twice as long": {"exact": 0.5, "within a frame": 1.0}},
-        "color": {"n": 1, "exact": 0.0, "commonest answer": 1.0, "measures": {"exact": 0.0}},
-    }}  # fmt: skip
+    result = {
+        "tasks": {
+            "text": {
+                "n": 500,
+                "exact": 0.851,
+                "commonest answer": 0.004,
+                "measures": {"exact": 0.851, "characters": 0.9564},
+                "blanked": {"exact": 0.0, "characters": 0.05},
+                "twice as large": {"exact": 0.8, "characters": 0.93},
+            },
+            "when": {
+                "n": 7,
+                "exact": 1.0,
+                "commonest answer": 2 / 7,
+                "measures": {"exact": 1.0, "within a frame": 1.0},
+                "stamps shuffled": {"exact": 0.25, "within a frame": 0.5},
+                "twice as long": {"exact": 0.5, "within a frame": 1.0},
+            },
+            "color": {"n": 1, "exact": 0.0, "commonest answer": 1.0, "measures": {"exact": 0.0}},
+        }
+    }
     assert table(result).splitlines() == [
-        "| task | n | exact | commonest answer | blanked | stamps shuffled | twice as large | twice as long | other measures |",
+        "| task | n | exact | commonest answer "
+        "| blanked | stamps shuffled | twice as large | twice as long | other measures |",
         "|---|---|---|---|---|---|---|---|---|",
         "| text | 500 | 85.1% | 0.4% | 0.0% |  | 80.0% |  | characters 95.6% |",
         "| when | 7 | 100.0% | 28.6% |  | 25.0% |  | 50.0% | within a frame 100.0% |",
@@ -496,7 +554,7 @@ def test_table():
         (["--json", "{}/one", "--answers", "{}/one"], "expected two files"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_loaded(arguments, complaint, monkeypatch, tmp_path, capsys):
+def test_wrong_arguments_are_errors_before_loading(arguments, complaint, monkeypatch, tmp_path, capsys):
     def load(*args, **kwargs):
         raise AssertionError("loaded")
 
@@ -512,7 +570,7 @@ PICTURES, CLIPS = ("describe picture", "text", "which image"), ("describe clip",
 
 
 def test_the_command(monkeypatch, tmp_path, capsys, forks):
-    monkeypatch.setattr(evaluate, "SECONDS", BRIEF)
+    monkeypatch.setattr(evaluate, "SECONDS", SHORT)
     monkeypatch.setattr(evaluate, "LONG", (3.0, 4.0))
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 8)
     (tmp_path / "answers.jsonl").write_text("of a run before\n")
@@ -526,8 +584,14 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
     assert result.pop("parameters") > 1e6 and result.pop("dtype") in ("bfloat16", "float32")
     assert result == {"checkpoint": str(NANO), "seed": 3, "control n": 1}
     assert list(tasks) == [*PICTURES, *CLIPS]
-    measures = {"describe picture": {"every object"}, "text": {"characters"}, "which image": set(), "when": {"within a frame"},
-                "describe clip": {"every event", "every event, within a frame", "first frame"}, "direction": set()}  # fmt: skip
+    measures = {
+        "describe picture": {"every object"},
+        "text": {"characters"},
+        "which image": set(),
+        "when": {"within a frame"},
+        "describe clip": {"every event", "every event, within a frame", "first frame"},
+        "direction": set(),
+    }
     asked = evaluate.examination((*PICTURES, *CLIPS), 2, 1, 3)
     items = [item for columns in asked.values() for found in columns.values() for item in found]
     expected = [
@@ -540,8 +604,9 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
         columns = [column for column in asked[task] if column]
         assert list(row) == ["n", "exact", "commonest answer", "measures", *columns]
         assert row["n"] == 2 and row["commonest answer"] in (0.5, 1.0) and row["exact"] == row["measures"]["exact"]
-        for scores in (row["measures"], *(row[column] for column in columns)):
-            assert scores.keys() == {"exact", *measures[task]} and all(0 <= score <= 1 for score in scores.values())
+        for measured in (row["measures"], *(row[column] for column in columns)):
+            assert measured.keys() == {"exact", *measures[task]}
+            assert all(0 <= score <= 1 for score in measured.values())
         for column in ("", *columns):
             exact = [
                 line["given"] == line["right"] for line in lines if (line["task"], line["column"]) == (task, column)

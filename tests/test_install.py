@@ -1,4 +1,4 @@
-"""install_into.py on folders as people have them: downloaded, half downloaded, in the hub's cache, damaged, not ours."""
+"""install_into.py on downloaded, incomplete, damaged and foreign folders, and in the cache of huggingface_hub."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import transformers.dynamic_module_utils  # noqa: F401 - before a check of this process points it to a cache of its own
+import transformers.dynamic_module_utils  # noqa: F401 - before a check changes its cache
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
@@ -17,14 +17,14 @@ from moss_vl.tools import install_into
 NANO = ROOT / "checkpoints/moss-vl-nano"
 SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
-OLD_CODE = "class MossVLForConditionalGeneration:\n    pass  # of another time\n"
+OLD_CODE = "class MossVLForConditionalGeneration:\n    pass  # an older version\n"
 
 installer = install_into
 
 
 @pytest.fixture
 def downloaded(tmp_path):
-    """A checkpoint as it may come down: older code, and JSON files that know no AutoModelForImageTextToText."""
+    """A downloaded checkpoint with older code, and JSON files without some auto_map entries."""
     folder = tmp_path / "downloaded"
     folder.mkdir()
     for name in (*SETTINGS, *TOKENIZER, "model.safetensors"):
@@ -47,7 +47,7 @@ def auto_map(folder, name):
 
 
 def snapshot(folder):
-    """Every path below the folder, with its content, or the target of a link."""
+    """Path -> content or link target of everything in the folder."""
     return {
         str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -56,7 +56,7 @@ def snapshot(folder):
 
 
 def run_script(*arguments):
-    """The command as a process of its own."""
+    """Runs the command in a new process."""
     return subprocess.run(
         [sys.executable, str(ROOT / "tools/install_into.py"), *map(str, arguments)], capture_output=True, text=True
     )
@@ -64,8 +64,8 @@ def run_script(*arguments):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """The command in this process, which has imported what takes seconds already."""
-    monkeypatch.setenv("HF_MODULES_CACHE", "")  # so that what a check sets is taken back
+    """Runs the command in this process, which saves the imports."""
+    monkeypatch.setenv("HF_MODULES_CACHE", "")  # restored after the test
 
     def call(*arguments):
         code = installer.main([str(argument) for argument in arguments])
@@ -78,7 +78,7 @@ def backups(folder):
     return list(folder.glob(".moss-vl-backup-*"))
 
 
-def test_installs_shows_keeps_and_checks(downloaded):
+def test_code_is_installed_and_replaced_files_are_kept(downloaded):
     weights = (downloaded / "model.safetensors").read_bytes()
     done = run_script(downloaded)
     assert done.returncode == 0, done.stderr
@@ -111,7 +111,7 @@ def test_installs_shows_keeps_and_checks(downloaded):
     assert snapshot(downloaded) == before
 
 
-def test_weights_that_do_not_fit_bring_everything_back(downloaded, run):
+def test_weights_that_do_not_fit_undo_all_changes(downloaded, run):
     weights = load_file(downloaded / "model.safetensors")
     del weights["lm_head.weight"]
     weights["model.separator_token"] = weights["model.separator_token"][:7].contiguous()
@@ -121,11 +121,11 @@ def test_weights_that_do_not_fit_bring_everything_back(downloaded, run):
     assert done.returncode == 1
     assert "missing: lm_head.weight" in done.stderr
     assert "model.separator_token: (7,) in the file, (192,) in the model" in done.stderr
-    assert "as it was before" in done.stderr and "Traceback" not in done.stderr
+    assert "were undone" in done.stderr and "Traceback" not in done.stderr
     assert snapshot(downloaded) == before and not backups(downloaded)
 
 
-def test_a_config_that_contradicts_itself_brings_everything_back(downloaded, run):
+def test_a_contradictory_config_undoes_all_changes(downloaded, run):
     edit_json(downloaded / "config.json", lambda config: config["text_config"].update(cross_attention_layers=[0, 6]))
     before = snapshot(downloaded)
     done = run(downloaded)
@@ -133,8 +133,8 @@ def test_a_config_that_contradicts_itself_brings_everything_back(downloaded, run
     assert snapshot(downloaded) == before and not backups(downloaded)
 
 
-def test_half_a_download_is_installed_and_said(downloaded, run):
-    """An index whose files are not there yet, no tokenizer and no processor files."""
+def test_missing_files_of_a_download_are_reported(downloaded, run):
+    """There is an index without its files, no tokenizer, and no processor files."""
     names = list(load_file(downloaded / "model.safetensors"))
     for name in ("model.safetensors", *TOKENIZER, "preprocessor_config.json", "video_preprocessor_config.json"):
         (downloaded / name).unlink()
@@ -142,13 +142,13 @@ def test_half_a_download_is_installed_and_said(downloaded, run):
     (downloaded / "model.safetensors.index.json").write_text(json.dumps(index))
     done = run(downloaded)
     assert done.returncode == 0, done.stderr
-    assert "2 files are not there, first model-0.safetensors" in done.stdout
+    assert "2 files are missing, first model-0.safetensors" in done.stdout
     assert "the folder holds no tokenizer" in done.stdout
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         assert (downloaded / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-def test_parts_that_do_not_belong_together_are_said(downloaded, run):
+def test_files_of_different_models_are_warned_of(downloaded, run):
     edit_json(downloaded / "preprocessor_config.json", lambda settings: settings.update(patch_size=14))
     edit_json(downloaded / "config.json", lambda config: config.update(image_token_id=3))
     weights = load_file(downloaded / "model.safetensors")
@@ -159,7 +159,7 @@ def test_parts_that_do_not_belong_together_are_said(downloaded, run):
     assert done.returncode == 0, done.stderr
     assert "warning: patch_size is 14 in MossVLImageProcessor" in done.stdout
     assert "warning: image_token_id is 644 in the tokenizer, 3 in config.json" in done.stdout
-    assert "warning: the model has no place for these tensors: model.of_the_past" in done.stdout
+    assert "warning: the model has none of these tensors: model.of_the_past" in done.stdout
 
 
 def test_dry_run_changes_nothing(downloaded, capsys):
@@ -170,7 +170,7 @@ def test_dry_run_changes_nothing(downloaded, capsys):
     assert snapshot(downloaded) == before
 
 
-def test_failure_half_way_brings_everything_back(downloaded, monkeypatch, capsys):
+def test_a_failure_while_writing_undoes_all_changes(downloaded, monkeypatch, capsys):
     shutil.move(downloaded / "modeling_moss_vl.py", downloaded / "elsewhere.txt")
     (downloaded / "modeling_moss_vl.py").symlink_to("elsewhere.txt")
     (downloaded / "xrope.py").symlink_to("nowhere.txt")
@@ -191,7 +191,7 @@ def test_failure_half_way_brings_everything_back(downloaded, monkeypatch, capsys
 
 
 def test_files_of_the_hub_s_cache_are_not_written_through(downloaded, tmp_path):
-    """In a snapshot folder of huggingface_hub every file is a link to a blob that other revisions share."""
+    """In its snapshot folders, every file is a link to a blob that other revisions share."""
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for path in list(downloaded.iterdir()):
@@ -205,7 +205,7 @@ def test_files_of_the_hub_s_cache_are_not_written_through(downloaded, tmp_path):
     assert (backup / "modeling_moss_vl.py").read_text() == OLD_CODE
 
 
-def test_link_lays_links(downloaded):
+def test_link_makes_links(downloaded):
     assert installer.main([str(downloaded), "--link", "--no-check"]) == 0
     for name in installer.code_files():
         assert (downloaded / name).is_symlink() and (downloaded / name).resolve() == ROOT / name
@@ -214,7 +214,7 @@ def test_link_lays_links(downloaded):
     assert snapshot(downloaded) == before
 
 
-def test_auto_map_entries_are_kept_if_the_code_holds_them(downloaded):
+def test_auto_map_entries_are_kept_if_the_code_defines_them(downloaded):
     edit_json(
         downloaded / "config.json",
         lambda config: config["auto_map"].update(
@@ -239,7 +239,7 @@ def test_auto_map_entries_are_kept_if_the_code_holds_them(downloaded):
     }
 
 
-def test_processor_config_of_transformers_5_is_mended(downloaded, run):
+def test_processor_config_of_transformers_5_is_completed(downloaded, run):
     parts = {
         name: json.loads((downloaded / file).read_text())
         for name, file in (
@@ -256,9 +256,9 @@ def test_processor_config_of_transformers_5_is_mended(downloaded, run):
     assert done.returncode == 0, done.stderr
     assert "processor: MossVLProcessor" in done.stdout
     assert not (downloaded / "preprocessor_config.json").exists()
-    mended = json.loads((downloaded / "processor_config.json").read_text())
-    assert mended["auto_map"] == {"AutoProcessor": "processing_moss_vl.MossVLProcessor"}
-    assert mended["video_processor"]["auto_map"] == {
+    completed = json.loads((downloaded / "processor_config.json").read_text())
+    assert completed["auto_map"] == {"AutoProcessor": "processing_moss_vl.MossVLProcessor"}
+    assert completed["video_processor"]["auto_map"] == {
         "AutoVideoProcessor": "video_processing_moss_vl.MossVLVideoProcessor"
     }
 
@@ -278,7 +278,7 @@ def test_processor_config_of_transformers_5_is_mended(downloaded, run):
         (lambda folder: (folder / "xrope.py").mkdir(), "is a folder, expected a file"),
     ],
 )
-def test_errors_say_what_is_wrong_and_change_nothing(downloaded, damage, message, capsys):
+def test_errors_name_the_problem_and_change_nothing(downloaded, damage, message, capsys):
     damage(downloaded)
     before = snapshot(downloaded)
     assert installer.main([str(downloaded)]) == 1
@@ -286,14 +286,17 @@ def test_errors_say_what_is_wrong_and_change_nothing(downloaded, damage, message
     assert snapshot(downloaded) == before
 
 
-def test_the_project_s_own_folder_is_refused(capsys):
+def test_the_project_folder_is_an_error(capsys):
     assert installer.main([str(ROOT)]) == 1
     assert "the project's own folder" in capsys.readouterr().err
 
 
-def test_help_and_usage():
-    shown = run_script("--help")
-    assert shown.returncode == 0
+def test_help_and_usage(tmp_path):
+    """From another folder, without the package on the path."""
+    command = [sys.executable, str(ROOT / "tools/install_into.py"), "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert shown.returncode == 0, shown.stderr
     for word in ("CHECKPOINT", "--dry-run", "--link", "--no-check", "Exit codes"):
         assert word in shown.stdout
     assert run_script().returncode == 2

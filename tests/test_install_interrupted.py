@@ -1,4 +1,4 @@
-"""install_into.py when it is interrupted, on copies that become links, on tied weights, and the Auto classes that it adds."""
+"""install_into.py when interrupted, with links instead of copies, with tied weights, and the Auto classes it adds."""
 
 import json
 import os
@@ -8,13 +8,20 @@ import threading
 import pytest
 from conftest import ROOT
 from safetensors.torch import save_file
-from test_install import auto_map, backups, downloaded, edit_json, installer, snapshot  # noqa: F401 - downloaded is a fixture
+from test_install import (  # noqa: F401 - a fixture among them
+    auto_map,
+    backups,
+    downloaded,
+    edit_json,
+    installer,
+    snapshot,
+)
 from tiny import make_model
 
 
 @pytest.fixture
 def listening():
-    """Ctrl-C raises KeyboardInterrupt, also where the tests were started with it ignored."""
+    """Ctrl-C raises KeyboardInterrupt, even if the tests were started with Ctrl-C ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -22,7 +29,7 @@ def listening():
 
 @pytest.mark.parametrize("at", [0, 11], ids=str)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_ctrl_c_half_way_changes_nothing(downloaded, monkeypatch, capsys, listening, at, when):  # noqa: F811
+def test_ctrl_c_while_writing_undoes_all_changes(downloaded, monkeypatch, capsys, listening, at, when):  # noqa: F811
     before, put, written = snapshot(downloaded), installer.put, []
 
     def interrupted(path, content, link):
@@ -39,7 +46,7 @@ def test_ctrl_c_half_way_changes_nothing(downloaded, monkeypatch, capsys, listen
     assert snapshot(downloaded) == before and not backups(downloaded) and len(written) >= at
 
 
-def test_ctrl_c_while_the_folder_is_checked(downloaded, monkeypatch, capsys, listening):  # noqa: F811
+def test_ctrl_c_during_the_check_undoes_all_changes(downloaded, monkeypatch, capsys, listening):  # noqa: F811
     before = snapshot(downloaded)
     monkeypatch.setattr(installer, "check_folder", lambda folder: os.kill(os.getpid(), signal.SIGINT))
     assert installer.main([str(downloaded)]) == 130
@@ -47,7 +54,7 @@ def test_ctrl_c_while_the_folder_is_checked(downloaded, monkeypatch, capsys, lis
     assert snapshot(downloaded) == before and not backups(downloaded)
 
 
-def test_a_second_ctrl_c_does_not_leave_half(downloaded, monkeypatch, capsys, listening):  # noqa: F811
+def test_a_second_ctrl_c_does_not_stop_undoing(downloaded, monkeypatch, capsys, listening):  # noqa: F811
     before, replace, undone = snapshot(downloaded), os.replace, []
 
     def impatient(source, target):
@@ -66,7 +73,7 @@ def test_a_second_ctrl_c_does_not_leave_half(downloaded, monkeypatch, capsys, li
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_it_is_undone_on_another_thread(downloaded, monkeypatch):  # noqa: F811
+def test_undoing_works_on_another_thread(downloaded, monkeypatch):  # noqa: F811
     before, codes = snapshot(downloaded), []
 
     def check(folder):
@@ -79,7 +86,7 @@ def test_it_is_undone_on_another_thread(downloaded, monkeypatch):  # noqa: F811
     assert codes == [1] and snapshot(downloaded) == before
 
 
-def test_copies_become_links_and_links_stay(downloaded, capsys):  # noqa: F811
+def test_links_replace_copies_and_are_kept(downloaded, capsys):  # noqa: F811
     assert installer.main([str(downloaded), "--no-check"]) == 0
     names = installer.code_files()
     assert not any((downloaded / name).is_symlink() for name in names)
@@ -95,7 +102,7 @@ def test_copies_become_links_and_links_stay(downloaded, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_head_may_be_missing_and_nothing_else(tmp_path, tied):
+def test_only_a_tied_head_may_be_missing(tmp_path, tied):
     model = make_model(tie_word_embeddings=tied)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, tmp_path / "model.safetensors")
@@ -106,11 +113,11 @@ def test_a_tied_head_may_be_missing_and_nothing_else(tmp_path, tied):
         weights.pop("model.language_model.embed_tokens.weight")
         save_file(weights, tmp_path / "model.safetensors")
     missing = "model.language_model.embed_tokens.weight" if tied else "lm_head.weight"
-    with pytest.raises(installer.InstallError, match=f"not those of this model:\n  missing: {missing}$"):
+    with pytest.raises(installer.InstallError, match=f"do not fit this model:\n  missing: {missing}$"):
         installer.check_weights(tmp_path, model.config, model)
 
 
-def test_every_auto_class_is_added_and_code_is_whole(downloaded):  # noqa: F811
+def test_all_auto_classes_and_code_files_are_added(downloaded):  # noqa: F811
     edit_json(
         downloaded / "config.json",
         lambda config: config.update(auto_map={"AutoConfig": "configuration_moss_vl.MossVLConfig"}),

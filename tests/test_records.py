@@ -1,4 +1,4 @@
-"""Training records: both forms, every spelling, where paths lie, and what is said of bad ones."""
+"""Training records: both forms, all spellings, relative paths, and messages about bad records."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ def test_prompt_and_response(folder):
     assert read_one(folder, nothing | {"response": "x"}).messages == turns("", "x")
 
 
-def test_every_spelling_of_a_conversation_is_one(folder):
+def test_all_spellings_of_a_conversation_are_equal(folder):
     media, rest = {"images": ["a.png"], "videos": ["v.mp4"]}, ("yes", "Sure?", "yes")
     expected = read_one(folder, {"messages": turns("Look: <|image|>, and <|video|>?", *rest), **media})
     first, second, third = ({"type": "text", "text": text} for text in ("Look: ", ", and ", "?"))
@@ -76,7 +76,7 @@ def test_every_spelling_of_a_conversation_is_one(folder):
         assert read_one(folder, record) == expected, record
 
 
-def test_segments_have_a_placeholder_each(folder):
+def test_each_segment_has_a_placeholder(folder):
     segments = {"video_path": "v.mp4", "segments": [[0, 1], [1.5]]}
     expected = [{"video_path": str(folder / "v.mp4"), "segments": [[0, 1], [1.5]]}]
     pair = read_one(folder, {"prompt": "What?", "response": "x", "videos": segments})
@@ -120,23 +120,46 @@ BAD = [
     (CALL | {"response": "x", "messages": turns("a", "b")}, "got prompt, response, messages"),
     ({"messages": turns("a", "b"), "conversations": turns("a", "b")}, "got messages, conversations"),
     ({"messages": []}, "messages must be a list of at least one"),
-    ({"messages": turns("a")}, "there is no assistant turn"),
+    ({"messages": turns("a")}, "there is no assistant turn, so there is nothing to learn"),
     ({"messages": turns("a", "b", "c")}, "the last turn is the user's"),
     ({"messages": turns("a", "b")[1:]}, "begins with the assistant"),
     ({"messages": turns("a", " <|image|> "), "images": "a.png"}, "turn 1, the assistant's, is empty"),
-    ({"messages": [{"role": "assistent", "content": "x"}]}, "turn 0: unknown role 'assistent'; did you mean 'assistant'?"),
-    ({"messages": [{"role": "user"}, *turns("a", "b")]}, "turn 0: expected role and content, or from and value; got role"),
-    ({"messages": [{"role": "user", "content": "a", "weight": 1}, *turns("a", "b")]}, "turn 0 has an unknown key 'weight'"),
-    ({"messages": [*turns("a", "b"), {"role": "system", "content": "c"}, *turns("a", "b")]}, "turn 2 is a system turn"),
-    ({"messages": [{"role": "system", "content": "c"}, *turns("a", "b")], "system_prompt": "d"}, "leave out one of them"),
+    (
+        {"messages": [{"role": "assistent", "content": "x"}]},
+        "turn 0: unknown role 'assistent'; did you mean 'assistant'?",
+    ),
+    (
+        {"messages": [{"role": "user"}, *turns("a", "b")]},
+        "turn 0: expected role and content, or from and value; got role",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "weight": 1}, *turns("a", "b")]},
+        "turn 0 has an unknown key 'weight'",
+    ),
+    (
+        {"messages": [*turns("a", "b"), {"role": "system", "content": "c"}, *turns("a", "b")]},
+        "turn 2 is a system turn",
+    ),
+    (
+        {"messages": [{"role": "system", "content": "c"}, *turns("a", "b")], "system_prompt": "d"},
+        "leave out one of them",
+    ),
     ({"messages": turns([{"type": "audio"}], "b")}, "turn 0: a part is a string, or a dict with 'type'"),
     ({"messages": turns([{"type": "text"}], "b")}, "turn 0: a part of type text needs a string under 'text'"),
-    ({"messages": turns([{"type": "image", "image": "a.png", "url": "b.png"}], "b")}, "a part of type image holds one image, got two"),
+    (
+        {"messages": turns([{"type": "image", "image": "a.png", "url": "b.png"}], "b")},
+        "a part of type image holds one image, got two",
+    ),
     ({"messages": turns([{"type": "image", "imgae": "a.png"}], "b")}, "did you mean 'image'?"),
-    ({"messages": turns("<|image|><|image|>", "b"), "images": ["a.png"]}, "has 2 places <|image|>, but 1 images are given"),
-    ({"messages": turns("<image>", "b"), "images": ["a.png"]}, "the text says '<image>', write '<|image|>'"),
-    ({"messages": turns("<|video|>" * 3, "b"), "videos": {"video_path": "v.mp4", "segments": [[0], [1]]}},
-     "3 places <|video|>, but 1 videos (or one for each of their segments)"),
+    (
+        {"messages": turns("<|image|><|image|>", "b"), "images": ["a.png"]},
+        "places for 2 images, but images holds 1; they must match",
+    ),
+    ({"messages": turns("<image>", "b"), "images": ["a.png"]}, "the text has '<image>', write '<|image|>'"),
+    (
+        {"messages": turns("<|video|>" * 3, "b"), "videos": {"video_path": "v.mp4", "segments": [[0], [1]]}},
+        "places for 3 videos, but videos holds 1; they must match",
+    ),
     (CALL | {"response": "x", "images": "c.png"}, "no such image file"),
     (CALL | {"response": "x", "images": ["a.png", 3]}, "expected a path for images, got 3"),
     (CALL | {"response": "x", "images": "text.png"}, "is not an image that Pillow can read"),
@@ -145,13 +168,19 @@ BAD = [
     (CALL | {"response": "x", "videos": "text.mp4"}, "is not a video that PyAV can read"),
     (CALL | {"response": "x", "videos": "empty.mp4"}, "is empty"),
     (CALL | {"response": "x", "videos": "sound.wav"}, "has no video in it"),
-    (CALL | {"response": "x", "videos": {"video_pth": "v.mp4"}}, "unknown keyword 'video_pth'; did you mean 'video_path'?"),
+    (
+        CALL | {"response": "x", "videos": {"video_pth": "v.mp4"}},
+        "unknown keyword 'video_pth'; did you mean 'video_path'?",
+    ),
     (CALL | {"response": "x", "videos": {"segments": [[0, 1]]}}, "expected a path"),
     (CALL | {"response": "x", "videos": {"video_path": "v.mp4", "segments": []}}, "segments of"),
     (CALL | {"response": "x", "videos": {"video_path": "v.mp4", "segments": [[1, 0]]}}, "with start < end"),
     (CALL | {"response": "x", "videos": {"video_path": "v.mp4", "segments": [[0, float("nan")]]}}, "segments of"),
-    (CALL | {"response": "x", "videos": {"video_path": "v.mp4", "segments": [[0, 1], [7, 9]]}}, "segment [7, 9] lies outside"),
-]  # fmt: skip
+    (
+        CALL | {"response": "x", "videos": {"video_path": "v.mp4", "segments": [[0, 1], [7, 9]]}},
+        "segment [7, 9] lies outside",
+    ),
+]
 
 
 @pytest.mark.parametrize("record, reason", BAD, ids=[reason for _, reason in BAD])
@@ -162,7 +191,7 @@ def test_a_bad_record_is_named(folder, record, reason):
     assert f"1 of the 2 records are bad:\n  {path}, record 1: " in str(error.value) and reason in str(error.value)
 
 
-def test_all_bad_records_are_named_at_once_or_left_out(folder, caplog):
+def test_all_bad_records_are_listed_at_once_or_skipped(folder, caplog):
     path = write(folder, *[{"response": text} for text in ("a", "", "b", "")], name="some.jsonl")
     path.write_text(path.read_text() + "\n{broken")
     with pytest.raises(ValueError) as error:
@@ -183,7 +212,22 @@ def test_all_bad_records_are_named_at_once_or_left_out(folder, caplog):
         read_records(path, skip_bad=True)
 
 
-def test_what_a_check_says_makes_a_record_bad(folder):
+@pytest.mark.parametrize("more", [0, 1])
+def test_bad_records_beyond_the_listed_ones_are_counted(tmp_path, more):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"response": ""}) + "\n" for _ in range(NAMED_RECORDS + more)))
+    with pytest.raises(ValueError) as error:
+        read_records(path)
+    message = str(error.value)
+    assert message.startswith(f"{NAMED_RECORDS + more} of the {NAMED_RECORDS + more} records are bad:")
+    assert (
+        message.count(", record ") == NAMED_RECORDS
+        and ("and 1 more" in message) == bool(more)
+        and "and 0 more" not in message
+    )
+
+
+def test_a_check_can_make_a_record_bad(folder):
     def check(record):
         if record.messages[1]["content"] == "b":
             raise ValueError("not b")

@@ -1,9 +1,9 @@
-"""Training records whose media are written as clients write them: every key of a part, options, frames, media named twice."""
+"""Media of training records in the forms of clients: all keys of a part, options, frames, and media listed twice."""
 
 import pytest
 from test_records import folder, read_one, turns  # noqa: F401 - folder is a fixture
 
-from moss_vl.training.records import _look
+from moss_vl.training.records import _probe
 
 
 def asked(*parts):
@@ -11,11 +11,16 @@ def asked(*parts):
 
 
 IMAGE_PARTS = [
-    {"type": "image", "image": "a.png"}, {"type": "image", "image_url": "a.png"}, {"type": "image", "image_url": {"url": "a.png"}},
-    {"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}, {"type": "image", "url": "a.png"},
-    {"type": "image", "path": "a.png"}, {"type": "input_image", "image_url": "a.png"}, {"image": "a.png"},
+    {"type": "image", "image": "a.png"},
+    {"type": "image", "image_url": "a.png"},
+    {"type": "image", "image_url": {"url": "a.png"}},
+    {"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}},
+    {"type": "image", "url": "a.png"},
+    {"type": "image", "path": "a.png"},
+    {"type": "input_image", "image_url": "a.png"},
+    {"image": "a.png"},
     {"type": "image", "image": {"path": "a.png"}},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("part", IMAGE_PARTS, ids=str)
@@ -60,7 +65,7 @@ def test_a_list_of_frames_is_one_video(folder):  # noqa: F811
         read_one(folder, asked({"type": "video", "video": ["a.png", "c.png"], "fps": 2.0}))
 
 
-def test_media_that_are_named_again(folder):  # noqa: F811
+def test_media_that_are_listed_again(folder):  # noqa: F811
     image, video = {"type": "image", "image": "a.png"}, {"type": "video", "video": "v.mp4"}
     segments = {"video_path": "v.mp4", "segments": [[0, 1], [1.5]]}
     once = read_one(folder, asked(image, video))
@@ -77,11 +82,11 @@ def test_media_that_are_named_again(folder):  # noqa: F811
         (asked(image) | {"images": ["b.png"]}, "image 0 of the messages is .*a.png.*, but images has .*b.png"),
         (
             asked(image) | {"images": ["a.png", "b.png"]},
-            "has 0 places .*1 more have their own, so that either 0 images are given, or all 1 again",
+            "places for 0 images, and have 1 of their own .images may also name all 1 again.*, but images holds 2",
         ),
         (
             asked(image, {"type": "image"}, {"type": "image"}) | {"images": ["a.png"]},
-            r"has 2 places <\|image\|>, but 1 images; 1 more",
+            r"places for 2 images, and have 1 of their own .images may also name all 3 again.*, but images holds 1",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -91,18 +96,24 @@ def test_media_that_are_named_again(folder):  # noqa: F811
 BASE64 = "data:video/mp4;base64," + "A" * 5000
 
 
-@pytest.mark.parametrize("record", [
-    {"response": "x", "videos": {"video_path": BASE64, "segments": [[1, 0]]}}, {"response": "x", "videos": {"base64": BASE64, "segments": [3]}},
-    {"response": "x", "videos": [BASE64]}, {"response": "x", "images": ["https://example.com/" + "A" * 5000]},
-    {"messages": turns([{"type": "image", "base64": BASE64, "imge": "x"}], "y")},
-], ids=["segments", "base64", "video", "URL", "part"])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"response": "x", "videos": {"video_path": BASE64, "segments": [[1, 0]]}},
+        {"response": "x", "videos": {"base64": BASE64, "segments": [3]}},
+        {"response": "x", "videos": [BASE64]},
+        {"response": "x", "images": ["https://example.com/" + "A" * 5000]},
+        {"messages": turns([{"type": "image", "base64": BASE64, "imge": "x"}], "y")},
+    ],
+    ids=["segments", "base64", "video", "URL", "part"],
+)
 def test_no_message_quotes_a_whole_string(folder, record):  # noqa: F811
     with pytest.raises(ValueError) as error:
         read_one(folder, record)
     assert "A" * 500 not in str(error.value)
 
 
-def test_a_moment_at_the_last_second_and_one_that_has_no_length(folder):  # noqa: F811
+def test_segments_must_have_a_length_and_begin_before_the_end(folder):  # noqa: F811
     def video(*segments):
         return {"response": "x", "videos": {"video_path": "v.mp4", "segments": list(segments)}}
 
@@ -113,8 +124,8 @@ def test_a_moment_at_the_last_second_and_one_that_has_no_length(folder):  # noqa
         read_one(folder, video([2.1]))
 
 
-def test_a_file_that_was_seen_as_a_video_is_no_image(folder):  # noqa: F811
+def test_a_file_probed_as_a_video_is_not_an_image(folder):  # noqa: F811
     seconds, path = {}, str(folder / "v.mp4")
-    _look("video", path, seconds)
+    _probe("video", path, seconds)
     with pytest.raises(ValueError, match="not an image that Pillow can read"):
-        _look("image", path, seconds)
+        _probe("image", path, seconds)

@@ -1,4 +1,4 @@
-"""The recipe of moss-vl-nano: a run that was stopped goes on as if it had not been, and its optimizer does what it says."""
+"""Training of moss-vl-nano: resumed runs equal uninterrupted ones; stages, auxiliary losses and the optimizer."""
 
 import argparse
 import json
@@ -11,7 +11,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from moss_vl.training.nano import lessons, train_nano, world
+from moss_vl.training.nano import facts, lessons, muon, train_nano, tutor, world
+from moss_vl.training.nano.lessons import visible_parts
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
@@ -20,14 +21,14 @@ STAGES = train_nano.STAGES
 
 @pytest.fixture
 def stages(monkeypatch):
-    """Those of the recipe."""
+    """The stages of the recipe, which `quick` replaces."""
     monkeypatch.setattr(train_nano, "STAGES", STAGES)
     return STAGES
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One font, as drawn by lot among those installed; little of the encoder alone; no other threads or number formats for later tests."""
+    """One font and one stage; restores threads, random state and number format afterwards."""
     monkeypatch.setattr(world, "fonts", lambda: (None,))
     monkeypatch.setattr(train_nano, "STAGES", (train_nano.Stage(0.0, {"pictures": 0.4, "look": 0.6}, (1.0, 0.0)),))
     threads = torch.get_num_threads()
@@ -38,19 +39,16 @@ def quick(monkeypatch):
 
 
 def small_clips(processor, kind) -> dict:
-    """A batch of clips whose frames are small: the encoder's time goes with their pixels."""
-    drawn = train_nano.Lessons(processor, 0, lambda step: kind, 8)
-    drawn.frame_limits = (64 * 64, 96 * 96)
-    return drawn.batch(0)
+    """A batch of clips with small frames, which are encoded faster."""
+    lessons_of_kind = train_nano.Lessons(processor, 0, lambda step: kind, 8)
+    lessons_of_kind.frame_limits = (64 * 64, 96 * 96)
+    return lessons_of_kind.batch(0)
 
 
 def run(folder, **options):
     if not folder.exists():
         shutil.copytree(NANO, folder / "start")
-        for name in (
-            "preprocessor_config.json",
-            "video_preprocessor_config.json",
-        ):  # small pictures: steps take little time
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):  # small pictures for fast steps
             settings = json.loads((folder / "start" / name).read_text())
             settings["size"] = {"shortest_edge": 64 * 64, "longest_edge": 96 * 96}
             (folder / "start" / name).write_text(json.dumps(settings))
@@ -68,7 +66,7 @@ def run(folder, **options):
     return load_file(folder / "model.safetensors")
 
 
-def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     save = train_nano.save
 
@@ -90,7 +88,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert any("visual" in name for name in changed) and any("cross_attn" in name for name in changed)
 
 
-def test_answers_do_not_teach_the_encoder(tmp_path, monkeypatch):
+def test_answers_do_not_train_the_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(train_nano, "plan_of", lambda steps: lambda step: "pictures")
     learned, start = run(tmp_path / "run", steps=1), load_file(NANO / "model.safetensors")
     changed = {name for name in start if not torch.equal(start[name], learned[name])}
@@ -98,72 +96,85 @@ def test_answers_do_not_teach_the_encoder(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_each_moment_is_encoded_once(monkeypatch):
-    """The vectors are those of every frame encoded, from fewer patches; with noise, each frame's differ a little."""
+@pytest.mark.parametrize("separators", [False, True])
+def test_each_moment_is_encoded_once(monkeypatch, separators):
+    """The tokens equal those of all frames encoded, from fewer patches; noise makes them differ a little."""
     processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
-    visual = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).model.visual
+    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).model
+    visual, separator = model.visual, model.separator_token if separators else None
     batch = small_clips(processor, "clips")
-    pixel_values, grid = batch["pixel_values"].float(), batch["grid_thw"]
+    inputs, grid = (batch["pixel_values"].float(), batch["grid_thw"], None, None, None, separator), batch["grid_thw"]
     assert any(len(set(moments)) < len(moments) for moments in batch["moments"])
-    every, sizes = visual(pixel_values, grid), []
+    every, sizes = visual(*inputs), []
     visual.patch_embed.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    with train_nano.each_moment_once(visual, batch):
-        noisy = visual(pixel_values, grid)
-    monkeypatch.setattr(train_nano, "NOISE", 0.0)
-    with train_nano.each_moment_once(visual, batch):
-        once = visual(pixel_values, grid)
-    assert (
-        sizes
-        == [sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid, strict=True))] * 2
-    )
+    with tutor.encode_moments_once(visual, batch):
+        noisy = visual(*inputs)
+    monkeypatch.setattr(tutor, "NOISE", 0.0)
+    with tutor.encode_moments_once(visual, batch):
+        once = visual(*inputs)
+    patches = sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid, strict=True))
+    assert sizes == [patches] * 2
     assert torch.allclose(once, every, atol=1e-4)
     assert not torch.equal(noisy, once) and (noisy - once).abs().max() < 0.2 * every.std()
-    assert torch.equal(visual(pixel_values, grid), every), "outside of it nothing has changed"
+    if separators:
+        assert (every == separator).all(1).sum() == (noisy == separator).all(1).sum() == sum(t for t, _, _ in grid)
+    assert torch.equal(visual(*inputs), every), "outside of the context nothing has changed"
+
+
+@pytest.mark.parametrize("kind", ["look", "pictures", "images", "clips", "later"])
+def test_every_kind_of_batch_can_be_learned(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(train_nano, "plan_of", lambda steps: lambda step: kind)
+    learned, start = run(tmp_path / "run", steps=1), load_file(NANO / "model.safetensors")
+    assert any(not torch.equal(start[name], learned[name]) for name in start)
 
 
 @torch.no_grad()
-def test_torn_clips_are_read_at_their_positions(monkeypatch):
-    """A clip that leaps as a whole gives the same answers, positions being relative; one torn in its midst gives others."""
+def test_leaps_change_the_positions_of_frames(monkeypatch):
+    """A leap of the whole clip changes nothing, because positions are relative; a leap inside it does."""
     processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32)
     logits = {}
-    for name, leaps in {"not": (0, 0), "whole": (90, 90), "torn": (0, 90)}.items():
-        leaping = lambda lot, frames: [leaps[0]] + [leaps[1]] * (frames - 1)  # noqa: B023, E731
+    for name, leaps in {"none": (0, 0), "whole": (90, 90), "inside": (0, 90)}.items():
+        leaping = lambda rng, frames: [leaps[0]] + [leaps[1]] * (frames - 1)  # noqa: B023, E731
         monkeypatch.setattr(lessons, "random_leaps", leaping)
         monkeypatch.setattr(lessons, "LEAPING", 1.0)
         batch = small_clips(processor, "later")
-        with train_nano.torn(model.model.language_model, batch):
+        with tutor.leaping_frames(model.model.language_model, batch):
             logits[name] = model(
-                input_ids=batch["input_ids"], attention_mask=train_nano.may_see(batch["parts"]), position_ids=batch["position_ids"],
-                pixel_values=batch["pixel_values"].float(), grid_thw=batch["grid_thw"], media_nums_per_sample=batch["media_nums"],
-            ).logits[batch["labels"] != -100]  # fmt: skip
-    assert torch.allclose(logits["whole"], logits["not"], atol=2e-3)
-    assert (logits["torn"] - logits["not"]).abs().max() > 0.05
+                input_ids=batch["input_ids"],
+                attention_mask=visible_parts(batch["parts"]),
+                position_ids=batch["position_ids"],
+                pixel_values=batch["pixel_values"].float(),
+                grid_thw=batch["grid_thw"],
+                media_nums_per_sample=batch["media_nums"],
+            ).logits[batch["labels"] != -100]
+    assert torch.allclose(logits["whole"], logits["none"], atol=2e-3)
+    assert (logits["inside"] - logits["none"]).abs().max() > 0.05
 
 
-def test_a_word_counts_more_where_it_is_the_whole_answer():
-    """Against the definition: each answer's mean loss times the root of its length, over the sum of the roots."""
+def test_answers_weigh_as_the_root_of_their_length():
+    """The mean loss of each answer times the root of its length, divided by the sum of the roots."""
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(1, 8, 5, generator=generator), torch.tensor([[-100, 3, 2, -100, 1, 0, 4, 2]])
     weights = torch.tensor([[0, *[2**-0.5] * 2, 0, *[0.5] * 4]])
     losses = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
     expected = (2**0.5 * losses[:2].mean() + 2 * losses[3:].mean()) / (2**0.5 + 2)
-    assert train_nano.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(
+    assert tutor.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(
         expected.item(), rel=1e-5
     )
 
 
-def test_attention_on_its_points():
-    """One group may look at any of two tokens, the other at one."""
+def test_attention_on_groups_of_targets():
+    """One group has two target tokens, the other one."""
     weights = torch.zeros(1, 2, 3, 4)
     weights[0, 1, 2] = torch.tensor([0.1, 0.2, 0.3, 0.4])
     points = torch.tensor([[0, 1, 2, 1, 0], [0, 1, 2, 3, 0], [0, 1, 2, 0, 1]])
-    assert train_nano.attention_on(weights, points).tolist() == pytest.approx([0.6, 0.1])
+    assert tutor.attention_on(weights, points).tolist() == pytest.approx([0.6, 0.1])
 
 
 def test_plan_and_rate(stages):
     steps, plan = 5000, train_nano.plan_of(5000)
-    kinds, rates = [plan(step) for step in range(steps)], [train_nano.rate_of(step, steps) for step in range(steps)]
+    kinds, rates = [plan(step) for step in range(steps)], [train_nano.rate_at(step, steps) for step in range(steps)]
     ends = [*(stage.begins for stage in stages[1:]), 1.0]
     for stage, end in zip(stages, ends, strict=True):
         part = slice(math.ceil(stage.begins * steps), math.ceil(end * steps))
@@ -176,37 +187,36 @@ def test_plan_and_rate(stages):
     assert max(rates) == 1 and rates[0] < 0.1 and 0 < rates[-1] < 0.01
 
 
-def test_a_stage_weighs_what_it_names():
-    """Half the loss of what is asked weighs nothing, then all of it."""
+def test_weights_of_groups_scale_their_losses():
     torch.manual_seed(0)
-    quiz = train_nano.Quiz(8, (("stamp 0", 3), ("place a", 3)), {"stamp": 1.0, "place": 2.0})
+    heads = tutor.FactHeads(8, (("stamp 0", 3), ("place a", 3)), {"stamp": 1.0, "place": 2.0})
     vectors, targets = torch.randn(5, 8), torch.tensor([[0, 1], [2, -100], [1, 1], [0, 0], [2, 2]])
-    whole, stamps, places = (quiz(vectors, targets, **weights)[0] for weights in ({}, {"place": 0.0}, {"stamp": 0.0}))
+    whole, stamps, places = (heads(vectors, targets, **weights)[0] for weights in ({}, {"place": 0.0}, {"stamp": 0.0}))
     assert whole.item() == pytest.approx((stamps + places).item(), rel=1e-6) and min(stamps, places) > 0
-    assert quiz(vectors, targets, place=4.0)[0].item() == pytest.approx((stamps + 2 * places).item(), rel=1e-6)
+    assert heads(vectors, targets, place=4.0)[0].item() == pytest.approx((stamps + 2 * places).item(), rel=1e-6)
 
 
-def test_every_kind_of_a_stage_can_be_drawn(stages):
+def test_lessons_have_every_kind_of_batch(stages):
     processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
     for kind in {kind for stage in stages for kind in stage.kinds}:
         assert train_nano.Lessons(processor, 0, lambda step: kind, 8).batch(0)["kind"] == kind  # noqa: B023
 
 
-def test_every_weight_of_a_stage_has_something_to_weigh(stages):
-    known = {*train_nano.FACT_WEIGHTS, *train_nano.GAZE_WEIGHTS}
+def test_weights_have_known_names(stages):
+    known = {*tutor.FRAME_FACT_WEIGHTS, *tutor.ATTENTION_WEIGHTS}
     assert all(set(stage.weights) <= known for stage in stages)
-    assert {name.split()[0] for name, _ in (*lessons.CONTENTS, *lessons.CHANGES, *lessons.COURSE)} == set(
-        train_nano.FACT_WEIGHTS
+    assert {name.split()[0] for name, _ in (*facts.CONTENTS, *facts.CHANGES, *facts.COURSE)} == set(
+        tutor.FRAME_FACT_WEIGHTS
     )
-    assert set(lessons.Gaze.NAMES) == set(train_nano.GAZE_WEIGHTS)
+    assert set(lessons.AttentionTargets.NAMES) == set(tutor.ATTENTION_WEIGHTS)
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 96), (2, 96, 48), (4, 64, 64)])
 def test_orthogonal(shape):
-    """Singular vectors stay, singular values come near 1."""
+    """Singular vectors do not change, and singular values become about 1."""
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    values = (u.mT @ train_nano.orthogonal(matrices) @ v.mT).diagonal(dim1=1, dim2=2)
+    values = (u.mT @ muon.orthogonal(matrices) @ v.mT).diagonal(dim1=1, dim2=2)
     assert 0.6 < values.quantile(0.1) and values.max() < 1.3
-    rest = train_nano.orthogonal(matrices) - u @ torch.diag_embed(values) @ v
+    rest = muon.orthogonal(matrices) - u @ torch.diag_embed(values) @ v
     assert rest.norm() < 1e-3 * matrices.norm()

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Lays the MOSS-VL code files into a checkpoint folder: python tools/install_into.py CHECKPOINT
+"""Installs the MOSS-VL code files into a checkpoint folder: python tools/install_into.py CHECKPOINT
 
-Weights, tokenizer and settings of the checkpoint stay as they are. Code files are added or replaced, `auto_map` entries that the
-folder's JSON files lack are added, and what was there before is kept in a backup folder. Afterwards the folder is loaded as a
-user would load it, with the model on the meta device, so that 22 GB of weights need not be read; where that fails, everything
-is put back.
+Code files are added or replaced, missing `auto_map` entries are added to the JSON files, and replaced files are kept
+in a backup folder. Weights, tokenizer and settings are not changed. Then the folder is loaded with the model on the
+meta device, so that 22 GB of weights need not be read. If loading fails, all changes are undone.
 """
 
 import argparse
@@ -27,12 +26,12 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 class InstallError(Exception):
-    """What a user can mend; the message is all that is shown."""
+    """An error that the user can fix. Only its message is printed."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One file to write. `content` holds the new bytes; a code file to be linked has none, but a `link` target."""
+    """One file to write: either its new `content`, or the target of a `link`."""
 
     name: str
     verb: str  # "add", "replace" or "edit"
@@ -41,9 +40,11 @@ class Change:
     link: Path | None = None
 
 
-def code_files():
-    """The project's .py files that a checkpoint needs: those its auto_map names, and all that these import from beside them, for type
-    checkers too: transformers copies those as well."""
+def code_files() -> list[str]:
+    """The project's .py files that a checkpoint needs: those that auto_map names, and all that they import relatively.
+
+    Imports for type checkers count, too, because transformers copies these files as well.
+    """
     files = sorted(
         {
             reference.split(".")[0] + ".py"
@@ -51,7 +52,7 @@ def code_files():
             for reference in read_json(PROJECT / name)["auto_map"].values()
         }
     )
-    for name in files:  # grows as imports are found
+    for name in files:  # the loop appends the imports that it finds
         if not (PROJECT / name).is_file():
             raise InstallError(f"{PROJECT}: incomplete, {name} is missing")
         for node in ast.walk(ast.parse((PROJECT / name).read_text(encoding="utf-8"))):
@@ -60,7 +61,7 @@ def code_files():
     return files
 
 
-def read_json(path):
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -70,12 +71,12 @@ def read_json(path):
     return content
 
 
-def verify_checkpoint(folder):
-    """Raises InstallError where `folder` is not a MOSS-VL checkpoint that can be written to."""
+def verify_checkpoint(folder: Path) -> None:
+    """Raises InstallError unless `folder` is the folder of a MOSS-VL checkpoint."""
     if not folder.is_dir():
         raise InstallError(
-            f"{folder}: not a folder. Expected a checkpoint's folder on this disk; download a released one first, "
-            "for example with: hf download NAME --local-dir FOLDER"
+            f"{folder}: not a folder. Expected the folder of a checkpoint; download a released one first, for example "
+            "with: hf download NAME --local-dir FOLDER"
         )
     if folder.resolve() == PROJECT:
         raise InstallError(f"{folder}: this is the project's own folder, where the code files already are")
@@ -86,14 +87,14 @@ def verify_checkpoint(folder):
         raise InstallError(f"{folder / 'config.json'}: model_type is {model_type!r}, expected 'moss_vl'")
 
 
-# Planning: nothing is written here.
+# planning; nothing is written here
 
 
-def plan_changes(folder, link):
-    """The list of changes that make `folder` use this project's code."""
+def plan_changes(folder: Path, link: bool) -> list[Change]:
+    """The changes after which `folder` uses this project's code."""
     changes = [plan_code_file(folder, name, link) for name in code_files()]
     changes += [plan_auto_map(folder, "config.json", read_json(PROJECT / "config.json")["auto_map"])]
-    if (folder / "processor_config.json").is_file():  # as transformers 5 saves it: both processors in one file
+    if (folder / "processor_config.json").is_file():  # transformers 5 saves both processors in one file
         changes.append(plan_processor_config(folder))
     for name in PROCESSOR_FILES:
         if (folder / name).is_file():
@@ -103,7 +104,7 @@ def plan_changes(folder, link):
     return [change for change in changes if change is not None]
 
 
-def plan_code_file(folder, name, link):
+def plan_code_file(folder: Path, name: str, link: bool) -> Change | None:
     source, target = PROJECT / name, folder / name
     if target.is_dir():
         raise InstallError(f"{target}: is a folder, expected a file")
@@ -117,13 +118,13 @@ def plan_code_file(folder, name, link):
     return Change(name, verb, remark, content=b"" if link else content, link=source if link else None)
 
 
-def plan_auto_map(folder, name, wanted):
+def plan_auto_map(folder: Path, name: str, wanted: dict) -> Change | None:
     config = read_json(folder / name)
-    remarks = mend_auto_map(config, wanted, folder / name)
+    remarks = complete_auto_map(config, wanted, folder / name)
     return edit(name, config, remarks)
 
 
-def plan_processor_config(folder):
+def plan_processor_config(folder: Path) -> Change | None:
     name = "processor_config.json"
     config = read_json(folder / name)
     image_map, video_map = (read_json(PROJECT / file)["auto_map"] for file in PROCESSOR_FILES)
@@ -136,22 +137,22 @@ def plan_processor_config(folder):
         )
         if key in config
     ]
-    remarks = [remark for part, wanted in parts for remark in mend_auto_map(part, wanted, folder / name)]
+    remarks = [remark for part, wanted in parts for remark in complete_auto_map(part, wanted, folder / name)]
     return edit(name, config, remarks)
 
 
-def edit(name, config, remarks):
+def edit(name: str, config: dict, remarks: list[str]) -> Change | None:
     if not remarks:
         return None
     content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return Change(name, "edit", f"auto_map {', '.join(remarks)}", content=content.encode("utf-8"))
 
 
-def mend_auto_map(config, wanted, path):
-    """Adds to `config` the entries of `wanted` that it lacks, and says which.
+def complete_auto_map(config: dict, wanted: dict, path: Path) -> list[str]:
+    """Adds the missing entries of `wanted` to the auto_map of `config`; returns a remark for each.
 
-    An entry of its own is kept if the code files hold what it names; one that names something else, or code of another
-    repository ("owner/name--module.Class"), would not use these files and is replaced.
+    An existing entry is kept if the code files define the class that it names. An entry that names another class, or
+    code of another repository ("owner/name--module.Class"), is replaced.
     """
     auto_map = config.setdefault("auto_map", {})
     if not isinstance(auto_map, dict):
@@ -169,8 +170,8 @@ def mend_auto_map(config, wanted, path):
     return remarks
 
 
-def is_provided(reference):
-    """Whether `module.Class` is a name that one of the code files defines or imports."""
+def is_provided(reference) -> bool:
+    """Whether one of the code files defines or imports the `module.Class` of the reference."""
     if not isinstance(reference, str) or reference.count(".") != 1 or "--" in reference:
         return False
     module, name = reference.split(".")
@@ -185,11 +186,11 @@ def is_provided(reference):
     return name in names
 
 
-# Writing.
+# writing
 
 
 class Transaction:
-    """Writes changes into a folder; `undo` brings the folder back to what it was, links included."""
+    """Writes changes into a folder. `undo` restores its previous files and links."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -204,7 +205,7 @@ class Transaction:
             )
         for name in replaced:
             old = self.folder / name
-            shutil.copy2(old, self.backup / name, follow_symlinks=old.exists())  # a dead link is kept as one
+            shutil.copy2(old, self.backup / name, follow_symlinks=old.exists())  # a broken link is kept as a link
         for change in changes:
             path = self.folder / change.name
             was_there = os.path.lexists(path)
@@ -230,7 +231,7 @@ class Transaction:
 
 @contextmanager
 def uninterrupted():
-    """Ctrl-C has no effect meanwhile: a second one would leave the folder half undone."""
+    """Ignores Ctrl-C within the context: a second one would leave the folder half restored."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
@@ -240,9 +241,11 @@ def uninterrupted():
             signal.signal(signal.SIGINT, handler if handler is not None else signal.SIG_DFL)
 
 
-def put(path, content, link):
-    """Writes beside `path` and moves it there in one step. A link at `path` is replaced, never written through: in the
-    download cache of huggingface_hub it points to a file that other revisions share."""
+def put(path: Path, content: bytes, link) -> None:
+    """Writes a temporary file and moves it to `path` in one step.
+
+    A link at `path` is replaced, and its target is not changed: in the cache of huggingface_hub, revisions share it.
+    """
     fresh = path.with_name(f".{path.name}.new")
     fresh.unlink(missing_ok=True)
     try:
@@ -255,18 +258,17 @@ def put(path, content, link):
         fresh.unlink(missing_ok=True)
 
 
-# Checking.
+# checking
 
 
-def check_folder(folder):
-    """Loads the folder's configuration, processor and, on the meta device, model; returns lines that say what was found.
+def check_folder(folder: Path) -> list[str]:
+    """Loads configuration, processor and, on the meta device, model of the folder; returns lines of findings.
 
-    Raises InstallError where something does not load or does not fit the weights.
+    Raises InstallError if something does not load or does not fit the weights.
     """
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["HF_MODULES_CACHE"] = (
-            cache  # read when transformers is imported; the user's own cache stays untouched
-        )
+        # transformers reads it when imported; the user's cache is not touched
+        os.environ["HF_MODULES_CACHE"] = cache
         try:
             import torch
             import transformers
@@ -283,25 +285,25 @@ def check_folder(folder):
                     get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-        except Exception as error:  # whatever the folder's files make the libraries raise
+        except Exception as error:  # depends on the files of the folder
             raise InstallError(f"{folder}: the model does not load: {error}") from error
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        lines = [f"model: {type(model).__name__}, {len(model.state_dict())} tensors, {parameters:,} parameters"]
-        return lines + check_processor(folder, config) + check_weights(folder, config, model)
+        line = f"model: {type(model).__name__}, {len(model.state_dict())} tensors, {parameters:,} parameters"
+        return [line, *check_processor(folder, config), *check_weights(folder, config, model)]
 
 
-def check_processor(folder, config):
+def check_processor(folder: Path, config) -> list[str]:
     from transformers import AutoProcessor
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return ["processor: not checked, the folder holds no tokenizer"]
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-    except Exception as error:  # whatever the folder's files make the libraries raise
+    except Exception as error:  # depends on the files of the folder
         raise InstallError(f"{folder}: the processor does not load: {error}") from error
     lines = [f"processor: {type(processor).__name__}, {len(processor.tokenizer)} tokens"]
     vision = config.vision_config
-    agreements = [
+    pairs = [
         (type(part).__name__, name, getattr(part, name), expected)
         for part in (processor.image_processor, processor.video_processor)
         for name, expected in (
@@ -310,20 +312,20 @@ def check_processor(folder, config):
             ("temporal_patch_size", vision.temporal_patch_size),
         )
     ]
-    agreements += [
+    pairs += [
         ("the tokenizer", name, getattr(processor, name), getattr(config, name))
         for name in ("image_token_id", "video_token_id")
     ]
     lines += [
-        f"warning: {name} is {got} in {where}, {expected} in config.json; they belong to different models"
-        for where, name, got, expected in agreements
+        f"warning: {name} is {got} in {owner}, {expected} in config.json; they belong to different models"
+        for owner, name, got, expected in pairs
         if got != expected
     ]
     return lines
 
 
-def check_weights(folder, config, model):
-    """Compares the names and shapes in the safetensors headers with the model's; a tensor too many does no harm."""
+def check_weights(folder: Path, config, model) -> list[str]:
+    """Compares names and shapes in the safetensors headers with the model's. Additional tensors are a warning."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found, absent = read_weight_shapes(folder)
     if not found:
@@ -337,21 +339,19 @@ def check_weights(folder, config, model):
     ]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InstallError(
-            f"{folder}: the weights are not those of this model:\n  " + "\n  ".join(problems[:10]) + more
-        )
+        raise InstallError(f"{folder}: the weights do not fit this model:\n  " + "\n  ".join(problems[:10]) + more)
     lines = [f"weights: names and shapes of all {len(found)} tensors match"]
     if absent:
-        lines = [f"weights: names match; {len(absent)} files are not there, first {absent[0]}"]
+        lines = [f"weights: names match; {len(absent)} files are missing, first {absent[0]}"]
     if found.keys() - expected.keys():
         lines.append(
-            f"warning: the model has no place for these tensors: {', '.join(sorted(found.keys() - expected.keys()))}"
+            f"warning: the model has none of these tensors: {', '.join(sorted(found.keys() - expected.keys()))}"
         )
     return lines
 
 
-def read_weight_shapes(folder):
-    """({tensor name: shape, None where its file is not there}, names of absent files), from the headers alone."""
+def read_weight_shapes(folder: Path) -> tuple[dict[str, tuple | None], list[str]]:
+    """({tensor name: shape, None if its file is absent}, names of absent files), from the headers alone."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -370,13 +370,13 @@ def read_weight_shapes(folder):
     return found, absent
 
 
-# The command.
+# the command
 
 
-def install(folder, link=False, dry_run=False, check=True):
+def install(folder: Path, link: bool = False, dry_run: bool = False, check: bool = True) -> None:
     verify_checkpoint(folder)
     changes = plan_changes(folder, link)
-    print(f"{folder}:" + ("" if changes else " has these code files and entries already"))
+    print(f"{folder}:" + ("" if changes else " already has these code files and entries"))
     for change in changes:
         print(f"  {change.verb:8}{change.name:34}{change.remark}")
     if dry_run:
@@ -389,25 +389,25 @@ def install(folder, link=False, dry_run=False, check=True):
     except BaseException as error:
         transaction.undo()
         if isinstance(error, (InstallError, OSError)) and changes:
-            raise InstallError(f"{error}\n{folder} is as it was before") from error
+            raise InstallError(f"{error}\nall changes to {folder} were undone") from error
         raise
     if transaction.backup is not None:
-        print(f"the files before are kept in {transaction.backup}")
+        print(f"the replaced files are kept in {transaction.backup}")
     print("\n".join(lines))
 
 
-def main(argv=None):
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        description="Lay the MOSS-VL code files into a checkpoint folder and check that it loads. Weights, tokenizer and settings "
-        "stay as they are; files that are replaced are kept in a backup folder inside the checkpoint.",
-        epilog="Exit codes: 0 done, 1 not done and nothing changed, 2 wrong usage, 130 interrupted and nothing changed.",
+        description="Install the MOSS-VL code files into a checkpoint folder and check that it loads. Weights, "
+        "tokenizer and settings are not changed; replaced files are kept in a backup folder inside the checkpoint.",
+        epilog="Exit codes: 0 done, 1 failed and nothing changed, 2 wrong usage, 130 interrupted and nothing changed.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that holds a MOSS-VL config.json")
     parser.add_argument("--dry-run", action="store_true", help="show what would be changed and stop")
     parser.add_argument(
-        "--link", action="store_true", help="lay symbolic links to this folder's files instead of copies"
+        "--link", action="store_true", help="make symbolic links to the project's files instead of copies"
     )
-    parser.add_argument("--no-check", action="store_true", help="do not load the folder afterwards")
+    parser.add_argument("--no-check", action="store_true", help="do not load the folder after the changes")
     arguments = parser.parse_args(argv)
     try:
         install(arguments.checkpoint, link=arguments.link, dry_run=arguments.dry_run, check=not arguments.no_check)

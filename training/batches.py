@@ -1,6 +1,6 @@
-"""Records to batches: the text with the spans that are learned, the tensors of one sample, samples of any sizes as one batch.
+"""Turns records into batches: text with the spans to learn, the tensors of a sample, and samples collated to a batch.
 
-Axes: B samples, T tokens, P patches. Imported by the scripts beside it; `RecordDataset` does its work in data-loader workers.
+Axes: B samples, T tokens, P patches. `RecordDataset` works in data-loader workers.
 """
 
 from logging import getLogger
@@ -14,51 +14,52 @@ from moss_vl.training.records import Record
 logger = getLogger(__name__)
 
 TURN_END = "<|im_end|>"
-IGNORED = -100  # the label of what is not learned
+IGNORED = -100  # label of tokens without a loss
 
 
 class BadRecord(ValueError):
-    """A record that turned out bad only when it was encoded; the message names it."""
+    """A record that only encoding showed to be bad; the message names it."""
 
 
 def render(record: Record, processor, template: bool = True) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and the [start, end) characters of what the assistant says, the token that ends it included.
+    """The text of a conversation, and the [start, end) characters of each assistant turn with the token that ends it.
 
     Args:
-        template: render the chat template; without it the contents follow each other bare, and `eos_token` ends an assistant's.
+        template: render the chat template. Without it, the contents are concatenated, and `eos_token` ends the
+            assistant's.
 
-    Raises ValueError where the template does not take the conversation, or writes turns otherwise when others follow; without a
-    template, for a system turn.
+    Raises ValueError if the template does not accept the conversation or renders a turn differently when others
+    follow; without a template, for a system turn.
     """
     if not template:
-        return _bare(record.messages, processor.tokenizer.eos_token)
+        return _concatenate(record.messages, processor.tokenizer.eos_token)
 
-    def written(messages, **how):
+    def rendered(messages, **options):
         try:
-            return processor.apply_chat_template(messages, tokenize=False, **how)
+            return processor.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:
-            raise ValueError(f"the chat template does not take this conversation: {error}") from None
+            raise ValueError(f"the chat template does not accept this conversation: {error}") from None
 
-    text, spans = written(record.messages), []
+    text, spans = rendered(record.messages), []
     for turn, message in enumerate(record.messages):
         if message["role"] == "assistant":
-            asked = written(record.messages[:turn], add_generation_prompt=True)
-            end = text.find(TURN_END, len(asked))
-            if not text.startswith(asked) or end < 0:
+            prompt = rendered(record.messages[:turn], add_generation_prompt=True)
+            end = text.find(TURN_END, len(prompt))
+            if not text.startswith(prompt) or end < 0:
                 raise ValueError(
-                    f"the chat template writes turn {turn} otherwise than it asks for one, or does not end it with {TURN_END}, so "
-                    f"that what is learned cannot be told; expected ChatML"
+                    f"the chat template renders turn {turn} differently from its generation prompt, or does not end "
+                    f"it with {TURN_END}, so the tokens to learn cannot be found; expected ChatML"
                 )
-            spans.append((len(asked), end + len(TURN_END)))
+            spans.append((len(prompt), end + len(TURN_END)))
     return text, spans
 
 
-def _bare(messages: list[dict], eos_token: str) -> tuple[str, list[tuple[int, int]]]:
+def _concatenate(messages: list[dict], eos_token: str) -> tuple[str, list[tuple[int, int]]]:
     text, spans = "", []
     for message in messages:
         if message["role"] == "system":
             raise ValueError(
-                "a system turn needs the chat template; leave out --no-template, or put its words into the prompt"
+                "a system turn needs the chat template; leave out --no-template, or move its text into the prompt"
             )
         start = len(text)
         text += message["content"]
@@ -69,41 +70,38 @@ def _bare(messages: list[dict], eos_token: str) -> tuple[str, list[tuple[int, in
 
 
 def encode(
-    record: Record, processor, template: bool = True, max_length: int | None = None, pixel_dtype=torch.float32, **knobs
+    record: Record,
+    processor,
+    template: bool = True,
+    max_length: int | None = None,
+    pixel_dtype=torch.float32,
+    **options,
 ) -> dict:
-    """One sample: `input_ids` and `labels` [T], `pixel_values` [P, 3 * t * p * p] in `pixel_dtype` and `grid_thw` [media, 3] (of
-    the processor's blank medium, where the record has none).
+    """One sample: `input_ids` and `labels` [T], `pixel_values` [P, 3 * t * p * p] and `grid_thw` [media, 3].
 
-    `knobs` are the processor's, for images and videos. Raises what the processor raises, and ValueError for more than `max_length`
-    tokens.
+    A record without media gets the processor's blank medium. `options` are the processor's, for images and videos.
+    Raises what the processor raises, and ValueError for more than `max_length` tokens.
     """
     text, spans = render(record, processor, template)
-    # A response is tokenised as the model will write it, behind a prompt that has ended: "?" and "blue" shall not become one
-    # token. A special token before each span keeps them apart, and is taken out again.
     tokenizer = processor.tokenizer
-    cut, done, pieces, moved, cuts = tokenizer.pad_token, 0, [], [], []
-    for count, (start, end) in enumerate(spans, start=1):
-        pieces += [text[done:start], cut]
-        done = start
-        moved.append((start + count * len(cut), end + count * len(cut)))
-        cuts.append(sum(piece.count(cut) for piece in pieces) - 1)
+    text, spans, separators = _separate(text, spans, tokenizer.pad_token)
     inputs = processor(
-        text="".join([*pieces, text[done:]]),
+        text=text,
         images=record.images or None,
         videos=record.videos or None,
-        labels_spans=[moved],
+        labels_spans=[spans],
         ignore_index=IGNORED,
         return_tensors="pt",
-        grid_name="grid_thw",  # whatever the processor's own setting is
-        **knobs,
+        grid_name="grid_thw",  # whatever the processor's setting is
+        **options,
     )
     ids, labels = inputs["input_ids"][0], inputs["labels"][0]
-    keep = torch.ones_like(ids, dtype=torch.bool)
-    keep[torch.nonzero(ids == tokenizer.pad_token_id)[cuts, 0]] = False
-    ids, labels = ids[keep], labels[keep]
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    kept[torch.nonzero(ids == tokenizer.pad_token_id)[separators, 0]] = False
+    ids, labels = ids[kept], labels[kept]
     if max_length is not None and len(ids) > max_length:
         raise ValueError(f"{len(ids)} tokens are more than --max-length {max_length}")
-    labels[0] = IGNORED  # nothing stands before it to predict it, so that it would only be counted
+    labels[0] = IGNORED  # no token predicts the first one, so it must not count in the mean
     return {
         "input_ids": ids,
         "labels": labels,
@@ -112,46 +110,62 @@ def encode(
     }
 
 
+def _separate(text: str, spans, separator: str) -> tuple[str, list[tuple[int, int]], list[int]]:
+    """The text with `separator` before each span, the spans in it, and the index of each one among all separators.
+
+    Generation tokenizes a response separately from its prompt, so training must, too: "?" and "blue" must not become
+    one token. The caller removes the separators, a special token, after tokenization.
+    """
+    pieces, moved, indices, end = [], [], [], 0
+    for count, (start, stop) in enumerate(spans, start=1):
+        pieces += [text[end:start], separator]
+        end = start
+        moved.append((start + count * len(separator), stop + count * len(separator)))
+        indices.append(sum(piece.count(separator) for piece in pieces) - 1)
+    return "".join([*pieces, text[end:]]), moved, indices
+
+
 class RecordDataset(torch.utils.data.Dataset):
-    """Records as samples, decoded and preprocessed when they are asked for.
+    """Records as samples, decoded and preprocessed on access.
 
     Args:
-        records, processor: see `read_records` and `MossVLProcessor`. The processor is used as it is and stays as it is.
-        skip_bad: a record that turns out bad only now (too long, undecodable) is replaced by the next good one, with a warning;
-            else it is a BadRecord.
+        records, processor: see `read_records` and `MossVLProcessor`. The processor is not changed.
+        skip_bad: replace a record that encoding shows to be bad (too long, undecodable) by the next good one, with a
+            warning; otherwise it is a BadRecord.
         **options: those of `encode`.
     """
 
     def __init__(self, records: list[Record], processor, skip_bad: bool = False, **options):
         self.records, self.processor, self.skip_bad, self.options = records, processor, skip_bad, options
-        self.bad = set()  # that this process met: warned of once, not tried again
+        self.bad = set()  # indices that this process found to be bad: warned of once, not tried again
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
         problem = ""
-        for place in range(index, index + len(self.records)):
-            place %= len(self.records)
-            if place in self.bad:
+        for candidate in range(index, index + len(self.records)):
+            candidate %= len(self.records)
+            if candidate in self.bad:
                 continue
             try:
-                return encode(self.records[place], self.processor, **self.options)
+                return encode(self.records[candidate], self.processor, **self.options)
             except (ValueError, OSError) as error:
-                problem = f"{self.records[place].where}: {error}"
+                problem = f"{self.records[candidate].where}: {error}"
                 if not self.skip_bad:
-                    raise BadRecord(f"{problem}. Mend it, or leave such out with --skip-bad.") from error
-                logger.warning("%s. The next record takes its place.", problem)
-                self.bad.add(place)
+                    raise BadRecord(f"{problem}. Fix it, or skip such records with --skip-bad.") from error
+                logger.warning("%s. The next record is used instead.", problem)
+                self.bad.add(candidate)
         raise BadRecord(f"none of the {len(self.records)} records can be used. {problem}")
 
 
 class Collator:
-    """Samples of `encode` -> what the model takes: `input_ids`, `attention_mask`, `labels` [B, T], padded on the right with
-    `pad_token_id`; `pixel_values` and `grid_thw` of all media behind each other; `media_nums_per_sample`.
+    """Collates samples of `encode` into the inputs of the model.
 
-    `logits_to_keep` leaves out the logits of the rows before the first learned token: of a long video's prompt they are the
-    largest tensor. There is no `cross_attention_mask`, which would be T x frames: the model tells it from the text.
+    These are `input_ids`, `attention_mask` and `labels` [B, T], padded on the right; `pixel_values` and `grid_thw` of
+    all media, packed; `media_nums_per_sample`; and `logits_to_keep`, which omits the logits before the first learned
+    token: for the prompt of a long video they would be the largest tensor. There is no `cross_attention_mask` (T x
+    frames): the model derives it from the text.
 
     Args:
         pad_token_id: the tokenizer's.
@@ -168,7 +182,7 @@ class Collator:
 
         labels = padded("labels", IGNORED)
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        first = int((labels != IGNORED).any(0).nonzero()[0])  # the row before it predicts it
+        first = int((labels != IGNORED).any(0).nonzero()[0])  # predicted by the token before it
         batch = {
             "input_ids": padded("input_ids", self.pad_token_id),
             "attention_mask": (torch.arange(labels.shape[1]) < lengths[:, None]).long(),

@@ -1,4 +1,4 @@
-"""Training records: JSON lists and JSONL files -> conversations whose media were looked at. Nothing is decoded, no tensors here.
+"""Reads training records, JSON lists and JSONL files, into conversations whose media were probed but not decoded.
 
 A record is an object of one of two forms:
 
@@ -6,15 +6,16 @@ A record is an object of one of two forms:
     {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}],
      "images": ["a.png"]}
 
-In the first form the images, and then the videos, stand before the prompt; all but `response` may be missing. In the second,
-`messages` may also be called `conversations`, `role` and `content` `from` and `value`, the roles `human` and `gpt`. Content is a
-text in which `<|image|>` and `<|video|>` stand for the media in their order, or a list of parts: strings, {"type": "text", "text"},
-{"type": "image"} and {"type": "video"}. A part may hold its medium itself and options of its own, as conversation.py says; `images`
-and `videos` may then name all of them again.
+In the first form, images and then videos come before the prompt; only `response` is required. In the second form,
+`conversations` is another name of `messages`, `from` and `value` of `role` and `content`, `human` and `gpt` of the
+roles `user` and `assistant`. Content is a text in which `<|image|>` and `<|video|>` stand for the media in their
+order, or a list of parts: strings, {"type": "text", "text"}, {"type": "image"} and {"type": "video"}. A part may hold
+its medium and options of that medium, as conversation.py describes; `images` and `videos` may then list all media
+again.
 
-Images and videos are a path or a list of paths, taken from the data file's folder. A video may be {"video_path": path,
-"segments": [[start, end], [time], ...]} (seconds): its segments stand one after the other for one `<|video|>`, or have one each.
-Keys whose value is null count as missing, and "id" is left to the user.
+Images and videos are a path or a list of paths, relative to the data file. A video may be {"video_path": path,
+"segments": [[start, end], [time], ...]} (seconds); one `<|video|>` stands for all of its segments, or one for each.
+Keys whose value is null count as absent, and "id" is ignored.
 """
 
 import json
@@ -52,16 +53,12 @@ MEDIA_KEYS = ("images", "videos", "system_prompt", "id")
 PAIR_KEYS = ("prompt", "response")
 CHAT_KEYS = ("messages", "conversations")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-TURN_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-)  # the template's own: inside a text they would end a turn
-LOOKING_THREADS = 8  # opening files waits for the disk
-NAMED_RECORDS = 20  # bad ones that a message names
-# Processors that set no limits of their own: what they refuse, every checkpoint's refuse.
-ANY_IMAGES = MossVLImageProcessor(size=ANY_SIZE)
-ANY_VIDEOS = MossVLVideoProcessor(size=ANY_SIZE, video_max_pixels=ANY_SIZE["longest_edge"], max_frames=2**31)
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # inside a text they would end its turn
+PROBE_THREADS = 8  # probing waits for the disk
+NAMED_RECORDS = 20  # bad records that a message lists
+# Processors without limits of their own: media that they reject are bad for every checkpoint.
+UNLIMITED_IMAGES = MossVLImageProcessor(size=ANY_SIZE)
+UNLIMITED_VIDEOS = MossVLVideoProcessor(size=ANY_SIZE, video_max_pixels=ANY_SIZE["longest_edge"], max_frames=2**31)
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,11 @@ class Record:
     """One conversation.
 
     Attributes:
-        where: file and index, as messages name it.
-        messages: [{"role": "system", "user" or "assistant", "content": text}]; the texts hold `<|image|>` for each image and
-            `<|video|>` for each video, or for each segment of one.
-        images, videos: plain media (conversation.py): paths and data: URLs, or dicts of one and its options. In the order of the text.
+        where: file and index, for messages.
+        messages: [{"role": "system", "user" or "assistant", "content": text}]. The texts hold one `<|image|>` per
+            image and one `<|video|>` per video, or per segment of a video.
+        images, videos: plain media (conversation.py), paths, data: URLs, or dicts of one of these with its options, in
+            the order of the text.
     """
 
     where: str
@@ -81,74 +79,98 @@ class Record:
     videos: list
 
 
+@dataclass(frozen=True)
+class Row:
+    """A record as it stands in a data file."""
+
+    where: str  # file and index
+    folder: Path  # of the file
+    value: object  # parsed JSON; a ValueError if the line is not JSON
+
+
 def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
-    """The records of one data file or a list of them, each checked.
+    """The checked records of one data file or of a list of files.
 
     Args:
-        files: paths. A file that begins with `[` is a JSON list, any other has a JSON object a line.
-        skip_bad: leave bad records out, with one warning.
-        check: called with every record that is good so far; a ValueError it raises makes the record bad.
+        files: paths. A file that begins with `[` is a JSON list, any other file has one JSON object per line.
+        skip_bad: skip bad records with one warning.
+        check: called with every record that passed all other checks; if it raises a ValueError, the record is bad.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file that cannot be read at all, for bad records (file, index and reason of each; the first 20, then a
-            count), and where no record is left.
+        FileNotFoundError: if a file does not exist.
+        ValueError: for a file that cannot be read; for bad records (file, index and reason of the first 20, and the
+            number of the others); if no record is left.
     """
     files = [Path(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
-    rows = [row for file in files for row in _rows(file)]
-    seconds = {}  # what the media looked at so far last, by path; None for what does not say
+    rows = [row for file in files for row in _read_rows(file)]
+    seconds = {}  # (kind, path) of each medium probed so far -> its duration, None if unknown
 
     def read(row):
-        where, folder, value = row
         try:
-            if isinstance(value, ValueError):
-                raise value
-            record = Record(where, *_conversation(value, folder))
-            for kind, media in (("image", record.images), ("video", record.videos)):
-                for medium in media:
-                    _look(kind, medium, seconds)
-            sources = [read_medium("video", video)[0] for video in record.videos]
-            lengths = [None if isinstance(source, list) else seconds["video", source] for source in sources]
-            check_options(record, ANY_IMAGES, ANY_VIDEOS, lengths)
+            record = _read_record(row, seconds)
             if check is not None:
                 check(record)
             return record
         except (ValueError, OSError) as error:
-            return f"{where}: {error}"
+            return f"{row.where}: {error}"
 
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:
         found = list(pool.map(read, rows))
     records = [one for one in found if isinstance(one, Record)]
     bad = [one for one in found if isinstance(one, str)]
-    names = ", ".join(map(str, files))
     if bad:
-        lines = [f"{len(bad)} of the {len(rows)} records are bad:", *bad[:NAMED_RECORDS]]
-        if len(bad) > NAMED_RECORDS:
-            lines.append(f"and {len(bad) - NAMED_RECORDS} more")
-        if not skip_bad:
-            raise ValueError("\n  ".join(lines) + "\nMend them, or leave them out with --skip-bad.")
-        logger.warning("%s", "\n  ".join([*lines, "They are left out."]))
+        _report_bad(bad, len(rows), skip_bad)
     if not records:
+        names = ", ".join(map(str, files))
         raise ValueError(
-            f"{names}: no {'good ' if bad else ''}record; expected a JSON list of objects, or a JSON object a line"
+            f"{names}: no {'good ' if bad else ''}record; expected a JSON list of objects, or one JSON object per line"
         )
     return records
 
 
+def _read_record(row: Row, seconds: dict) -> Record:
+    """The record of a row, its media probed. Raises ValueError or OSError."""
+    if isinstance(row.value, ValueError):
+        raise row.value
+    record = Record(row.where, *_read_conversation(row.value, row.folder))
+    for kind, media in (("image", record.images), ("video", record.videos)):
+        for medium in media:
+            _probe(kind, medium, seconds)
+    sources = [read_medium("video", video)[0] for video in record.videos]
+    durations = [None if isinstance(source, list) else seconds["video", source] for source in sources]
+    check_options(record, UNLIMITED_IMAGES, UNLIMITED_VIDEOS, durations)
+    return record
+
+
+def _report_bad(bad: list[str], total: int, skip_bad: bool) -> None:
+    """Warns of bad records if they are skipped, else raises ValueError. `bad`: file, index and reason of each."""
+    lines = [f"{len(bad)} of the {total} records are bad:", *bad[:NAMED_RECORDS]]
+    if len(bad) > NAMED_RECORDS:
+        lines.append(f"and {len(bad) - NAMED_RECORDS} more")
+    if not skip_bad:
+        raise ValueError("\n  ".join(lines) + "\nFix them, or skip them with --skip-bad.")
+    logger.warning("%s", "\n  ".join([*lines, "They are skipped."]))
+
+
 def check_options(record: Record, images, videos, seconds=None, **options) -> None:
-    """ValueError for options of a record's media that are wrong, or that do not fit each other, the settings of the processors of `images`
-    and `videos`, or the `options` of a call to these. `seconds`: how long each video is, None if unknown."""
-    images_options, videos_options = (
+    """Raises ValueError for options of a record's media that are wrong, or contradict each other or other settings.
+
+    Args:
+        images, videos: the processors whose settings apply.
+        seconds: duration of each video, None if unknown.
+        **options: options of a call to the processors.
+    """
+    image_options, video_options = (
         {n: x for n, x in options.items() if n in processor.option_names} for processor in (images, videos)
     )
     if record.images:
-        images.check(record.images, **images_options)
+        images.check(record.images, **image_options)
     if record.videos:
-        videos.check(record.videos, seconds=seconds, **videos_options)
+        videos.check(record.videos, seconds=seconds, **video_options)
 
 
-def _rows(file: Path) -> list[tuple]:
-    """(where, folder, value) of each record of a file; the value of a line that is no JSON is a ValueError."""
+def _read_rows(file: Path) -> list[Row]:
+    """The records of a file. Raises ValueError or FileNotFoundError if the file as a whole cannot be read."""
     if not file.is_file():
         raise FileNotFoundError(f"no such data file: {file}")
     try:
@@ -160,12 +182,17 @@ def _rows(file: Path) -> list[tuple]:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} begins like a JSON list, but is not one: {error}") from None
-        return [(f"{file}, record {index}", file.parent, value) for index, value in enumerate(values)]
+        return [Row(f"{file}, record {index}", file.parent, value) for index, value in enumerate(values)]
     if file.suffix == ".json" and text.lstrip()[:1] == "{":
         try:
-            return [(f"{file}, record 0", file.parent, json.loads(text))]
+            return [Row(f"{file}, record 0", file.parent, json.loads(text))]
         except json.JSONDecodeError:
-            pass  # lines of JSON may be called .json, too
+            pass  # JSONL with the suffix .json
+    return _read_lines(file, text)
+
+
+def _read_lines(file: Path, text: str) -> list[Row]:
+    """The records of JSONL, one JSON object per line."""
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -173,47 +200,49 @@ def _rows(file: Path) -> list[tuple]:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 value = ValueError(
-                    f"not a JSON object: {error}; expected one a line, or a JSON list as the whole file"
+                    f"not a JSON object: {error}; expected one per line, or a JSON list as the whole file"
                 )
-            rows.append((f"{file}, record {len(rows)} (line {number})", file.parent, value))
+            rows.append(Row(f"{file}, record {len(rows)} (line {number})", file.parent, value))
     return rows
 
 
 # conversations
 
 
-def _conversation(raw, folder: Path) -> tuple[list[dict], list, list]:
+def _read_conversation(given, folder: Path) -> tuple[list[dict], list, list]:
     """Messages, images and videos of a record. Raises ValueError."""
-    raw = _keys("a record", raw, (*MEDIA_KEYS, *PAIR_KEYS, *CHAT_KEYS))
-    given = [name for name in CHAT_KEYS if name in raw]
-    pair = [name for name in PAIR_KEYS if name in raw and not (given and name == "prompt" and raw[name] == "")]
-    if len(given) + bool(pair) != 1:
-        got = ", ".join([*pair, *given]) or "neither"
+    given = _check_keys("a record", given, (*MEDIA_KEYS, *PAIR_KEYS, *CHAT_KEYS))
+    chat = [name for name in CHAT_KEYS if name in given]
+    pair = [name for name in PAIR_KEYS if name in given and not (chat and name == "prompt" and given[name] == "")]
+    if len(chat) + bool(pair) != 1:
+        got = ", ".join([*pair, *chat]) or "neither"
         raise ValueError(f"expected prompt and response, or else messages or conversations; got {got}")
-    media = {kind: _media(kind, raw.get(f"{kind}s"), folder) for kind in SOURCE_KEYS}
-    turns = _turns(raw[given[0]], given[0], folder) if given else _pair(raw, media)
+    media = {kind: _read_media(kind, given.get(f"{kind}s"), folder) for kind in SOURCE_KEYS}
+    turns = _read_turns(given[chat[0]], chat[0], folder) if chat else _read_pair(given, media)
     for index, (role, parts) in enumerate(turns):
         if role == "assistant" and not any(part["type"] == "text" and part["text"].strip() for part in parts):
             raise ValueError("the response is empty" if pair else f"turn {index}, the assistant's, is empty")
-    system = raw.get("system_prompt")
-    if system is not None and not isinstance(system, str):
-        raise ValueError(f"system_prompt must be a string, got {system!r:.60}")
-    if system:
-        if turns[0][0] == "system":
-            raise ValueError(
-                "the messages begin with a system turn, and there is a system_prompt; leave out one of them"
-            )
-        turns = [("system", [{"type": "text", "text": _text("system_prompt", system)}]), *turns]
+    turns = _with_system_prompt(turns, given.get("system_prompt"))
     _check_roles([role for role, _ in turns])
 
     messages = [{"role": role, "content": parts} for role, parts in turns]
-    images, videos = (_deal(kind, messages, [] if pair else media[kind]) for kind in SOURCE_KEYS)
+    images, videos = (_assign_media(kind, messages, [] if pair else media[kind]) for kind in SOURCE_KEYS)
     return [{**message, "content": write_placeholders(message["content"])} for message in messages], images, videos
 
 
-def _pair(raw: dict, media: dict) -> list[tuple[str, list]]:
+def _with_system_prompt(turns: list[tuple[str, list]], system) -> list[tuple[str, list]]:
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"system_prompt must be a string, got {system!r:.60}")
+    if not system:
+        return turns
+    if turns[0][0] == "system":
+        raise ValueError("the messages begin with a system turn, and there is a system_prompt; leave out one of them")
+    return [("system", [{"type": "text", "text": _check_text("system_prompt", system)}]), *turns]
+
+
+def _read_pair(given: dict, media: dict) -> list[tuple[str, list]]:
     """The turns of {"prompt", "response"}: media, then the prompt."""
-    prompt, response = raw.get("prompt", ""), raw.get("response")
+    prompt, response = given.get("prompt", ""), given.get("response")
     if response is None:
         raise ValueError("there is a prompt, but no response")
     for name, text in (("prompt", prompt), ("response", response)):
@@ -221,23 +250,24 @@ def _pair(raw: dict, media: dict) -> list[tuple[str, list]]:
             raise ValueError(f"{name} must be a string, got {text!r:.60}")
         if found := PLACEHOLDER.search(text):
             raise ValueError(
-                f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use 'messages'"
+                f"{name} holds {found[0]!r}, but media come before a prompt by themselves; "
+                "for another order use 'messages'"
             )
-    places = [{"type": kind, kind: medium} for kind in SOURCE_KEYS for medium in media[kind]]
+    media_parts = [{"type": kind, kind: medium} for kind in SOURCE_KEYS for medium in media[kind]]
     question, answer = (
-        {"type": "text", "text": _text(*pair)} for pair in (("prompt", prompt), ("response", response))
+        {"type": "text", "text": _check_text(*pair)} for pair in (("prompt", prompt), ("response", response))
     )
-    return [("user", [*places, question]), ("assistant", [answer])]
+    return [("user", [*media_parts, question]), ("assistant", [answer])]
 
 
-def _turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
+def _read_turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
     """(role, plain parts) of each message."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{name} must be a list of at least one {{'role', 'content'}}, got {messages!r:.60}")
     turns = []
     for index, message in enumerate(messages):
         what = f"turn {index}"
-        message = _keys(what, message, ("role", "content", "from", "value"))
+        message = _check_keys(what, message, ("role", "content", "from", "value"))
         keys = ("from", "value") if "from" in message else ("role", "content")
         if message.keys() != set(keys):
             raise ValueError(
@@ -248,12 +278,12 @@ def _turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
             near = nearest_name(role, ROLES)
             hint = f"did you mean {near!r}?" if near else f"known: {', '.join(ROLES)}"
             raise ValueError(f"{what}: unknown role {role!r}; {hint}")
-        turns.append((ROLES[role], _parts(what, content, folder)))
+        turns.append((ROLES[role], _read_parts(what, content, folder)))
     return turns
 
 
-def _parts(what: str, content, folder: Path) -> list[dict]:
-    """Plain parts, placeholders in texts as parts of their own, and media taken from `folder`."""
+def _read_parts(what: str, content, folder: Path) -> list[dict]:
+    """Plain parts of a content: placeholders are parts of their own, and relative paths are taken from `folder`."""
     if not isinstance(content, (str, list)):
         raise ValueError(f"{what}: content must be a string or a list of parts, got {content!r:.60}")
     parts = []
@@ -261,53 +291,45 @@ def _parts(what: str, content, folder: Path) -> list[dict]:
         part = read_part(part, f"{what}: a part")
         kind = part["type"]
         if kind == "text":
-            _text(what, part["text"])
+            _check_text(what, part["text"])
         elif kind in part:
-            part[kind] = _medium(kind, part[kind], folder)
+            part[kind] = _read_medium(kind, part[kind], folder)
         parts.append(part)
     return list(split_placeholders(parts))
 
 
 def _check_roles(roles: list[str]) -> None:
-    """Turns are the user's and the assistant's, the last one the assistant's; a system turn may come first."""
+    """Raises ValueError unless a user turn comes first, after a system turn if any, and an assistant turn last."""
     if "assistant" not in roles:
-        raise ValueError("there is no assistant turn, and nothing else is learned")
+        raise ValueError("there is no assistant turn, so there is nothing to learn")
     if "system" in roles[1:]:
         raise ValueError(f"turn {roles.index('system', 1)} is a system turn; expected it at the beginning")
     if roles[0 if roles[0] != "system" else 1] != "user":
-        raise ValueError("the conversation begins with the assistant; expected a user turn, if with empty content")
+        raise ValueError("the conversation begins with the assistant; expected a user turn, which may be empty")
     if roles[-1] != "assistant":
         raise ValueError("the last turn is the user's, and nothing answers it; expected an assistant turn at the end")
 
 
-def _deal(kind: str, messages: list, media: list) -> list:
-    """Gives the places of `kind` without a medium theirs, in order; returns all media in the order of the text."""
-    places = [part for message in messages for part in message["content"] if part["type"] == kind]
-    empty = [place for place in places if kind not in place]
-    clips = sum(count_placeholders(kind, medium) for medium in media)
-    if len(empty) == len(places) == clips != len(media):
-        return media  # a place for each segment, which stays as it is
-    again = not empty and clips == sum(
-        count_placeholders(kind, place[kind]) for place in places
-    )  # each segment, otherwise divided into media
-    if len(media) not in (len(empty), len(places)) and not again:
-        own, of, hint = len(places) - len(empty), "", ""
-        if clips != len(media) and not own:
-            of = " (or one for each of their segments)"
-        if own:
-            of = f"; {own} more have their own, so that either {len(empty)} {kind}s are given, or all {len(places)} again"
-        if any(f"<{kind}>" in part.get("text", "") for message in messages for part in message["content"]):
-            hint = f"; the text says '<{kind}>', write '<|{kind}|>'"
-        raise ValueError(f"the text has {len(empty)} places <|{kind}|>, but {len(media)} {kind}s{of} are given{hint}")
-    fill_placeholders(kind, messages, media)
-    return [place[kind] for place in places]
+def _assign_media(kind: str, messages: list, media: list) -> list:
+    """Gives the `media` of a record to the parts of `kind`; returns all media of the kind in the order of the text."""
+    parts = [part for message in messages for part in message["content"] if part["type"] == kind]
+    empty = [part for part in parts if kind not in part]
+    if len(empty) == len(parts) == sum(count_placeholders(kind, medium) for medium in media) != len(media):
+        return media  # one placeholder per segment, also apart from each other
+    try:
+        fill_placeholders(kind, messages, media)
+    except ValueError as error:
+        texts = (part.get("text", "") for message in messages for part in message["content"])
+        hint = f"; the text has '<{kind}>', write '<|{kind}|>'" if any(f"<{kind}>" in text for text in texts) else ""
+        raise ValueError(f"{error}{hint}") from None
+    return [part[kind] for part in parts]
 
 
 # values
 
 
-def _keys(what: str, given, known) -> dict:
-    """`given` without its nulls; ValueError where it is no object or has a key that is not known."""
+def _check_keys(what: str, given, known) -> dict:
+    """`given` without its nulls. Raises ValueError if it is not an object or has an unknown key."""
     if not isinstance(given, dict):
         raise ValueError(f"{what} must be an object, got {given!r:.60}")
     given = {name: value for name, value in given.items() if value is not None}
@@ -319,28 +341,25 @@ def _keys(what: str, given, known) -> dict:
     return given
 
 
-def _text(what: str, text) -> str:
+def _check_text(what: str, text) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{what}: a text must be a string, got {text!r:.60}")
     for token in TURN_TOKENS:
         if token in text:
-            raise ValueError(f"{what} holds {token!r}, which training puts in by itself; leave it out")
+            raise ValueError(f"{what} holds {token!r}, which training adds by itself; leave it out")
     return text
 
 
-def _media(kind: str, given, folder: Path) -> list:
-    given = (
-        []
-        if given is None
-        else given
-        if isinstance(given, list) and not (kind == "video" and is_frames(given))
-        else [given]
-    )
-    return [_medium(kind, medium, folder) for medium in given]
+def _read_media(kind: str, given, folder: Path) -> list:
+    """The plain media of `images` or `videos`: a list, or one medium."""
+    if given is None:
+        return []
+    several = isinstance(given, list) and not (kind == "video" and is_frames(given))
+    return [_read_medium(kind, medium, folder) for medium in (given if several else [given])]
 
 
-def _medium(kind: str, medium, folder: Path):
-    """A plain medium: a path, a URL or a list of frames, or a dict of one and its options; relative paths taken from `folder`."""
+def _read_medium(kind: str, medium, folder: Path):
+    """A plain medium: a path, URL or list of frames, or a dict of one and its options; relative to `folder`."""
     source, options = read_medium(kind, medium)
     frames = source if kind == "video" and isinstance(source, list) else [source]
     if not frames or not all(isinstance(one, str) and one for one in frames):
@@ -349,7 +368,7 @@ def _medium(kind: str, medium, folder: Path):
     for one in frames:
         if scheme_of(one) in ("http", "https"):
             raise ValueError(
-                f"{kind} {shorten(one)} would be downloaded at every turn; download it once and give its path"
+                f"{kind} {shorten(one)} would be downloaded in every epoch; download it once and give its path"
             )
     if "segments" in options:
         _check_segments(source, options["segments"])
@@ -365,26 +384,29 @@ def _check_segments(source, segments) -> None:
 
     if not isinstance(segments, list) or not segments or not all(map(is_segment, segments)):
         raise ValueError(
-            f"segments of {shorten(source)} must be a list of [start, end] with start < end, or [time], in seconds; got {segments!r:.100}"
+            f"segments of {shorten(source)} must be a list of [start, end] with start < end, or [time], in seconds; "
+            f"got {segments!r:.100}"
         )
 
 
-def _look(kind: str, medium, seconds: dict) -> None:
-    """Opens a medium and reads its header. Raises FileNotFoundError, or ValueError for what is no image or video, or for a segment
-    that lies behind the end by the header. Each path is looked at once."""
+def _probe(kind: str, medium, seconds: dict) -> None:
+    """Reads the header of a medium, once per path, and stores a video's duration in `seconds`.
+
+    Raises FileNotFoundError, or ValueError if the file is no image or video, or a segment lies after the video's end.
+    """
     source, options = read_medium(kind, medium)
-    if isinstance(source, list):  # of frames
+    if isinstance(source, list):  # frames of a video
         for frame in source:
-            _look("image", frame, seconds)
+            _probe("image", frame, seconds)
         return
     if (kind, source) not in seconds:
         if kind == "image":
             probe_image(source)
         seconds[kind, source] = _video_seconds(source) if kind == "video" else None
-    length = seconds[kind, source]
+    duration = seconds[kind, source]
     for segment in options.get("segments") or ():
-        if segment[-1] < 0 or (length is not None and segment[0] > length):
-            lasts = f", which lasts {length:.1f} s" if length else ""
+        if segment[-1] < 0 or (duration is not None and segment[0] > duration):
+            lasts = f", which lasts {duration:.1f} s" if duration else ""
             raise ValueError(f"segment {segment} lies outside {shorten(source)}{lasts}")
 
 

@@ -1,4 +1,4 @@
-"""Draws the log of a run of train_nano.py: python training/nano/curves.py runs/nano/log.jsonl curves.png"""
+"""Plots the log of a run of train_nano.py: python training/nano/curves.py runs/nano/log.jsonl curves.png"""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def columns(log: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """name -> (steps, values) of everything logged."""
+    """Name -> (steps, values) of all logged values."""
     out: dict = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -19,7 +19,7 @@ def columns(log: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def smooth(values: list[float], share: float = 0.8) -> list[float]:
-    """A running average that forgets at the rate `share`, corrected for its start."""
+    """An exponential moving average with decay `share`, corrected for its start."""
     out, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = share * total + (1 - share) * value, share * weight + 1 - share
@@ -28,7 +28,7 @@ def smooth(values: list[float], share: float = 0.8) -> list[float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the curves of a run of train_nano.py.")
+    parser = argparse.ArgumentParser(description="Plot the log of a run of train_nano.py.")
     parser.add_argument("log", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
@@ -39,12 +39,12 @@ def main():
 
     logged = columns(args.log)
     groups = {
-        "what vision tokens show, named rightly": [name for name in logged if name.startswith("names ")],
-        "what text tokens of pictures and frames know, and attention where it belongs": [
+        "facts of vision tokens, share right": [name for name in logged if name.startswith("names ")],
+        "facts of pictures and frames, share right; attention on its targets": [
             name for name in logged if name.startswith(("knows ", "attends "))
         ],
-        "loss of the answers": [name for name in logged if name.startswith("loss ")],
-        "answers with every token right": [
+        "loss of answers": [name for name in logged if name.startswith("loss ")],
+        "answers, share with all tokens right": [
             name
             for name in logged
             if not name.startswith(("names ", "knows ", "attends ", "loss ", "naming", "inking"))

@@ -1,9 +1,9 @@
-"""Makes moss-vl-nano, a MOSS-VL of eleven million parameters, in the folder beside this file, from trained weights:
-python training/nano/make_nano.py --weights FILE
+"""Writes the checkpoint folder of moss-vl-nano, a MOSS-VL of eleven million parameters, from trained weights:
 
-Configuration, processor files, chat template and tokenizer are written as released checkpoints carry them; the code files of the
-folder are relative symbolic links to those of the project. training/nano/train_nano.py trains the weights; it starts from those that are
-written where no file is given.
+    python training/nano/make_nano.py --weights FILE
+
+Configuration, processor files, chat template and tokenizer have the form of released checkpoints. The code files are
+relative symbolic links to those of the project. Without --weights, the initial weights of train_nano.py are written.
 """
 
 import argparse
@@ -47,10 +47,10 @@ SPECIAL_TOKENS = (
     "<|time_start|>",
     "<|time_end|>",
 )
-VOCABULARY = 768  # at most: merging ends when every word of the corpus is one token
+VOCABULARY = 768  # at most; merging ends when every word of the corpus is one token
 SEED = 20
-PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most, of a picture and of a clip's frame
-FRAME_PIXELS = (192 * 192, 224 * 224)
+PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most pixels of a picture
+FRAME_PIXELS = (192 * 192, 224 * 224)  # of a frame of a clip
 TEXT_SIZES = {
     "cross_attention_layers": [2, 6],
     "num_hidden_layers": 10,
@@ -71,7 +71,7 @@ VISION_SIZES = {
     "out_hidden_size": 192,
 }
 
-# The pattern by which Qwen2 cuts text into words; digits stand alone.
+# The pattern by which Qwen2 splits text into words; each digit is a word.
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -110,24 +110,24 @@ CHAT_TEMPLATE = r"""{%- for message in messages -%}
 
 
 def corpus():
-    """Text of the drawn world, for the tokenizer: questions and answers.
+    """Questions and answers about the drawn world, for the tokenizer.
 
-    The strings of signs are left out: their letters stay one token each, so that a sign is read letter by letter.
+    The texts of signs are left out, so that each of their letters is a token.
     """
-    lot = random.Random(SEED)
+    rng = random.Random(SEED)
     for _ in range(4000):
-        picture, clip = world.random_picture(lot, sign_share=0), world.random_clip(lot)
-        times = questions.sampled_times(clip, lot.choice((1, 2)))
-        asked = [questions.ask_picture(task, picture, lot) for task in questions.PICTURE_TASKS]
-        asked += [questions.ask_clip(task, clip, times, lot) for task in questions.CLIP_TASKS]
-        asked += [questions.ask_images([picture], lot)]
+        picture, clip = world.random_picture(rng, sign_share=0), world.random_clip(rng)
+        times = questions.sampled_times(clip, rng.choice((1, 2)))
+        asked = [questions.ask_picture(task, picture, rng) for task in questions.PICTURE_TASKS]
+        asked += [questions.ask_clip(task, clip, times, rng) for task in questions.CLIP_TASKS]
+        asked += [questions.ask_images([picture], rng)]
         yield from (text for question in asked if question is not None for text in (question.prompt, question.answer))
     frame = ("system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n")
     yield from (', and the text "', *frame) * 20
 
 
 def build_tokenizer():
-    """A byte-level BPE of the corpus with the parts of Qwen2TokenizerFast; special tokens come last, as there."""
+    """A byte-level BPE of the corpus, built like Qwen2TokenizerFast, with the special tokens last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -171,7 +171,7 @@ def tokenizer_config(tokenizer):
 
 
 def model_config(tokenizer):
-    """The project's config.json with nano's sizes and this tokenizer's ids."""
+    """The project's config.json with the sizes of nano and the ids of this tokenizer."""
     config = read_json(PROJECT / "config.json")
     config["text_config"] |= {
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
@@ -190,18 +190,18 @@ def model_config(tokenizer):
 
 
 def processor_settings(name, pixels):
-    """The project's, with these (fewest, most) pixels."""
+    """The project's settings file `name`, with these (fewest, most) pixels."""
     settings = read_json(PROJECT / name)
     settings["size"] = dict(zip(("shortest_edge", "longest_edge"), pixels, strict=True))
     if "image_processor_type" in settings:
-        # The other name that releases use: 4.57's AutoImageProcessor asks for torchvision where it ends in Fast.
+        # transformers 4.57 requires torchvision for class names that end in Fast, so the other released name is used
         settings["image_processor_type"] = "MossVLImageProcessor"
         settings["auto_map"]["AutoImageProcessor"] = "processing_moss_vl.MossVLImageProcessor"
     return settings
 
 
 def write_folder(folder):
-    """Everything of the checkpoint folder but the weights."""
+    """Writes all files of the checkpoint folder except the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in code_files():
         link = folder / name
@@ -228,9 +228,9 @@ def write_folder(folder):
 
 
 def weight_shapes(folder):
-    """Name -> shape of the folder's model, by rising names."""
+    """Name -> shape of the weights of the folder's model, sorted by name."""
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["HF_MODULES_CACHE"] = cache  # read when transformers is imported
+        os.environ["HF_MODULES_CACHE"] = cache  # transformers reads it when imported
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -240,15 +240,18 @@ def weight_shapes(folder):
 
 
 def first_weights(shapes):
-    """The weights with which training starts: matrices normal with variance 1 / fan-in, but 0 where they write to the residual stream or
-    to the logits; norms 1, biases 0, gates open."""
-    writing = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "lm_head.weight")
+    """The initial weights of training.
+
+    Matrices are normal with variance 1 / fan-in, but 0 if their output is added to the residual stream or gives the
+    logits; norms and gates are 1, biases 0.
+    """
+    zero = ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight", "lm_head.weight")
     generator = torch.Generator().manual_seed(SEED)
     weights = {}
     for name, shape in shapes.items():
         if name.endswith("_gate") or "norm" in name and name.endswith(".weight"):
             weights[name] = torch.ones(shape)
-        elif len(shape) < 2 or name.endswith(writing):
+        elif len(shape) < 2 or name.endswith(zero):
             weights[name] = torch.zeros(shape)
         elif "embed" in name and "patch" not in name:
             weights[name] = 0.3 * torch.randn(shape, generator=generator)
@@ -258,7 +261,7 @@ def first_weights(shapes):
 
 
 def write_weights(folder, weights):
-    """Writes them in bf16."""
+    """Writes model.safetensors in bfloat16."""
     weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     count, vocabulary = sum(tensor.numel() for tensor in weights.values()), weights["lm_head.weight"].shape[0]
@@ -270,27 +273,27 @@ def write_json(path, content):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make moss-vl-nano.")
+    parser = argparse.ArgumentParser(description="Write the checkpoint folder of moss-vl-nano.")
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(__file__).resolve().parent / "moss-vl-nano",
-        help="checkpoint folder to write (default: moss-vl-nano beside this file)",
+        default=PROJECT / "checkpoints" / "moss-vl-nano",
+        help="checkpoint folder to write (default: checkpoints/moss-vl-nano)",
     )
     parser.add_argument(
         "--weights",
         type=Path,
-        help="model.safetensors of a run of training/nano/train_nano.py (default: the weights that training starts from)",
+        help="model.safetensors of a run of train_nano.py (default: the initial weights of training)",
     )
     args = parser.parse_args()
-    weights = load_file(args.weights) if args.weights else None  # read first: it may be the folder's own
+    weights = load_file(args.weights) if args.weights else None  # read first: the file may lie in the output folder
     write_folder(args.output)
     shapes = weight_shapes(args.output)
     if weights is None:
         weights = first_weights(shapes)
     elif {name: tensor.shape for name, tensor in weights.items()} != shapes:
         parser.error(
-            f"{args.weights} does not hold the tensors of this model; expected those that training/nano/train_nano.py writes"
+            f"{args.weights} does not hold the tensors of this model; expected a model.safetensors of train_nano.py"
         )
     write_weights(args.output, weights)
 

@@ -1,7 +1,6 @@
-"""Draws the sample pictures and clips that lie beside this file: python training/nano/make_samples.py [--output FOLDER]
+"""Draws the sample pictures and clips in data/: python training/nano/make_samples.py [--output FOLDER]
 
-They are of the drawn world (training/nano/world.py). The scenes below are the truth of the four files: what is where, and what happens
-when. The same scene gives the same pixels every time.
+`SCENES` defines what the four files show. They belong to the drawn world (world.py).
 """
 
 import argparse
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from moss_vl.training.nano.world import Scene, Sign, Thing, draw_scene, write_clip
 
 
+PROJECT = Path(__file__).resolve().parents[2]
 SCENES = {
     "example_image.jpg": Scene(
         width=320,
@@ -73,9 +73,7 @@ def write_picture(scene: Scene, path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the sample pictures and clips.")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent, help="folder to write into (default: this one)"
-    )
+    parser.add_argument("--output", type=Path, default=PROJECT / "data", help="folder to write into (default: data/)")
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     for name, scene in SCENES.items():

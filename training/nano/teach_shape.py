@@ -1,9 +1,11 @@
-"""A worked example: teaches moss-vl-nano a seventh shape with LoRA: python training/nano/teach_shape.py --output runs/heart
+"""A worked example of tuning: teaches moss-vl-nano a seventh shape with LoRA.
 
-Hearts are nothing the checkpoint knows. 200 examples are about them, each a picture with one question and its answer; twice as many
-about pictures without keep what is known from being forgotten. They are written with a data.json as training/finetune.py reads it; that
-command tunes the checkpoint (it is printed, to be copied) and merges the adapter; then the checkpoint and what became of it are asked
-about fresh pictures with hearts. What it knew before is examined by training/nano/evaluate.py.
+    python training/nano/teach_shape.py --output runs/heart
+
+The checkpoint has never been trained on hearts. The script writes 200 pictures with hearts, each with one question and
+its answer, and twice as many without, which prevent forgetting; data.json lists them as training/finetune.py reads it.
+Then it prints and runs the tuning command, which merges the adapter, and asks the checkpoint before and after about
+new pictures with hearts. training/nano/evaluate.py measures whether the other tasks suffered.
 """
 
 import argparse
@@ -25,46 +27,47 @@ PROJECT = Path(__file__).resolve().parents[2]
 SHAPE = "heart"
 TASKS = ("color", "shape", "place", "exists", "describe picture")  # what is asked about hearts
 OPTIONS = (
-    "--lora-rank", "16", "--train", "vision", "merger", "cross", "language", "head", "--epochs", "5", "--lr", "7e-4",
-    "--batch-size", "8", "--merge", "--cpu", "--save-dtype", "bfloat16", "--log-steps", "25",
-)  # fmt: skip
+    *("--train", "vision", "merger", "cross", "language", "head"),
+    *("--lora-rank", "16", "--epochs", "5", "--lr", "7e-4", "--batch-size", "8"),
+    *("--merge", "--cpu", "--save-dtype", "bfloat16", "--log-steps", "25"),
+)
 
 
-def picture_with_heart(lot: random.Random) -> Scene:
-    """A picture of the drawn world in which one thing is a heart."""
-    scene = random_picture(lot, sign_share=0.2)
-    index = lot.randrange(len(scene.things))
+def picture_with_heart(rng: random.Random) -> Scene:
+    """A random picture in which one thing is a heart."""
+    scene = random_picture(rng, sign_share=0.2)
+    index = rng.randrange(len(scene.things))
     things = list(scene.things)
     things[index] = replace(things[index], shape=SHAPE, detail=None, fill=1.0)
     return replace(scene, things=tuple(things))
 
 
-def question_about(scene: Scene, task: str, lot: random.Random) -> Question | None:
-    """One that has the heart in it: in the question, or in the answer."""
+def question_about(scene: Scene, task: str, rng: random.Random) -> Question | None:
+    """A question with the heart in the prompt or the answer; None if none was found."""
     for _ in range(20):
-        question = ask_picture(task, scene, lot)
+        question = ask_picture(task, scene, rng)
         if question is not None and (SHAPE in question.prompt + question.answer):
             return question
     return None
 
 
 def examples(count: int, seed) -> list[tuple[Scene, Question]]:
-    """`count` about hearts, and twice as many about pictures without, mostly descriptions, which are forgotten first."""
-    lot, out = random.Random(f"{SHAPE} {seed}"), []
+    """`count` examples with hearts and twice as many without, mostly descriptions, which are forgotten first."""
+    rng, out = random.Random(f"{SHAPE} {seed}"), []
     while len(out) < 3 * count:
         if len(out) % 3:
-            scene = random_picture(lot)
-            question = ask_picture(lot.choice((*PICTURE_TASKS, *TASKS, *["describe picture"] * 4)), scene, lot)
+            scene = random_picture(rng)
+            question = ask_picture(rng.choice((*PICTURE_TASKS, *TASKS, *["describe picture"] * 4)), scene, rng)
         else:
-            scene = picture_with_heart(lot)
-            question = question_about(scene, lot.choice(TASKS), lot)
+            scene = picture_with_heart(rng)
+            question = question_about(scene, rng.choice(TASKS), rng)
         if question is not None:
             out.append((scene, question))
     return out
 
 
 def write_data(folder: Path, count: int) -> Path:
-    """Pictures and data.json."""
+    """Writes pictures and data.json; returns the path of data.json."""
     (folder / "pictures").mkdir(parents=True)
     records = []
     for number, (scene, question) in enumerate(examples(count, "lessons")):
@@ -77,7 +80,7 @@ def write_data(folder: Path, count: int) -> Path:
 
 
 def examine(checkpoint: Path, count: int) -> dict[str, float]:
-    """Task -> share of right answers about hearts in pictures that are in no lesson."""
+    """Task -> share of right answers about hearts, in pictures that are not in the training data."""
     import torch
     from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -85,16 +88,16 @@ def examine(checkpoint: Path, count: int) -> dict[str, float]:
 
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.bfloat16).eval()
-    lot, marks = random.Random(f"{SHAPE} examination"), {}
+    rng, shares = random.Random(f"{SHAPE} examination"), {}
     for task in TASKS:
         items = []
         while len(items) < count:
-            scene = picture_with_heart(lot)
-            question = question_about(scene, task, lot)
+            scene = picture_with_heart(rng)
+            question = question_about(scene, task, rng)
             if question is not None:
                 items.append(Item(question, (scene,), template=True))
-        marks[task] = average(ask(model, processor, items, size=32, workers=1))["exact"]
-    return marks
+        shares[task] = average(ask(model, processor, items, size=32, workers=1))["exact"]
+    return shares
 
 
 def main():
@@ -103,14 +106,15 @@ def main():
     )
     parser.add_argument("--checkpoint", type=Path, default=PROJECT / "checkpoints" / "moss-vl-nano")
     parser.add_argument("--output", type=Path, required=True, help="new folder, for the data and the tuned checkpoint")
-    parser.add_argument("--examples", type=int, default=200, help="about hearts; there are twice as many others")
-    parser.add_argument("--n", type=int, default=100, help="questions a task before and after")
+    parser.add_argument("--examples", type=int, default=200, help="with hearts; there are twice as many without")
+    parser.add_argument("--n", type=int, default=100, help="questions per task, before and after")
     args = parser.parse_args()
     if args.output.exists():
-        parser.error(f"{args.output} is there already; name a new folder")
+        parser.error(f"{args.output} exists; name a new folder")
     data = write_data(args.output, args.examples)
-    command = [sys.executable, str(PROJECT / "training/finetune.py"), "--checkpoint", str(args.checkpoint), "--data", str(data),
-               "--output", str(args.output / "tuned"), *OPTIONS]  # fmt: skip
+    paths = {"--checkpoint": args.checkpoint, "--data": data, "--output": args.output / "tuned"}
+    command = [sys.executable, str(PROJECT / "training/finetune.py")]
+    command += [word for option, path in paths.items() for word in (option, str(path))] + list(OPTIONS)
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
     before, after = examine(args.checkpoint, args.n), examine(args.output / "tuned", args.n)

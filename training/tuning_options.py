@@ -1,0 +1,240 @@
+"""The options of training/finetune.py: their table, their checks, and defaults that depend on other options."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from moss_vl.tools.command_line import above_0, at_least, share
+
+
+PARTS = ("vision", "merger", "cross", "language", "head")
+PROCESSOR_OPTIONS = {  # command-line option -> option of the processors, as options.py names it
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
+    "multi_image_max_pixels": "multi_image_max_pixels",
+    "video_max_pixels": "video_max_pixels",
+    "fps": "video_fps",
+    "min_frames": "min_frames",
+    "max_frames": "max_frames",
+}
+# Options that must not change when a run is resumed. The others (steps, workers, logging) may.
+FIXED_ON_RESUME = (
+    "checkpoint",
+    "data",
+    "eval_data",
+    "eval_share",
+    "template",
+    "max_length",
+    "skip_bad",
+    *PROCESSOR_OPTIONS,
+    "train",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "batch_size",
+    "accumulation",
+    "seed",
+    "bf16",
+)
+DESCRIPTION = "Tunes a MOSS-VL checkpoint on your own records: whole parts of the model, or low-rank adapters (LoRA)."
+EPILOG = """\
+data: a JSON list, or JSONL with one object per line, of
+  {"prompt": "What is this?", "response": "a star", "images": ["a.png"], "videos": ["b.mp4"], "system_prompt": "..."}
+  {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}],
+   "images": ["a.png"]}
+Paths are relative to the data file. In the first form, images and then videos come before the prompt. A video may also
+be {"video_path": "b.mp4", "segments": [[0.5, 3.0], [4.2]]} (seconds). training/README.md describes both forms.
+The loss covers the assistant's turns, each with the token that ends it, and nothing else. All records are checked
+before training starts. Errors that only decoding can find (a damaged file, --max-length) stop the run when they occur;
+with --skip-bad the next record is used instead.
+
+parts: vision   the encoder without its merger       language  embeddings, self-attention layers, last norm
+       merger   merger and separator                 head      the language model's head
+       cross    cross-attention layers with their gates
+With --lora-rank 0, the parts of --train are trained and the others are saved unchanged, bit for bit. With a higher
+rank, all weights are frozen and the linear layers of these parts get adapters; separator, gates, norms and embeddings
+have none.
+
+The output folder loads like any checkpoint (an adapter needs peft, and its base checkpoint at the same path). It also
+holds checkpoint-N folders to resume from, trainer_state.json with the losses, and finetune.json with these options.
+
+examples:
+  python training/finetune.py --checkpoint CHECKPOINT --data data.json --output tuned --lora-rank 16 --merge
+  python training/finetune.py --checkpoint CHECKPOINT --data data.json --output tuned --train cross merger --lr 1e-5
+  python training/finetune.py --merge tuned/adapter --output merged
+  torchrun --nproc_per_node 8 training/finetune.py --checkpoint CHECKPOINT --data data.json --output tuned
+
+exit codes: 0 done, 1 out of memory, 2 wrong usage or input, 130 interrupted
+"""
+
+NATURAL, POSITIVE, NOT_NEGATIVE = at_least(int, 0), at_least(int, 1), at_least(float, 0)
+FILES = {"metavar": "FILE", "type": Path, "nargs": "+"}
+COUNT = {"metavar": "N", "type": POSITIVE}
+FLAG, YES_NO = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
+
+# group -> option -> arguments of `add_argument`
+OPTIONS = {
+    "paths": {
+        "--checkpoint": dict(metavar="PATH", help="folder or hub name of the checkpoint to start from"),
+        "--output": dict(
+            metavar="DIR", type=Path, required=True, help="folder to write; new or empty, unless --resume"
+        ),
+    },
+    "data": {
+        "--data": dict(**FILES, help="records to train on, JSON or JSONL"),
+        "--eval-data": dict(**FILES, help="records on which the loss is measured"),
+        "--eval-share": dict(metavar="SHARE", type=share, help="or the share of --data that is held out for that"),
+        "--skip-bad": dict(**FLAG, help="skip bad records with a warning instead of an error"),
+        "--template": dict(
+            **YES_NO, help="render the chat template, or not, for base checkpoints (default: if there is one)"
+        ),
+        "--max-length": dict(
+            metavar="TOKENS", type=POSITIVE, help="longest record; longer ones are bad (default: no limit)"
+        ),
+        "--workers": dict(
+            metavar="N",
+            type=NATURAL,
+            default=2,
+            help="processes that decode and preprocess; each prefetches two batches (default: 2)",
+        ),
+        "--min-pixels": dict(**COUNT, help="fewest pixels of an image or frame after the resize"),
+        "--max-pixels": dict(**COUNT, help="most pixels of an image or frame after the resize"),
+        "--multi-image-max-pixels": dict(**COUNT, help="most pixels of all images of a record"),
+        "--video-max-pixels": dict(**COUNT, help="most pixels of all frames of a record"),
+        "--fps": dict(
+            metavar="RATE",
+            type=above_0,
+            help="sampled frames per second of video (default of this and of all limits: the checkpoint's)",
+        ),
+        "--min-frames": dict(**COUNT, help="fewest frames of a video"),
+        "--max-frames": dict(**COUNT, help="most frames of the videos of a record"),
+    },
+    "what is trained": {
+        "--train": dict(
+            metavar="PART",
+            nargs="+",
+            choices=PARTS,
+            default=["merger", "cross", "language"],
+            help=f"parts: {', '.join(PARTS)} (default: merger cross language)",
+        ),
+        "--lora-rank": dict(
+            metavar="R", type=NATURAL, default=0, help="rank of adapters; 0: train the parts themselves (default: 0)"
+        ),
+        "--lora-alpha": dict(metavar="A", type=above_0, help="adapters are scaled by A / R (default: twice the rank)"),
+        "--lora-dropout": dict(
+            metavar="P", type=NOT_NEGATIVE, default=0.0, help="dropout before adapters (default: 0)"
+        ),
+        "--lora-targets": dict(
+            metavar="NAME",
+            nargs="+",
+            help="linear layers that get adapters, such as q_proj v_proj (default: all of the parts)",
+        ),
+        "--merge": dict(
+            metavar="ADAPTER_DIR",
+            nargs="?",
+            const=True,
+            help="write the merged checkpoint, with the adapter in a folder inside it; "
+            "with ADAPTER_DIR: merge that adapter and train nothing",
+        ),
+    },
+    "how it is trained": {
+        "--epochs": dict(metavar="N", type=above_0, default=1.0, help="passes over all records (default: 1)"),
+        "--steps": dict(**COUNT, help="optimizer steps, instead of --epochs"),
+        "--batch-size": dict(**COUNT, default=1, help="records per batch and process (default: 1)"),
+        "--accumulation": dict(**COUNT, default=1, help="batches per step (default: 1)"),
+        "--lr": dict(metavar="RATE", type=above_0, help="peak learning rate (default: 1e-5; 1e-4 for adapters)"),
+        "--schedule": dict(
+            default="cosine",
+            help="decay of the learning rate: linear, cosine, constant_with_warmup, ... (default: cosine)",
+        ),
+        "--warmup": dict(
+            metavar="N",
+            type=NOT_NEGATIVE,
+            default=0.03,
+            help="warmup steps; below 1: their share of all steps (default: 0.03)",
+        ),
+        "--weight-decay": dict(metavar="W", type=NOT_NEGATIVE, default=0.0, help="default: 0"),
+        "--max-grad-norm": dict(
+            metavar="N", type=NOT_NEGATIVE, default=1.0, help="gradients are clipped to this norm (default: 1)"
+        ),
+        "--seed": dict(
+            metavar="N", type=NATURAL, default=0, help="of data order, dropout and new adapters (default: 0)"
+        ),
+    },
+    "running": {
+        "--bf16": dict(
+            **YES_NO,
+            help="compute in bfloat16, with trained weights in float32 (default: if the GPU supports it)",
+        ),
+        "--save-dtype": dict(
+            choices=("float32", "bfloat16"), help="of the output (default: bfloat16 with --bf16, else float32)"
+        ),
+        "--gradient-checkpointing": dict(**FLAG, help="less memory for a third more time"),
+        "--vision-chunk": dict(
+            metavar="FRAMES",
+            type=POSITIVE,
+            help="frames that the encoder takes at once (default: all; not for DeepSpeed's stage 3)",
+        ),
+        "--attn": dict(choices=("eager", "sdpa", "flash_attention_2"), help="attention (default: sdpa)"),
+        "--deepspeed": dict(metavar="CONFIG", type=Path, help="DeepSpeed's JSON file, passed through"),
+        "--cpu": dict(**FLAG, help="use no GPU"),
+        "--log-steps": dict(**COUNT, default=10, help="steps between logged losses (default: 10)"),
+        "--save-steps": dict(**COUNT, default=500, help="steps between checkpoints (default: 500)"),
+        "--eval-steps": dict(**COUNT, help="steps between evaluations (default: --save-steps)"),
+        "--keep": dict(**COUNT, default=2, help="newest checkpoints to keep (default: 2)"),
+        "--resume": dict(**FLAG, help="continue from the newest checkpoint in --output, if there is one"),
+        "--report-to": dict(metavar="NAME", nargs="+", default=[], help="tensorboard, wandb, ... (default: nothing)"),
+    },
+}
+
+
+def parse(argv) -> argparse.Namespace:
+    """The options with their defaults filled in. Wrong usage ends the program with exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, arguments in options.items():
+            group.add_argument(name, **arguments)
+    args = parser.parse_args(argv)
+    check_combination(parser, args)
+    fill_in_defaults(args)
+    return args
+
+
+def check_combination(parser, args) -> None:
+    """Ends the program if options contradict each other or one is missing."""
+    training, merge_only = args.data is not None, isinstance(args.merge, str)
+    if not training and not merge_only:
+        parser.error("nothing to do: give --data, or --merge with the folder of an adapter")
+    if training and merge_only:
+        parser.error("--merge with a folder trains nothing; leave out --data, or the folder")
+    if training and args.checkpoint is None:
+        parser.error("--data needs --checkpoint")
+    if args.eval_data is not None and args.eval_share is not None:
+        parser.error("give --eval-data or --eval-share, not both")
+    if training and args.lora_rank == 0:
+        for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets"):
+            if getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} is for adapters; give a --lora-rank above 0")
+    if args.lora_dropout >= 1:
+        parser.error(f"--lora-dropout must be below 1, got {args.lora_dropout}")
+
+
+def fill_in_defaults(args) -> None:
+    """Sets the defaults that depend on other options, and puts the parts into the order of `PARTS`."""
+    if args.lora_alpha is None:
+        args.lora_alpha = 2 * args.lora_rank
+    if args.lr is None:
+        args.lr = 1e-4 if args.lora_rank else 1e-5
+    if args.bf16 is None:
+        args.bf16 = not args.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if args.save_dtype is None and args.data is not None:
+        args.save_dtype = "bfloat16" if args.bf16 else "float32"
+    args.train = [part for part in PARTS if part in args.train]
