@@ -440,7 +440,7 @@ def test_outputs_of_generate(model):
         ({"image_features": torch.zeros(4, 32), "pixel_values": None}, r"expected \[4, 64\]"),
         (
             {"pixel_values": torch.zeros(16, 48, dtype=torch.uint8)},
-            r"`image_mean` has shape None; expected \[1, 3\]: `pixel_values` are levels",
+            r"`image_mean` has shape None; expected \[1, 3\]: `pixel_values` are uint8 pixels",
         ),
         (
             {"image_std": [[1.0, 1.0, 1.0]]},

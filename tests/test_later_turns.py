@@ -311,7 +311,7 @@ def test_blank_media_keep_no_pixels_of_others_alive(model):
     for _ in range(3):
         more = batch([Sample("tt", seed=3), Sample("tt", seed=4)], "left")
         model(**more | {"attention_mask": None, "cross_attention_mask": None}, past_key_values=cache)
-    kept = [medium["pixel_values"] for media in cache.layers[1].state.unplaced for medium in media]
+    kept = [medium.pixel_values for media in cache.layers[1].state.unplaced for medium in media]
     assert len(kept) == 7 and len({pixels.data_ptr() for pixels in kept}) == 2
     assert all(pixels.untyped_storage().nbytes() == 16 * 48 * 4 for pixels in kept)
 

@@ -448,9 +448,9 @@ def test_a_mask_with_holes_equals_dense_attention():
     layer, seen = model.model.language_model.layers[1], {}
 
     def keep(module, args, out):
-        hidden, vision, table, vision_table, *_ = args
-        query = module.queries(hidden, table)
-        key, value = module.keys_values(vision[None], vision_table)
+        hidden, vision, call, _ = args
+        query = module.queries(hidden, call.rotary)
+        key, value = module.keys_values(vision[None], call.vision_rotary)
         tokens = (~mask).repeat_interleave(7, dim=-1)  # 2 * 3 tokens and a separator a frame
         scores = query @ key.repeat_interleave(4, dim=1).transpose(2, 3) * module.scaling
         weights = scores.masked_fill(~tokens, float("-inf")).softmax(-1).nan_to_num(0)
@@ -715,7 +715,7 @@ CACHE_WORK = {
 
 @pytest.mark.parametrize("work", CACHE_WORK)
 def test_a_text_cache_holds_what_a_growing_one_does(work, monkeypatch):
-    monkeypatch.setattr(cache_layers, "TEXT_ROOM", 4)
+    monkeypatch.setattr(cache_layers, "TEXT_BUFFER", 4)
     ours, plain = cache_layers.TextCacheLayer(), DynamicLayer()
     assert ours.get_seq_length() == 0
     for step, length in enumerate([5, 1, 1, 3, 1, 40, 1, 1]):
@@ -731,7 +731,7 @@ def test_a_text_cache_moves_nothing_while_it_has_room(monkeypatch):
     layer = cache_layers.TextCacheLayer()
     layer.update(*random_states(10, 0))
     before, places = layer.keys, set()
-    for step in range(cache_layers.TEXT_ROOM):
+    for step in range(cache_layers.TEXT_BUFFER):
         layer.update(*random_states(1, step))
         places.add((layer.keys.data_ptr(), layer.values.data_ptr()))
     assert len(places) == 1 and places.pop()[0] == before.data_ptr()

@@ -6,7 +6,7 @@ from oracle import Oracle
 from tiny import Sample, make_model
 from transformers import DataCollatorWithFlattening
 
-from moss_vl.xrope import text_starts
+from moss_vl.xrope import find_text_starts
 
 
 SAMPLES = [
@@ -148,8 +148,8 @@ def test_what_packed_rows_cannot_have():
 def test_positions_that_do_not_start_again_pack_nothing():
     """A row of rising positions is one text, whatever stands in its padding."""
     positions, real = torch.tensor([[1, 1, 0, 1, 5, 6]]), torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()
-    assert text_starts(positions, positions, real).tolist() == [[False, False, True, False, False, False]]
-    assert text_starts(positions, positions, ~real).tolist() == [[True, True, False, False, False, False]]
+    assert find_text_starts(positions, positions, real).tolist() == [[False, False, True, False, False, False]]
+    assert find_text_starts(positions, positions, ~real).tolist() == [[True, True, False, False, False, False]]
     model, sample = make_model(), Sample("tttt", seed=3)
     with torch.no_grad():
         moved = model(sample.ids[None], position_ids=torch.tensor([[3, 7, 8, 20]]), use_cache=True).logits
