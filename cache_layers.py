@@ -1,6 +1,7 @@
 """Cache layers for the keys and values of a MOSS-VL conversation: those of the text, and those of the vision sequence.
 
-Axes: B text rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d head size.
+Axes: B text rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d
+head size.
 """
 
 import weakref
@@ -27,13 +28,14 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
     """
     if cache is not None and past_key_values is not None:
         raise ValueError(
-            f"The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of this "
-            f"transformers calls it `{CACHE}`."
+            "The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of "
+            f"this transformers calls it `{CACHE}`."
         )
     cache = past_key_values if cache is None else cache
     if cache is not None and not hasattr(cache, "layers"):
         raise ValueError(
-            f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or StaticCache."
+            f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or "
+            "StaticCache."
         )
     return cache
 
@@ -49,8 +51,8 @@ def static_length(cache: Optional[Cache]) -> Optional[int]:
 
 
 class InPlaceLayer(DynamicLayer):
-    """A layer that writes new tokens into a buffer. A shallow copy shares the buffer with its original, so both allocate a new one before
-    their next write."""
+    """A layer that writes new tokens into a buffer. A shallow copy shares the buffer with its original, so both
+    allocate a new one before their next write."""
 
     def __init__(self):
         super().__init__()
@@ -64,8 +66,8 @@ class InPlaceLayer(DynamicLayer):
 
 
 class TextCacheLayer(InPlaceLayer):
-    """Keys and values [B, K, S, d] of the text, views of the beginnings of larger buffers. A new token is written after them, and no
-    token is copied until a buffer is full."""
+    """Keys and values [B, K, S, d] of the text, views of the beginnings of larger buffers. A new token is written
+    after them, and no token is copied until a buffer is full."""
 
     def __init__(self):
         super().__init__()
@@ -91,8 +93,8 @@ class TextCacheLayer(InPlaceLayer):
 def append(
     past: Optional[torch.Tensor], buffer: Optional[torch.Tensor], new: torch.Tensor
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Appends `new` [B, K, T, d] to `past` [B, K, S, d]. Writes in place if `past` is still a view of `buffer` and there is space;
-    otherwise allocates. If gradients flow it concatenates instead.
+    """Appends `new` [B, K, T, d] to `past` [B, K, S, d]. Writes in place if `past` is still a view of `buffer` and
+    there is space; otherwise allocates. If gradients flow it concatenates instead.
 
     Returns:
         Both [B, K, S + T, d], and the buffer that holds them, or None.
@@ -123,8 +125,8 @@ def is_writable(tensor: torch.Tensor) -> bool:
 
 
 class VisionCacheLayer(InPlaceLayer):
-    """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer. The first such layer of a cache also holds the
-    `VisionState`."""
+    """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer. The first such layer of a
+    cache also holds the `VisionState`."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -149,7 +151,8 @@ class VisionCacheLayer(InPlaceLayer):
         return True
 
     def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
-        """Stores the keys and values of the new vision tokens [1, K, v, d]; returns those of the whole packed sequence."""
+        """Stores the keys and values of the new vision tokens [1, K, v, d]; returns those of the whole packed
+        sequence."""
         if self.keys is not None and not is_writable(self.keys):  # an inference tensor cannot enter a graph either
             self.keys, self.values = self.keys.clone(), self.values.clone()
         if call.writes:
@@ -160,20 +163,22 @@ class VisionCacheLayer(InPlaceLayer):
         return self.keys, self.values
 
     def in_dtype(self, dtype: torch.dtype):
-        """Converts the keys and values to the dtype of this call, which autocast may have changed, and returns them."""
+        """Converts the keys and values to the dtype of this call, which autocast may have changed, and returns
+        them."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
         return self.keys, self.values
 
     def prefetch(self) -> None:
-        """Fetches the layer after this one, when an offloading cache prefetches this one: this layer is never offloaded, and reading it
-        does not go through the cache."""
+        """Fetches the layer after this one, when an offloading cache prefetches this one: this layer is never
+        offloaded, and reading it does not go through the cache."""
         cache = None if self._cache is None else self._cache()
         if cache is not None:
             cache.layers[(self.index + 1) % len(cache.layers)].prefetch()
 
     def crop(self, *args, **kwargs) -> None:
-        """Does nothing yet. The next call of the model finds the text shorter than the state, and crops the state: `vision_state`."""
+        """Does nothing yet. The next call of the model finds the text shorter than the state, and crops the state:
+        `vision_state`."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -195,8 +200,8 @@ class VisionCacheLayer(InPlaceLayer):
 
 
 def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCall, shared: bool) -> torch.Tensor:
-    """Writes new keys or values [1, K, v, d] into the packed ones. Returns `new` itself if it is the whole sequence. Allocates if tokens
-    have to move, if gradients flow, or if `old` is `shared` with another layer."""
+    """Writes new keys or values [1, K, v, d] into the packed ones. Returns `new` itself if it is the whole sequence.
+    Allocates if tokens have to move, if gradients flow, or if `old` is `shared` with another layer."""
     if call.writes == ((slice(0, call.length), slice(0, call.length)),):
         return new
     in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
@@ -214,7 +219,8 @@ def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCal
 
 
 def install_layers(cache: Cache, config) -> VisionCacheLayer:
-    """Gives an empty cache layers for the vision sequence, and text layers that write in place; a filled cache has them.
+    """Gives an empty cache layers for the vision sequence, and text layers that write in place; a filled cache has
+    them.
 
     Args:
         config: the text config.
@@ -257,15 +263,15 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
         )
     if not layer.belongs_to(cache):
         raise ValueError(
-            "The cache is a shallow copy: it shares its layers with another cache, so both would write into the same layers. Copy it with "
-            "copy.deepcopy."
+            "The cache is a shallow copy: it shares its layers with another cache, so both would write into the same "
+            "layers. Copy it with copy.deepcopy."
         )
     last = max(set(range(config.num_hidden_layers)) - set(config.cross_attention_layers))
     uneven = static_length(cache) is None and cache.layers[last].get_seq_length() != length
     if uneven or layer.state.length < length:
         raise ValueError(
-            f"The cache holds {length} text tokens, but a call failed half-way, so some layers lack its tokens. Start from an empty cache, "
-            f"or from a copy.deepcopy made before that call."
+            f"The cache holds {length} text tokens, but a call failed half-way, so some layers lack its tokens. Start "
+            "from an empty cache, or from a copy.deepcopy made before that call."
         )
     if layer.state.length > length:
         layer.state = layer.state.cropped(length)

@@ -1,4 +1,5 @@
-"""Positions of a call: XRoPE's, or the caller's `position_ids`. Packed texts are found here too, as their positions start again.
+"""Positions of a call: XRoPE's, or the caller's `position_ids`. Packed texts are found here too, as their positions
+start again.
 
 Axes: B text rows, T text tokens of this call, N frames that the call places, v vision tokens of these frames.
 """
@@ -44,8 +45,8 @@ def read_positions(
     attention_mask: Optional[torch.Tensor],
     with_cache: bool,
 ) -> CallPositions:
-    """The positions of a call. Positions of the caller that only count the tokens of a row, as generic code makes them, are replaced by
-    XRoPE's.
+    """The positions of a call. Positions of the caller that only count the tokens of a row, as generic code makes
+    them, are replaced by XRoPE's.
 
     Args:
         with_cache: whether the call reads or fills a cache, which continues one text per row.
@@ -61,8 +62,8 @@ def read_positions(
         text_starts = find_packed_texts(request, position_ids, has_ready_mask)
     if text_starts is not None and with_cache:
         raise ValueError(
-            "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; expected "
-            "use_cache=False and no cache: a cache continues one text per row."
+            "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; "
+            "expected use_cache=False and no cache: a cache continues one text per row."
         )
     first_positions = None if text_starts is None else text_axis(position_ids, request)
     walked = walk_request(request, text_starts, first_positions)
@@ -81,8 +82,9 @@ def find_packed_texts(
 ) -> Optional[torch.Tensor]:
     """Where packed texts begin: bool [B, T]; None if the caller's `position_ids` do not start again within a row.
 
-    The positions of a row are counts of its tokens, or XRoPE's, in which an `image_pad` comes after its frame. Beside a ready 4D mask,
-    positions may also go back to where a part of one text continues; then only positions that start again from 0 begin another text.
+    The positions of a row are counts of its tokens, or XRoPE's, in which an `image_pad` comes after its frame. Beside
+    a ready 4D mask, positions may also go back to where a part of one text continues; then only positions that start
+    again from 0 begin another text.
     """
     is_token = request.text.is_token
     if position_ids.shape[-2:] not in (is_token.shape, (1, is_token.shape[1])):
@@ -173,8 +175,8 @@ def check_shared_origins(request: VisionRequest, origins_of_rows: tuple[torch.Te
         shares = row != first and request.text.pads[sample]
         if shares and not torch.equal(origins_of_rows[row], origins_of_rows[first]):
             raise ValueError(
-                f"Text rows {first} and {row} share the frames of sample {sample}, but place them differently; expected the "
-                f"same text. Give each conversation a cache of its own before new frames come."
+                f"Text rows {first} and {row} share the frames of sample {sample}, but place them differently; "
+                "expected the same text. Give each conversation a cache of its own before new frames come."
             )
 
 
@@ -192,8 +194,8 @@ def with_given_positions(
     is_token, given = request.text.is_token, position_ids.shape
     if given[-2:] not in (is_token.shape, (1, is_token.shape[1])) or given[:-2] not in ((), (3,)):
         raise ValueError(
-            f"`position_ids` has shape {list(given)}; expected {list(is_token.shape)}, or the same after a leading 3 for "
-            f"(t, h, w): one position for each token of this call."
+            f"`position_ids` has shape {list(given)}; expected {list(is_token.shape)}, or the same after a leading 3 "
+            "for (t, h, w): one position for each token of this call."
         )
     position_ids = position_ids.to(is_token.device).expand(*given[:-2], *is_token.shape)
     axes = position_ids if position_ids.ndim == 3 else position_ids[None]
@@ -214,7 +216,8 @@ def with_given_positions(
 def rows_that_count(
     request: VisionRequest, walked: CallPositions, axes: torch.Tensor, attention_mask: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """bool [B], True at rows whose given positions `axes` [1 or 3, B, T] only count tokens, in packed rows also XRoPE's positions.
+    """bool [B], True at rows whose given positions `axes` [1 or 3, B, T] only count tokens, in packed rows also
+    XRoPE's positions.
 
     Raises:
         ValueError: if a packed row with frames is neither.
@@ -232,7 +235,7 @@ def rows_that_count(
         counts |= equal(walked.text) | equal(count_tokens(is_token, text_starts, axes[0]))
         if any(request.text.pads) and (~counts & (text_starts.sum(1) > 1)).any():
             raise ValueError(
-                "`position_ids` start again within a row that has frames, but are neither counts of tokens (0, 1, 2, ... in each "
-                "text) nor XRoPE's positions; expected one of these, or a row per text."
+                "`position_ids` start again within a row that has frames, but are neither counts of tokens (0, 1, 2, "
+                "... in each text) nor XRoPE's positions; expected one of these, or a row per text."
             )
     return counts

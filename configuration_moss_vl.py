@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .call_positions import CallPositions  # noqa: F401
     from .checks import nearest_name  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
+    from .decoder import MossVLTextModel  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401

@@ -1,4 +1,5 @@
-"""Overrides of transformers' `GenerationMixin`: how `generate` checks a prompt, prepares the inputs of each call, and continues a cache."""
+"""Overrides of transformers' `GenerationMixin`: how `generate` checks a prompt, prepares the inputs of each call, and
+continues a cache."""
 
 import inspect
 from typing import Optional
@@ -19,25 +20,28 @@ MEDIA_INPUTS = ("pixel_values", "image_mean", "image_std", "image_features", "gr
 MEDIA_KWARGS = (*MEDIA_INPUTS, "cross_attention_mask")
 PROMPT_KWARGS = (*MEDIA_KWARGS, "image_grid_thw", "position_ids", "prompt_length", "rows_per_sample")
 NOT_OF_FORWARD = ("labels", "token_type_ids", "mm_token_type_ids", "tokenizer", "assistant_tokenizer")
-# Whether `generate` passes the number of new tokens, and so accepts those of a new turn alone; transformers 4 does not.
+# Whether `generate` passes the number of new tokens, and so accepts those of a new turn alone; transformers 4 does
+# not.
 NEXT_LENGTH = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 
 class MossVLGenerateHooks:
     """Overrides of `GenerationMixin`, which comes after this class among the bases of the model.
 
-    What belongs to the prompt (`PROMPT_KWARGS`) is one entry of the model kwargs, `prompt_kwargs`, from `_expand_inputs_for_generation` on:
-    transformers 5 does not prefill in chunks if it sees `pixel_values`. Besides arguments of forward it has
+    What belongs to the prompt (`PROMPT_KWARGS`) is one entry of the model kwargs, `prompt_kwargs`, from
+    `_expand_inputs_for_generation` on: transformers 5 does not prefill in chunks if it sees `pixel_values`. Besides
+    arguments of forward it has
 
         past_length: text tokens that the cache held before the prompt.
-        media_as_given: on a filled cache the caller's media, of the whole conversation, for an assistant, which starts without a cache.
+        media_as_given: on a filled cache the caller's media, of the whole conversation, for an assistant, which starts
+            without a cache.
     """
 
     # Private hooks of transformers, in the order in which `generate` calls them
 
     def _validate_model_kwargs(self, model_kwargs):
-        """transformers checks that all model kwargs are used. This names the nearest known argument in the error. Media are checked later,
-        against the prompt, in `_expand_inputs_for_generation`."""
+        """transformers checks that all model kwargs are used. This names the nearest known argument in the error.
+        Media are checked later, against the prompt, in `_expand_inputs_for_generation`."""
         known = set(inspect.signature(self.forward).parameters)
         for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
             near = nearest_name(name, {*known, *self.generation_config.to_dict()})
@@ -46,14 +50,15 @@ class MossVLGenerateHooks:
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """transformers 5 drops an `attention_mask` of ones. This keeps the caller's, as its length tells whether `input_ids` is the whole
-        conversation or a new turn."""
+        """transformers 5 drops an `attention_mask` of ones. This keeps the caller's, as its length tells whether
+        `input_ids` is the whole conversation or a new turn."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         return inputs, name, {**model_kwargs, "prompt_kwargs": {"attention_mask": model_kwargs.get("attention_mask")}}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """transformers repeats the rows of every tensor for beams and several answers. This repeats text rows only, as the rows of a sample
-        share its media; and before that checks the prompt and drops media that the cache holds."""
+        """transformers repeats the rows of every tensor for beams and several answers. This repeats text rows only, as
+        the rows of a sample share its media; and before that checks the prompt and drops media that the cache
+        holds."""
         prompt = {name: model_kwargs.pop(name, None) for name in PROMPT_KWARGS}
         prompt = {name: value for name, value in prompt.items() if value is not None}
         cache, past_length = model_kwargs.get(CACHE), cached_length(model_kwargs.get(CACHE))
@@ -61,8 +66,8 @@ class MossVLGenerateHooks:
         attention_mask = model_kwargs.get("attention_mask") if given is None else given
         if attention_mask is not None and attention_mask.ndim == 2 and (attention_mask[:, -1] == 0).any():
             raise ValueError(
-                "`attention_mask` ends in padding, so the rows are padded on the right, and a new token would come after the "
-                "padding; expected padding on the left. Call the processor with padding_side='left'."
+                "`attention_mask` ends in padding, so the rows are padded on the right, and a new token would come "
+                "after the padding; expected padding on the left. Call the processor with padding_side='left'."
             )
         if "image_grid_thw" in prompt:
             prompt["grid_thw"] = choose_grid(prompt.get("grid_thw"), prompt.pop("image_grid_thw"))
@@ -89,13 +94,13 @@ class MossVLGenerateHooks:
     def _get_candidate_generator(
         self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
     ):
-        """transformers passes the model kwargs on to the assistant of assisted generation. This passes what belongs to the prompt under its
-        public names, as far as the assistant accepts them; but not the frame mask: without it some candidates may be rejected, and none is
-        wrong."""
+        """transformers passes the model kwargs on to the assistant of assisted generation. This passes what belongs to
+        the prompt under its public names, as far as the assistant accepts them; but not the frame mask: without it
+        some candidates may be rejected, and none is wrong."""
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
-                "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip its "
-                "cross-attention. Pass `assistant_model=` or `prompt_lookup_num_tokens=`."
+                "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip "
+                "its cross-attention. Pass `assistant_model=` or `prompt_lookup_num_tokens=`."
             )
         prompt = model_kwargs.get("prompt_kwargs") or {}
         media = prompt.get("media_as_given", prompt)
@@ -114,11 +119,13 @@ class MossVLGenerateHooks:
         )
 
     def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
-        """transformers 4 prefills in chunks from the first token on, whatever the cache holds. This refuses a filled cache."""
+        """transformers 4 prefills in chunks from the first token on, whatever the cache holds. This refuses a filled
+        cache."""
         if length := cached_length(model_kwargs.get(CACHE)):
             raise ValueError(
-                f"`prefill_chunk_size` came with a cache that holds {length} tokens; expected an empty one: transformers 4 prefills "
-                f"in chunks from the first token on. Leave `prefill_chunk_size` out, or use transformers 5."
+                f"`prefill_chunk_size` came with a cache that holds {length} tokens; expected an empty one: "
+                "transformers 4 prefills in chunks from the first token on. Leave `prefill_chunk_size` out, or use "
+                "transformers 5."
             )
         return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
 
@@ -140,11 +147,12 @@ class MossVLGenerateHooks:
         past_key_values=None,
         **kwargs,
     ):
-        """transformers makes the inputs of the next call of forward. This takes the tokens that the cache does not hold, and what they need of
-        the prompt.
+        """transformers makes the inputs of the next call of forward. This takes the tokens that the cache does not
+        hold, and what they need of the prompt.
 
-        transformers 4 passes the new tokens as `cache_position`, transformers 5 their number as `next_sequence_length`. The `position_ids`
-        that transformers makes are not XRoPE's and are not used; the caller's are in `prompt_kwargs`.
+        transformers 4 passes the new tokens as `cache_position`, transformers 5 their number as
+        `next_sequence_length`. The `position_ids` that transformers makes are not XRoPE's and are not used; the
+        caller's are in `prompt_kwargs`.
         """
         cache, prompt = cache_of(cache, past_key_values), prompt_kwargs or {}
         past_length = cached_length(cache)
@@ -174,8 +182,8 @@ class MossVLGenerateHooks:
         }
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        """transformers updates the model kwargs after each call. This drops what belongs to the prompt after its media are in the cache, and
-        without a cache extends the caller's positions by the new tokens."""
+        """transformers updates the model kwargs after each call. This drops what belongs to the prompt after its media
+        are in the cache, and without a cache extends the caller's positions by the new tokens."""
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
         )
@@ -201,8 +209,9 @@ class MossVLGenerateHooks:
         """Checks the prompt as a whole, as forward may get it in chunks.
 
         Returns:
-            The prompt with `past_length`; `prompt_length`, which separates the prompt from what the model writes; and on a filled cache
-            only the media of the new turn, a mask over all frames of the conversation, and `media_as_given`.
+            The prompt with `past_length`; `prompt_length`, which separates the prompt from what the model writes; and
+            on a filled cache only the media of the new turn, a mask over all frames of the conversation, and
+            `media_as_given`.
         """
         new = new_tokens(past_length, input_ids, attention_mask)
         state = vision_state(cache, self.config.text_config)
@@ -248,14 +257,15 @@ class MossVLGenerateHooks:
         frames = sum(int(t) for t, _, _ in grid_thw)
         if pads and pads != frames:
             raise ValueError(
-                f"The conversation has {pads} `image_pad` tokens, and {frames} frames were given for the assistant, which "
-                f"starts without a cache; expected the media of all turns. Pass these, or leave `assistant_model` out."
+                f"The conversation has {pads} `image_pad` tokens, and {frames} frames were given for the assistant, "
+                "which starts without a cache; expected the media of all turns. Pass these, or leave "
+                "`assistant_model` out."
             )
 
 
 def new_tokens(past_length: int, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor]) -> torch.Tensor:
-    """The tokens of `input_ids` that the cache does not hold. `input_ids` is the whole conversation, or a new turn if `attention_mask` is
-    of another length.
+    """The tokens of `input_ids` that the cache does not hold. `input_ids` is the whole conversation, or a new turn if
+    `attention_mask` is of another length.
 
     Raises:
         ValueError: if there are none, or transformers does not accept a new turn alone.
@@ -266,14 +276,14 @@ def new_tokens(past_length: int, input_ids: torch.Tensor, attention_mask: Option
     only_new = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != length
     if only_new and not NEXT_LENGTH:
         raise ValueError(
-            f"`input_ids` has {length} tokens and `attention_mask` {attention_mask.shape[1]}; expected as many, those of the whole "
-            f"conversation: this transformers does not take the tokens of the new turn alone."
+            f"`input_ids` has {length} tokens and `attention_mask` {attention_mask.shape[1]}; expected as many, those "
+            "of the whole conversation: this transformers does not take the tokens of the new turn alone."
         )
     new = input_ids if only_new else input_ids[:, past_length:]
     if not new.shape[1]:
         raise ValueError(
-            f"`input_ids` has {length} tokens, and the cache holds {past_length}; expected the whole conversation, with at least "
-            f"one token that the cache does not hold."
+            f"`input_ids` has {length} tokens, and the cache holds {past_length}; expected the whole conversation, "
+            "with at least one token that the cache does not hold."
         )
     return new
 
@@ -294,14 +304,15 @@ def check_last_token(
         is_other = is_other & attention_mask[:, past_length - 1].to(last.device).bool()
     if is_other.any():
         raise ValueError(
-            f"`input_ids` is not the conversation that the cache holds: token {past_length - 1} is {last.tolist()}, and the "
-            f"cache's {state.last_ids.tolist()}; expected the whole conversation, or with transformers 5 the tokens of the new "
-            f"turn and an `attention_mask` for the whole."
+            f"`input_ids` is not the conversation that the cache holds: token {past_length - 1} is {last.tolist()}, "
+            f"and the cache's {state.last_ids.tolist()}; expected the whole conversation, or with transformers 5 the "
+            "tokens of the new turn and an `attention_mask` for the whole."
         )
 
 
 def inputs_of_prompt(prompt: dict, past_length: int, length: int) -> dict:
-    """What a call of `length` tokens needs of the prompt: media come with its first chunk, positions are those of the chunk."""
+    """What a call of `length` tokens needs of the prompt: media come with its first chunk, positions are those of the
+    chunk."""
     inputs = {name: value for name, value in prompt.items() if name not in ("media_as_given", "past_length")}
     if past_length > prompt.get("past_length", 0):
         inputs = {name: value for name, value in inputs.items() if name not in MEDIA_INPUTS}

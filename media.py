@@ -26,8 +26,8 @@ class Grid(tuple):
         for row in rows:
             if len(row) != 3 or min(row) < 1 or row[1] % merge_size or row[2] % merge_size:
                 raise ValueError(
-                    f"`grid_thw` has the row {row}; expected (frames, patch rows, patch columns), frames >= 1 and patch "
-                    f"rows and columns that are positive multiples of the merge size {merge_size}."
+                    f"`grid_thw` has the row {row}; expected (frames, patch rows, patch columns), frames >= 1 and "
+                    f"patch rows and columns that are positive multiples of the merge size {merge_size}."
                 )
         return cls(tuple(row) for row in rows)
 
@@ -77,9 +77,9 @@ class Media:
         numbers = count_media(self.grid, pads) if self.per_sample is None else self.per_sample
         if len(numbers) != len(pads) or min(numbers) < 0 or sum(numbers) != len(self):
             raise ValueError(
-                f"`media_nums_per_sample` is {self.per_sample}; expected {len(pads)} numbers, one per sample, that sum to "
-                f"the {len(self)} media of `grid_thw`, for texts with {pads} `image_pad` tokens. Pass on all that the "
-                f"processor returned."
+                f"`media_nums_per_sample` is {self.per_sample}; expected {len(pads)} numbers, one per sample, that "
+                f"sum to the {len(self)} media of `grid_thw`, for texts with {pads} `image_pad` tokens. Pass on all "
+                "that the processor returned."
             )
         return replace(self, per_sample=numbers)
 
@@ -153,7 +153,8 @@ def read_media(
     image_std=None,
     media_nums_per_sample=None,
 ) -> Media:
-    """Reads and checks the media of a call. Arguments as in `MossVLForConditionalGeneration.forward`; `config` is the vision config.
+    """Reads and checks the media of a call. Arguments as in `MossVLForConditionalGeneration.forward`; `config` is the
+    vision config.
 
     Raises:
         ValueError: for shapes and dtypes that do not fit each other or the config.
@@ -226,8 +227,8 @@ def check_features(config, grid: Grid, features: torch.Tensor, pixel_values: Opt
 
 
 def count_media(grid: Grid, pads: list[int]) -> list[int]:
-    """Number of media per sample: each sample takes as many frames as it has `image_pad` tokens. A text without any takes the
-    processor's blank medium, if there is one for each such text."""
+    """Number of media per sample: each sample takes as many frames as it has `image_pad` tokens. A text without any
+    takes the processor's blank medium, if there is one for each such text."""
     if len(pads) == 1:
         return [len(grid)]
     blank = int(grid.frames() == sum(pads) + pads.count(0))
@@ -268,8 +269,8 @@ def join_media(parts: list[Media], per_sample: list[int]) -> Media:
     names = parts[0].fields().keys()
     if any(part.fields().keys() != names for part in parts):
         raise ValueError(
-            f"Media of one call come as {[sorted(part.fields()) for part in parts]}; expected all as pixels of one kind, or "
-            f"all encoded."
+            f"Media of one call come as {[sorted(part.fields()) for part in parts]}; expected all as pixels of one "
+            "kind, or all encoded."
         )
     joined = {}
     for name in names:

@@ -176,8 +176,8 @@ class RowText:
         return cls(number, sample, text.is_token[number], reached, first_frame, placed, visible_before)
 
     def runs(self, tokens: slice, placed: int, visible: FrameSet) -> list[TextRun]:
-        """Text runs of some tokens without a mask: a token sees `visible`, and the frames of its text from `placed` on that are placed at or
-        before it; padding sees nothing."""
+        """Text runs of some tokens without a mask: a token sees `visible`, and the frames of its text from `placed` on
+        that are placed at or before it; padding sees nothing."""
         reached = np.where(self.is_token, self.reached, -1)[tokens]
         first_frame = self.first_frame[tokens]
         runs = []
@@ -204,8 +204,8 @@ def equal_rows(values: np.ndarray) -> list[tuple[int, int]]:
 def visible_runs(request: VisionRequest, text: HostText) -> list[list[TextRun]]:
     """Text runs of each row of a call.
 
-    Without a mask a token sees the frames that the token before the call saw, and every frame of its text whose `image_pad` is at or before
-    it. Padding sees nothing.
+    Without a mask a token sees the frames that the token before the call saw, and every frame of its text whose
+    `image_pad` is at or before it. Padding sees nothing.
 
     Raises:
         ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text.
@@ -216,13 +216,15 @@ def visible_runs(request: VisionRequest, text: HostText) -> list[list[TextRun]]:
     tokens, length = request.mask.tokens, request.text.length
     if text.text_index is not None and tokens != slice(0, length):
         raise ValueError(
-            f"`cross_attention_mask` has {tokens.stop} rows for {length} tokens of packed texts; expected a row for each, or no mask."
+            f"`cross_attention_mask` has {tokens.stop} rows for {length} tokens of packed texts; expected a row for "
+            "each, or no mask."
         )
     return [masked_runs(request, row) for row in rows]
 
 
 def masked_runs(request: VisionRequest, row: RowText) -> list[TextRun]:
-    """Text runs of a row under the caller's mask; the tokens before and after those of the mask see what the text places."""
+    """Text runs of a row under the caller's mask; the tokens before and after those of the mask see what the text
+    places."""
     tokens, length = request.mask.tokens, len(row.reached)
     visible = masked_frames(request, row)
     if visible is None:
@@ -241,10 +243,12 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
     """The frames that the tokens of the caller's mask see: bool [m, frames of the sample].
 
     Returns:
-        None if a processor made the mask for other padding than the text has now; the tokens then see what the text places.
+        None if a processor made the mask for other padding than the text has now; the tokens then see what the text
+        places.
 
     Raises:
-        ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text in another way.
+        ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text in
+            another way.
     """
     state, mask = request.state, request.mask
     given, first = given_frames(request, row)
@@ -258,8 +262,9 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
     if wrong.any() or (is_short and (visible != by_text).any()):
         if (mask.new_frames_only or not request.past_length) and is_of_processor(given):
             logger.warning_once(
-                "`cross_attention_mask` is that of a text before it was padded, cut or joined anew, so it is ignored and every token "
-                "sees the frames placed before it. Leave it out: load the processor with return_cross_attention_mask=False."
+                "`cross_attention_mask` is that of a text before it was padded, cut or joined anew, so it is ignored "
+                "and every token sees the frames placed before it. Leave it out: load the processor with "
+                "return_cross_attention_mask=False."
             )
             return None
     if wrong.any():
@@ -267,15 +272,16 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
         is_token = row.is_token[mask.tokens][token]
         why = "before the frame's `image_pad`, or in another packed text" if is_token else "which is padding"
         raise ValueError(
-            f"`cross_attention_mask` shows frame {frame} of sample {row.sample} to token {token} of this call, {why}: it does not "
-            f"belong to these `input_ids`. Text that was padded, cut or joined after the processor needs a new mask; or leave the mask "
-            f"out, and every token sees the frames placed before it."
+            f"`cross_attention_mask` shows frame {frame} of sample {row.sample} to token {token} of this call, {why}: "
+            "it does not belong to these `input_ids`. Text that was padded, cut or joined after the processor needs "
+            "a new mask; or leave the mask out, and every token sees the frames placed before it."
         )
     return visible
 
 
 def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]:
-    """The caller's mask for a row, bool [m, frames], cut to the frames that the sample has; and the frame of its first column.
+    """The caller's mask for a row, bool [m, frames], cut to the frames that the sample has; and the frame of its first
+    column.
 
     Raises:
         ValueError: if the mask has too few columns, or shows frames that are not there.
@@ -285,15 +291,15 @@ def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]
     visible, count = request.mask.visible[row.number], totals[row.sample] - first
     if visible.shape[1] < count or visible[:, count:].any():
         raise ValueError(
-            f"`cross_attention_mask` has {visible.shape[1]} frame columns and shows sample {row.sample} some that it does not "
-            f"have, or lacks some of its {count}; expected [B, 1, T, {max(totals)}], True = hidden."
+            f"`cross_attention_mask` has {visible.shape[1]} frame columns and shows sample {row.sample} some that it "
+            f"does not have, or lacks some of its {count}; expected [B, 1, T, {max(totals)}], True = hidden."
         )
     return visible[:, :count], first
 
 
 def is_of_processor(visible: np.ndarray) -> bool:
-    """Whether bool [m, F], True = may be seen, is what a processor makes of some text with F frames: tokens see the frames so far, one more
-    at each `image_pad`, in the end all of them; padding sees none, and is on one side."""
+    """Whether bool [m, F], True = may be seen, is what a processor makes of some text with F frames: tokens see the
+    frames so far, one more at each `image_pad`, in the end all of them; padding sees none, and is on one side."""
     counts = visible.sum(axis=1)
     seeing = np.flatnonzero(counts)
     if (
@@ -306,8 +312,9 @@ def is_of_processor(visible: np.ndarray) -> bool:
 
 
 def whole_mask(request: VisionRequest) -> torch.Tensor:
-    """The caller's mask as `cross_attention_mask` over all frames of the conversation, with rows from its first token on: bool
-    [B, 1, cache + m, F]. So a call may pass parts of it without the media. Rows of the cache hide all frames."""
+    """The caller's mask as `cross_attention_mask` over all frames of the conversation, with rows from its first token
+    on: bool [B, 1, cache + m, F]. So a call may pass parts of it without the media. Rows of the cache hide all
+    frames."""
     text = host_text(request, continues=False, text_index=None)
     totals = list(map(len, request.grids()))
     end = request.mask.tokens.stop
@@ -432,8 +439,8 @@ def plan_spans(request: VisionRequest, runs: list[list[TextRun]], layout: Packed
 
 
 def join_small_spans(spans: list[Span], device) -> list[Span]:
-    """Joins neighbours that begin at the same vision token, while rows x tokens stay small: one attention call with a mask costs less than
-    several without."""
+    """Joins neighbours that begin at the same vision token, while rows x tokens stay small: one attention call with a
+    mask costs less than several without."""
     groups: list[list[Span]] = []
     for span in spans:
         if groups and can_join(groups[-1], span):
@@ -444,7 +451,8 @@ def join_small_spans(spans: list[Span], device) -> list[Span]:
 
 
 def can_join(group: list[Span], span: Span) -> bool:
-    """Whether a span continues a group of spans: its rows come next, its tokens begin where theirs do and end no earlier."""
+    """Whether a span continues a group of spans: its rows come next, its tokens begin where theirs do and end no
+    earlier."""
     first, last = group[0], group[-1]
     size = (span.rows.stop - first.rows.start) * (span.tokens.stop - span.tokens.start)
     return (

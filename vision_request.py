@@ -1,6 +1,7 @@
 """Reading a call: its text, its media and its frame mask, checked against each other before anything heavy runs.
 
-Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, F frames, P patches.
+Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, F frames, P
+patches.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ class Padding(NamedTuple):
 
     Attributes:
         in_call, anywhere: whether there is padding among the tokens of this call; among these or those of the cache.
-        dropped: long [B], tokens of the cache that became padding since, such as those written to a row that had ended; None if there are
-            none. Positions count on without them.
+        dropped: long [B], tokens of the cache that became padding since, such as those written to a row that had
+            ended; None if there are none. Positions count on without them.
         token_counts: as in `VisionState`, after the call.
     """
 
@@ -53,9 +54,11 @@ class FrameMask(NamedTuple):
     """A caller's `cross_attention_mask` for the tokens of a call, inverted.
 
     Attributes:
-        visible: bool [B, m, F], True = may be seen, for m tokens of the call; the other tokens see what the text places.
+        visible: bool [B, m, F], True = may be seen, for m tokens of the call; the other tokens see what the text
+            places.
         first: the first of these tokens.
-        new_frames_only: whether the columns are the frames that come with the call; else all frames of the conversation.
+        new_frames_only: whether the columns are the frames that come with the call; else all frames of the
+            conversation.
     """
 
     visible: np.ndarray
@@ -115,7 +118,8 @@ class VisionRequest:
         )
 
     def with_blank(self, media: Media) -> "VisionRequest":
-        """This request with media that all tokens read times 0, so that every parameter of the vision side gets a gradient."""
+        """This request with media that all tokens read times 0, so that every parameter of the vision side gets a
+        gradient."""
         return replace(self, blank=media)
 
 
@@ -143,7 +147,8 @@ def read_request(
         text: `input_ids` [B, T], or `inputs_embeds` [B, T, D], in which no frame can be placed.
         prompt_length: tokens of the whole prompt, if the caller knows it; the model wrote what comes after it.
         whole_prompt: without `prompt_length`, whether every frame has to be placed in this call.
-        mask_at_end: whether a mask with fewer rows than the call has tokens is about the last tokens; else about the first.
+        mask_at_end: whether a mask with fewer rows than the call has tokens is about the last tokens; else about the
+            first.
 
     Raises:
         ValueError: for shapes and counts that do not fit each other.
@@ -214,8 +219,8 @@ def read_padding(
         return torch.ones(rows, length, dtype=torch.bool, device=text.device), Padding(token_counts=counts)
     if tuple(attention_mask.shape) != expected:
         raise ValueError(
-            f"`attention_mask` has shape {list(attention_mask.shape)}; expected {list(expected)}: the tokens of the cache and "
-            f"of this call, 0 at padding."
+            f"`attention_mask` has shape {list(attention_mask.shape)}; expected {list(expected)}: the tokens of the "
+            "cache and of this call, 0 at padding."
         )
     is_real = attention_mask.to(text.device).bool()
     is_token = is_real[:, past_length:]
@@ -244,9 +249,9 @@ def pads_of_samples(state: VisionState, pads_of_rows: list[int]) -> list[int]:
         if count != pads[sample]:
             first = state.row_sample.index(sample)
             raise ValueError(
-                f"Text rows {first} and {row} share the frames of sample {sample}, but have {pads[sample]} and {count} "
-                f"`image_pad` tokens in this call; expected the same text. Give each conversation a cache of its own before "
-                f"new frames come."
+                f"Text rows {first} and {row} share the frames of sample {sample}, but have {pads[sample]} and "
+                f"{count} `image_pad` tokens in this call; expected the same text. Give each conversation a cache of "
+                "its own before new frames come."
             )
     return pads
 
@@ -257,11 +262,13 @@ def pads_of_samples(state: VisionState, pads_of_rows: list[int]) -> list[int]:
 def read_frame_mask(
     mask: torch.Tensor, rows: int, past_length: int, length: int, media: Media, *, whole_prompt: bool, at_end: bool
 ) -> FrameMask:
-    """The part of `cross_attention_mask` [B, 1, M, F] that is about the tokens of this call, inverted to True = may be seen.
+    """The part of `cross_attention_mask` [B, 1, M, F] that is about the tokens of this call, inverted to True = may be
+    seen.
 
-    On a filled cache a mask with at most as many rows as the call has tokens is about this call. Its columns are then the frames that come
-    with the call, if it has as many columns as these; else all frames of the conversation. A mask with more rows begins with the
-    conversation. Tokens after the last row (a completion was appended after the processor) see what the text places.
+    On a filled cache a mask with at most as many rows as the call has tokens is about this call. Its columns are then
+    the frames that come with the call, if it has as many columns as these; else all frames of the conversation. A mask
+    with more rows begins with the conversation. Tokens after the last row (a completion was appended after the
+    processor) see what the text places.
 
     Raises:
         ValueError: if shape or dtype do not fit.
@@ -274,8 +281,9 @@ def read_frame_mask(
         or (whole_prompt and not past_length and mask.shape[2] > known)
     ):
         raise ValueError(
-            f"`cross_attention_mask` has shape {list(mask.shape)} and dtype {mask.dtype}; expected bool [{rows}, 1, {length}, "
-            f"frames], True = hidden, a row for each token of this call, or {known} rows with those of the cache."
+            f"`cross_attention_mask` has shape {list(mask.shape)} and dtype {mask.dtype}; expected bool [{rows}, 1, "
+            f"{length}, frames], True = hidden, a row for each token of this call, or {known} rows with those of the "
+            "cache."
         )
     of_call = past_length > 0 and mask.shape[2] <= length
     frames = max([1, *map(len, media.frames())])  # a blank medium counts as one frame
@@ -301,8 +309,8 @@ def match_media(
 ) -> VisionRequest:
     """The request, after blank media are set aside and media of zeros that the text places are recalled.
 
-    A single frame of zeros for a text without `image_pad` is the processor's blank medium, or an image of zeros whose text comes later.
-    It is kept in `unplaced` until a text asks for more frames than came.
+    A single frame of zeros for a text without `image_pad` is the processor's blank medium, or an image of zeros whose
+    text comes later. It is kept in `unplaced` until a text asks for more frames than came.
     """
     frames, unplaced = media.frames(), list(state.unplaced)
     recalled: list[list[Media]] = [[] for _ in frames]
@@ -333,8 +341,8 @@ def keep_medium(earlier: list[Media], medium: Media) -> Media:
 def recall_media(
     state: VisionState, sample: int, missing: int, unplaced: list[Media]
 ) -> tuple[list[Media], list[Media]]:
-    """Divides media of zeros into those that the text of a call places, and those that stay unplaced. If the other frames suffice, all of
-    them were blank, and none stays.
+    """Divides media of zeros into those that the text of a call places, and those that stay unplaced. If the other
+    frames suffice, all of them were blank, and none stays.
 
     Args:
         missing: `image_pad` tokens of the call for which no medium comes with it.
@@ -348,9 +356,10 @@ def recall_media(
     sizes = {medium.grid[0] for medium in unplaced}
     if waiting or (len(sizes) > 1 and missing != len(unplaced)):
         raise ValueError(
-            f"Sample {sample} has {len(unplaced)} media of zeros that came before any `image_pad` for them: they may be images, "
-            f"or the processor's blank medium of a text without any. Now its text asks for {missing} frames that came before, of "
-            f"which {waiting} wait. Leave blank media out, or give images with the text that places them."
+            f"Sample {sample} has {len(unplaced)} media of zeros that came before any `image_pad` for them: they may "
+            f"be images, or the processor's blank medium of a text without any. Now its text asks for {missing} "
+            f"frames that came before, of which {waiting} wait. Leave blank media out, or give images with the text "
+            "that places them."
         )
     return unplaced[:missing], unplaced[missing:]
 
@@ -365,14 +374,15 @@ def check_frame_counts(request: VisionRequest, whole_prompt: bool) -> None:
         frames = len(grids) - request.state.placed[sample]
         if pads > frames or (whole_prompt and pads != frames):
             raise ValueError(
-                f"The text of sample {sample} has {pads} `image_pad` tokens, but its media have {frames} frames; expected one "
-                f"`image_pad` token per frame. Pass `input_ids`, `pixel_values`, `grid_thw` and `media_nums_per_sample` as "
-                f"one processor call returned them, untruncated."
+                f"The text of sample {sample} has {pads} `image_pad` tokens, but its media have {frames} frames; "
+                "expected one `image_pad` token per frame. Pass `input_ids`, `pixel_values`, `grid_thw` and "
+                "`media_nums_per_sample` as one processor call returned them, untruncated."
             )
 
 
 def media_of_new_turn(state: VisionState, media: Media, pads: list[int]) -> Media:
-    """The media that the cache does not hold yet. A later turn may bring the media of the whole conversation, or its new ones.
+    """The media that the cache does not hold yet. A later turn may bring the media of the whole conversation, or its
+    new ones.
 
     Args:
         pads: `image_pad` tokens of each sample in the text of the new turn.
@@ -386,8 +396,8 @@ def media_of_new_turn(state: VisionState, media: Media, pads: list[int]) -> Medi
         missing = max(0, asked - (known - state.placed[sample]))
         if missing and frames not in (missing, known + missing):
             raise ValueError(
-                f"The new text of sample {sample} asks for {missing} frames beyond the cache, but its media have {frames}; "
-                f"expected {missing}, or {known + missing} with those of the earlier turns."
+                f"The new text of sample {sample} asks for {missing} frames beyond the cache, but its media have "
+                f"{frames}; expected {missing}, or {known + missing} with those of the earlier turns."
             )
         new = [number for number in numbers if sum(t for t, _, _ in media.grid[number + 1 : numbers.stop]) < missing]
         kept += new

@@ -1,13 +1,14 @@
 """The vision sequence of a conversation: its frames, and which text tokens see which vision tokens.
 
-Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), F frames, V vision tokens (the tokens of each frame
-and its separator, all samples one after the other without padding).
+Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), F frames, V vision tokens (the
+tokens of each frame and its separator, all samples one after the other without padding).
 
-A text token nearly always sees consecutive frames of its sample. So visibility is a short list of spans (text rows i..j see vision
-tokens u..v), and no T x V mask is built. Spans are integers on the host, planned once per call and shared by all layers. Text rows of
-one sample (beams, several answers) share its vision sequence.
+A text token nearly always sees consecutive frames of its sample. So visibility is a short list of spans (text rows
+i..j see vision tokens u..v), and no T x V mask is built. Spans are integers on the host, planned once per call and
+shared by all layers. Text rows of one sample (beams, several answers) share its vision sequence.
 
-Five index spaces meet here. An example with two samples and three frames; F is an `image_pad`, _ is padding, | ends a frame:
+Five index spaces meet here. An example with two samples and three frames; F is an `image_pad`, _ is padding, | ends a
+frame:
 
     input_ids [2, 4]            column  0   1   2   3
                          row 0          _   a   F   b           sample 0: frame 0, merged grid 2 x 3
@@ -16,10 +17,11 @@ Five index spaces meet here. An example with two samples and three frames; F is 
     text row    = row * T + column      0   1   2   3           of row 0
                                         4   5   6   7           of row 1
 
-    packed vision token    0  1  2  3  4  5  6  |  7  8  9  | 10 11 12 13 14   the last token of a frame is its separator
-    sample                 0                    |  1        |  1
+    packed vision token    0  1  2  3  4  5  6  |  7  8  9  | 10 11 12 13 14   the last token of a frame is its
+    separator sample                 0                    |  1        |  1
     frame of the sample    0                    |  0        |  1
-    token of the sample    0  1  2  3  4  5  6  |  0  1  2  |  3  4  5  6  7   `starts` is [0, 7]: where each sample begins
+    token of the sample    0  1  2  3  4  5  6  |  0  1  2  |  3  4  5  6  7   `starts` is [0, 7]: where each sample
+    begins
 
     text runs (columns of a row, and frames of its sample)      spans (text rows, and packed vision tokens)
         row 0   0..2   no frame                                     none: the rows 0 and 1 pass the layer unchanged
@@ -27,8 +29,8 @@ Five index spaces meet here. An example with two samples and three frames; F is 
         row 1   0..2   frame 0                                      rows 4..6, tokens 7..10
                 2..4   frames 0 and 1                               rows 6..8, tokens 7..15
 
-The last two spans begin at the same vision token, so one attention call with a mask attends both: rows 4..8, tokens 7..15, where rows
-4 and 5 see the first 3 of the 8 tokens.
+The last two spans begin at the same vision token, so one attention call with a mask attends both: rows 4..8, tokens
+7..15, where rows 4 and 5 see the first 3 of the 8 tokens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -102,8 +104,8 @@ def last_visible(runs: list[TextRun], is_token: np.ndarray, before: FrameSet) ->
 
 
 class Span(NamedTuple):
-    """The text rows `rows` (a slice of all B * T) see the vision tokens `tokens` (a slice of the packed ones), but for those at which bool
-    `visible` [tokens] or [rows, tokens] is False."""
+    """The text rows `rows` (a slice of all B * T) see the vision tokens `tokens` (a slice of the packed ones), but for
+    those at which bool `visible` [tokens] or [rows, tokens] is False."""
 
     rows: slice
     tokens: slice
@@ -196,8 +198,8 @@ class VisionState:
         length: text tokens in the cache.
         starts: where each sample begins in the packed keys and values.
         stored: length of the packed keys and values.
-        unplaced: for each sample the media of zeros that came without an `image_pad`, one by one. Each is a blank medium, or an image of
-            zeros that a later text may place.
+        unplaced: for each sample the media of zeros that came without an `image_pad`, one by one. Each is a blank
+            medium, or an image of zeros that a later text may place.
         last_ids: long [B], the last token of the cache; None if it is not known.
         token_counts: long [B], tokens of the cache without padding; None if there is no padding.
         step: the plan of a call with one more generated token in every row, after the first such call.
@@ -271,7 +273,8 @@ class VisionState:
     def cropped(self, length: int) -> "VisionState":
         """The state after all text but the first `length` tokens was taken back.
 
-        Frames whose `image_pad` was taken back are forgotten. Waiting frames are forgotten if the call that brought them is taken back.
+        Frames whose `image_pad` was taken back are forgotten. Waiting frames are forgotten if the call that brought
+        them is taken back.
 
         Raises:
             ValueError: if `length` is below what the state remembers.
@@ -281,8 +284,8 @@ class VisionState:
             return self._shortened(length)
         if length < self.remembered:
             raise ValueError(
-                f"The cache was cropped to {length} tokens; expected at least {self.remembered}, as only the last {PAST_CALLS} calls with "
-                f"frames, padding or masks can be taken back. Start from an empty cache."
+                f"The cache was cropped to {length} tokens; expected at least {self.remembered}, as only the last "
+                f"{PAST_CALLS} calls with frames, padding or masks can be taken back. Start from an empty cache."
             )
         first, past_calls = undone[0], self.past_calls[: -len(undone)]
         if length > first.start:  # the call loses only its last tokens

@@ -17,7 +17,8 @@ from moss_vl.benchmarks.measuring import ROOT, allocation_peak, machine, table, 
 from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config
 from moss_vl.cache_layers import TEXT_BUFFER
 from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.modeling_moss_vl import VISION_ROWS, MossVLForConditionalGeneration
+from moss_vl.decoder import VISION_ROWS
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.vision_encoder import CPU_PATCHES, DEFAULT_VISION_CHUNK, GPU_PATCHES, MLP_ROWS
 
 

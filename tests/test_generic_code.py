@@ -50,15 +50,15 @@ def loaded_code(folder):
 def test_two_folders_of_one_name_have_their_own_code(folder_named_alike):
     """Their configs are the same; the second load must not be given the classes of the first."""
     first = folder_named_alike("first")
-    second = folder_named_alike("second", "modeling_moss_vl.py", "VISION_ROWS = 4096", "VISION_ROWS = 4095")
+    second = folder_named_alike("second", "modeling_moss_vl.py", "IGNORED = -100", "IGNORED = -101")
     third = folder_named_alike(
         "third", "processing_moss_vl.py", "class MossVLProcessor(", "CHANGED = True\n\n\nclass MossVLProcessor("
     )
-    assert loaded_code(first)[0].VISION_ROWS == 4096
-    assert loaded_code(second)[0].VISION_ROWS == 4095
+    assert loaded_code(first)[0].IGNORED == -100
+    assert loaded_code(second)[0].IGNORED == -101
     model, processor = loaded_code(third)
-    assert model.VISION_ROWS == 4096 and processor.CHANGED
-    assert loaded_code(first)[0].VISION_ROWS == 4096
+    assert model.IGNORED == -100 and processor.CHANGED
+    assert loaded_code(first)[0].IGNORED == -100
 
 
 @pytest.mark.skipif(

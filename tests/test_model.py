@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from moss_vl import attention, cache_layers, modeling_moss_vl, vision_encoder
+from moss_vl import attention, cache_layers, decoder, vision_encoder
 from moss_vl.cache_layers import VisionCacheLayer
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
@@ -339,7 +339,7 @@ def test_chunks_of_few_patches_change_nothing(model, patches, monkeypatch):
 def test_vision_keys_and_values_made_piece_by_piece(model, monkeypatch):
     inputs = batch(assorted_samples(), "left")
     expected = model(**inputs).logits
-    monkeypatch.setattr(modeling_moss_vl, "VISION_ROWS", 7)
+    monkeypatch.setattr(decoder, "VISION_ROWS", 7)
     close(model(**inputs).logits, expected)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import IMAGE_PAD, PATCH, make_model
 
-from moss_vl import attention, modeling_moss_vl, vision_encoder
+from moss_vl import attention, decoder, vision_encoder
 from moss_vl.benchmarks.plain import PlainMossVL
 
 
@@ -133,13 +133,13 @@ def test_biases_are_where_the_config_has_them():
 def test_dropout_of_both_kinds_of_attention(implementation, monkeypatch):
     """The config's share of the attention weights is dropped in training, in every layer of text; nothing of the vision encoder's."""
     model, shares = make_model(implementation, text={"attention_dropout": 0.25}).train(), []
-    attend = modeling_moss_vl.attend
+    attend = decoder.attend
 
     def spy(module, *args, **kwargs):
         shares.append((type(module).__name__, kwargs.get("dropout", 0.0)))
         return attend(module, *args, **kwargs)
 
-    for file in (modeling_moss_vl, vision_encoder):
+    for file in (decoder, vision_encoder):
         monkeypatch.setattr(file, "attend", spy)
     ids, pixels, grid_thw = inputs_of(model.config, *GRIDS[0])
     model(ids, pixel_values=pixels, grid_thw=grid_thw)

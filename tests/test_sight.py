@@ -10,7 +10,8 @@ import torch
 from tiny import IMAGE_PAD, Sample, batch, close, frame_mask, make_model
 from transformers import DynamicCache
 
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration, usable_implementation
+from moss_vl.attention import usable_implementation
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 NEW = 5
