@@ -119,7 +119,7 @@ def walk_request(
         text_starts, first_positions: [B, T], for packed rows, as in `walk_text`.
 
     Raises:
-        ValueError: if rows of one sample place its frames differently.
+        ValueError: if rows of one sample have its frames at different positions.
     """
     text, state = request.text, request.state
     start = counters_before(request)
@@ -164,7 +164,7 @@ def blank_positions(request: VisionRequest) -> torch.Tensor:
 
 
 def check_shared_origins(request: VisionRequest, origins_of_rows: tuple[torch.Tensor, ...]) -> None:
-    """Refuses rows of one sample that place its frames differently.
+    """Refuses rows of one sample that have its frames at different positions.
 
     Raises:
         ValueError: for the first such row.
@@ -175,8 +175,8 @@ def check_shared_origins(request: VisionRequest, origins_of_rows: tuple[torch.Te
         shares = row != first and request.text.pads[sample]
         if shares and not torch.equal(origins_of_rows[row], origins_of_rows[first]):
             raise ValueError(
-                f"Text rows {first} and {row} share the frames of sample {sample}, but place them differently; "
-                "expected the same text. Give each conversation a cache of its own before new frames come."
+                f"Text rows {first} and {row} share the frames of sample {sample}, but have them at different "
+                "positions; expected the same text. Give each conversation a separate cache before new frames come."
             )
 
 

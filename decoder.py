@@ -35,9 +35,8 @@ logger = logging.get_logger(__name__)
 
 VISION_ROWS = 4096  # vision tokens whose keys and values are computed at once when no gradients flow
 
-Rotary = tuple[
-    torch.Tensor, torch.Tensor
-]  # cosines and signed sines of a rotary position embedding, as `rotate` takes them
+# Cosines and signed sines of a rotary position embedding, as `rotate` takes them.
+Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderCall(NamedTuple):

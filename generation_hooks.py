@@ -40,8 +40,8 @@ class MossVLGenerateHooks:
     # Private hooks of transformers, in the order in which `generate` calls them
 
     def _validate_model_kwargs(self, model_kwargs):
-        """transformers checks that all model kwargs are used. This names the nearest known argument in the error.
-        Media are checked later, against the prompt, in `_expand_inputs_for_generation`."""
+        """transformers checks that all model kwargs are used. This override names the nearest known argument in the
+        error. Media are checked later, against the prompt, in `_expand_inputs_for_generation`."""
         known = set(inspect.signature(self.forward).parameters)
         for name in [name for name, value in model_kwargs.items() if value is not None and name not in known]:
             near = nearest_name(name, {*known, *self.generation_config.to_dict()})
@@ -50,14 +50,14 @@ class MossVLGenerateHooks:
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """transformers 5 drops an `attention_mask` of ones. This keeps the caller's, as its length tells whether
-        `input_ids` is the whole conversation or a new turn."""
+        """transformers 5 drops an `attention_mask` of ones. This override keeps the caller's, as its length tells
+        whether `input_ids` is the whole conversation or a new turn."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         return inputs, name, {**model_kwargs, "prompt_kwargs": {"attention_mask": model_kwargs.get("attention_mask")}}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """transformers repeats the rows of every tensor for beams and several answers. This repeats text rows only, as
-        the rows of a sample share its media; and before that checks the prompt and drops media that the cache
+        """transformers repeats the rows of every tensor for beams and several answers. This override repeats text rows
+        only, as the rows of a sample share its media; and before that checks the prompt and drops media that the cache
         holds."""
         prompt = {name: model_kwargs.pop(name, None) for name in PROMPT_KWARGS}
         prompt = {name: value for name, value in prompt.items() if value is not None}
@@ -87,16 +87,17 @@ class MossVLGenerateHooks:
         return input_ids, {**model_kwargs, "prompt_kwargs": prompt}
 
     def _get_cache(self, cache_implementation, batch_size, max_cache_len, model_kwargs):
-        """transformers 4 keeps a static cache on the model, which two threads would share. This makes one per call."""
+        """transformers 4 keeps a static cache on the model, which two threads would share. This override makes one per
+        call."""
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
     def _get_candidate_generator(
         self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
     ):
-        """transformers passes the model kwargs on to the assistant of assisted generation. This passes what belongs to
-        the prompt under its public names, as far as the assistant accepts them; but not the frame mask: without it
-        some candidates may be rejected, and none is wrong."""
+        """transformers passes the model kwargs on to the assistant of assisted generation. This override passes what
+        belongs to the prompt under its public names, as far as the assistant accepts them; but not the frame mask:
+        without it some candidates may be rejected, and none is wrong."""
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip "
@@ -119,8 +120,8 @@ class MossVLGenerateHooks:
         )
 
     def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
-        """transformers 4 prefills in chunks from the first token on, whatever the cache holds. This refuses a filled
-        cache."""
+        """transformers 4 prefills in chunks from the first token on, whatever the cache holds. This override refuses a
+        filled cache."""
         if length := cached_length(model_kwargs.get(CACHE)):
             raise ValueError(
                 f"`prefill_chunk_size` came with a cache that holds {length} tokens; expected an empty one: "
@@ -130,7 +131,7 @@ class MossVLGenerateHooks:
         return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
-        """transformers 5 counts tokens for `position_ids`. This returns None, as forward computes XRoPE's."""
+        """transformers 5 counts tokens for `position_ids`. This override returns None, as forward computes XRoPE's."""
 
     def prepare_inputs_for_generation(
         self,
@@ -147,8 +148,8 @@ class MossVLGenerateHooks:
         past_key_values=None,
         **kwargs,
     ):
-        """transformers makes the inputs of the next call of forward. This takes the tokens that the cache does not
-        hold, and what they need of the prompt.
+        """transformers makes the inputs of the next call of forward. This override takes the tokens that the cache
+        does not hold, and what they need of the prompt.
 
         transformers 4 passes the new tokens as `cache_position`, transformers 5 their number as
         `next_sequence_length`. The `position_ids` that transformers makes are not XRoPE's and are not used; the
@@ -166,9 +167,8 @@ class MossVLGenerateHooks:
         else:
             new = cache_position.shape[0] if cache_position is not None else next_sequence_length
             if new is None and past_length and input_ids.shape[1] >= prompt.get("prompt_length", past_length + 1):
-                new = (
-                    input_ids.shape[1] - past_length
-                )  # assisted generation on a kept cache passes the whole conversation
+                # Assisted generation on a kept cache passes the whole conversation.
+                new = input_ids.shape[1] - past_length
             inputs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = inputs["input_ids"].shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -182,8 +182,8 @@ class MossVLGenerateHooks:
         }
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        """transformers updates the model kwargs after each call. This drops what belongs to the prompt after its media
-        are in the cache, and without a cache extends the caller's positions by the new tokens."""
+        """transformers updates the model kwargs after each call. This override drops what belongs to the prompt after
+        its media are in the cache, and without a cache extends the caller's positions by the new tokens."""
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
         )

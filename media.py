@@ -46,7 +46,7 @@ class Media:
     Attributes:
         grid: (frames, patch rows, patch columns) per medium; empty if there are no media.
         merge_size: m of the vision config.
-        per_sample: number of media per sample; None if the caller did not say and `assign` did not count them yet.
+        per_sample: number of media per sample; None until `assign` counts them, if the caller did not pass it.
         pixel_values: [P, values], float, or uint8 with `image_mean` and `image_std`.
         image_features: [P / m^2, D], encoded media in place of their pixels.
         image_mean, image_std: three numbers per medium, to normalise uint8 pixels.
@@ -64,7 +64,7 @@ class Media:
         return len(self.grid)
 
     def assign(self, pads: list[int]) -> "Media":
-        """These media with the number of media per sample, counted from the text if the caller did not say.
+        """These media with the number of media per sample, counted from the text if the caller did not pass it.
 
         Args:
             pads: `image_pad` tokens of each sample.

@@ -145,7 +145,7 @@ class MossVLModel(MossVLPreTrainedModel):
         config, text = self.config, input_ids if input_ids is not None else inputs_embeds
         cache, grid_thw = cache_of(cache, past_key_values), choose_grid(grid_thw, image_grid_thw)
         self._check_inputs(text, attention_mask, cache, grid_thw, pixel_values, image_features)
-        use_cache = self._usable_cache(cache, use_cache)
+        use_cache = self._choose_use_cache(cache, use_cache)
         incremental = use_cache is True or cache is not None
         media = read_media(
             config.vision_config, pixel_values, grid_thw, image_features, image_mean, image_std, media_nums_per_sample
@@ -172,12 +172,10 @@ class MossVLModel(MossVLPreTrainedModel):
 
         vision_states, waiting = self._encode(request, vision_chunked_length)
         state_layer = None if cache is None else install_layers(cache, config.text_config)
-        is_needed = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
+        hides_tokens = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
         outputs = self.language_model(
-            input_ids
-            if inputs_embeds is None
-            else None,  # embedded inside, as only there sharded weights are gathered
-            attention_mask=attention_mask if is_needed else None,
+            input_ids if inputs_embeds is None else None,  # embedded there, where FSDP gathers the sharded weights
+            attention_mask=attention_mask if hides_tokens else None,
             position_ids=positions.text,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -226,7 +224,7 @@ class MossVLModel(MossVLPreTrainedModel):
                 f"expected a cache of at least {past_length + length} slots."
             )
 
-    def _usable_cache(self, cache: Optional[Cache], use_cache: Optional[bool]) -> Optional[bool]:
+    def _choose_use_cache(self, cache: Optional[Cache], use_cache: Optional[bool]) -> Optional[bool]:
         """`use_cache`, or False with gradient checkpointing in training.
 
         Raises:
@@ -259,10 +257,8 @@ class MossVLModel(MossVLPreTrainedModel):
     def _blank_frame(self, device: torch.device) -> Media:
         """One frame of zeros, as small as a frame can be."""
         config = self.config.vision_config
-        side, values = (
-            config.spatial_merge_size,
-            config.in_channels * config.temporal_patch_size * config.patch_size**2,
-        )
+        side = config.spatial_merge_size
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
         pixel_values = torch.zeros(side * side, values, device=device)
         return Media(Grid([(1, side, side)]), side, per_sample=[1], pixel_values=pixel_values)
 
@@ -278,10 +274,10 @@ class MossVLModel(MossVLPreTrainedModel):
         waiting, device = request.state.waiting, request.text.is_token.device
         if request.blank is not None:
             return self._encode_media(request.blank, vision_chunked_length, device), waiting
+        if not any(request.new_frames) and not request.state.is_waiting():
+            return None, waiting
         if not any(request.new_frames):
-            return (
-                self._split_placed(request, [None] * len(waiting)) if request.state.is_waiting() else (None, waiting)
-            )
+            return self._split_placed(request, [None] * len(waiting))
         states = self._encode_media(request.media, vision_chunked_length, device)
         sizes = [count_vision_tokens(frames) for frames in request.media.frames()]
         placed = [request.tokens_placed(sample) for sample in range(len(sizes))]
@@ -349,8 +345,8 @@ def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[sl
     elif isinstance(logits_to_keep, int) and logits_to_keep >= 0:
         return slice(-logits_to_keep, None)
     raise ValueError(
-        f"`logits_to_keep` is {logits_to_keep!r}; expected how many of the last rows to keep (0: all), a tensor of "
-        f"indices below {length}, the tokens of this call, or a bool tensor [{length}], True at the rows to keep."
+        f"`logits_to_keep` is {logits_to_keep!r}; expected the number of last tokens to keep (0: all), a tensor "
+        f"of indices below {length}, the tokens of this call, or a bool tensor [{length}], True at the tokens to keep."
     )
 
 

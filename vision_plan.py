@@ -208,7 +208,7 @@ def visible_runs(request: VisionRequest, text: HostText) -> list[list[TextRun]]:
     `image_pad` is at or before it. Padding sees nothing.
 
     Raises:
-        ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text.
+        ValueError: if the mask has too few columns, makes missing frames visible, or contradicts the text.
     """
     rows = [RowText.of(request, text, number) for number in range(len(request.state.row_sample))]
     if request.mask is None:
@@ -223,8 +223,8 @@ def visible_runs(request: VisionRequest, text: HostText) -> list[list[TextRun]]:
 
 
 def masked_runs(request: VisionRequest, row: RowText) -> list[TextRun]:
-    """Text runs of a row under the caller's mask; the tokens before and after those of the mask see what the text
-    places."""
+    """Text runs of a row under the caller's mask. Tokens before and after those of the mask see every frame placed at
+    or before them."""
     tokens, length = request.mask.tokens, len(row.reached)
     visible = masked_frames(request, row)
     if visible is None:
@@ -243,11 +243,10 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
     """The frames that the tokens of the caller's mask see: bool [m, frames of the sample].
 
     Returns:
-        None if a processor made the mask for other padding than the text has now; the tokens then see what the text
-        places.
+        None if a processor made the mask for other padding than the text has now, so that the mask is ignored.
 
     Raises:
-        ValueError: if the mask has too few columns, shows frames that are not there, or contradicts the text in
+        ValueError: if the mask has too few columns, makes missing frames visible, or contradicts the text in
             another way.
     """
     state, mask = request.state, request.mask
@@ -272,9 +271,9 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
         is_token = row.is_token[mask.tokens][token]
         why = "before the frame's `image_pad`, or in another packed text" if is_token else "which is padding"
         raise ValueError(
-            f"`cross_attention_mask` shows frame {frame} of sample {row.sample} to token {token} of this call, {why}: "
-            "it does not belong to these `input_ids`. Text that was padded, cut or joined after the processor needs "
-            "a new mask; or leave the mask out, and every token sees the frames placed before it."
+            f"`cross_attention_mask` makes frame {frame} of sample {row.sample} visible to token {token} of this "
+            f"call, {why}: it does not belong to these `input_ids`. Text that was padded, cut or joined after the "
+            "processor needs a new mask; or leave the mask out, and every token sees the frames placed before it."
         )
     return visible
 
@@ -284,15 +283,16 @@ def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]
     column.
 
     Raises:
-        ValueError: if the mask has too few columns, or shows frames that are not there.
+        ValueError: if the mask has too few columns, or makes missing frames visible.
     """
     totals = list(map(len, request.grids()))
     first = len(request.state.grids[row.sample]) if request.mask.new_frames_only else 0
     visible, count = request.mask.visible[row.number], totals[row.sample] - first
     if visible.shape[1] < count or visible[:, count:].any():
         raise ValueError(
-            f"`cross_attention_mask` has {visible.shape[1]} frame columns and shows sample {row.sample} some that it "
-            f"does not have, or lacks some of its {count}; expected [B, 1, T, {max(totals)}], True = hidden."
+            f"`cross_attention_mask` has {visible.shape[1]} frame columns, and sample {row.sample} has {count} of "
+            f"these frames; expected [B, 1, T, {max(totals)}], True = hidden, also at columns that a sample has no "
+            "frame for."
         )
     return visible[:, :count], first
 
@@ -301,12 +301,10 @@ def is_of_processor(visible: np.ndarray) -> bool:
     """Whether bool [m, F], True = may be seen, is what a processor makes of some text with F frames: tokens see the
     frames so far, one more at each `image_pad`, in the end all of them; padding sees none, and is on one side."""
     counts = visible.sum(axis=1)
-    seeing = np.flatnonzero(counts)
-    if (
-        not len(seeing) or len(seeing) <= seeing[-1] - seeing[0]
-    ):  # no token sees a frame, or a token in between sees none
+    reading = np.flatnonzero(counts)
+    if not len(reading) or len(reading) <= reading[-1] - reading[0]:  # no token sees a frame, or one in between none
         return False
-    steps = np.diff(counts[seeing], prepend=0)
+    steps = np.diff(counts[reading], prepend=0)
     first_frames = (visible == (np.arange(visible.shape[1]) < counts[:, None])).all()
     return bool(first_frames and ((steps == 0) | (steps == 1)).all() and steps.sum() == visible.shape[1])
 
@@ -355,9 +353,8 @@ class PackedLayout:
         ]
         if not any(request.text.pads):  # no keys to write
             return cls(state.starts, state.stored, frame_starts)
-        *starts, length = accumulate(
-            (of_frames[-1] for of_frames in frame_starts), initial=0
-        )  # waiting frames included
+        # Waiting frames get free space in the packed keys and values.
+        *starts, length = accumulate((of_frames[-1] for of_frames in frame_starts), initial=0)
         writes, moves, offset = [], [], 0
         for sample, of_frames in enumerate(frame_starts):
             placed, start = state.placed[sample], starts[sample]

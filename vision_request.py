@@ -15,7 +15,7 @@ from .vision_sequence import VisionState
 
 
 class Padding(NamedTuple):
-    """What the caller's `attention_mask` says about padding.
+    """Padding, as the caller's `attention_mask` has it.
 
     Attributes:
         in_call, anywhere: whether there is padding among the tokens of this call; among these or those of the cache.
@@ -54,8 +54,8 @@ class FrameMask(NamedTuple):
     """A caller's `cross_attention_mask` for the tokens of a call, inverted.
 
     Attributes:
-        visible: bool [B, m, F], True = may be seen, for m tokens of the call; the other tokens see what the text
-            places.
+        visible: bool [B, m, F], True = may be seen, for m tokens of the call; the other tokens see every frame
+            placed at or before them.
         first: the first of these tokens.
         new_frames_only: whether the columns are the frames that come with the call; else all frames of the
             conversation.
@@ -72,7 +72,7 @@ class FrameMask(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionRequest:
-    """What a call asks of the vision sequence, read and checked.
+    """A call, read and checked: its text, its media, and the state before it.
 
     Attributes:
         state: the state before the call.
@@ -206,7 +206,7 @@ def read_text(
 def read_padding(
     state: VisionState, past_length: int, text: torch.Tensor, attention_mask: Optional[torch.Tensor]
 ) -> tuple[torch.Tensor, Padding]:
-    """bool [B, T], False at padding; and the padding. A mask of four axes says nothing about padding.
+    """bool [B, T], False at padding; and the padding. A 4D mask does not mark padding.
 
     Raises:
         ValueError: if the mask is not [B, S].
@@ -226,9 +226,8 @@ def read_padding(
     is_token = is_real[:, past_length:]
     before = past_length if state.token_counts is None else state.token_counts.to(text.device)
     dropped = (before - is_real[:, :past_length].sum(1)).clamp(min=0)
-    bits = int(
-        is_token.all() + 2 * is_real.all() + 4 * (dropped > 0).any()
-    )  # waits for the device once, not three times
+    # One tensor for three answers: the host waits for the device once.
+    bits = int(is_token.all() + 2 * is_real.all() + 4 * (dropped > 0).any())
     padding = Padding(
         in_call=not bits & 1,
         anywhere=not bits & 2,
@@ -250,8 +249,8 @@ def pads_of_samples(state: VisionState, pads_of_rows: list[int]) -> list[int]:
             first = state.row_sample.index(sample)
             raise ValueError(
                 f"Text rows {first} and {row} share the frames of sample {sample}, but have {pads[sample]} and "
-                f"{count} `image_pad` tokens in this call; expected the same text. Give each conversation a cache of "
-                "its own before new frames come."
+                f"{count} `image_pad` tokens in this call; expected the same text. Give each conversation a "
+                "separate cache before new frames come."
             )
     return pads
 
@@ -268,7 +267,7 @@ def read_frame_mask(
     On a filled cache a mask with at most as many rows as the call has tokens is about this call. Its columns are then
     the frames that come with the call, if it has as many columns as these; else all frames of the conversation. A mask
     with more rows begins with the conversation. Tokens after the last row (a completion was appended after the
-    processor) see what the text places.
+    processor) see every frame placed at or before them.
 
     Raises:
         ValueError: if shape or dtype do not fit.
@@ -357,7 +356,7 @@ def recall_media(
     if waiting or (len(sizes) > 1 and missing != len(unplaced)):
         raise ValueError(
             f"Sample {sample} has {len(unplaced)} media of zeros that came before any `image_pad` for them: they may "
-            f"be images, or the processor's blank medium of a text without any. Now its text asks for {missing} "
+            f"be images, or the processor's blank medium of a text without any. Its text now needs {missing} "
             f"frames that came before, of which {waiting} wait. Leave blank media out, or give images with the text "
             "that places them."
         )

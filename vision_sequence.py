@@ -7,27 +7,27 @@ A text token nearly always sees consecutive frames of its sample. So visibility 
 i..j see vision tokens u..v), and no T x V mask is built. Spans are integers on the host, planned once per call and
 shared by all layers. Text rows of one sample (beams, several answers) share its vision sequence.
 
-Five index spaces meet here. An example with two samples and three frames; F is an `image_pad`, _ is padding, | ends a
-frame:
+Five index spaces meet here. An example with two samples and three frames (F is an `image_pad`, _ is padding):
 
-    input_ids [2, 4]            column  0   1   2   3
-                         row 0          _   a   F   b           sample 0: frame 0, merged grid 2 x 3
-                         row 1          F   c   F   d           sample 1: frame 0, 1 x 2; frame 1, 2 x 2
+    input_ids [2, 4]     column  0   1   2   3
+                  row 0          _   a   F   b      sample 0: frame 0, merged grid 2 x 3
+                  row 1          F   c   F   d      sample 1: frame 0, merged grid 1 x 2; frame 1, 2 x 2
 
-    text row    = row * T + column      0   1   2   3           of row 0
-                                        4   5   6   7           of row 1
+    text row = row * 4 + column  0   1   2   3
+                                 4   5   6   7
 
-    packed vision token    0  1  2  3  4  5  6  |  7  8  9  | 10 11 12 13 14   the last token of a frame is its
-    separator sample                 0                    |  1        |  1
+    packed vision token    0  1  2  3  4  5  6  |  7  8  9  | 10 11 12 13 14      (6, 9 and 14 are separators)
+    sample                 0                    |  1        |  1
     frame of the sample    0                    |  0        |  1
-    token of the sample    0  1  2  3  4  5  6  |  0  1  2  |  3  4  5  6  7   `starts` is [0, 7]: where each sample
-    begins
+    token of the sample    0  1  2  3  4  5  6  |  0  1  2  |  3  4  5  6  7
 
-    text runs (columns of a row, and frames of its sample)      spans (text rows, and packed vision tokens)
-        row 0   0..2   no frame                                     none: the rows 0 and 1 pass the layer unchanged
-                2..4   frame 0                                      rows 2..4, tokens 0..7
-        row 1   0..2   frame 0                                      rows 4..6, tokens 7..10
-                2..4   frames 0 and 1                               rows 6..8, tokens 7..15
+Each sample begins at `starts` = [0, 7]. The text runs of the rows, and the spans that the plan makes of them:
+
+    row   columns   frames        text rows   vision tokens
+    0     0..2      none          no span: these rows pass the cross-attention layers unchanged
+    0     2..4      0             2..4        0..7
+    1     0..2      0             4..6        7..10
+    1     2..4      0 and 1       6..8        7..15
 
 The last two spans begin at the same vision token, so one attention call with a mask attends both: rows 4..8, tokens
 7..15, where rows 4 and 5 see the first 3 of the 8 tokens.
@@ -294,13 +294,9 @@ class VisionState:
         else:
             back = first.before.select_rows(first.rows)._shortened(length)
         all_placed = back.placed == self.placed and list(map(len, back.grids)) == list(map(len, self.grids))
-        forgotten = {} if all_placed else {
-            "grids": [grids[:count] for grids, count in zip(self.grids, back.placed, strict=True)],
-            "waiting": [None] * len(self.grids),
-            "unplaced": [[] for _ in self.grids],
-        }  # fmt: skip
+        kept = self if all_placed else self._without_waiting(back.placed)
         return replace(
-            self,
+            kept,
             placed=back.placed,
             last_visible=back.last_visible,
             rope_delta=back.rope_delta,
@@ -309,8 +305,12 @@ class VisionState:
             last_ids=None,
             step=None,
             past_calls=past_calls,
-            **forgotten,
         )
+
+    def _without_waiting(self, placed: list[int]) -> "VisionState":
+        """The state with only the first `placed` frames of each sample."""
+        grids = [grids[:count] for grids, count in zip(self.grids, placed, strict=True)]
+        return replace(self, grids=grids, waiting=[None] * len(grids), unplaced=[[] for _ in grids])
 
     def _shortened(self, length: int) -> "VisionState":
         """The state after the last tokens, none of them padding, were taken back."""
