@@ -167,9 +167,9 @@ def read_media(
             raise ValueError(
                 f"`{name}` came without `grid_thw`; expected both, `grid_thw` as the processor returns it."
             )
-        return Media(Grid(), merge_size)
+        return Media(Grid(()), merge_size)
     if not len(grid_thw) and all(rows is None or not len(rows) for rows in (pixel_values, features)):
-        return Media(Grid(), merge_size)
+        return Media(Grid(()), merge_size)
     grid = Grid.read(grid_thw, merge_size)
     check_pixels(config, grid, pixel_values, image_mean, image_std)
     if features is not None:

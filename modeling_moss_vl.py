@@ -345,7 +345,7 @@ def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[sl
     elif isinstance(logits_to_keep, int) and logits_to_keep >= 0:
         return slice(-logits_to_keep, None)
     raise ValueError(
-        f"`logits_to_keep` is {logits_to_keep!r}; expected the number of last tokens to keep (0: all), a tensor "
+        f"`logits_to_keep` is {logits_to_keep!r}; expected how many of the last tokens to keep (0: all), a tensor "
         f"of indices below {length}, the tokens of this call, or a bool tensor [{length}], True at the tokens to keep."
     )
 

@@ -166,7 +166,7 @@ class RowText:
         state = request.state
         sample = state.row_sample[number]
         placed = state.placed[sample]
-        reached = placed + text.is_frame[number].cumsum()
+        reached = placed + text.is_frame[number].astype(np.int64).cumsum()
         first_frame = np.zeros(len(reached), dtype=reached.dtype)
         if text.text_index is not None:
             starts = np.flatnonzero(np.diff(text.text_index[number], prepend=-1))

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-from .media import Media
+from .media import Grid, Media
 from .vision_sequence import VisionState
 
 
@@ -404,5 +404,5 @@ def media_of_new_turn(state: VisionState, media: Media, pads: list[int]) -> Medi
     if len(kept) == len(media):
         return media
     if not kept:
-        return Media(type(media.grid)(), media.merge_size)
+        return Media(Grid(()), media.merge_size)
     return replace(media.take(kept), per_sample=counts)
