@@ -1,6 +1,7 @@
-"""What a transformers cache holds of a MOSS-VL conversation: keys and values of the text, and of the vision sequence.
+"""Cache layers for the keys and values of a MOSS-VL conversation: those of the text, and those of the vision sequence.
 
-Axes: B text rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d head size.
+Axes: B text rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d
+head size.
 """
 
 import weakref
@@ -13,23 +14,28 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from .vision_sequence import VisionCall, VisionState
 
 
-# What outputs and `generate` of this transformers call the cache: `cache` from 5.24 on, `past_key_values` before.
+# The name of the cache in outputs and in `generate`: `cache` from transformers 5.24 on, `past_key_values` before.
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
-TEXT_ROOM = 256  # tokens, at least, that a text cache makes room for at once
+TEXT_BUFFER = 256  # tokens, at least, by which the buffer of a text cache grows
 
 
 def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Optional[Cache]:
-    """The cache that a caller gave by its name, or by the one it had before transformers 5.24."""
+    """The cache by whichever of its two names the caller used.
+
+    Raises:
+        ValueError: if both names were used, or it is no transformers cache.
+    """
     if cache is not None and past_key_values is not None:
         raise ValueError(
-            f"The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of this transformers "
-            f"calls it `{CACHE}`."
+            "The cache was given twice, as `cache` and as `past_key_values`; expected one of them. `generate` of "
+            f"this transformers calls it `{CACHE}`."
         )
     cache = past_key_values if cache is None else cache
     if cache is not None and not hasattr(cache, "layers"):
         raise ValueError(
-            f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or StaticCache."
+            f"The cache is a {type(cache).__name__}; expected a transformers cache such as DynamicCache or "
+            "StaticCache."
         )
     return cache
 
@@ -40,13 +46,13 @@ def cached_length(cache: Optional[Cache]) -> int:
 
 
 def static_length(cache: Optional[Cache]) -> Optional[int]:
-    """Slots of a static cache, which it returns all of, the empty ones too; None for a cache that grows."""
+    """Slots of a static cache, whose layers return all slots, also empty ones; None for a cache that grows."""
     return getattr(cache.layers[0], "max_cache_len", None) if cache is not None and cache.layers else None
 
 
-class OwnMemoryLayer(DynamicLayer):
-    """A layer that writes new tokens into its own memory. A shallow copy and its original could write into the same memory, so both
-    allocate anew before their next write."""
+class InPlaceLayer(DynamicLayer):
+    """A layer that writes new tokens into a buffer. A shallow copy shares the buffer with its original, so both
+    allocate a new one before their next write."""
 
     def __init__(self):
         super().__init__()
@@ -59,67 +65,68 @@ class OwnMemoryLayer(DynamicLayer):
         return copied
 
 
-class TextCacheLayer(OwnMemoryLayer):
-    """Keys and values [B, K, S, d] of the text, with free space after them: a new token is written into it, and no token moves those
-    before it until the space is full."""
+class TextCacheLayer(InPlaceLayer):
+    """Keys and values [B, K, S, d] of the text, views of the beginnings of larger buffers. A new token is written
+    after them, and no token is copied until a buffer is full."""
 
     def __init__(self):
         super().__init__()
-        self._rooms: list[Optional[torch.Tensor]] = [
-            None,
-            None,
-        ]  # of keys and values, which are views of their beginnings
+        self._key_buffer: Optional[torch.Tensor] = None
+        self._value_buffer: Optional[torch.Tensor] = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        before = (self.keys, self.values) if self.get_seq_length() else (None, None)
-        rooms = [None, None] if self.shared else self._rooms
-        parts = [append(*part) for part in zip(before, rooms, (key_states, value_states), strict=True)]
-        (self.keys, _), (self.values, _) = parts
-        self._rooms, self.shared = [room for _, room in parts], False
+        keys, values = (self.keys, self.values) if self.get_seq_length() else (None, None)
+        if self.shared:
+            self._key_buffer = self._value_buffer = None
+        self.keys, self._key_buffer = append(keys, self._key_buffer, key_states)
+        self.values, self._value_buffer = append(values, self._value_buffer, value_states)
+        self.shared = False
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         return self.keys, self.values
 
     def reset(self) -> None:
         super().reset()
-        self._rooms, self.shared = [None, None], False
+        self._key_buffer = self._value_buffer = None
+        self.shared = False
 
 
 def append(
-    past: Optional[torch.Tensor], room: Optional[torch.Tensor], new: torch.Tensor
+    past: Optional[torch.Tensor], buffer: Optional[torch.Tensor], new: torch.Tensor
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Puts `new` [B, K, T, d] after `past` [B, K, S, d]. Writes in place if `past` is still a view of `room` and there is space;
-    otherwise allocates. When gradients flow it concatenates instead.
+    """Appends `new` [B, K, T, d] to `past` [B, K, S, d]. Writes in place if `past` is still a view of `buffer` and
+    there is space; otherwise allocates. If gradients flow it concatenates instead.
 
     Returns:
-        Both [B, K, S + T, d], and the memory that holds them, or None.
+        Both [B, K, S + T, d], and the buffer that holds them, or None.
     """
     if torch.is_grad_enabled() and (new.requires_grad or (past is not None and past.requires_grad)):
         return (new if past is None else torch.cat([past, new], dim=-2)), None
     length = 0 if past is None else past.shape[-2]
     total = length + new.shape[-2]
-    in_room = (
-        room is not None
+    is_view = (
+        buffer is not None
         and past is not None
-        and past.data_ptr() == room.data_ptr()
-        and past.shape[:-2] == room.shape[:-2]
+        and past.data_ptr() == buffer.data_ptr()
+        and past.shape[:-2] == buffer.shape[:-2]
+        and buffer.dtype == new.dtype
+        and is_writable(buffer)
     )
-    in_room = in_room and room.dtype == new.dtype and is_writable(room)
-    if not in_room or room.shape[-2] < total:
-        room = new.new_empty(*new.shape[:-2], total + max(TEXT_ROOM, total // 8), new.shape[-1])
+    if not is_view or buffer.shape[-2] < total:
+        buffer = new.new_empty(*new.shape[:-2], total + max(TEXT_BUFFER, total // 8), new.shape[-1])
         if length:
-            room[..., :length, :] = past
-    room[..., length:total, :] = new
-    return room[..., :total, :], room
+            buffer[..., :length, :] = past
+    buffer[..., length:total, :] = new
+    return buffer[..., :total, :], buffer
 
 
-def is_writable(memory: torch.Tensor) -> bool:
-    """Whether it may be written to here: what was made in inference mode only there."""
-    return torch.is_inference_mode_enabled() or not memory.is_inference()
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be written in place now. An inference tensor only may be in inference mode."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
-class VisionCacheLayer(OwnMemoryLayer):
-    """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer. The first such layer of a cache also holds the
-    `VisionState`, and knows the cache that it belongs to."""
+class VisionCacheLayer(InPlaceLayer):
+    """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer. The first such layer of a
+    cache also holds the `VisionState`."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -136,7 +143,7 @@ class VisionCacheLayer(OwnMemoryLayer):
         return copied
 
     def belongs_to(self, cache: Cache) -> bool:
-        """Whether no other living cache uses this layer; from then on it is this one's."""
+        """Claims the layer for a cache. False if another cache, which still exists, claimed it before."""
         owner = None if self._cache is None else self._cache()
         if owner is not None and owner is not cache:
             return False
@@ -144,8 +151,9 @@ class VisionCacheLayer(OwnMemoryLayer):
         return True
 
     def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
-        """Takes in the keys and values of the new vision tokens, returns those of the whole packed sequence."""
-        if self.keys is not None and not is_writable(self.keys):  # nor can gradients flow past it
+        """Stores the keys and values of the new vision tokens [1, K, v, d]; returns those of the whole packed
+        sequence."""
+        if self.keys is not None and not is_writable(self.keys):  # an inference tensor cannot enter a graph either
             self.keys, self.values = self.keys.clone(), self.values.clone()
         if call.writes:
             self.in_dtype(keys.dtype)
@@ -155,33 +163,35 @@ class VisionCacheLayer(OwnMemoryLayer):
         return self.keys, self.values
 
     def in_dtype(self, dtype: torch.dtype):
-        """The keys and values, from now on in this dtype: a call under autocast may have another than the one before."""
+        """Converts the keys and values to the dtype of this call, which autocast may have changed, and returns
+        them."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
         return self.keys, self.values
 
     def prefetch(self) -> None:
-        """Fetches the layer after this one. An offloading cache fetches the layer after the one in use; this layer is never offloaded,
-        and its use is not told to the cache."""
+        """Fetches the layer after this one, when an offloading cache prefetches this one: this layer is never
+        offloaded, and reading it does not go through the cache."""
         cache = None if self._cache is None else self._cache()
         if cache is not None:
             cache.layers[(self.index + 1) % len(cache.layers)].prefetch()
 
     def crop(self, *args, **kwargs) -> None:
-        """Nothing yet: the model's next call finds the text shorter than its state says, and takes back what the state holds."""
+        """Does nothing yet. The next call of the model finds the text shorter than the state, and crops the state:
+        `vision_state`."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            self.state = self.state.select_rows([row for row in range(len(self.state.seen)) for _ in range(repeats)])
+            rows = range(len(self.state.row_sample))
+            self.state = self.state.select_rows([row for row in rows for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.state is not None:
-            rows = torch.arange(len(self.state.seen), device=indices.device)[
-                indices
-            ]  # indices, also negative ones, or a bool mask
+            rows = torch.arange(len(self.state.row_sample), device=indices.device)
+            rows = rows[indices]  # indices, also negative ones, or a bool mask
             self.state = self.state.select_rows(rows.tolist())
 
     def reset(self) -> None:
@@ -190,17 +200,18 @@ class VisionCacheLayer(OwnMemoryLayer):
 
 
 def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCall, shared: bool) -> torch.Tensor:
-    """Puts new keys or values [1, K, v, d] into the packed ones; no copy if the new ones are all there is. `shared`: whether something
-    else reads `old`, which is then left as it is, as it is when gradients flow."""
+    """Writes new keys or values [1, K, v, d] into the packed ones. Returns `new` itself if it is the whole sequence.
+    Allocates if tokens have to move, if gradients flow, or if `old` is `shared` with another layer."""
     if call.writes == ((slice(0, call.length), slice(0, call.length)),):
         return new
     in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
     if old is None or call.moves is not None or shared or in_graph:
         grown = new.new_empty(*new.shape[:-2], call.length, new.shape[-1])
-        for source, destination in (
-            [(slice(0, call.length),) * 2] if call.moves is None and old is not None else call.moves or ()
-        ):
-            grown[..., destination, :] = old[..., source, :]
+        if call.moves is not None:
+            for source, destination in call.moves:
+                grown[..., destination, :] = old[..., source, :]
+        elif old is not None:
+            grown.copy_(old)
         old = grown
     for source, destination in call.writes:
         old[..., destination, :] = new[..., source, :]
@@ -208,8 +219,15 @@ def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCal
 
 
 def install_layers(cache: Cache, config) -> VisionCacheLayer:
-    """Makes the cross-attention layers of an empty cache hold vision keys and values, and its plain layers grow in place; returns the
-    one that holds the vision state. `config`: the text config."""
+    """Gives an empty cache layers for the vision sequence, and text layers that write in place; a filled cache has
+    them.
+
+    Args:
+        config: the text config.
+
+    Returns:
+        The layer that holds the vision state.
+    """
     if cached_length(cache) == 0:
         while len(cache.layers) < config.num_hidden_layers:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -225,7 +243,10 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
 
 
 def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
-    """The state that a cache in use carries, as of its text; None if there is nothing in the cache. `config`: the text config.
+    """The vision state of a filled cache, cropped to the text that the cache holds; None if the cache is empty.
+
+    Args:
+        config: the text config.
 
     Raises:
         ValueError: if the cache was filled by another model, by a call that failed, or is a shallow copy.
@@ -242,14 +263,15 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
         )
     if not layer.belongs_to(cache):
         raise ValueError(
-            "The cache is a shallow copy: it shares its layers with another cache, so both would write into one. Copy it with copy.deepcopy."
+            "The cache is a shallow copy: it shares its layers with another cache, so both would write into the same "
+            "layers. Copy it with copy.deepcopy."
         )
     last = max(set(range(config.num_hidden_layers)) - set(config.cross_attention_layers))
     uneven = static_length(cache) is None and cache.layers[last].get_seq_length() != length
     if uneven or layer.state.length < length:
         raise ValueError(
-            f"The cache holds {length} text tokens, but a call failed half-way: of its last tokens some layers know nothing. Start from an "
-            f"empty cache, or from a copy.deepcopy made before that call."
+            f"The cache holds {length} text tokens, but a call failed half-way, so some layers lack its tokens. Start "
+            "from an empty cache, or from a copy.deepcopy made before that call."
         )
     if layer.state.length > length:
         layer.state = layer.state.cropped(length)

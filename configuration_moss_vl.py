@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     # the same would get the model of the first one, whatever its own code says.
     from .attention import attend  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
+    from .call_positions import CallPositions  # noqa: F401
     from .checks import nearest_name  # noqa: F401
     from .clip_decoding import decode_clips  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
+    from .decoder import MossVLTextModel  # noqa: F401
     from .generation_batches import answer_turns  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .image_reading import probe_image  # noqa: F401
+    from .media import Media  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
     from .options import OPTIONS  # noqa: F401
     from .patches import patchify  # noqa: F401
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
     from .video_reading import open_video  # noqa: F401
     from .video_sampling import ClipPlan  # noqa: F401
     from .vision_encoder import MossVLVisionModel  # noqa: F401
+    from .vision_plan import plan_call  # noqa: F401
+    from .vision_request import VisionRequest  # noqa: F401
     from .vision_sequence import VisionState  # noqa: F401
     from .xrope import xrope_rotary  # noqa: F401
 

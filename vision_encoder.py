@@ -16,11 +16,9 @@ from .attention import (
     usable_implementation,
 )
 from .configuration_moss_vl import MossVLVisionConfig
+from .media import Grid, check_pixels
 from .patches import normalise
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
-from .vision_sequence import (
-    read_grid,
-)
 from .xrope import grid_rotary, rotate
 
 
@@ -250,7 +248,8 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         Raises:
             ValueError: if pixels and grid do not fit each other, or the model.
         """
-        grid = read_grid(pixel_values, grid_thw, self.config, image_mean, image_std)
+        grid = Grid.read(grid_thw, self.spatial_merge_size)
+        check_pixels(self.config, grid, pixel_values, image_mean, image_std)
         if vision_chunked_length is None:
             vision_chunked_length = max(1, sum(t for t, _, _ in grid)) if self.training else DEFAULT_VISION_CHUNK
         elif not isinstance(vision_chunked_length, int) or vision_chunked_length < 1:

@@ -12,7 +12,7 @@ def walk_text(
     is_frame: torch.Tensor,
     extents: torch.Tensor,
     start: torch.Tensor,
-    starts_text: torch.Tensor | None = None,
+    text_starts: torch.Tensor | None = None,
     first_positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Walks the text rows with a counter p: a token takes p and moves it on by 1; a frame of merged grid H x W takes
@@ -23,7 +23,7 @@ def walk_text(
         is_frame: bool [B, T], True where an `image_pad` stands for a frame.
         extents: long [N], max(H, W) of the frames, in the row-major order of `is_frame`.
         start: long [B], the counter before each row's first token.
-        starts_text: bool [B, T], True at the first token of each text of a packed row. There p becomes `first_positions` [B, T] of that
+        text_starts: bool [B, T], True at the first token of each text of a packed row. There p becomes `first_positions` [B, T] of that
             token, less the extent if it is an `image_pad` that does not stand at 0.
 
     Returns:
@@ -33,9 +33,9 @@ def walk_text(
     steps = is_token.long()
     steps[is_frame] += extents
     end = start[:, None] + steps.cumsum(dim=1)  # [B, T]
-    if starts_text is not None:
+    if text_starts is not None:
         row = torch.arange(steps.shape[1], device=steps.device)
-        opener = torch.where(starts_text, row, 0).cummax(1).values  # the first token of each token's text
+        opener = torch.where(text_starts, row, 0).cummax(1).values  # the first token of each token's text
         ahead = steps - is_token.long()  # the extent of a frame
         begin = torch.where(first_positions > 0, first_positions - ahead, first_positions)
         end = (end - end.gather(1, opener) + steps.gather(1, opener)) + begin.gather(1, opener)
@@ -43,14 +43,14 @@ def walk_text(
     return text, text[is_frame] - extents, end[:, -1]
 
 
-def count_tokens(is_token: torch.Tensor, starts_text: torch.Tensor, first_positions: torch.Tensor) -> torch.Tensor:
+def count_tokens(is_token: torch.Tensor, text_starts: torch.Tensor, first_positions: torch.Tensor) -> torch.Tensor:
     """Positions [B, T] that count the tokens of each text from its first one's position on, 0 at padding; frames take no space."""
     no_frame = torch.zeros_like(is_token)
     start = first_positions.new_zeros(len(is_token))
-    return walk_text(is_token, no_frame, start[:0], start, starts_text, first_positions)[0]
+    return walk_text(is_token, no_frame, start[:0], start, text_starts, first_positions)[0]
 
 
-def text_starts(positions: torch.Tensor, begins: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+def find_text_starts(positions: torch.Tensor, begins: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
     """Where texts begin in rows that may pack several: bool [B, T], True at each row's first token and wherever a token's `begins` [B, T]
     is not above the position [B, T] of the token before it. Padding is passed over."""
     index = torch.arange(positions.shape[1], device=positions.device)

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import ROOT, allocation_peak, machine, table, write_json
 from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config
-from moss_vl.cache_layers import TEXT_ROOM
+from moss_vl.cache_layers import TEXT_BUFFER
 from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.modeling_moss_vl import VISION_ROWS, MossVLForConditionalGeneration
+from moss_vl.decoder import VISION_ROWS
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.vision_encoder import CPU_PATCHES, DEFAULT_VISION_CHUNK, GPU_PATCHES, MLP_ROWS
 
 
@@ -52,7 +53,7 @@ def prefill_bytes(
     out = 2 * text.hidden_size * size / vision.spatial_merge_size**2  # without separators, and with them
     crosses = len(text.cross_attention_layers)
     of_head = 2 * text.num_key_value_heads * text.head_dim * size  # key and value of a token at one layer
-    room = text_tokens + max(TEXT_ROOM, text_tokens // 8)
+    room = text_tokens + max(TEXT_BUFFER, text_tokens // 8)
     states = tokens * text.hidden_size * size
     caches = of_head * (crosses * tokens + (text.num_hidden_layers - crosses) * room)
     encoder = int(patches * (max(attention, mlp, merger) + out))

@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moss_vl import decoder, vision_encoder
 from moss_vl import modeling_moss_vl as modeling
-from moss_vl import vision_encoder
 from moss_vl.benchmarks.measuring import Clock, machine, summary, table, write_json
 from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config, make_prompt
 
@@ -28,9 +28,9 @@ PARTS = {
     "merger": vision_encoder.MossVLVisionMerger,
     "encoder, rest": vision_encoder.MossVLVisionModel,
     "vision keys and values": "vision_keys_values",
-    "cross-attention": modeling.MossVLCrossAttention,
-    "self-attention": modeling.MossVLSelfAttention,
-    "decoder MLP": modeling.MossVLTextMLP,
+    "cross-attention": decoder.MossVLCrossAttention,
+    "self-attention": decoder.MossVLSelfAttention,
+    "decoder MLP": decoder.MossVLTextMLP,
 }
 
 

@@ -1,8 +1,9 @@
-"""Random conversations on a cache, held to the float64 model: chunks, padding anywhere, media early and late, masks, forks, repeats,
-selections, reorders, crops and tokens that become padding. By hand, for many seeds: `python tests/conversation_fuzzer.py --seeds 0 5000`.
+"""Random conversations on a cache, checked against the float64 model: chunks, padding anywhere, media early and late,
+masks, forks, repeats, selections, reorders, crops and tokens that become padding. By hand, for many seeds: `python
+tests/conversation_fuzzer.py --seeds 0 5000`.
 
-A conversation is a batch of rows over one cache. Whatever is done to it, the logits of every real token of a row must be those that the
-oracle gives for the row's tokens, frames and visibility alone.
+A conversation is a batch of rows over one cache. Whatever is done to it, the logits of every real token of a row must
+be those that the oracle gives for the row's tokens, frames and visibility alone.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SLOTS = 96  # of a static cache
 
 
 class Frame:
-    """One frame: its pixels, and what the oracle makes of them."""
+    """One frame: its pixels, and the vision tokens of the oracle."""
 
     def __init__(self, rng, oracle, grid):
         generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
@@ -34,20 +35,21 @@ class Frame:
 
 
 class Row:
-    """What one row of the batch holds: its real tokens, its frames, what each token sees, and the logits that the model gave."""
+    """One row of the batch: its real tokens, its frames, the visible frames of each token, and the logits of the
+    model."""
 
     def __init__(self):
         self.ids, self.at, self.visible, self.logits = [], [], [], []  # at: index in the cache
-        self.frames, self.places, self.waiting = [], [], []
+        self.frames, self.pads_at, self.waiting = [], [], []
         self.sample = object()
 
     @property
-    def seen(self) -> frozenset:
+    def last_visible(self) -> frozenset:
         return self.visible[-1] if self.visible else frozenset()
 
     def copy(self) -> "Row":
         other = copy.copy(self)
-        for name in ("ids", "at", "visible", "logits", "frames", "places", "waiting"):
+        for name in ("ids", "at", "visible", "logits", "frames", "pads_at", "waiting"):
             setattr(other, name, list(getattr(self, name)))
         return other
 
@@ -99,14 +101,14 @@ class Conversation:
                     ids[i] = [IMAGE_PAD if at in pads[i] else rng.randint(1, 180) for at in range(length)]
                 else:
                     pads[i], ids[i] = pads[indices[0]], list(ids[indices[0]])
-        media, raw_counts = self.media(of_sample, new, pads)
+        media, medium_counts = self.media(of_sample, new, pads)
         waits = any(row.waiting for row in self.rows)
         self.had_blank |= any(
             count and not new[sample]
             for sample, count in zip(of_sample, media.get("media_nums_per_sample", ()), strict=False)
         )
         if length == 1 and self.length and not media and not waits and not self.had_blank and rng.random() < 0.2:
-            ids = [[IMAGE_PAD]] * len(self.rows)  # what the model wrote is text, whatever its id is
+            ids = [[IMAGE_PAD]] * len(self.rows)  # written tokens are text, whatever their ids
         inputs = {"input_ids": torch.tensor(ids), **media}
         self.mask = torch.cat([self.mask, torch.tensor(real).long()], dim=1)
         if not self.mask.all() or rng.random() < 0.3:
@@ -118,14 +120,18 @@ class Conversation:
         before = [
             len(row.frames) + len(row.waiting) - sum(map(len, new[row.sample])) for row in self.rows
         ]  # frames known before
-        seen = self.read_text(ids, real, pads)
-        cross_mask = self.cross_mask(real, seen, before, raw_counts if media else None) if rng.random() < 0.3 else None
+        visible_frames = self.read_text(ids, real, pads)
+        cross_mask = (
+            self.cross_mask(real, visible_frames, before, medium_counts if media else None)
+            if rng.random() < 0.3
+            else None
+        )
         if cross_mask is not None:
             inputs["cross_attention_mask"] = cross_mask
         out = self.model(**inputs, past_key_values=self.cache, use_cache=True)
         for i, row in enumerate(self.rows):
             row.logits += [out.logits[i, at] for at in range(length) if real[i][at]]
-            row.visible += [seen[i][at] for at in range(length) if real[i][at]]
+            row.visible += [visible_frames[i][at] for at in range(length) if real[i][at]]
         self.calls.append((self.length, any(new.values())))
 
     def pattern(self, length: int) -> list[bool]:
@@ -140,23 +146,23 @@ class Conversation:
         return [self.rng.random() < 0.6 for _ in range(length)]
 
     def media(self, of_sample, new, pads):
-        """The call's media, and how many frames a processor's mask would have columns for."""
-        pixels, grids, counts, raw = [], [], [], []
+        """The call's media, and the number of frame columns of a processor's mask."""
+        pixels, grids, counts, medium_counts = [], [], [], []
         blanks = self.rng.random() < 0.5
         for sample, indices in of_sample.items():
             media = new[sample]
             for medium in media:
                 pixels += [frame.pixels for frame in medium]
                 grids.append([len(medium), medium[0].encoded[1] * 2, medium[0].encoded[2] * 2])
-            # A medium of zeros is a blank one if no frame is asked for.
+            # A medium of zeros is blank if the text pads_at no frame.
             blank = not media and blanks and not pads[indices[0]] and any(new.values())
             if blank:
                 pixels.append(torch.zeros(16, 3 * PATCH * PATCH))
                 grids.append([1, 4, 4])
             counts.append(len(media) + blank)
-            raw.append(sum(map(len, media)) + blank)
+            medium_counts.append(sum(map(len, media)) + blank)
         if not grids or not any(new.values()):
-            return {}, raw
+            return {}, medium_counts
         for media in new.values():  # frames of a medium share its size
             for medium in media:
                 assert len({frame.encoded[1:] for frame in medium}) == 1
@@ -164,83 +170,90 @@ class Conversation:
             "pixel_values": torch.cat(pixels),
             "grid_thw": torch.tensor(grids),
             "media_nums_per_sample": counts,
-        }, raw
+        }, medium_counts
 
     def read_text(self, ids, real, pads):
-        """Takes the tokens in; returns what each token of the call sees by the text alone."""
+        """Appends the tokens; returns the visible frames of each token of the call without a mask."""
         start, out = self.length - len(ids[0]), []
-        for row, tokens, is_real, places in zip(self.rows, ids, real, pads, strict=True):
-            seen, of_row = row.seen, []
+        for row, tokens, is_real, columns in zip(self.rows, ids, real, pads, strict=True):
+            frames, of_row = row.last_visible, []
             for at, token in enumerate(tokens):
                 if not is_real[at]:
                     of_row.append(frozenset())
                     continue
-                if at in places:
-                    row.places.append(len(row.ids))
-                    seen = seen | {len(row.frames)}
+                if at in columns:
+                    row.pads_at.append(len(row.ids))
+                    frames = frames | {len(row.frames)}
                     row.frames.append(row.waiting.pop(0))
                 row.ids.append(token)
                 row.at.append(start + at)
-                of_row.append(seen)
+                of_row.append(frames)
             out.append(of_row)
         return out
 
-    def cross_mask(self, real, seen, before, raw_counts):
-        """A random mask; changes `seen` to what it lets each token see. None if the form drawn would be read otherwise."""
+    def cross_mask(self, real, visible_frames, before, medium_counts):
+        """A random mask; changes `visible_frames` to what it leaves visible. None if the drawn form would be read as
+        another."""
         rng, length = self.rng, len(real[0])
         start = self.length - length
         total = max(1, *(len(row.frames) + len(row.waiting) for row in self.rows), 1)
-        own = max(1, *raw_counts, 1) if raw_counts is not None else None
-        form = rng.choice(["own", "all", "whole"])
+        new_frames = max(1, *medium_counts, 1) if medium_counts is not None else None
+        form = rng.choice(["new", "all", "whole"])
         rows = rng.choice([length, length, rng.randint(0, length)])
-        if form == "own" and own is None:
+        if form == "new" and new_frames is None:
             return None
-        if form == "all" and start and own == total:  # such a mask is one over the new frames
+        if form == "all" and start and new_frames == total:  # such a mask is one over the new frames
             return None
         if form == "whole" and start and start + rows <= length:  # such a mask is one for the tokens of the call
             return None
         if form == "whole":
             columns, first_row = total, start
         else:
-            columns, first_row = own if form == "own" and start else total, 0
+            columns, first_row = new_frames if form == "new" and start else total, 0
         mask, by_text = (
             torch.ones(len(self.rows), 1, first_row + rows, columns, dtype=torch.bool),
-            [list(row) for row in seen],
+            [list(row) for row in visible_frames],
         )
         for i, row in enumerate(self.rows):
-            first = before[i] if form == "own" and start else 0
+            first = before[i] if form == "new" and start else 0
             previous = row.visible[-1] if row.visible else frozenset()
             for at in range(length):
                 if not real[i][at]:
                     continue
-                placed = {f for f, place in enumerate(row.places) if row.at[place] <= start + at}
+                placed = {f for f, pad in enumerate(row.pads_at) if row.at[pad] <= start + at}
                 if at < rows:
                     allowed = {f for f in placed if f >= first}
-                    shown = {f for f in allowed if rng.random() < 0.7}
-                    kept = {f for f in seen[i][at] if f < first}
-                    for f in shown:
+                    visible = {f for f in allowed if rng.random() < 0.7}
+                    kept = {f for f in visible_frames[i][at] if f < first}
+                    for f in visible:
                         mask[i, 0, first_row + at, f - first] = False
-                    seen[i][at] = frozenset(shown | kept)
+                    visible_frames[i][at] = frozenset(visible | kept)
                 else:
-                    late = {f for f in placed if row.at[row.places[f]] >= start + rows}
-                    seen[i][at] = frozenset(previous | late)
-                previous = seen[i][at]
-            # A mask that ends early and shows one frame after the other, all in the end, is taken for a processor's mask of other padding.
+                    late = {f for f in placed if row.at[row.pads_at[f]] >= start + rows}
+                    visible_frames[i][at] = frozenset(previous | late)
+                previous = visible_frames[i][at]
+            # A mask that ends early and makes frames visible one after the other, in the end all, is read as a
+            # processor's mask of other padding.
             count = len(row.frames) + len(row.waiting) - first
-            shown = [
+            visible = [
                 [f for f in range(count) if f < columns and not mask[i, 0, first_row + at, f]] for at in range(rows)
             ]
-            while shown and not shown[-1]:
-                shown.pop()
-            shown = shown[next((at for at, frames in enumerate(shown) if frames), 0) :]
-            rises = shown and shown[-1] == list(range(count)) and all(
-                frames == list(range(len(frames))) and len(frames) - len(last) in (0, 1) for last, frames in zip([[], *shown], shown, strict=False)
-            )  # fmt: skip
-            if rows < length and (form == "own" or not start) and (rises or not count):
-                seen[i] = by_text[i]
+            while visible and not visible[-1]:
+                visible.pop()
+            visible = visible[next((at for at, frames in enumerate(visible) if frames), 0) :]
+            rises = (
+                visible
+                and visible[-1] == list(range(count))
+                and all(
+                    frames == list(range(len(frames))) and len(frames) - len(last) in (0, 1)
+                    for last, frames in zip([[], *visible], visible, strict=False)
+                )
+            )
+            if rows < length and (form == "new" or not start) and (rises or not count):
+                visible_frames[i] = by_text[i]
         return mask
 
-    # what is done to a cache
+    # operations on the cache
 
     def repeat(self):
         if len(self.rows) <= 2:
@@ -274,7 +287,7 @@ class Conversation:
         length = self.rng.randint(max(1, self.length - 6), self.length)
         self.cache.crop(length - self.length if V5 or (self.rng.random() < 0.5 and length < self.length) else length)
         whole = not any(end > length and gave for end, gave in self.calls)
-        whole = whole and not any(row.at[place] >= length for row in self.rows for place in row.places)
+        whole = whole and not any(row.at[pad] >= length for row in self.rows for pad in row.pads_at)
         for row in self.rows:
             kept = sum(at < length for at in row.at)
             row.ids, row.at, row.visible, row.logits = (
@@ -283,19 +296,20 @@ class Conversation:
                 row.visible[:kept],
                 row.logits[:kept],
             )
-            row.places = [place for place in row.places if place < kept]
-            row.frames = row.frames[: len(row.places)]
+            row.pads_at = [pad for pad in row.pads_at if pad < kept]
+            row.frames = row.frames[: len(row.pads_at)]
             row.waiting = row.waiting if whole else []
         self.mask = self.mask[:, :length]
         self.calls = [(min(end, length), gave) for end, gave in self.calls]
 
     def take_back(self):
-        """The mask has the last tokens of a row as padding from now on, as of a row that had ended: the row goes on without them."""
+        """From now on the last tokens of a row are padding in the mask, as of an ended row: the row continues without
+        them."""
         index = self.rng.randrange(len(self.rows))
         row, count = self.rows[index], self.rng.randint(1, 2)
         if (
             len(row.ids) > count
-            and not any(place >= len(row.ids) - count for place in row.places)
+            and not any(pad >= len(row.ids) - count for pad in row.pads_at)
             and len(set(row.visible[-count - 1 :])) == 1
         ):
             self.mask[index, row.at[-count:]] = 0
@@ -316,19 +330,20 @@ class Conversation:
         for index, row in enumerate(self.rows):
             if not row.ids:
                 continue
-            expected = self.oracle.logits(row.ids, [frame.encoded for frame in row.frames], row.places, row.visible)
+            expected = self.oracle.logits(row.ids, [frame.encoded for frame in row.frames], row.pads_at, row.visible)
             got = torch.stack(row.logits).double()
             error = (got - expected).abs().amax(-1) / expected.abs().max()
             worst = int(error.argmax())
             assert error[worst] < TOLERANCE, (
-                f"{where}: row {index} is off by {error[worst]:.2g} at token {worst} of {len(row.ids)} (cache index {row.at[worst]}, "
-                f"frames seen {sorted(row.visible[worst])}, frames at {row.places})"
+                f"{where}: row {index} is off by {error[worst]:.2g} at token {worst} of {len(row.ids)} (cache index "
+                f"{row.at[worst]}, visible frames {sorted(row.visible[worst])}, frames at {row.pads_at})"
             )
 
 
 @torch.no_grad()
 def converse(seed: int, model, oracle) -> int:
-    """One random conversation and its forks. Returns the number of operations; AssertionError, with the seed, if logits are wrong."""
+    """One random conversation and its forks. Returns the number of operations; AssertionError, with the seed, if
+    logits are wrong."""
     rng = random.Random(seed)
     static = rng.random() < 0.15
     branches = [Conversation(rng, model, oracle, rng.choice([1, 2, 2, 3]), static)]
@@ -356,7 +371,8 @@ def converse(seed: int, model, oracle) -> int:
 
 
 def make_pair(attn_implementation: str):
-    """A model small enough for many conversations, and its oracle. Cross-attention stands next to the first and before the last layer."""
+    """A model small enough for many conversations, and its oracle. Cross-attention is the second and the last but one
+    layer."""
     text = {
         "num_hidden_layers": 4,
         "cross_attention_layers": [1, 3],

@@ -1,6 +1,8 @@
-"""Saves moss-vl-nano with one transformers version and loads it with another: python tests/cross_version.py save|load FOLDER
+"""Saves moss-vl-nano with one transformers version and loads it with another: python tests/cross_version.py save|load
+FOLDER
 
-`.ci/run` calls it, since one environment has one version. `load` fails unless ids, pixels, logits and the greedy answer are equal.
+`.ci/run` calls it, since one environment has one version. `load` fails unless ids, pixels, logits and the greedy
+answer are equal.
 """
 
 import sys
@@ -15,14 +17,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_checkpoint(folder, **knobs):
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **knobs)
+def load_checkpoint(folder, **options):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **options)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     return processor, model.eval()
 
 
 def observe(processor, model):
-    """What a user could see of the checkpoint, as tensors by name."""
+    """Outputs of the checkpoint, as tensors by name."""
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]}
     ]
@@ -47,7 +49,7 @@ def observe(processor, model):
 def save(folder):
     processor, model = load_checkpoint(
         ROOT / "checkpoints/moss-vl-nano", max_frames=6
-    )  # a setting that must come along
+    )  # a setting that must be saved too
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     save_file(observe(processor, model), record_of(folder))

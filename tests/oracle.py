@@ -1,4 +1,4 @@
-"""MOSS-VL in float64, written from its specification alone: one sample, no cache, dense masks, loops where they are plainest.
+"""MOSS-VL in float64, written from its specification alone: one sample, no cache, dense masks, and loops.
 
 Axes: T text tokens, F frames, P patches, V vision tokens with separators, H heads, d head size.
 """
@@ -32,17 +32,20 @@ class Oracle:
     def encode(self, pixels, rows: int, columns: int):
         """One frame: [P, values] in merge-block order -> [P / m^2, D]."""
         m, heads = self.vision.spatial_merge_size, self.vision.num_heads
-        places = [
+        patches = [
             (block_row * m + y, block_column * m + x)
-            for block_row in range(rows // m) for block_column in range(columns // m) for y in range(m) for x in range(m)
-        ]  # fmt: skip
+            for block_row in range(rows // m)
+            for block_column in range(columns // m)
+            for y in range(m)
+            for x in range(m)
+        ]
         proj = self.weights["model.visual.patch_embed.proj.weight"].flatten(1)
         x = F.linear(pixels.double(), proj, self.weights["model.visual.patch_embed.proj.bias"])
-        x = x + torch.stack([self.learned_position(y, column, rows, columns) for y, column in places])
+        x = x + torch.stack([self.learned_position(y, column, rows, columns) for y, column in patches])
         d = self.vision.hidden_size // heads
         frequencies = [10000 ** (-4 * i / d) for i in range(d // 4)]
         angles = torch.tensor(
-            [[y * f for f in frequencies] + [column * f for f in frequencies] for y, column in places],
+            [[y * f for f in frequencies] + [column * f for f in frequencies] for y, column in patches],
             dtype=torch.float64,
         )
         kept = []
@@ -77,28 +80,28 @@ class Oracle:
 
     # decoder
 
-    def logits(self, ids: list[int], frames: list = (), places=None, visible=None):
+    def logits(self, ids: list[int], frames: list = (), pads=None, visible=None):
         """[T, vocabulary] of one conversation.
 
         Args:
             frames: (vision tokens [H * W, D] as `encode` returns them, H, W) of each frame.
-            places: the token of each frame's `image_pad`; default all `image_pad` ids.
-            visible: for each token the frames that it sees; default those placed at or before it.
+            pads: index of the token of each frame's `image_pad`; default all `image_pad` ids.
+            visible: for each token its visible frames; default those placed at or before it.
         """
-        if places is None:
-            places = [i for i, token in enumerate(ids) if token == self.config.image_token_id]
-        assert len(places) == len(frames)
+        if pads is None:
+            pads = [i for i, token in enumerate(ids) if token == self.config.image_token_id]
+        assert len(pads) == len(frames)
         if visible is None:
-            visible = [[f for f, place in enumerate(places) if place <= i] for i in range(len(ids))]
+            visible = [[f for f, pad in enumerate(pads) if pad <= i] for i in range(len(ids))]
         positions, vision_positions, vision, frame_of, p = [], [], [], [], 0
         for i in range(len(ids)):
-            if i in places:
-                features, height, width = frames[places.index(i)]
+            if i in pads:
+                features, height, width = frames[pads.index(i)]
                 vision += [features, self.weights["model.separator_token"][None]]
                 vision_positions += [(p, p + y, p + x) for y in range(height) for x in range(width)]
                 p += max(height, width)
                 vision_positions.append((p, p, p))
-                frame_of += [places.index(i)] * (height * width + 1)
+                frame_of += [pads.index(i)] * (height * width + 1)
             positions.append((p, p, p))
             p += 1
         d = self.text.head_dim
@@ -108,10 +111,10 @@ class Oracle:
             torch.cat(vision) if vision else None,
         )
         causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-        sees = torch.tensor([[frame in seen for frame in frame_of] for seen in visible], dtype=torch.bool).view(
-            len(ids), len(frame_of)
-        )
-        reads = sees.any(1)
+        visible_tokens = torch.tensor(
+            [[frame in frames_of_token for frame in frame_of] for frames_of_token in visible], dtype=torch.bool
+        ).view(len(ids), len(frame_of))
+        reads = visible_tokens.any(1)
         for index in range(self.text.num_hidden_layers):
             name = f"model.language_model.layers.{index}."
             crosses = index in self.text.cross_attention_layers
@@ -119,7 +122,9 @@ class Oracle:
                 continue
             part = name + ("cross_attn." if crosses else "self_attn.")
             hidden = self.rms_norm(x, name + "input_layernorm")
-            source, source_angles, mask = (vision, vision_angles, sees) if crosses else (hidden, text_angles, causal)
+            source, source_angles, mask = (
+                (vision, vision_angles, visible_tokens) if crosses else (hidden, text_angles, causal)
+            )
             q, k, v = (
                 self.linear(states, part + kind).view(len(states), -1, d)
                 for kind, states in (("q_proj", hidden), ("k_proj", source), ("v_proj", source))
@@ -150,7 +155,9 @@ class Oracle:
             1 if j % 3 == 1 and j < 3 * section[1] else 2 if j % 3 == 2 and j < 3 * section[2] else 0
             for j in range(d // 2)
         ]
-        angles = [[place[axis[j]] * rope["rope_theta"] ** (-2 * j / d) for j in range(d // 2)] for place in positions]
+        angles = [
+            [position[axis[j]] * rope["rope_theta"] ** (-2 * j / d) for j in range(d // 2)] for position in positions
+        ]
         return torch.tensor(angles, dtype=torch.float64).view(-1, d // 2)
 
 

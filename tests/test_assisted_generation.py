@@ -1,4 +1,4 @@
-"""Assistants and prompt lookup: greedy output is what it is without them."""
+"""Assistants and prompt lookup: greedy output does not change."""
 
 import copy
 
@@ -53,7 +53,7 @@ def test_with_an_assistant(model, name):
 
 
 def test_an_assistant_that_agrees_is_accepted(model):
-    """The media reach it, so it proposes what the model would write: few calls of the model are left."""
+    """The assistant gets the media, so it proposes what the model would write, and the model runs few times."""
     inputs, calls, assistant = assorted_samples()[3].inputs(), [], copy.deepcopy(model)
     assistant.generation_config.assistant_confidence_threshold = 0.0
     hook = model.register_forward_pre_hook(lambda *args: calls.append(1))

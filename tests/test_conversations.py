@@ -17,14 +17,14 @@ def pair(request):
 
 @pytest.mark.parametrize("first", range(0, 100, 20))
 def test_random_conversations(pair, first):
-    """100 seeds for each kernel; `tests/conversation_fuzzer.py` has more."""
+    """100 seeds per kernel; `tests/conversation_fuzzer.py` runs more."""
     operations = sum(converse(seed, *pair) for seed in range(first, first + 20))
     assert operations > 80
 
 
 @pytest.mark.parametrize("case", ["text", "image", "video"])
-def test_the_oracle_meets_the_golden_numbers(case):
-    """So it stands for the specification, and not for what the package does."""
+def test_the_oracle_equals_the_golden_numbers(case):
+    """So the oracle follows the specification and not the package."""
     folder = GOLDEN / "model" / "tiny"
     config = MossVLConfig.from_json_file(folder / "config.json")
     model = MossVLForConditionalGeneration._from_config(config)

@@ -1,4 +1,4 @@
-"""What holds if nobody says otherwise: chunks of the encoder, the cache, ties, and weights that a checkpoint lacks."""
+"""Defaults: chunks of the encoder, the cache, tied weights, and weights that a checkpoint lacks."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
     (True, True, [70]),
 ])  # fmt: skip
 def test_frames_that_the_encoder_takes_at_once(training, gradients, chunks):
-    """64, and in training all: frames of four patches, so that no limit of patches comes first."""
+    """64, and in training all. Frames have four patches, so the limit of patches is not reached."""
     model, calls = make_model().train(training), []
     model.model.visual.blocks[0].register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[0]))
     pixels = torch.randn(70 * 4, 48, generator=torch.Generator().manual_seed(0))
@@ -52,11 +52,19 @@ def test_embeddings_and_head_are_two_matrices():
 
 
 def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(tmp_path):
-    """Gates closed, the separator 0, norms 1, matrices small: nothing is left as the memory was."""
+    """Gates and separator are 0, norms 1, matrices small: no weight is uninitialised memory."""
     make_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    lacking = ("cross_attn_attn_gate", "cross_attn_mlp_gate", "separator_token", "layers.1.cross_attn.q_norm.weight",
-               "layers.4.cross_attn.q_proj.weight", "merger.linear_fc2.bias", "norms.0.weight", "visual.pos_embed.weight")  # fmt: skip
+    lacking = (
+        "cross_attn_attn_gate",
+        "cross_attn_mlp_gate",
+        "separator_token",
+        "layers.1.cross_attn.q_norm.weight",
+        "layers.4.cross_attn.q_proj.weight",
+        "merger.linear_fc2.bias",
+        "norms.0.weight",
+        "visual.pos_embed.weight",
+    )
     kept = {name: tensor for name, tensor in weights.items() if not name.endswith(lacking)}
     assert len(weights) - len(kept) == 4 + 1 + 1 + 1 + 1 + 1 + 1
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -72,9 +80,9 @@ def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(tmp_path):
 
 
 @torch.no_grad()
-def test_a_cache_that_was_reset_is_an_empty_one():
-    """Of another prompt it then says what a new cache says. transformers 4 keeps the length of a growing cache that it resets, and zeros
-    for its texts: going on from those is refused."""
+def test_a_reset_cache_equals_an_empty_one():
+    """For another prompt it equals a new cache. transformers 4 keeps the length of a growing cache that it resets, and
+    zeros as its keys: such a cache is refused."""
     model, first, second = (
         make_model(),
         Sample("tFFt", (2, 4, 4), seed=1),

@@ -1,4 +1,4 @@
-"""`generate` in full: what it returns equals a plain loop of whole forwards, whatever the mode, cache and batch."""
+"""`generate` equals a plain loop of whole forwards, for every mode, cache and batch."""
 
 import copy
 import logging
@@ -64,7 +64,7 @@ def encoded(model, inputs):
 
 @torch.no_grad()
 def test_encoded_media_in_place_of_pixels(model):
-    """The encoder is not asked again; a batch with a text of its own, and with beams."""
+    """The encoder does not run again; a batch with a text-only row, and with beams."""
     samples = assorted_samples()
     inputs = batch(samples, "left")
     expected = [plain_greedy(model, sample) for sample in samples]
@@ -85,7 +85,7 @@ def test_encoded_media_in_place_of_pixels(model):
 
 @torch.no_grad()
 def test_encoded_media_of_a_second_turn(model):
-    """Of the whole conversation: those that the cache holds already are left out."""
+    """Media of the whole conversation: those that the cache holds are dropped."""
     first, second = Sample("tFFt", (1, 4, 4), (1, 2, 6), seed=21), Sample("tFtFFt", (1, 4, 6), (2, 4, 4), seed=22)
     out = run(model, encoded(model, first.inputs()), return_dict_in_generate=True)
     assert out.sequences[0, 4:].tolist() == plain_greedy(model, first)
@@ -98,48 +98,52 @@ def test_encoded_media_of_a_second_turn(model):
     assert continuation(model, inputs, past_key_values=out[CACHE]) == [plain_greedy(model, whole)]
 
 
-def levels_of(sample, seed):
-    """The sample with random levels as its pixels: its inputs with levels, three numbers for each medium, and with what they stand for."""
+def uint8_inputs_of(sample, seed):
+    """The sample with random uint8 pixels: its inputs with these and three numbers per medium, and normalised."""
     generator = torch.Generator().manual_seed(seed)
     inputs = sample.inputs()
-    levels = torch.randint(0, 256, inputs["pixel_values"].shape, generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, inputs["pixel_values"].shape, generator=generator, dtype=torch.uint8)
     mean, std = (
         torch.rand(len(inputs["grid_thw"]), 3, generator=generator, dtype=torch.float64) + shift
         for shift in (0.1, 0.2)
     )
     per_patch = [x.repeat_interleave(inputs["grid_thw"].prod(1), dim=0)[..., None] for x in (mean, std)]
-    values = ((levels.view(len(levels), 3, -1).double() / 255 - per_patch[0]) / per_patch[1]).flatten(1).float()
-    raw = inputs | {"pixel_values": levels, "image_mean": mean.tolist(), "image_std": std.tolist()}
-    return raw, inputs | {"pixel_values": values}
+    values = ((pixels.view(len(pixels), 3, -1).double() / 255 - per_patch[0]) / per_patch[1]).flatten(1).float()
+    as_uint8 = inputs | {"pixel_values": pixels, "image_mean": mean.tolist(), "image_std": std.tolist()}
+    return as_uint8, inputs | {"pixel_values": values}
 
 
 @torch.no_grad()
-def test_levels_in_place_of_values(model):
-    """Each medium by its own mean and deviation, whatever the chunks; a second turn drops those of the media that are known."""
-    raw, inputs = levels_of(Sample("tFFtFt", (1, 4, 4), (1, 4, 4), (1, 2, 6), seed=5), seed=1)
+def test_uint8_pixels_equal_normalised_pixels(model):
+    """Each medium has a mean and deviation, for all chunk sizes; a second turn drops those of media in the cache."""
+    as_uint8, inputs = uint8_inputs_of(Sample("tFFtFt", (1, 4, 4), (1, 4, 4), (1, 2, 6), seed=5), seed=1)
     expected = model(**inputs).logits
     for length in (1, 2, 64):
-        assert torch.allclose(model(**raw, vision_chunked_length=length).logits, expected, atol=1e-4)
-    same = raw | {name: raw[name][:1] * 3 for name in ("image_mean", "image_std")}
-    one_by_one = torch.cat([
-        model.get_image_features(same["pixel_values"][part], grid[None], None, raw["image_mean"][:1], raw["image_std"][:1]).last_hidden_state
-        for grid, part in zip(raw["grid_thw"], (slice(0, 16), slice(16, 32), slice(32, 44)), strict=True)
-    ])  # fmt: skip
+        assert torch.allclose(model(**as_uint8, vision_chunked_length=length).logits, expected, atol=1e-4)
+    same = as_uint8 | {name: as_uint8[name][:1] * 3 for name in ("image_mean", "image_std")}
+    one_by_one = torch.cat(
+        [
+            model.get_image_features(
+                same["pixel_values"][part], grid[None], None, as_uint8["image_mean"][:1], as_uint8["image_std"][:1]
+            ).last_hidden_state
+            for grid, part in zip(as_uint8["grid_thw"], (slice(0, 16), slice(16, 32), slice(32, 44)), strict=True)
+        ]
+    )
     whole = model.get_image_features(
-        same["pixel_values"], raw["grid_thw"], None, same["image_mean"], same["image_std"]
+        same["pixel_values"], as_uint8["grid_thw"], None, same["image_mean"], same["image_std"]
     )
     assert torch.allclose(whole.last_hidden_state, one_by_one, atol=1e-5)
-    assert continuation(model, raw) == continuation(model, inputs)
+    assert continuation(model, as_uint8) == continuation(model, inputs)
 
-    out = run(model, {k: v for k, v in raw.items() if k != "cross_attention_mask"}, return_dict_in_generate=True)
-    more_raw, more = levels_of(Sample("tFt", (1, 4, 6), seed=6), seed=2)
+    out = run(model, {k: v for k, v in as_uint8.items() if k != "cross_attention_mask"}, return_dict_in_generate=True)
+    more_uint8, more = uint8_inputs_of(Sample("tFt", (1, 4, 6), seed=6), seed=2)
     ids = torch.cat([out.sequences, more["input_ids"]], dim=1)
     both = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "media_nums_per_sample": [4]}
     joined = [
         both | {name: torch.cat([a[name], b[name]]) for name in ("pixel_values", "grid_thw")}
-        for a, b in ((raw, more_raw), (inputs, more))
+        for a, b in ((as_uint8, more_uint8), (inputs, more))
     ]
-    joined[0] |= {name: raw[name] + more_raw[name] for name in ("image_mean", "image_std")}
+    joined[0] |= {name: as_uint8[name] + more_uint8[name] for name in ("image_mean", "image_std")}
     caches = [copy.deepcopy(out[CACHE]) for _ in joined]
     turns = [continuation(model, one, past_key_values=cache) for one, cache in zip(joined, caches, strict=True)]
     assert turns[0] == turns[1] == continuation(model, joined[1])
@@ -156,24 +160,24 @@ def test_embeddings_in_place_of_ids(model):
 
 
 def test_a_written_image_pad_is_text(model):
-    """With the head's row of `image_pad` made the loudest, every new token is one; cached and plain decoding agree on what follows."""
+    """The head's row of `image_pad` is the largest, so every new token is one; cached and plain decoding agree."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.lm_head.weight[IMAGE_PAD] = 0
     samples = assorted_samples()[1:3]
-    seen = []
+    lengths = []
 
     def push(ids, scores):
         """Three of the tokens are `image_pad`."""
-        seen.append(ids.shape[1])
-        if len(seen) in (2, 3, 5):
+        lengths.append(ids.shape[1])
+        if len(lengths) in (2, 3, 5):
             scores = torch.full_like(scores, -1e4)
             scores[:, IMAGE_PAD] = 0
         return scores
 
     rows = []
     for use_cache in (True, False):
-        seen.clear()
+        lengths.clear()
         rows.append(continuation(model, batch(samples, "left"), use_cache=use_cache, logits_processor=[push]))
     assert rows[0] == rows[1]
     assert [row.count(IMAGE_PAD) for row in rows[0]] == [3, 3]
@@ -259,8 +263,8 @@ def test_stopping_criteria_eos_and_streamer(model):
 
 @pytest.mark.parametrize("with_media", ["none", "new", "all"])
 def test_a_second_turn_on_a_kept_cache(model, with_media):
-    """First turn, its answer, and a second turn that asks on, in text or with new frames; the media of the new turn alone or of the
-    whole conversation."""
+    """First turn, its answer, and a second turn with another question, in text or with new frames; the media of the
+    new turn alone or of the whole conversation."""
     first = Sample("tFFt", (1, 4, 4), (1, 2, 6), seed=21)
     out = run(model, first.inputs(), return_dict_in_generate=True)
     second = Sample(
@@ -271,9 +275,9 @@ def test_a_second_turn_on_a_kept_cache(model, with_media):
     ids = torch.cat([out.sequences[0], second.ids])
     whole = Sample("t" * len(ids), seed=1)
     whole.ids = ids
-    own = [] if with_media == "none" else [second]
-    whole.pixel_values = torch.cat([first.pixel_values] + [s.pixel_values for s in own])
-    whole.grid_thw = torch.cat([first.grid_thw] + [s.grid_thw for s in own])
+    new = [] if with_media == "none" else [second]
+    whole.pixel_values = torch.cat([first.pixel_values] + [s.pixel_values for s in new])
+    whole.grid_thw = torch.cat([first.grid_thw] + [s.grid_thw for s in new])
     visual = {
         "none": {},
         "new": {"pixel_values": second.pixel_values, "grid_thw": second.grid_thw, "media_nums_per_sample": [2]},
@@ -295,7 +299,7 @@ def test_a_second_turn_on_a_kept_cache(model, with_media):
 def test_a_second_turn_given_by_its_new_tokens_alone(model):
     first = Sample("tF", (1, 4, 4), seed=41)
     out = run(model, first.inputs(), return_dict_in_generate=True, max_new_tokens=2)
-    second = Sample("ttFtttFtttt", (1, 4, 6), (1, 4, 4), seed=42)  # longer than all before it
+    second = Sample("ttFtttFtttt", (1, 4, 6), (1, 4, 4), seed=42)  # longer than the first turn
     whole = Sample("t", seed=0)
     whole.ids = torch.cat([out.sequences[0], second.ids])
     whole.pixel_values = torch.cat([first.pixel_values, second.pixel_values])
@@ -373,8 +377,8 @@ def test_generate_with_prefill_chunks(model, size):
 
 @pytest.mark.parametrize("extra", [{}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 3}])
 @pytest.mark.parametrize("axes", [1, 3])
-def test_own_position_ids(model, axes, extra):
-    """XRoPE's own positions handed in change nothing; others do, in the prompt and behind it."""
+def test_position_ids_of_the_caller(model, axes, extra):
+    """XRoPE's positions change nothing; others do, in the prompt and after it."""
     samples = assorted_samples()[1:4]
     inputs = batch(samples, "left")
     positions, _, _ = model.get_rope_index(*(inputs[name] for name in ("input_ids", "grid_thw", "attention_mask")))
@@ -388,7 +392,7 @@ def test_own_position_ids(model, axes, extra):
 
 
 def test_prompt_lookup_decoding(model):
-    """Several tokens a step, some of them taken back, `image_pad` among the candidates."""
+    """Several tokens per step, some of them taken back, `image_pad` among the candidates."""
     sample = assorted_samples()[2]
     assert continuation(model, sample.inputs(), prompt_lookup_num_tokens=4, eos_token_id=199) == [
         plain_greedy(model, sample)
@@ -440,7 +444,7 @@ def test_outputs_of_generate(model):
         ({"image_features": torch.zeros(4, 32), "pixel_values": None}, r"expected \[4, 64\]"),
         (
             {"pixel_values": torch.zeros(16, 48, dtype=torch.uint8)},
-            r"`image_mean` has shape None; expected \[1, 3\]: `pixel_values` are levels",
+            r"`image_mean` has shape None; expected \[1, 3\]: `pixel_values` are uint8 pixels",
         ),
         (
             {"image_std": [[1.0, 1.0, 1.0]]},
@@ -458,7 +462,7 @@ def test_outputs_of_generate(model):
         ({"cross_attention_mask": torch.ones(1, 1, 3, 1)}, "dtype torch.float32; expected bool"),
         (
             {"cross_attention_mask": torch.zeros(1, 1, 3, 2, dtype=torch.bool)},
-            "shows sample 0 some that it does not have",
+            "2 frame columns, and sample 0 has 1 of these frames",
         ),
         ({"cross_attention_mask": torch.zeros(1, 1, 3, 0, dtype=torch.bool)}, "0 frame columns"),
         ({"cross_attention_mask": torch.zeros(2, 1, 3, 1, dtype=torch.bool)}, r"expected bool \[1, 1, 3, frames\]"),

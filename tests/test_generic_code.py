@@ -1,4 +1,4 @@
-"""What libraries around the model do with it: load it twice, batch it by themselves."""
+"""Libraries around the model: they load it twice, batch it and run its parts."""
 
 import re
 import shutil
@@ -25,10 +25,10 @@ TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 @pytest.fixture
 def folder_named_alike(tmp_path):
-    """Makes copies of the small checkpoint in folders of one name, each with one change to its code."""
+    """Copies the small checkpoint to folders of one name, each with one change to its code."""
 
-    def make(place, file=None, old=None, new=None):
-        folder = shutil.copytree(NANO, tmp_path / place / "moss-vl-of-one-name", symlinks=False)
+    def make(parent, file=None, old=None, new=None):
+        folder = shutil.copytree(NANO, tmp_path / parent / "moss-vl-of-one-name", symlinks=False)
         if file is not None:
             text = (folder / file).read_text()
             assert old in text
@@ -47,18 +47,18 @@ def loaded_code(folder):
     return sys.modules[type(model).__module__], sys.modules[type(processor).__module__]
 
 
-def test_two_folders_of_one_name_have_their_own_code(folder_named_alike):
+def test_two_folders_of_one_name_have_separate_code(folder_named_alike):
     """Their configs are the same; the second load must not be given the classes of the first."""
     first = folder_named_alike("first")
-    second = folder_named_alike("second", "modeling_moss_vl.py", "VISION_ROWS = 4096", "VISION_ROWS = 4095")
+    second = folder_named_alike("second", "modeling_moss_vl.py", "IGNORED = -100", "IGNORED = -101")
     third = folder_named_alike(
         "third", "processing_moss_vl.py", "class MossVLProcessor(", "CHANGED = True\n\n\nclass MossVLProcessor("
     )
-    assert loaded_code(first)[0].VISION_ROWS == 4096
-    assert loaded_code(second)[0].VISION_ROWS == 4095
+    assert loaded_code(first)[0].IGNORED == -100
+    assert loaded_code(second)[0].IGNORED == -101
     model, processor = loaded_code(third)
-    assert model.VISION_ROWS == 4096 and processor.CHANGED
-    assert loaded_code(first)[0].VISION_ROWS == 4096
+    assert model.IGNORED == -100 and processor.CHANGED
+    assert loaded_code(first)[0].IGNORED == -100
 
 
 @pytest.mark.skipif(
@@ -73,7 +73,7 @@ def test_a_change_to_any_file_makes_another_model(folder_named_alike):
 
 
 def test_the_config_names_every_code_file():
-    """By these lines transformers tells the code of two folders apart, and transformers 4 copies the files."""
+    """By these lines transformers distinguishes the code of two folders, and transformers 4 copies the files."""
     text = (ROOT / "configuration_moss_vl.py").read_text()
     named = {f"{name}.py" for name in re.findall(r"^    from \.(\w+) import", text, flags=re.MULTILINE)}
     assert named | {"configuration_moss_vl.py"} == set(install_into.code_files())
@@ -138,16 +138,16 @@ def test_a_pipeline_is_made_more_than_once_and_leaves_no_trace_in_the_config(tex
     assert type(again).__name__ == type(text_pipeline).__name__ == "MossVLTextGenerationPipeline"
     again.model.config.save_pretrained(tmp_path)
     assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
-    assert (tmp_path / "pipeline_moss_vl.py").is_file(), "the code goes with it"
+    assert (tmp_path / "pipeline_moss_vl.py").is_file(), "the code is copied too"
 
 
 # Text joined after the processor, as TRL does for SFT with prompt and completion, DPO, KTO and GRPO
 
 
 @pytest.mark.parametrize("grid_name", ["grid_thw", "image_grid_thw"])
-def test_prompts_and_completions_joined_after_the_processor_are_each_sample_alone(grid_name):
-    """Prompts padded left, completions right, then both moved to the left; the model without its head is called, and the head's
-    weights by hand."""
+def test_prompts_and_completions_joined_after_the_processor_equal_each_sample_alone(grid_name):
+    """Prompts padded left, completions right, then both moved to the left; the model without its head is called, and
+    the head's weights by hand."""
     settings = {"return_cross_attention_mask": False, "grid_name": grid_name}
     processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True, **settings)
     model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).train()

@@ -1,6 +1,8 @@
-"""What was seen stays seen: masks of a later turn as a processor returns them, and rows with only padding in a call.
+"""Visible frames stay visible: masks of a later turn as a processor returns them, and rows with only padding in a
+call.
 
-A mask of T rows with the call's own frames covers the new frames, and padding in one call takes no frame away.
+A mask of T rows with as many columns as the call has frames covers the new frames, and padding in one call takes no
+frame away.
 """
 
 import copy
@@ -32,7 +34,8 @@ def whole(model, ids, media):
 
 
 def second_turn(model, first, second, side="left"):
-    """The turn's inputs as a processor returns them, on the cache of the first turn; -> logits of each row's real tokens."""
+    """Logits of each row's real tokens for a turn's inputs as a processor returns them, on the cache of the first
+    turn."""
     start, more = batch(first, "left"), batch(second, side)
     cache = model(**start, use_cache=True)[CACHE]
     more["attention_mask"] = torch.cat([start["attention_mask"], more["attention_mask"]], dim=1)
@@ -46,7 +49,7 @@ def second_turn(model, first, second, side="left"):
 
 @torch.no_grad()
 def test_a_text_question_after_an_image(model):
-    """Its blank medium and its mask, which hides the one blank column, are not the image."""
+    """Neither its blank medium nor its mask, which hides the one blank column, is about the image."""
     for _, got, expected in second_turn(model, [Sample("tFt", (1, 4, 4), seed=1)], [Sample("ttt", seed=2)]):
         close(got, expected)
 
@@ -54,7 +57,8 @@ def test_a_text_question_after_an_image(model):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_masks_whose_width_is_that_of_all_frames_of_another_row(model, side):
-    """Row 0 had an image and says words only, row 1 gets its first image: one column, and one frame in all, in both."""
+    """Row 0 had an image and now has text only, row 1 gets its first image: one column, and one frame in total, in
+    both."""
     first = [Sample("tFt", (1, 4, 4), seed=3), Sample("ttt", seed=4)]
     second = [Sample("tt", seed=5), Sample("tFtt", (1, 4, 6), seed=6)]
     for row, got, expected in second_turn(model, first, second, side):
@@ -64,7 +68,7 @@ def test_masks_whose_width_is_that_of_all_frames_of_another_row(model, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_row_with_only_padding_in_a_call_keeps_its_frames(model, side):
-    """Row 0 says nothing in the middle call; with the mask over the new frames and without one."""
+    """Row 0 has only padding in the middle call; with a mask over the new frames and without one."""
     first = [Sample("tFt", (1, 4, 4), seed=7), Sample("Ftt", (1, 4, 6), seed=8)]
     start = batch(first, "left")
     cache = model(**start, use_cache=True)[CACHE]
@@ -78,8 +82,9 @@ def test_a_row_with_only_padding_in_a_call_keeps_its_frames(model, side):
 
 
 @torch.no_grad()
-def test_the_right_padded_rest_of_a_prompt_forgets_nothing(model):
-    """A right-padded batch in chunks: the short row's last chunks are padding alone, and a token after them sees its frame."""
+def test_a_right_padded_last_chunk_changes_no_visible_frames(model):
+    """A right-padded batch in chunks: the short row's last chunks are padding alone, and a token after them sees its
+    frame."""
     samples = [Sample("tFt", (1, 4, 4), seed=9), Sample("tFtttttt", (1, 4, 6), seed=10)]
     inputs = batch(samples, "right")
     ids, mask, frames = inputs["input_ids"], inputs["attention_mask"], inputs["cross_attention_mask"]
@@ -101,7 +106,7 @@ def test_the_right_padded_rest_of_a_prompt_forgets_nothing(model):
 
 @torch.no_grad()
 def test_all_black_frames_whose_text_comes_later_are_frames(model):
-    """With a cache the text may reach them in a later call: black pixels alone do not make a blank medium of them."""
+    """With a cache the text may place them in a later call: black pixels alone are not a blank medium."""
     sample = Sample("tttF", (1, 4, 4), seed=11)
     sample.pixel_values = torch.zeros_like(sample.pixel_values)
     first = model(sample.ids[None, :3], pixel_values=sample.pixel_values, grid_thw=sample.grid_thw, use_cache=True)

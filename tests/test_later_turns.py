@@ -1,69 +1,19 @@
-"""Later turns on a kept cache, and what is done to a cache between them: the cases that have names. Expected numbers are the oracle's."""
+"""Later turns on a kept cache, as processors, trainers and servers pass them. Expected numbers are the oracle's."""
 
 import copy
-import io
 
 import pytest
 import torch
 import transformers
-from oracle import Oracle
-from tiny import IMAGE_PAD, Sample, batch, make_model
-from transformers import DynamicCache, StaticCache
+from tiny import IMAGE_PAD, Sample, batch
+from transformers import DynamicCache
+from turns import _no_gradients, close, crop, expected, frames_of, media_of, model, oracle  # noqa: F401 - fixtures
 
-from moss_vl.cache_layers import VisionCacheLayer
 from moss_vl.modeling_moss_vl import CACHE
-from moss_vl.vision_sequence import PAST_CALLS
 
 
 V5 = transformers.__version__ >= "5"
 GENERATE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def oracle(model):
-    return Oracle(model)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def frames_of(oracle, *samples):
-    out = []
-    for sample in samples:
-        first = 0
-        for t, h, w in sample.grids:
-            for _ in range(t):
-                out.append((oracle.encode(sample.pixel_values[first : first + h * w], h, w), h // 2, w // 2))
-                first += h * w
-    return out
-
-
-def expected(oracle, *samples, more=(), **kwargs):
-    """The oracle's logits of the samples, one after the other as one conversation, and of `more` tokens."""
-    ids = [token for sample in samples for token in sample.ids.tolist()] + list(more)
-    places = [i for i, token in enumerate(ids[: len(ids) - len(more)]) if token == IMAGE_PAD]
-    return oracle.logits(ids, frames_of(oracle, *samples), places, **kwargs)
-
-
-def close(got, want):
-    error = (got.double() - want).abs().max() / want.abs().max()
-    assert error < 2e-5, f"off by {error:.2g}"
-
-
-def media_of(sample):
-    return {
-        name: value
-        for name, value in sample.inputs().items()
-        if name in ("pixel_values", "grid_thw", "media_nums_per_sample")
-    }
 
 
 # masks of later turns
@@ -71,7 +21,7 @@ def media_of(sample):
 
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_a_text_turn_as_the_processor_returns_it(model, oracle, with_mask):
-    """One image, then a question with a blank medium, which all rows of its mask hide: the image stays seen."""
+    """One image, then a question with a blank medium, which the whole mask hides: the image stays visible."""
     first, second = Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=3)
     cache = model(**first.inputs(), use_cache=True)[CACHE]
     inputs = second.inputs() | {"attention_mask": torch.ones(1, 6, dtype=torch.long)}
@@ -83,7 +33,8 @@ def test_a_text_turn_as_the_processor_returns_it(model, oracle, with_mask):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_mask_of_the_new_turn_is_not_one_of_the_conversation(model, oracle, side):
-    """Row 0 has the image of the first turn, row 1 that of the second: the new turn's mask has as many columns as either."""
+    """Row 0 has the image of the first turn, row 1 that of the second: the new turn's mask has as many columns as
+    either."""
     firsts, seconds = (
         [Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=2)],
         [Sample("tt", seed=3), Sample("tFt", (1, 4, 6), seed=4)],
@@ -97,8 +48,9 @@ def test_a_mask_of_the_new_turn_is_not_one_of_the_conversation(model, oracle, si
         close(logits[row, real], expected(oracle, first, second)[3:])
 
 
-def test_a_mask_of_the_conversation_hides_what_was_seen(model, oracle):
-    """Without media in the call, the columns are the frames of the conversation; tokens after it see what its last row saw."""
+def test_a_mask_of_the_conversation_hides_frames_that_were_visible(model, oracle):
+    """Without media in the call, the columns are the frames of the conversation; later tokens see the same as its last
+    row."""
     sample = Sample("tFFt", (1, 4, 4), (1, 4, 6), seed=1)
     for rows in (2, 6):  # those of the call, or of the conversation
         cache = model(**sample.inputs(), use_cache=True)[CACHE]
@@ -112,7 +64,7 @@ def test_a_mask_of_the_conversation_hides_what_was_seen(model, oracle):
 
 
 def test_a_mask_shorter_than_the_text(model, oracle):
-    """A completion that was appended after the processor sees what the prompt's last token saw, and its own frames."""
+    """A completion that was appended after the processor sees what the prompt's last token saw, and its frames."""
     sample = Sample("tFtFtt", (1, 4, 4), (1, 4, 6), seed=1)
     inputs = sample.inputs()
     mask = inputs["cross_attention_mask"]
@@ -133,7 +85,7 @@ def test_a_mask_shorter_than_the_text(model, oracle):
 
 @pytest.mark.parametrize("text", ["Ftt", "tFt"])
 def test_a_processors_mask_of_other_padding(model, text):
-    """Ids that somebody padded on the other side after the processor: the mask fits in shape, and the text says what is seen."""
+    """Ids that were padded on the other side after the processor: the mask has the right shape, and is ignored."""
     samples = [Sample(text, (1, 4, 4), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)]
     left, right = batch(samples, "left"), batch(samples, "right")
     for inputs, mask in ((left, right), (right, left)):
@@ -143,8 +95,9 @@ def test_a_processors_mask_of_other_padding(model, text):
 
 
 @pytest.mark.parametrize("text", ["Ftt", "tFt"])
-def test_completions_joined_and_rows_moved_to_the_left(model, oracle, text):
-    """A batch of left-padded prompts gets completions, and its rows are moved to the left: the mask is shorter, and of other places."""
+def test_completions_joined_and_rows_shifted_to_the_left(model, oracle, text):
+    """A batch of left-padded prompts gets completions, and its rows are shifted to the left: the mask is shorter, and
+    for other padding."""
     samples, more = (
         [Sample(text, (1, 4, 4), seed=4), Sample("FtFtttt", (1, 4, 6), (1, 2, 2), seed=3)],
         [[7, 8, 9, 10, 11], [12]],
@@ -166,10 +119,10 @@ def test_a_mask_that_contradicts_the_text_is_an_error(model):
     mask = inputs["cross_attention_mask"]
     for row, token, frame, why in ((1, 1, 1, "before the frame's `image_pad`"), (0, 0, 0, "which is padding")):
         other = mask.clone()
-        other[row, 0, -1, 0] = True  # not a processor's
+        other[row, 0, -1, 0] = True  # no processor makes this mask
         other[row, 0, token, frame] = False
         with pytest.raises(
-            ValueError, match=f"shows frame {frame} of sample {row} to token {token} of this call, {why}"
+            ValueError, match=f"makes frame {frame} of sample {row} visible to token {token} of this call, {why}"
         ):
             model(**inputs | {"cross_attention_mask": other})
 
@@ -178,7 +131,8 @@ def test_a_mask_that_contradicts_the_text_is_an_error(model):
 
 
 def test_a_row_of_padding_alone_keeps_its_frames(model, oracle):
-    """Chunks of a right-padded prompt, a turn in which a row says nothing, a masked decode step with and without a mask."""
+    """Chunks of a right-padded prompt, a turn in which a row has only padding, a decode step with and without a
+    mask."""
     samples = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)]
     inputs = batch(samples, "right")
     visual, mask = {name: inputs[name] for name in ("pixel_values", "grid_thw")}, inputs["attention_mask"]
@@ -200,8 +154,9 @@ def test_a_row_of_padding_alone_keeps_its_frames(model, oracle):
     close(logits[1], expected(oracle, samples[1], more=[8, 9, 5])[-1:])
 
 
-def test_rows_that_ended_go_on_without_their_padding(model, oracle):
-    """What was written to a row after its end is padding in the next turn's mask: it counts no more, as if it had never been there."""
+def test_ended_rows_continue_without_their_padding(model, oracle):
+    """Tokens written to a row after its end are padding in the next turn's mask: they have no effect and no
+    position."""
     firsts, seconds = (
         [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtt", (1, 4, 6), seed=2)],
         [Sample("ttt", seed=3), Sample("tFt", (1, 2, 4), seed=4)],
@@ -217,22 +172,22 @@ def test_rows_that_ended_go_on_without_their_padding(model, oracle):
     mask = torch.cat([mask, more["attention_mask"]], dim=1)
     logits = model(**more | {"attention_mask": mask}, past_key_values=cache).logits
     for row, kept in enumerate((1, 3)):
-        said = Sample("t", seed=0)
-        said.ids = written[row, :kept]
-        close(logits[row], expected(oracle, firsts[row], said, seconds[row])[-3:])
+        answer = Sample("t", seed=0)
+        answer.ids = written[row, :kept]
+        close(logits[row], expected(oracle, firsts[row], answer, seconds[row])[-3:])
     step = torch.tensor([[5], [6]])
     logits = model(
         step, attention_mask=torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1), past_key_values=cache
     ).logits
     for row, kept in enumerate((1, 3)):
-        said = Sample("t", seed=0)
-        said.ids = written[row, :kept]
-        close(logits[row], expected(oracle, firsts[row], said, seconds[row], more=step[row].tolist())[-1:])
+        answer = Sample("t", seed=0)
+        answer.ids = written[row, :kept]
+        close(logits[row], expected(oracle, firsts[row], answer, seconds[row], more=step[row].tolist())[-1:])
 
 
 @pytest.mark.parametrize("length", [6, 7, 8])
 def test_a_crop_into_the_turn_after_a_row_ended(model, oracle, length):
-    """The padding of the row that ended is left out once, not again after the crop."""
+    """The padding of the ended row is subtracted once, not again after the crop."""
     first = Sample("tFt", (1, 4, 4), seed=1)
     cache = model(**first.inputs(), use_cache=True)[CACHE]
     model(torch.tensor([[7, 8]]), past_key_values=cache)
@@ -244,7 +199,7 @@ def test_a_crop_into_the_turn_after_a_row_ended(model, oracle, length):
     close(got, expected(oracle, first, more=[7, 5, 6, 9][: length - 4] + [4])[-1:])
 
 
-def test_frames_that_wait_move_nobody_else(model, oracle):
+def test_waiting_frames_change_no_other_sample(model, oracle):
     samples, late = (
         [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFttt", (1, 4, 6), seed=2)],
         Sample("F", (1, 4, 8), seed=3),
@@ -265,7 +220,7 @@ def test_frames_that_wait_move_nobody_else(model, oracle):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 def test_an_image_of_zeros_whose_text_comes_later(model, oracle, size):
-    """It looks like the blank medium of a processor until its `image_pad` comes."""
+    """It cannot be distinguished from a blank medium until its `image_pad` comes."""
     sample = Sample("tttFtt", (1, 4, 4), seed=1)
     sample.pixel_values = torch.zeros_like(sample.pixel_values)
     cache, rows, visual = DynamicCache(), [], {"pixel_values": sample.pixel_values, "grid_thw": sample.grid_thw}
@@ -289,7 +244,7 @@ def test_frames_that_come_one_by_one_before_their_text(model, oracle, encoded):
 
 
 def test_images_of_zeros_of_several_sizes_that_wait(model, oracle):
-    """Placed together they are known; one of them alone is not, beside what may be a blank medium."""
+    """If all are placed together they are determined; one of them alone is not, as the other may be a blank medium."""
     frames = [Sample("F", grid, seed=1) for grid in ((1, 4, 4), (1, 2, 6))]
     for text in ([IMAGE_PAD, 7, IMAGE_PAD], [IMAGE_PAD, 7]):
         cache = DynamicCache()
@@ -304,14 +259,14 @@ def test_images_of_zeros_of_several_sizes_that_wait(model, oracle):
                 model(torch.tensor([text]), past_key_values=cache)
 
 
-def test_blank_media_keep_no_pixels_of_others_alive(model):
-    """Of a batch whose other row has an image; and many turns of blank media are kept as one."""
+def test_blank_media_hold_no_pixels_of_other_media(model):
+    """Another row of the batch has an image. Blank media of many turns share one copy."""
     inputs = batch([Sample("tFt", (1, 4, 4), seed=1), Sample("ttt", seed=2)], "left")
     cache = model(**inputs, use_cache=True)[CACHE]
     for _ in range(3):
         more = batch([Sample("tt", seed=3), Sample("tt", seed=4)], "left")
         model(**more | {"attention_mask": None, "cross_attention_mask": None}, past_key_values=cache)
-    kept = [medium["pixel_values"] for media in cache.layers[1].state.unplaced for medium in media]
+    kept = [medium.pixel_values for media in cache.layers[1].state.unplaced for medium in media]
     assert len(kept) == 7 and len({pixels.data_ptr() for pixels in kept}) == 2
     assert all(pixels.untyped_storage().nbytes() == 16 * 48 * 4 for pixels in kept)
 
@@ -334,211 +289,6 @@ def test_several_black_frames_without_an_image_pad_are_an_error(model):
         model(**frames)
 
 
-# crops, orders, copies
-
-
-def crop(cache, length):
-    cache.crop(length - cache.get_seq_length() if V5 else length)
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
-def test_crop_past_a_frame(model, oracle, length):
-    """What is left of a prompt goes on as if nothing had followed; new frames take the place of those taken back."""
-    sample, more = Sample("tFtFt", (1, 4, 4), (1, 4, 6), seed=1), Sample("tFt", (1, 2, 6), seed=2)
-    cache = model(**sample.inputs(), use_cache=True)[CACHE]
-    model(torch.tensor([[5, 6]]), past_key_values=cache)
-    crop(cache, length)
-    kept = Sample("t", seed=0)
-    kept.ids, kept.grids = sample.ids[:length], sample.grids[: int((sample.ids[:length] == IMAGE_PAD).sum())]
-    kept.pixel_values = sample.pixel_values
-    close(
-        model(more.ids[None], past_key_values=cache, **media_of(more)).logits[0], expected(oracle, kept, more)[length:]
-    )
-
-
-def test_crop_into_padding(model, oracle):
-    samples = [Sample("tFt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)]
-    cache = model(**batch(samples, "right"), use_cache=True)[CACHE]
-    cache.batch_select_indices(torch.tensor([0]))
-    crop(cache, 3)
-    close(model(torch.tensor([[7]]), past_key_values=cache).logits[0], expected(oracle, samples[0], more=[7])[-1:])
-
-
-def test_a_crop_too_far_back_is_an_error(model):
-    cache, mask = DynamicCache(), torch.ones(1, 0, dtype=torch.long)
-    for step in range(PAST_CALLS + 3):  # each with padding, so none of them only goes on
-        mask = torch.cat([mask, torch.tensor([[0, 1]])], dim=1)
-        model(torch.tensor([[0, 5]]), attention_mask=mask, past_key_values=cache)
-    crop(cache, 5)
-    with pytest.raises(
-        ValueError, match=rf"cropped to 5 tokens; expected at least 6, as only the last {PAST_CALLS} calls"
-    ):
-        model(torch.tensor([[5]]), past_key_values=cache)
-
-
-@pytest.mark.parametrize(
-    "name, index, rows",
-    [
-        ("reorder_cache", [1, 0], [1, 0]),
-        ("reorder_cache", [1, 1], [1, 1]),
-        ("batch_select_indices", [True, True], [0, 1]),
-        ("batch_select_indices", [False, True], [1]),
-        ("batch_select_indices", [-1, 0, 0], [1, 0, 0]),
-    ],
-)
-def test_rows_take_their_frames_along(model, oracle, name, index, rows):
-    samples = [Sample("ttFt", (1, 4, 4), seed=1), Sample("tFtt", (1, 4, 6), seed=2)]
-    cache = model(**batch(samples, "left"), use_cache=True)[CACHE]
-    getattr(cache, name)(torch.tensor(index))
-    tokens = torch.arange(7, 7 + len(rows))
-    logits = model(tokens[:, None], past_key_values=cache).logits
-    for row, at in enumerate(rows):
-        close(logits[row], expected(oracle, samples[at], more=[7 + row])[-1:])
-
-
-def test_media_follow_the_order_of_the_rows(model, oracle):
-    """After a reorder, and after a sample is gone."""
-    samples = [Sample("ttFt", (1, 4, 4), seed=1), Sample("tFtt", (1, 4, 6), seed=2), Sample("tttt", seed=3)]
-    cache = model(**batch(samples, "left"), use_cache=True)[CACHE]
-    cache.batch_select_indices(torch.tensor([2, 1]))
-    more = [Sample("tF", (1, 2, 4), seed=4), Sample("Ft", (1, 4, 8), seed=5)]
-    logits = model(**batch(more, "left") | {"attention_mask": None}, past_key_values=cache).logits
-    for row, (at, new) in enumerate(zip((2, 1), more, strict=True)):
-        close(logits[row], expected(oracle, samples[at], new)[4:])
-
-
-def test_rows_of_one_sample_that_part_cannot_take_frames(model):
-    sample = Sample("tFt", (1, 4, 4), seed=1)
-    cache = model(**sample.inputs(), use_cache=True)[CACHE]
-    cache.batch_repeat_interleave(2)
-    visual = media_of(Sample("F", (1, 4, 6), seed=2))
-    with pytest.raises(
-        ValueError, match="Text rows 0 and 1 share the frames of sample 0, but have 1 and 0 `image_pad` tokens"
-    ):
-        model(torch.tensor([[IMAGE_PAD], [7]]), past_key_values=cache, **visual)
-    with pytest.raises(ValueError, match="Text rows 0 and 1 share the frames of sample 0, but place them differently"):
-        model(torch.tensor([[IMAGE_PAD, 7], [7, IMAGE_PAD]]), past_key_values=cache, **visual)
-
-
-@pytest.mark.parametrize("kind", ["deep", "layers", "saved"])
-def test_copies_of_a_cache_go_their_own_ways(model, oracle, kind):
-    """Also when both write new tokens, and place a frame that waits, into the memory that they had in common."""
-    sample, late = Sample("tFt", (1, 4, 4), seed=1), Sample("F", (1, 4, 6), seed=2)
-    cache = model(**sample.inputs(), use_cache=True)[CACHE]
-    model(torch.tensor([[5]]), past_key_values=cache, **media_of(late))
-    if kind == "deep":
-        other = copy.deepcopy(cache)
-    elif kind == "saved":
-        memory = io.BytesIO()
-        torch.save(cache, memory)
-        memory.seek(0)
-        other = torch.load(memory, weights_only=False)
-    else:
-        other = DynamicCache()
-        other.layers = [copy.copy(layer) for layer in cache.layers]
-    for token in (8, 9):
-        for one, tokens in ((cache, [7, IMAGE_PAD, token]), (other, [IMAGE_PAD, 6, token])):
-            crop(one, 4)
-            got = model(torch.tensor([tokens]), past_key_values=copy.deepcopy(one) if token == 8 else one).logits[0]
-            ids = [*sample.ids.tolist(), 5, *tokens]
-            want = oracle.logits(ids, frames_of(oracle, sample, late))
-            close(got, want[4:])
-
-
-def test_a_shallow_copy_of_a_cache_is_an_error(model):
-    cache = model(**Sample("tFt", (1, 4, 4)).inputs(), use_cache=True)[CACHE]
-    other = copy.copy(cache)
-    with pytest.raises(ValueError, match="The cache is a shallow copy.*copy.deepcopy"):
-        model(torch.tensor([[7]]), past_key_values=other)
-    model(torch.tensor([[7]]), past_key_values=cache)
-    del cache
-    model(torch.tensor([[7]]), past_key_values=other)  # it is the only one now
-
-
-@pytest.mark.parametrize("layer", [0, 3])
-def test_a_cache_half_filled_by_a_failed_call(model, oracle, layer):
-    sample = Sample("tFt", (1, 4, 4), seed=1)
-    for cache in (DynamicCache(), model(**sample.inputs(), use_cache=True)[CACHE]):
-        length = cache.get_seq_length()
-
-        def fail(*args):
-            raise RuntimeError("out of memory")
-
-        hook = model.model.language_model.layers[layer].register_forward_hook(fail)
-        with pytest.raises(RuntimeError):
-            model(**(sample.inputs() if not length else {"input_ids": torch.tensor([[7]])}), past_key_values=cache)
-        hook.remove()
-        with pytest.raises(ValueError, match="a call failed half-way|but not their vision sequence"):
-            model(torch.tensor([[7]]), past_key_values=cache)
-        if length:
-            crop(cache, length)  # in transformers 5 this takes a token from the layers that lack it, too
-            if V5:
-                with pytest.raises(ValueError, match="a call failed half-way"):
-                    model(torch.tensor([[7]]), past_key_values=cache)
-            else:
-                close(
-                    model(torch.tensor([[7]]), past_key_values=cache).logits[0],
-                    expected(oracle, sample, more=[7])[-1:],
-                )
-
-
-def test_an_offloading_cache_fetches_past_the_vision_layers():
-    """`prefetch` of a vision layer is that of the layer after it, at the end of the first."""
-    fetched, cache = [], DynamicCache()
-    text = cache.layer_class_to_replicate
-    cache.layers = [text(), VisionCacheLayer(1), VisionCacheLayer(2), text(), VisionCacheLayer(4)]
-    for index in (0, 3):
-        cache.layers[index].prefetch = lambda index=index: fetched.append(index)
-    cache.layers[1].prefetch()
-    assert not fetched  # of no cache yet
-    assert all(cache.layers[index].belongs_to(cache) for index in (1, 2, 4))
-    for index in (1, 2, 4):
-        cache.layers[index].prefetch()
-    assert fetched == [3, 3, 0]
-
-
-def test_a_cache_goes_on_outside_inference_mode_and_autocast(model, oracle):
-    sample = Sample("tFt", (1, 4, 4), seed=1)
-    want = expected(oracle, sample, more=[7])[-1:]
-    for gradients in (False, True):
-        with torch.inference_mode():
-            cache = model(**sample.inputs(), use_cache=True)[CACHE]
-        with torch.set_grad_enabled(gradients):
-            close(model(torch.tensor([[7]]), past_key_values=cache).logits[0].detach(), want)
-    with torch.autocast("cpu", torch.bfloat16):
-        cache = model(**sample.inputs(), use_cache=True)[CACHE]
-    got = model(torch.tensor([[7]]), past_key_values=cache).logits[0]
-    assert (
-        got.dtype == torch.float32 and (got - want).abs().max() < 0.03 * want.abs().max()
-    )  # the prompt was read in bfloat16
-
-
-def test_gradients_through_a_conversation(model):
-    """Both frames come with the first call, and are placed one by one."""
-    sample = Sample("tFtF", (1, 4, 4), (1, 4, 4), seed=3)
-    with torch.enable_grad():
-        weight = model.model.visual.blocks[0].mlp.linear_fc1.weight
-        first = model(sample.ids[None, :2], **media_of(sample), use_cache=True)
-        second = model(sample.ids[None, 2:], past_key_values=first[CACHE])
-        gradient = torch.autograd.grad(first.logits.sum() + second.logits.sum(), weight)[0]
-        whole = torch.autograd.grad(model(**sample.inputs()).logits.sum(), weight)[0]
-    assert torch.allclose(gradient, whole, atol=1e-4 * whole.abs().max())
-
-
-def test_a_static_cache_that_is_too_short(model):
-    cache = StaticCache(config=model.config.text_config, max_cache_len=4)
-    model(**Sample("tFt", (1, 4, 4)).inputs(), past_key_values=cache)
-    with pytest.raises(
-        ValueError, match="has 4 slots and holds 3 tokens, and the call has 2; expected a cache of at least 5 slots"
-    ):
-        model(torch.tensor([[7, 8]]), past_key_values=cache)
-
-
-def test_what_is_no_cache(model):
-    with pytest.raises(ValueError, match="The cache is a tuple; expected a transformers cache"):
-        model(torch.tensor([[7]]), past_key_values=((torch.zeros(1), torch.zeros(1)),))
-
-
 # generate
 
 
@@ -553,7 +303,7 @@ def greedy(oracle, samples, more=()):
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_a_second_turn_in_chunks(model, oracle, size, with_mask):
-    """Its frames fall into different chunks, and its mask is over them alone."""
+    """Its frames are in different chunks, and its mask covers only these frames."""
     first, second = Sample("tFt", (1, 4, 4), seed=1), Sample("FtttFt", (1, 4, 4), (1, 4, 6), seed=2)
     cache = DynamicCache()
     out = model.generate(**first.inputs(), **{CACHE: cache}, **GENERATE)
@@ -569,7 +319,7 @@ def test_a_second_turn_in_chunks(model, oracle, size, with_mask):
 
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_a_second_turn_as_the_processor_returns_it(model, oracle, kind):
-    """With its mask, and its blank medium if it has no image: the image of the first turn stays seen."""
+    """With its mask, and its blank medium if it has no image: the image of the first turn stays visible."""
     first, cache = Sample("tFt", (1, 4, 4), seed=1), DynamicCache()
     second = Sample("tttt", seed=2) if kind == "text" else Sample("tFtt", (1, 4, 6), seed=2)
     out = model.generate(**first.inputs(), **{CACHE: cache}, **GENERATE)
@@ -617,15 +367,15 @@ def test_a_turn_without_anything_new_is_an_error(model):
 
 
 def test_a_new_turn_taken_for_the_conversation_is_an_error(model):
-    """Given alone, and longer than the cache: its beginning would be cut off."""
+    """A new turn alone, longer than the cache: its beginning would be cut off."""
     cache = model(**Sample("tFt", (1, 4, 4), seed=1).inputs(), use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="is not the conversation that the cache holds: token 2 is"):
         model.generate(Sample("tttttt", seed=2).ids[None], **{CACHE: cache}, **GENERATE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_positions_that_count_tokens_mean_xrope(model, oracle, side):
-    """As trainers and servers make them of the mask, in a prompt and in a decode step."""
+def test_positions_that_count_tokens_are_replaced_by_xrope(model, oracle, side):
+    """As trainers and servers compute them from the mask, in a prompt and in a decode step."""
     samples = [Sample("tFtt", (1, 4, 4), seed=1), Sample("ttFtttt", (1, 4, 6), seed=2)]
     inputs = batch(samples, side)
     mask = inputs["attention_mask"]
@@ -641,14 +391,14 @@ def test_positions_that_count_tokens_mean_xrope(model, oracle, side):
     for row, sample in enumerate(samples):
         want = expected(oracle, sample, more=[7 + row])
         close(torch.cat([out.logits[row, inputs["attention_mask"][row].bool()], step.logits[row]]), want)
-    by_index = model(**inputs, position_ids=torch.arange(mask.shape[1] - 1)[None]).logits  # places in the row instead
+    by_index = model(**inputs, position_ids=torch.arange(mask.shape[1] - 1)[None]).logits  # columns of the row instead
     assert torch.allclose(by_index[mask[:, :-1].bool()], out.logits[mask[:, :-1].bool()], atol=1e-5)
     alone = samples[0].inputs() | {"position_ids": torch.arange(4)[None]}
     close(model(**alone).logits[0], expected(oracle, samples[0]))
 
 
-def test_rows_of_counts_beside_rows_of_other_positions(model, oracle):
-    """Each row is read by itself: XRoPE's positions, counts, and positions of the caller's own."""
+def test_counting_rows_beside_rows_of_other_positions(model, oracle):
+    """Every row is read separately: XRoPE's positions, counts, and other positions."""
     samples = [Sample("ttFtttt", (1, 4, 6), seed=1), Sample("ttFFFttttt", (3, 4, 4), seed=2), Sample("tttt", seed=3)]
     inputs = batch(samples, "right")
     del inputs["cross_attention_mask"]
@@ -656,7 +406,7 @@ def test_rows_of_counts_beside_rows_of_other_positions(model, oracle):
     positions[0] = model.get_rope_index(
         **{name: inputs[name] for name in ("input_ids", "grid_thw", "attention_mask", "media_nums_per_sample")}
     )[0][0, 0]
-    positions[2, :4], positions[2, 4:] = torch.tensor([2, 5, 6, 9]), 500  # what padding has does not count
+    positions[2, :4], positions[2, 4:] = torch.tensor([2, 5, 6, 9]), 500  # positions of padding have no effect
     out = model(**inputs, position_ids=positions, use_cache=True)
     for row in range(2):
         close(out.logits[row, : len(samples[row].ids)], expected(oracle, samples[row]))
@@ -679,7 +429,7 @@ def test_positions_of_texts_alone_with_the_processors_blank_medium(model):
     "kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"num_beams": 2}, {"use_cache": False}]
 )
 def test_generate_with_positions(model, kwargs):
-    """Those of the prompt count on over candidates, beams and steps."""
+    """Positions of the prompt are continued over candidates, beams and steps."""
     sample, kwargs = Sample("tFtttFt", (1, 4, 6), (1, 4, 4), seed=5), dict(kwargs) | {"eos_token_id": 199}
     if kwargs.pop("assistant", False):
         kwargs["assistant_model"] = copy.deepcopy(model)
@@ -704,14 +454,14 @@ def test_no_text_is_an_error(model, shape):
         model(torch.zeros(shape, dtype=torch.long))
 
 
-def test_no_media_at_all_are_no_media(model, oracle):
+def test_empty_media_equal_no_media(model, oracle):
     text = Sample("ttt", seed=1)
     empty = {"pixel_values": torch.zeros(0, 48), "grid_thw": torch.zeros(0, 3, dtype=torch.long)}
     for more in ({}, {"media_nums_per_sample": [0]}, {"use_cache": True}):
         close(model(text.ids[None], **empty, **more).logits[0], expected(oracle, text))
 
 
-def test_the_grid_by_its_other_name(model):
+def test_the_grid_has_another_name(model):
     inputs = Sample("tFt", (1, 4, 4), seed=1).inputs()
     renamed = {name: value for name, value in inputs.items() if name != "grid_thw"} | {
         "image_grid_thw": inputs["grid_thw"]

@@ -1,23 +1,19 @@
-"""The model against the golden numbers and against itself: every way to compute a thing gives the same thing, and nothing leaks."""
+"""The model against the golden numbers and against itself: every way to compute a result gives the same result, and
+nothing leaks."""
 
 import copy
 import json
-import threading
 
 import pytest
 import torch
-import transformers
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 from tiny import IMAGE_PAD, Sample, assorted_samples, batch, make_model, row_of
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from moss_vl import attention, cache_layers, modeling_moss_vl, vision_encoder
-from moss_vl.cache_layers import VisionCacheLayer
+from moss_vl import attention, decoder, vision_encoder
 from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
+from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 
 
 TINY = GOLDEN / "model" / "tiny"
@@ -37,7 +33,7 @@ def model(request):
 
 
 def close(got, expected, tolerance=1e-5, what=""):
-    """Largest difference, as a share of the largest value where that is above 1: float32 has 7 digits of it."""
+    """Largest difference, relative to the largest value if that is above 1: float32 has 7 digits."""
     difference = (got - expected).abs() / expected.abs().max().clamp(min=1)
     assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
     worst = difference.max().item() if difference.numel() else 0.0
@@ -50,7 +46,7 @@ def exactly(got, expected, what):
     assert (got - expected).abs().max() <= 1e-5, f"{what}: off by {(got - expected).abs().max():.2e}"
 
 
-# Golden numbers, made by another implementation in float32; 1e-5 is what two orders of summation differ by.
+# Golden numbers of another implementation in float32; two orders of summation differ by 1e-5.
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,7 +139,7 @@ def test_token_by_token_equals_full_forward(model, index):
 @pytest.mark.parametrize("with_mask", [True, False])
 @torch.no_grad()
 def test_prefill_in_chunks_equals_full_forward(model, size, with_mask):
-    """All media in the first chunk; the frames wait for their place."""
+    """All media come with the first chunk; the frames wait for their `image_pad`."""
     sample = assorted_samples()[3]
     inputs = sample.inputs()
     full = model(**inputs).logits
@@ -336,15 +332,15 @@ def test_chunks_of_few_patches_change_nothing(model, patches, monkeypatch):
 
 
 @torch.no_grad()
-def test_vision_keys_and_values_made_piece_by_piece(model, monkeypatch):
+def test_vision_keys_and_values_computed_in_pieces(model, monkeypatch):
     inputs = batch(assorted_samples(), "left")
     expected = model(**inputs).logits
-    monkeypatch.setattr(modeling_moss_vl, "VISION_ROWS", 7)
+    monkeypatch.setattr(decoder, "VISION_ROWS", 7)
     close(model(**inputs).logits, expected)
 
 
 @torch.no_grad()
-def test_logits_only_where_asked_for(model):
+def test_logits_of_kept_tokens_only(model):
     inputs = assorted_samples()[2].inputs()
     full = model(**inputs).logits
     close(model(**inputs, logits_to_keep=3).logits, full[:, -3:])
@@ -361,7 +357,7 @@ def test_embeddings_in_place_of_ids(model):
 
 
 @torch.no_grad()
-def test_position_ids_are_obeyed(model):
+def test_position_ids_of_the_caller_are_used(model):
     inputs = assorted_samples()[2].inputs()
     positions, _, delta = model.get_rope_index(inputs["input_ids"], inputs["grid_thw"])
     close(model(**inputs, position_ids=positions).logits, model(**inputs).logits)
@@ -379,7 +375,7 @@ def moved_rows(model, before, after):
 
 
 @torch.no_grad()
-def test_a_changed_token_moves_only_what_stands_behind_it(model):
+def test_a_changed_token_changes_only_later_logits(model):
     before = assorted_samples()[3].inputs()
     after = before | {"input_ids": before["input_ids"].clone()}
     after["input_ids"][0, 4] = 7
@@ -390,7 +386,7 @@ def test_a_changed_token_moves_only_what_stands_behind_it(model):
     "frame, pixels, first_row", [(0, slice(0, 16), 0), (2, slice(32, 48), 3), (4, slice(80, 96), 10)]
 )
 @torch.no_grad()
-def test_a_changed_frame_moves_only_rows_that_see_it(model, frame, pixels, first_row):
+def test_a_changed_frame_changes_only_tokens_it_is_visible_to(model, frame, pixels, first_row):
     before = assorted_samples()[3].inputs()
     after = before | {"pixel_values": before["pixel_values"].clone()}
     after["pixel_values"][pixels] += 1
@@ -398,7 +394,7 @@ def test_a_changed_frame_moves_only_rows_that_see_it(model, frame, pixels, first
 
 
 @torch.no_grad()
-def test_a_changed_sample_moves_no_other(model):
+def test_a_changed_sample_changes_no_other_sample(model):
     samples = assorted_samples()
     before = model(**batch(samples, "left")).logits
     samples[2] = Sample("FtttFttttttttttt", (1, 8, 8), (1, 4, 4), seed=77)
@@ -409,7 +405,7 @@ def test_a_changed_sample_moves_no_other(model):
 
 
 @torch.no_grad()
-def test_what_stands_in_the_padding_does_not_matter(model):
+def test_ids_of_padding_have_no_effect(model):
     samples = assorted_samples()
     for side in ("left", "right"):
         inputs = batch(samples, side)
@@ -420,13 +416,13 @@ def test_what_stands_in_the_padding_does_not_matter(model):
 
 
 @torch.no_grad()
-def test_a_mask_that_is_no_prefix_is_obeyed(model):
-    """Hide frame 0 from a row: a change of frame 0 no longer moves it, a change of frame 1 does. Written against self-attention
-    that would carry the change on: only the first row behind the frames is looked at."""
+def test_a_mask_may_hide_the_first_frame_alone(model):
+    """If frame 0 is hidden from a row, a change of frame 0 does not change the row, and a change of frame 1 does.
+    Written against self-attention that would carry the change on: only the first row after the frames is compared."""
     sample = Sample("FFtt", (2, 4, 4), seed=3)
     before = sample.inputs()
     mask = before["cross_attention_mask"].clone()
-    mask[0, 0, :, 0] = True  # nobody sees frame 0
+    mask[0, 0, :, 0] = True  # frame 0 is hidden from every token
     before["cross_attention_mask"] = mask
     for frame, expected in ((0, [False] * 4), (1, [False, True, True, True])):
         after = before | {"pixel_values": before["pixel_values"].clone()}
@@ -436,7 +432,7 @@ def test_a_mask_that_is_no_prefix_is_obeyed(model):
 
 @torch.no_grad()
 def test_a_mask_with_holes_equals_dense_attention():
-    """Rows that see any set of placed frames, against the plain formula with a dense mask, one layer at a time."""
+    """Rows that see any set of placed frames, against the plain formula with a dense mask, for one layer."""
     model = make_model("sdpa")
     sample = Sample("FFFtttttt", (3, 4, 6), seed=3)
     inputs = sample.inputs()
@@ -445,29 +441,29 @@ def test_a_mask_with_holes_equals_dense_attention():
     mask[0, 0, 0] = torch.tensor([False, True, True])
     mask[0, 0, 1, 2] = True
     inputs["cross_attention_mask"] = mask
-    layer, seen = model.model.language_model.layers[1], {}
+    layer, found = model.model.language_model.layers[1], {}
 
     def keep(module, args, out):
-        hidden, vision, table, vision_table, *_ = args
-        query = module.queries(hidden, table)
-        key, value = module.keys_values(vision[None], vision_table)
-        tokens = (~mask).repeat_interleave(7, dim=-1)  # 2 * 3 tokens and a separator a frame
+        hidden, vision, call, _ = args
+        query = module.queries(hidden, call.rotary)
+        key, value = module.keys_values(vision[None], call.vision_rotary)
+        tokens = (~mask).repeat_interleave(7, dim=-1)  # 2 * 3 tokens and a separator per frame
         scores = query @ key.repeat_interleave(4, dim=1).transpose(2, 3) * module.scaling
         weights = scores.masked_fill(~tokens, float("-inf")).softmax(-1).nan_to_num(0)
         dense = (weights @ value.repeat_interleave(4, dim=1)).transpose(1, 2).flatten(2)
-        seen["expected"], seen["got"] = module.o_proj(dense), out[0]
-        seen["rows"] = tokens.any(-1)[0, 0]
+        found["expected"], found["got"] = module.o_proj(dense), out[0]
+        found["rows"] = tokens.any(-1)[0, 0]
 
     hook = layer.cross_attn.register_forward_hook(keep)
     model(**inputs)
     hook.remove()
-    close(seen["got"], seen["expected"])
-    assert 0 < seen["rows"].sum() < 9 or seen["rows"].all()
+    close(found["got"], found["expected"])
+    assert 0 < found["rows"].sum() < 9 or found["rows"].all()
 
 
 @torch.no_grad()
-def test_frames_hidden_at_first_are_there_later(model):
-    """The mask of the first chunk hides all; the second chunk sees both frames."""
+def test_frames_invisible_to_the_first_chunk_are_visible_to_the_second(model):
+    """The mask hides both frames from the first chunk, and none from the second."""
     sample = Sample("FttFtt", (1, 4, 4), (1, 2, 4), seed=3)
     inputs = sample.inputs()
     inputs["cross_attention_mask"][:, :, :3] = True
@@ -488,7 +484,7 @@ def test_rows_of_a_cache_may_be_repeated_and_dropped(model, generated):
     step = torch.tensor([[5], [6], [7]])
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
     cache = model(**inputs, use_cache=True).past_key_values
-    if generated:  # a token more, so that the plan of such a step is kept
+    if generated:  # one more token, so that the state holds the plan of a step
         model(step, past_key_values=cache, attention_mask=mask)
         mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
     expected = model(step, past_key_values=copy.deepcopy(cache), attention_mask=mask).logits
@@ -511,12 +507,12 @@ def test_a_cache_given_with_use_cache_false_is_still_read(model):
 
 
 @torch.no_grad()
-def test_a_row_that_sees_nothing_passes_cross_attention_unchanged(model):
-    layer, seen = model.model.language_model.layers[1], []
-    hook = layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out[0])))
+def test_a_row_without_visible_frames_passes_cross_attention_unchanged(model):
+    layer, passes = model.model.language_model.layers[1], []
+    hook = layer.register_forward_hook(lambda module, args, out: passes.append((args[0], out[0])))
     model(**assorted_samples()[2].inputs())
     hook.remove()
-    (before, after), first_frame = seen[0], 2
+    (before, after), first_frame = passes[0], 2
     assert torch.equal(before[:, :first_frame], after[:, :first_frame])
     assert (before[:, first_frame:] - after[:, first_frame:]).abs().amin(-1).max() > 0
 
@@ -531,237 +527,3 @@ def test_text_alone_skips_the_vision_side(model):
     for hook in hooks:
         hook.remove()
     assert called == []
-
-
-# Caches and outputs.
-
-
-@torch.no_grad()
-def test_the_cache_goes_by_its_older_and_its_newer_name(model):
-    out = model(**assorted_samples()[2].inputs(), use_cache=True)
-    assert out.past_key_values is getattr(out, CACHE) is out[CACHE]
-    step = torch.tensor([[5]])
-    for part, result in (
-        (model, "logits"),
-        (model.model, "last_hidden_state"),
-        (model.model.language_model, "last_hidden_state"),
-    ):
-        caches = {name: copy.deepcopy(out.past_key_values) for name in ("cache", "past_key_values")}
-        newer, older = (part(step, **{name: cache}) for name, cache in caches.items())
-        assert torch.equal(newer[result], older[result])
-        assert newer.past_key_values is caches["cache"] and older.past_key_values is caches["past_key_values"]
-        assert all(cache.get_seq_length() == out.past_key_values.get_seq_length() + 1 for cache in caches.values())
-        with pytest.raises(ValueError, match="given twice, as `cache` and as `past_key_values`"):
-            part(step, **caches)
-
-
-@torch.no_grad()
-def test_decoding_does_not_copy_vision_keys_and_values(model):
-    cache = model(**assorted_samples()[3].inputs(), use_cache=True).past_key_values
-    layers = [cache.layers[index] for index in (1, 4)]
-    where = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers]
-    shapes = [layer.keys.shape for layer in layers]
-    for _ in range(3):
-        model(torch.tensor([[5]]), past_key_values=cache)
-    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in layers] == where
-    assert shapes == [layer.keys.shape for layer in layers] == [torch.Size([1, 2, 5 + 5 + 5 + 9 + 5, 16])] * 2
-
-
-class Waits(TorchDispatchMode):
-    """Counts the values that Python asks of tensors: on a GPU each has the host wait for all that was launched before."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@torch.no_grad()
-def test_a_decode_step_waits_for_no_layer(padded):
-    for depth in (4, 12):
-        model = make_model(text={"num_hidden_layers": depth, "cross_attention_layers": list(range(1, depth, 4))})
-        inputs = batch(assorted_samples()[1:4], "left")
-        cache = model(**inputs, use_cache=True).past_key_values
-        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1) if padded else None
-        with Waits() as waits:
-            model(torch.tensor([[5], [6], [7]]), past_key_values=cache, attention_mask=mask)
-        assert waits.count == padded  # once, for whether the mask hides anything
-
-
-def largest_allocation(call) -> int:
-    """Bytes of the largest tensor that is made during `call`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-
-
-@pytest.mark.parametrize("with_mask", [True, False])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@torch.no_grad()
-def test_no_tensor_of_text_by_vision_is_made(implementation, with_mask):
-    """1,000 text tokens, 100 frames of 37 tokens: not even one bit-sized mask of 1,000 x 3,700 is allocated, nor in a decode step a copy
-    of the keys."""
-    model = make_model(implementation, text={"num_attention_heads": 2, "num_key_value_heads": 1})
-    sample = Sample("tttttttttF" * 100, (100, 12, 12))
-    inputs = sample.inputs()
-    if not with_mask:
-        inputs["cross_attention_mask"] = None
-    caches = []
-    prefill = largest_allocation(
-        lambda: caches.append(model(**inputs, use_cache=True, vision_chunked_length=8).past_key_values)
-    )
-    keys = caches[0].layers[1].keys
-    assert keys.shape == (1, 1, 3700, 16)
-    text_scores = 4 * 2 * 1000 * 1000 if implementation == "eager" else 0  # eager self-attention writes out T x T
-    assert prefill <= max(text_scores, 1000 * 3700 / 2), prefill
-    step = largest_allocation(lambda: model(torch.tensor([[5]]), past_key_values=caches[0]))
-    text_keys = caches[0].layers[0].keys  # these grow by a token, and are copied for it
-    assert step <= text_keys.numel() * text_keys.element_size() < keys.numel() * keys.element_size()
-
-
-@torch.no_grad()
-def test_attention_weights_and_hidden_states(model):
-    samples = [assorted_samples()[i] for i in (3, 0, 2)]
-    inputs = batch(samples, "left")
-    out = model(**inputs, output_attentions=True, output_hidden_states=True)
-    length, widest = inputs["input_ids"].shape[1], 5 + 5 + 5 + 9 + 5
-    assert [tuple(w.shape) for w in out.attentions] == [(3, 8, length, length)] * 4
-    assert [tuple(w.shape) for w in out.cross_attentions] == [(3, 8, length, widest)] * 2
-    real = inputs["attention_mask"].bool()
-    for weights in out.attentions:
-        close(weights.sum(-1).transpose(1, 2)[real], torch.ones(int(real.sum()), 8))
-        assert torch.equal(weights, weights.tril())
-    sees = (~inputs["cross_attention_mask"][:, 0]).any(-1)  # [B, T]
-    for weights in out.cross_attentions:
-        close(weights.sum(-1).transpose(1, 2), sees[..., None].expand(-1, -1, 8).float())
-    row, frames = 4 + length - len(samples[0].ids) - 0, 3  # the fifth token has seen three frames
-    assert out.cross_attentions[0][0, :, row, : 5 * frames].min() > 0
-    assert out.cross_attentions[0][0, :, row, 5 * frames :].max() == 0
-    assert len(out.hidden_states) == 7 and all(state.shape == (3, length, 64) for state in out.hidden_states)
-    close(model.lm_head(out.hidden_states[-1])[real], out.logits[real])
-    close(out.logits[real], model(**inputs).logits[real])
-
-
-@torch.no_grad()
-def test_tuple_output(model):
-    out = model(**assorted_samples()[1].inputs(), return_dict=False, use_cache=False)
-    assert isinstance(out, tuple) and out[0].shape == (1, 7, 200)
-
-
-@torch.no_grad()
-def test_a_call_leaves_nothing_behind(model):
-    inputs = batch(assorted_samples(), "right")
-    copies = {
-        name: value.clone() if isinstance(value, torch.Tensor) else list(value) for name, value in inputs.items()
-    }
-    state = {name: set(vars(module)) for name, module in model.named_modules()}
-    model(**inputs, use_cache=True)
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == state
-    for name, value in copies.items():
-        assert torch.equal(inputs[name], value) if isinstance(value, torch.Tensor) else inputs[name] == value
-
-
-def test_two_threads_share_a_model(model):
-    samples = [assorted_samples()[3], assorted_samples()[2]]
-    expected = [model.generate(**s.inputs(), max_new_tokens=12, do_sample=False, pad_token_id=0) for s in samples]
-    got = [[], []]
-
-    def work(index):
-        for _ in range(5):
-            got[index].append(
-                model.generate(**samples[index].inputs(), max_new_tokens=12, do_sample=False, pad_token_id=0)
-            )
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        assert len(got[index]) == 5 and all(torch.equal(ids, expected[index]) for ids in got[index])
-
-
-@pytest.mark.parametrize("products", [False, True])
-@torch.no_grad()
-def test_bfloat16_follows_float32(monkeypatch, products):
-    """On CPUs with products in bfloat16, and without."""
-    monkeypatch.setattr(attention, "CPU_BFLOAT16", products)
-    inputs = batch(assorted_samples(), "left")
-    real = inputs["attention_mask"].bool()
-    full = make_model("sdpa")(**inputs).logits[real]
-    half = make_model("sdpa").bfloat16()(**inputs).logits[real]
-    assert half.dtype == torch.bfloat16
-    relative = (half.float() - full).norm() / full.norm()
-    assert relative < 0.05, relative  # 8 bits of mantissa through 9 layers
-
-
-def random_states(length, seed, rows=2):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 2, length, 4, generator=generator), torch.randn(rows, 2, length, 4, generator=generator)
-
-
-CACHE_WORK = {
-    "nothing": lambda layer: None,
-    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
-    "repeat": lambda layer: layer.batch_repeat_interleave(2),
-    "select": lambda layer: layer.batch_select_indices(torch.tensor([-1])),
-    "crop": lambda layer: layer.crop(-3 if transformers.__version__ >= "5" else layer.get_seq_length() - 3),
-}
-
-
-@pytest.mark.parametrize("work", CACHE_WORK)
-def test_a_text_cache_holds_what_a_growing_one_does(work, monkeypatch):
-    monkeypatch.setattr(cache_layers, "TEXT_ROOM", 4)
-    ours, plain = cache_layers.TextCacheLayer(), DynamicLayer()
-    assert ours.get_seq_length() == 0
-    for step, length in enumerate([5, 1, 1, 3, 1, 40, 1, 1]):
-        if step in (3, 6):
-            CACHE_WORK[work](ours), CACHE_WORK[work](plain)
-        states = random_states(length, step, rows=2 if step < 3 else plain.keys.shape[0])
-        got, expected = ours.update(*states), plain.update(*states)
-        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)), step
-        assert ours.get_seq_length() == plain.get_seq_length()
-
-
-def test_a_text_cache_moves_nothing_while_it_has_room(monkeypatch):
-    layer = cache_layers.TextCacheLayer()
-    layer.update(*random_states(10, 0))
-    before, places = layer.keys, set()
-    for step in range(cache_layers.TEXT_ROOM):
-        layer.update(*random_states(1, step))
-        places.add((layer.keys.data_ptr(), layer.values.data_ptr()))
-    assert len(places) == 1 and places.pop()[0] == before.data_ptr()
-    layer.update(*random_states(1, 0))
-    assert layer.keys.data_ptr() != before.data_ptr(), "the room is full"
-    other = copy.deepcopy(layer)
-    other.update(*random_states(1, 1))
-    kept = layer.update(*random_states(1, 2))
-    assert torch.equal(kept[0][..., -1:, :], random_states(1, 2)[0]) and torch.equal(
-        other.keys[..., -1:, :], random_states(1, 1)[0]
-    )
-
-
-def test_a_text_cache_keeps_gradients():
-    layer, states = cache_layers.TextCacheLayer(), [part.requires_grad_() for part in random_states(3, 0)]
-    layer.update(*states)
-    keys, values = layer.update(*random_states(1, 1))
-    (keys.sum() + values.sum()).backward()
-    assert all(torch.equal(part.grad, torch.ones_like(part)) for part in states)
-
-
-@torch.no_grad()
-def test_a_cache_is_filled_by_layers_that_grow_in_place(model):
-    sample = assorted_samples()[3].inputs()
-    cache = model(**sample, use_cache=True)[CACHE]
-    kinds = [type(layer) for layer in cache.layers]
-    crossing = model.config.text_config.cross_attention_layers
-    assert all((kind is VisionCacheLayer) == (index in crossing) for index, kind in enumerate(kinds))
-    assert kinds.count(cache_layers.TextCacheLayer) == len(kinds) - len(crossing)
-    offloading = DynamicCache()
-    offloading.offloading = True
-    assert cache_layers.install_layers(offloading, model.config.text_config) is offloading.layers[crossing[0]]
-    assert not any(type(layer) is cache_layers.TextCacheLayer for layer in offloading.layers)

@@ -1,4 +1,4 @@
-"""Packed texts with frames, wherever their positions begin, and levels that stand for the blank medium."""
+"""Packed texts with frames from any first position, and uint8 pixels that are a blank medium."""
 
 import pytest
 import torch
@@ -25,19 +25,19 @@ TEXTS = {
 @pytest.mark.parametrize("shift", [0, 1, 2])
 @pytest.mark.parametrize("name", TEXTS)
 @torch.no_grad()
-def test_packed_texts_are_each_alone_wherever_their_positions_begin(model, name, shift):
-    """Rotation is relative: a text that begins at 2 says what it says at 0, and its frames begin with it."""
+def test_packed_texts_equal_each_alone_from_any_first_position(model, name, shift):
+    """Rotation is relative: a text that begins at 2 has the logits of one at 0, and its frames begin there too."""
     texts = TEXTS[name]
     positions = [
         model.get_rope_index(one.ids[None], *([one.grid_thw] if one.frames else []))[0][0, 0] + (shift if index else 0)
         for index, one in enumerate(texts)
     ]
-    seen = [one for one in texts if one.frames]
+    with_frames = [one for one in texts if one.frames]
     logits = model(
         torch.cat([one.ids for one in texts])[None],
         position_ids=torch.cat(positions)[None],
-        pixel_values=torch.cat([one.pixel_values for one in seen]),
-        grid_thw=torch.cat([one.grid_thw for one in seen]),
+        pixel_values=torch.cat([one.pixel_values for one in with_frames]),
+        grid_thw=torch.cat([one.grid_thw for one in with_frames]),
         use_cache=False,
     ).logits[0]
     for index, (one, got) in enumerate(zip(texts, logits.split([len(one.ids) for one in texts]), strict=True)):
@@ -47,8 +47,9 @@ def test_packed_texts_are_each_alone_wherever_their_positions_begin(model, name,
 
 @pytest.mark.parametrize("level, mean, blank", [(0, 0.0, True), (0, 0.5, False), (0, 1.0, False), (1, 0.0, False)])
 @torch.no_grad()
-def test_levels_are_blank_if_they_stand_for_zeros(model, level, mean, blank):
-    """Level 0 with a mean of 0.5 is a black picture, -1 once it is normalised; with a mean of 0 it is 0, as of the blank medium."""
+def test_uint8_pixels_are_blank_if_they_normalise_to_zeros(model, level, mean, blank):
+    """Pixels of 0 with a mean of 0.5 are a black image, -1 after they are normalised; with a mean of 0 they are 0, as
+    in a blank medium."""
     ids = torch.tensor([[5, 6, 7]])
     inputs = {"pixel_values": torch.full((16, 48), level, dtype=torch.uint8), "grid_thw": torch.tensor([[1, 4, 4]])}
     inputs |= {"image_mean": [[mean] * 3], "image_std": [[0.5] * 3]}

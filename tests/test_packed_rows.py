@@ -6,7 +6,7 @@ from oracle import Oracle
 from tiny import Sample, make_model
 from transformers import DataCollatorWithFlattening
 
-from moss_vl.xrope import text_starts
+from moss_vl.xrope import find_text_starts
 
 
 SAMPLES = [
@@ -50,7 +50,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("positions", ["counts", "xrope", "xrope, one axis"])
-def test_packed_texts_are_each_alone(expected, implementation, positions):
+def test_packed_texts_equal_each_alone(expected, implementation, positions):
     model, inputs = make_model(implementation), packed()
     if positions != "counts":
         walked = [
@@ -62,7 +62,7 @@ def test_packed_texts_are_each_alone(expected, implementation, positions):
 
 
 def test_packed_texts_beside_a_ready_mask(expected):
-    """A block-diagonal mask says the same once more."""
+    """A block-diagonal mask hides the same tokens."""
     model, inputs = make_model(), packed()
     lengths = torch.tensor([len(sample.ids) for sample in SAMPLES])
     text = torch.arange(len(SAMPLES)).repeat_interleave(lengths)
@@ -75,7 +75,7 @@ def test_packed_texts_beside_a_ready_mask(expected):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_rows_packed_by_counts_and_by_xrope(expected, order):
-    """Each row is read by itself."""
+    """Every row is read separately."""
     model, halves = make_model(), [packed(SAMPLES[:3]), packed(SAMPLES[2:])]
     walked = [
         model.get_rope_index(sample.ids[None], sample.grid_thw if sample.grids else None)[0][0]
@@ -101,7 +101,7 @@ def test_rows_packed_by_counts_and_by_xrope(expected, order):
 
 
 def test_packed_rows_beside_padding(expected):
-    """Two rows, each with padding on a side of its own, and in the middle of a text."""
+    """Two rows with padding on different sides, and in the middle of a text."""
     model, halves = make_model(), [packed(SAMPLES[:2]), packed(SAMPLES[2:])]
     real = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
     inputs = {
@@ -130,7 +130,7 @@ def test_loss_and_gradients_of_packed_rows():
     assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
-def test_what_packed_rows_cannot_have():
+def test_packed_rows_refuse_a_cache_and_partial_masks():
     model, inputs = make_model(), packed()
     with pytest.raises(ValueError, match="the row holds several texts, and a cache was asked for"):
         model(**inputs, use_cache=True)
@@ -146,10 +146,10 @@ def test_what_packed_rows_cannot_have():
 
 
 def test_positions_that_do_not_start_again_pack_nothing():
-    """A row of rising positions is one text, whatever stands in its padding."""
+    """A row of rising positions is one text, whatever the positions of its padding."""
     positions, real = torch.tensor([[1, 1, 0, 1, 5, 6]]), torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()
-    assert text_starts(positions, positions, real).tolist() == [[False, False, True, False, False, False]]
-    assert text_starts(positions, positions, ~real).tolist() == [[True, True, False, False, False, False]]
+    assert find_text_starts(positions, positions, real).tolist() == [[False, False, True, False, False, False]]
+    assert find_text_starts(positions, positions, ~real).tolist() == [[True, True, False, False, False, False]]
     model, sample = make_model(), Sample("tttt", seed=3)
     with torch.no_grad():
         moved = model(sample.ids[None], position_ids=torch.tensor([[3, 7, 8, 20]]), use_cache=True).logits

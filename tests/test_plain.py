@@ -1,13 +1,15 @@
-"""The model against the one that benchmarks/plain.py writes out from the specification: every number of the configuration does what it says.
+"""The model against the one that benchmarks/plain.py writes out from the specification: every number of the
+configuration is used.
 
-Self-consistency cannot see a number that is ignored everywhere; the plain model reads the same configuration and shares no code.
+Self-consistency cannot see a number that is ignored everywhere; the plain model reads the same configuration and
+shares no code.
 """
 
 import pytest
 import torch
 from tiny import IMAGE_PAD, PATCH, make_model
 
-from moss_vl import attention, modeling_moss_vl, vision_encoder
+from moss_vl import attention, decoder, vision_encoder
 from moss_vl.benchmarks.plain import PlainMossVL
 
 
@@ -19,7 +21,7 @@ def rope(*section, theta=100.0):
     }
 
 
-# What is changed -> the change. theta is small, so that every frequency turns far enough to be seen.
+# Changed part -> the change. theta is small, so that every frequency rotates far enough to detect.
 SETTINGS = {
     "nothing": {},
     "rms_norm_eps": {"text": {"rms_norm_eps": 0.5}},
@@ -63,7 +65,7 @@ def inputs_of(config, rows, columns):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.no_grad()
-def test_every_number_does_what_it_says(name, grid):
+def test_every_number_of_the_configuration_is_used(name, grid):
     model = make_model("sdpa", **SETTINGS[name])
     ids, pixels, grid_thw = inputs_of(model.config, *grid)
     plain, steps = PlainMossVL(model), torch.tensor([[21], [22]])
@@ -77,8 +79,8 @@ def test_every_number_does_what_it_says(name, grid):
 
 @pytest.mark.parametrize("first, second", SAME_WEIGHTS)
 @torch.no_grad()
-def test_every_change_is_large_enough_to_be_seen(first, second):
-    """The weights are the same, so that the logits could be, too."""
+def test_every_change_is_large_enough_to_detect(first, second):
+    """The weights are the same, so equal logits are possible."""
     models = [make_model("sdpa", **SETTINGS[name]) for name in (first, second)]
     ids, pixels, grid_thw = inputs_of(models[0].config, *GRIDS[0])
     one, other = (model(ids, pixel_values=pixels, grid_thw=grid_thw).logits for model in models)
@@ -90,7 +92,7 @@ def test_every_change_is_large_enough_to_be_seen(first, second):
     [((4, 4, 4), True), ((3, 5, 4), False), ((3, 4, 5), False), ((12, 0, 0), True), ((0, 6, 6), False)],
 )
 def test_sections_have_every_third_frequency_at_most(section, fits):
-    """Of twelve: those of h are 1, 4, 7, 10, those of w 2, 5, 8, 11."""
+    """Of twelve frequencies, h has 1, 4, 7, 10 and w has 2, 5, 8, 11."""
     if fits:
         assert make_model(text=rope(*section)).config.text_config.rope_parameters["mrope_section"] == list(section)
     else:
@@ -104,7 +106,7 @@ ACTIVATIONS = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "silu": tor
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @torch.no_grad()
 def test_activations(name):
-    """Those of both MLPs are the config's; that between the merger's layers is exact GELU whatever the config says."""
+    """Both MLPs use the config's; between the merger's layers it is always exact GELU."""
     model = make_model(text={"hidden_act": name}, vision={"hidden_act": name})
     generator = torch.Generator().manual_seed(0)
     mlp, x = model.model.language_model.layers[1].mlp, torch.randn(3, 64, generator=generator)
@@ -131,31 +133,33 @@ def test_biases_are_where_the_config_has_them():
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_dropout_of_both_kinds_of_attention(implementation, monkeypatch):
-    """The config's share of the attention weights is dropped in training, in every layer of text; nothing of the vision encoder's."""
+    """In training the config's share of attention weights is dropped in every decoder layer, and none in the vision
+    encoder."""
     model, shares = make_model(implementation, text={"attention_dropout": 0.25}).train(), []
-    attend = modeling_moss_vl.attend
+    attend = decoder.attend
 
     def spy(module, *args, **kwargs):
         shares.append((type(module).__name__, kwargs.get("dropout", 0.0)))
         return attend(module, *args, **kwargs)
 
-    for file in (modeling_moss_vl, vision_encoder):
+    for file in (decoder, vision_encoder):
         monkeypatch.setattr(file, "attend", spy)
     ids, pixels, grid_thw = inputs_of(model.config, *GRIDS[0])
     model(ids, pixel_values=pixels, grid_thw=grid_thw)
     assert {share for name, share in shares if "Vision" in name} == {0.0}
     assert {(name, share) for name, share in shares if "Vision" not in name} == {
-        ("MossVLSelfAttention", 0.25), ("MossVLCrossAttention", 0.25),
-    }  # fmt: skip
+        ("MossVLSelfAttention", 0.25),
+        ("MossVLCrossAttention", 0.25),
+    }
     assert len([name for name, _ in shares if name == "MossVLSelfAttention"]) == 4
 
 
-def test_dropout_takes_the_share_it_is_given():
-    """Of eager's weights a quarter is 0 and the rest is a third larger, so that the mean stays."""
+def test_dropout_drops_the_configured_share():
+    """A quarter of eager's weights is 0 and the others are a third larger, so the mean is unchanged."""
     model = make_model("eager", text={"attention_dropout": 0.25}).train()
     module, generator = model.model.language_model.layers[0].self_attn, torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 8, 40, 16, generator=generator), torch.randn(1, 2, 40, 16, generator=generator)
-    value = torch.eye(40).expand(1, 2, 40, 40)  # so that what comes out are the weights that were used
+    value = torch.eye(40).expand(1, 2, 40, 40)  # so that the output is the weights
     torch.manual_seed(0)
     out, weights = attention.eager_attention_forward(module, query, key, value, None, 0.25, dropout=0.25)
     used = out.transpose(1, 2)

@@ -1,6 +1,7 @@
-"""What a text row sees, from call to call: masks given late, frames without a place, calls that failed, media that do not fit the text.
+"""Visible frames from call to call: late masks, unplaced frames, failed calls, media that do not fit the text.
 
-The expectation is always the whole conversation in one forward pass with the mask written out, never another cached call.
+The expectation is always the whole conversation in one forward pass with the mask written out, never another cached
+call.
 """
 
 import copy
@@ -10,7 +11,8 @@ import torch
 from tiny import IMAGE_PAD, Sample, batch, close, frame_mask, make_model
 from transformers import DynamicCache
 
-from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration, usable_implementation
+from moss_vl.attention import usable_implementation
+from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 NEW = 5
@@ -22,7 +24,8 @@ def model(request):
 
 
 def whole(model, ids, media, hidden=None):
-    """Logits [T, vocab] of one conversation, all media at once. hidden: bool [T, F], True = hidden; default: what the text says."""
+    """Logits [T, vocab] of one conversation, all media at once. hidden: bool [T, F], True = hidden; default: a token
+    sees the frames placed at or before it."""
     visual = {
         "pixel_values": torch.cat([one.pixel_values for one in media]),
         "grid_thw": torch.cat([one.grid_thw for one in media]),
@@ -37,7 +40,7 @@ def text_mask(ids, frames):
 
 
 def greedy(model, ids, media, steps=NEW):
-    """Plain greedy decoding by whole passes; what is written is text, whatever its id."""
+    """Plain greedy decoding by whole passes; written tokens are text, whatever their ids."""
     new = []
     visual = {
         "pixel_values": torch.cat([one.pixel_values for one in media]),
@@ -55,8 +58,8 @@ def greedy(model, ids, media, steps=NEW):
 
 
 @torch.no_grad()
-def test_a_later_mask_over_the_whole_conversation_hides_what_was_seen(model):
-    """Its rows cover the cache, too, so that its columns are all frames; one that was seen is hidden from there on."""
+def test_a_later_mask_over_the_whole_conversation_hides_visible_frames(model):
+    """Its rows cover the cache too, so its columns are all frames; one that was visible is hidden from then on."""
     sample, more = Sample("FtFtt", (1, 4, 4), (1, 4, 6), seed=1), Sample("tttt", seed=2)
     ids = torch.cat([sample.ids, more.ids])
     out = model(**sample.inputs(), use_cache=True)
@@ -78,7 +81,8 @@ def test_a_later_mask_over_the_whole_conversation_hides_what_was_seen(model):
 
 @torch.no_grad()
 def test_a_later_text_turn_with_a_mask_over_the_whole_conversation(model):
-    """Given as a processor returns it for the whole conversation: the frames stay seen, in `forward` and in `generate`."""
+    """As a processor returns it for the whole conversation: the frames stay visible, in `forward` and in
+    `generate`."""
     first, second = Sample("tFFt", (1, 4, 4), (1, 2, 6), seed=3), Sample("tttt", seed=4)
     ids = torch.cat([first.ids, second.ids])
     mask = text_mask(ids, 2)[None, None]
@@ -94,7 +98,8 @@ def test_a_later_text_turn_with_a_mask_over_the_whole_conversation(model):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_padded_second_turn_with_a_mask_over_its_new_frames(model, side):
-    """Rows with one and three frames of before and turns of other lengths; a row's frames of before stay seen by all of its tokens."""
+    """Rows with one and three frames of before and turns of other lengths; a row's earlier frames stay visible to all
+    of its tokens."""
     first = [Sample("tFt", (1, 4, 4), seed=5), Sample("FFtF", (2, 2, 4), (1, 4, 4), seed=6)]
     second = [Sample("tFttFt", (1, 4, 6), (1, 2, 4), seed=7), Sample("Ftt", (1, 6, 4), seed=8)]
     start, more = batch(first, "left"), batch(second, side)
@@ -111,15 +116,15 @@ def test_a_padded_second_turn_with_a_mask_over_its_new_frames(model, side):
 
 
 @torch.no_grad()
-def test_a_mask_cannot_show_a_frame_without_a_place(model):
-    """Its keys were never written. In the first call, and in a later one with frames that still wait."""
+def test_a_mask_cannot_make_an_unplaced_frame_visible(model):
+    """It has no keys. In the first call, and in a later one with waiting frames."""
     sample = Sample("FttFt", (1, 4, 4), (1, 4, 4), seed=9)
     visual = {"pixel_values": sample.pixel_values, "grid_thw": sample.grid_thw}
-    shown = torch.zeros(1, 1, 3, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="shows frame 1 of sample 0"):
-        model(sample.ids[None, :3], **visual, cross_attention_mask=shown, use_cache=True)
+    all_visible = torch.zeros(1, 1, 3, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="makes frame 1 of sample 0 visible"):
+        model(sample.ids[None, :3], **visual, cross_attention_mask=all_visible, use_cache=True)
     cache = model(sample.ids[None, :2], **visual, use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match="shows frame 1 of sample 0"):
+    with pytest.raises(ValueError, match="makes frame 1 of sample 0 visible"):
         model(sample.ids[None, 2:3], **{CACHE: cache}, cross_attention_mask=torch.zeros(1, 1, 3, 2, dtype=torch.bool))
     mask = text_mask(sample.ids, 2)[None, None]
     got = model(sample.ids[None, 2:], **{CACHE: cache}, cross_attention_mask=mask).logits[0]
@@ -130,7 +135,7 @@ def test_a_mask_cannot_show_a_frame_without_a_place(model):
 
 
 def test_a_cache_that_a_failed_call_half_filled_is_refused(model):
-    """The first layers hold the text and no layer knows its frames; going on would be an answer without them."""
+    """The first layers hold the text and no layer has its frames; to continue would be an answer without them."""
     sample, cache = Sample("FtFt", (1, 4, 4), (1, 4, 4), seed=10), DynamicCache()
     hook = model.model.language_model.layers[3].register_forward_pre_hook(lambda *args: 1 / 0)
     try:
@@ -151,7 +156,7 @@ def test_a_cache_that_a_failed_call_half_filled_is_refused(model):
     [[0, 4, 4], [1, 0, 4], [1, 4, 0], [-1, 4, 4], [1, -4, -4], [1, 4], [1, 4, 4, 1], [1, 3, 4], [1, 4, 3], [1, 1, 16]],
 )
 @pytest.mark.parametrize("as_list", [False, True])
-def test_grids_that_are_none(model, row, as_list):
+def test_malformed_grids_are_refused(model, row, as_list):
     patches = max(1, abs(int(torch.tensor(row).prod())))
     inputs = {"input_ids": torch.tensor([[5, IMAGE_PAD, 6]]), "pixel_values": torch.ones(patches, 48)}
     grid = [row] if as_list else torch.tensor([row])
@@ -160,7 +165,7 @@ def test_grids_that_are_none(model, row, as_list):
 
 
 BLANK = [
-    ([(1, 4, 4)], 0.0, True),  # the processor's blank medium, which stands for none
+    ([(1, 4, 4)], 0.0, True),  # the processor's blank medium, which is no frame
     ([(1, 4, 4)], 1.0, False),
     ([(2, 4, 4)], 0.0, False),
     ([(1, 4, 4), (1, 4, 4)], 0.0, False),
@@ -170,8 +175,8 @@ BLANK = [
 
 @pytest.mark.parametrize("grids, level, blank", BLANK)
 @torch.no_grad()
-def test_one_black_frame_stands_for_none_and_no_more(model, grids, level, blank):
-    """In a text without `image_pad`: several black frames are a video that the text has no place for."""
+def test_one_black_frame_is_a_blank_medium_and_two_are_an_error(model, grids, level, blank):
+    """In a text without `image_pad`: several black frames are a video that the text does not place."""
     ids, patches = torch.tensor([[5, 6, 7]]), sum(t * h * w for t, h, w in grids)
     inputs = {"input_ids": ids, "pixel_values": torch.full((patches, 48), level), "grid_thw": torch.tensor(grids)}
     if blank:
@@ -191,8 +196,8 @@ def test_a_frame_in_which_one_value_is_not_black_is_a_frame(model):
 
 
 @torch.no_grad()
-def test_black_frames_with_a_place_are_frames(model):
-    """They are read: a text that has places for them does not say what a text without says, nor what one frame alone says."""
+def test_placed_black_frames_are_frames(model):
+    """They are read: the logits differ from those without frames, and from those with one frame."""
     ids = torch.tensor([[5, IMAGE_PAD, 6, IMAGE_PAD, 7]])
     out = model(ids, pixel_values=torch.zeros(32, 48), grid_thw=torch.tensor([[2, 4, 4]]), use_cache=True)
     assert out[CACHE].layers[1].keys.shape[-2] == 2 * 5
@@ -202,22 +207,22 @@ def test_black_frames_with_a_place_are_frames(model):
 NUMBERS = [([2, 1], "[2, 1]"), ([1, 1, 0], "[1, 1, 0]"), ([3, -1], "[3, -1]"), ([0, 2], None), ([1, 1], None)]
 
 
-@pytest.mark.parametrize("numbers, said", NUMBERS)
+@pytest.mark.parametrize("numbers, is_given", NUMBERS)
 @torch.no_grad()
-def test_numbers_of_media_that_do_not_fit(model, numbers, said):
-    """Two samples, an image each: whatever else they are given is refused, by its sum, its length, its sign or the text's places."""
+def test_numbers_of_media_that_do_not_fit(model, numbers, is_given):
+    """Two samples with one image each: other numbers are refused, by sum, length, sign or the `image_pad` tokens."""
     samples = [Sample("Ftt", (1, 4, 4), seed=11), Sample("tFt", (1, 4, 4), seed=12)]
     inputs = batch(samples, "left") | {"cross_attention_mask": None, "media_nums_per_sample": numbers}
     if numbers == [1, 1]:
         for row, sample in enumerate(samples):
             close(model(**inputs).logits[row], model(**sample.inputs()).logits[0])
     else:
-        match = "`media_nums_per_sample` is" if said else "1 `image_pad` tokens, but its media have 0 frames"
+        match = "`media_nums_per_sample` is" if is_given else "1 `image_pad` tokens, but its media have 0 frames"
         with pytest.raises(ValueError, match=match):
             model(**inputs)
 
 
-# Where flash-attention cannot run
+# Devices and dtypes without flash-attention
 
 
 @pytest.mark.parametrize("device, dtype, expected", [
@@ -229,7 +234,7 @@ def test_numbers_of_media_that_do_not_fit(model, numbers, said):
     ("meta", torch.bfloat16, "flash_attention_2"),
 ])  # fmt: skip
 def test_flash_attention_needs_the_device_and_the_dtype(device, dtype, expected):
-    """Each by itself is not enough: a CPU has no kernel in any dtype, and no device has one for float32."""
+    """One of them is not enough: a CPU has no kernel in any dtype, and no device has one for float32."""
     assert usable_implementation("flash_attention_2", torch.empty(1, 2, 64, device=device, dtype=dtype)) == expected
 
 

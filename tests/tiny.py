@@ -47,7 +47,7 @@ def make_config(text=None, vision=None, **top) -> MossVLConfig:
 
 
 def make_model(attn_implementation="sdpa", seed=0, **config) -> MossVLForConditionalGeneration:
-    """Weights large enough that every part moves the logits; open gates; norms that are not 1."""
+    """Weights large enough that every part changes the logits; open gates; norms that are not 1."""
     config = make_config(**config)
     config._attn_implementation = attn_implementation
     model = MossVLForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
@@ -75,11 +75,11 @@ def frame_mask(ids: torch.Tensor, attention_mask: torch.Tensor, frames: list[int
     """`cross_attention_mask` written out by its definition in the processors' specification."""
     mask = torch.ones(ids.shape[0], 1, ids.shape[1], max(frames), dtype=torch.bool)
     for b in range(ids.shape[0]):
-        seen = 0
+        placed = 0
         for i in range(ids.shape[1]):
-            seen += int(ids[b, i] == IMAGE_PAD and attention_mask[b, i] == 1)
+            placed += int(ids[b, i] == IMAGE_PAD and attention_mask[b, i] == 1)
             if attention_mask[b, i] == 1:
-                mask[b, 0, i, : min(seen, frames[b])] = False
+                mask[b, 0, i, : min(placed, frames[b])] = False
     return mask
 
 
@@ -110,7 +110,7 @@ class Sample:
 
 
 def batch(samples, side) -> dict:
-    """What the processor makes of several prompts, padded on `side`."""
+    """The processor's batch of several prompts, padded on `side`."""
     length = max(len(sample.ids) for sample in samples)
     ids = torch.zeros(len(samples), length, dtype=torch.long)
     attention_mask = torch.zeros_like(ids)
@@ -144,6 +144,6 @@ def row_of(samples, row, side, length) -> slice:
 
 
 def close(got, expected, what=""):
-    """Fails unless two tensors of logits are equal but for float32's rounding."""
+    """Fails unless two tensors of logits are equal up to float32 rounding."""
     off = (got - expected).abs().max() / expected.abs().max().clamp(min=1)
     assert got.shape == expected.shape and off < 1e-5, f"{what}: off by {off:.2e}"

@@ -1,0 +1,452 @@
+"""The decoder: self-attention layers, gated cross-attention layers that read the vision tokens, and the model of both.
+
+Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, K
+key/value heads, d head size, V vision tokens (the tokens of each frame and its separator, all samples one after the
+other without padding), v those of them that are new in this call.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils import logging
+
+from .attention import (
+    SelfAttentionMask,
+    attend,
+    attention_kind,
+    compute_dtype,
+    self_attention_mask,
+    usable_implementation,
+)
+from .cache_layers import CACHE, cache_of, cached_length
+from .configuration_moss_vl import MossVLTextConfig
+from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
+from .vision_sequence import VisionCall
+from .xrope import rotate, xrope_rotary
+
+
+logger = logging.get_logger(__name__)
+
+VISION_ROWS = 4096  # vision tokens whose keys and values are computed at once when no gradients flow
+
+# Cosines and signed sines of a rotary position embedding, as `rotate` takes them.
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class DecoderCall(NamedTuple):
+    """What all decoder layers of one call share. A tuple, as hooks of accelerate and FSDP move and cast tensors in
+    tuples only.
+
+    Attributes:
+        rotary: of the text, each [B, 1, T, d].
+        self_mask, self_implementation: of the self-attention layers.
+        cross_implementation: of the cross-attention layers.
+        cache_position: long [T], cache indices of the tokens of the call.
+        vision_rotary: of the vision tokens that are new in this call, each [v, d]; None without any.
+        vision_call: which tokens see which vision tokens.
+        output_attentions: whether the layers return their weights.
+    """
+
+    rotary: Rotary
+    self_mask: SelfAttentionMask
+    self_implementation: str
+    cross_implementation: str
+    cache_position: torch.Tensor
+    vision_rotary: Optional[Rotary]
+    vision_call: Optional[VisionCall]
+    output_attentions: bool
+
+
+class MossVLRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # computed in float32 whatever the dtype
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class MossVLTextMLP(nn.Module):
+    def __init__(self, config: MossVLTextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MossVLTextAttention(nn.Module):
+    """The projections, norms and head sizes of self- and cross-attention."""
+
+    def __init__(self, config: MossVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        query_size, key_size = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = MossVLRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def queries(self, states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """[B, T, D] -> [B, H, T, d], after norm and rotation."""
+        return self._rotated(self.q_proj(states), self.q_norm, rotary)
+
+    def keys_values(self, states: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, D] -> keys, after norm and rotation, and values, each [B, K, S, d]."""
+        key = self._rotated(self.k_proj(states), self.k_norm, rotary)
+        return key, self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _rotated(self, projected: torch.Tensor, norm: nn.Module, rotary: Rotary) -> torch.Tensor:
+        """[B, T, heads * d] -> [B, heads, T, d] in the dtype of the projection, which float32 norms and autocast would
+        change."""
+        dtype, states = projected.dtype, norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        del projected
+        return rotate(states, *rotary).to(dtype)
+
+
+class MossVLSelfAttention(MossVLTextAttention):
+    is_causal = True
+
+    def forward(
+        self, hidden_states: torch.Tensor, call: DecoderCall, cache: Optional[Cache] = None
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] if the implementation is eager, else None."""
+        query = self.queries(hidden_states, call.rotary)
+        key, value = self.keys_values(hidden_states, call.rotary)
+        if cache is not None:  # the static cache of transformers 4 needs the cache positions
+            key, value = cache.update(key, value, self.layer_idx, {"cache_position": call.cache_position})
+        mask, causal, texts = call.self_mask
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            call.self_implementation,
+            causal=causal,
+            dropout=self.attention_dropout,
+            texts=texts,
+        )
+        return self.o_proj(out.flatten(2)), weights
+
+
+class MossVLCrossAttention(MossVLTextAttention):
+    is_causal = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        vision_states: Optional[torch.Tensor],
+        call: DecoderCall,
+        cache: Optional[Cache] = None,
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Attends the packed vision sequence span by span.
+
+        Args:
+            hidden_states: [B, T, D].
+            vision_states: [v, D], the vision tokens that are new in this call, or None.
+
+        Returns:
+            [B, T, D], 0 at tokens that see no vision token before the output projection; and with `output_attentions`
+            the weights [B, H, T, V of the longest sample], else None.
+        """
+        key = value = None
+        if vision_states is not None:
+            key, value = self.vision_keys_values(vision_states, call.vision_rotary)
+        query = self.queries(hidden_states, call.rotary).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+        if cache is not None:
+            layer = cache.layers[self.layer_idx]
+            layer.store(key, value, call.vision_call)
+            key, value = layer.in_dtype(query.dtype)
+        out, weights = self._attend_spans(query, key, value, call)  # [B * T, H, d]
+        out = self.o_proj(out.reshape(*hidden_states.shape[:2], -1))
+        return out, self._all_weights(weights, call.vision_call, hidden_states) if call.output_attentions else None
+
+    def _attend_spans(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: DecoderCall):
+        """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at rows in no span; and the
+        weights of each span."""
+        implementation = call.cross_implementation
+        with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
+        outs, weights, row = [], [], 0
+        for span in call.vision_call.spans:
+            if span.rows.start > row:
+                outs.append(query.new_zeros(span.rows.start - row, *query.shape[1:]))
+            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
+            out, weight = attend(
+                self,
+                query[span.rows].transpose(0, 1)[None],  # [1, H, rows, d]
+                key[:, :, span.tokens],
+                value[:, :, span.tokens],
+                mask,
+                implementation if mask is None else with_mask,
+                dropout=self.attention_dropout,
+            )
+            outs.append(out[0])
+            weights.append(weight if call.output_attentions else None)
+            row = span.rows.stop
+        if row < query.shape[0]:
+            outs.append(query.new_zeros(query.shape[0] - row, *query.shape[1:]))
+        return (torch.cat(outs) if len(outs) > 1 else outs[0]), weights
+
+    def vision_keys_values(self, states: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """[v, D] -> keys and values, each [1, K, v, d]. Without gradients they are computed in pieces, to save memory,
+        and contiguous per head, as every later token reads them."""
+        if torch.is_grad_enabled():
+            return self.keys_values(states[None], rotary)
+        shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
+        key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
+        for first in range(0, len(states), VISION_ROWS):
+            part = slice(first, first + VISION_ROWS)
+            key[:, :, part], value[:, :, part] = self.keys_values(
+                states[None, part], tuple(part_of[part] for part_of in rotary)
+            )
+        return key, value
+
+    def _all_weights(self, weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor) -> torch.Tensor:
+        """The weights of all spans, [B, H, T, longest span], 0 where a row sees nothing."""
+        widest = max((span.tokens.stop - span.tokens.start for span in call.spans), default=0)
+        out = like.new_zeros(like.shape[0] * like.shape[1], self.num_heads, widest)
+        for span, weight in zip(call.spans, weights, strict=True):
+            out[span.rows, :, : weight.shape[-1]] = weight[0].transpose(0, 1)
+        return out.unflatten(0, like.shape[:2]).transpose(1, 2)
+
+
+class MossVLSelfAttentionLayer(MossVLLayer):
+    def __init__(self, config: MossVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MossVLSelfAttention(config, layer_idx)
+        self.mlp = MossVLTextMLP(config)
+        self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, call: DecoderCall, layer_past: Optional[Cache] = None
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """[B, T, D] -> [B, T, D], and the weights.
+
+        Args:
+            layer_past: the cache. Gradient checkpointing of every transformers drops it from a layer by this name.
+        """
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), call, layer_past)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class MossVLCrossAttentionLayer(MossVLLayer):
+    """Gated cross-attention to the vision sequence. A token that sees no vision token passes unchanged."""
+
+    def __init__(self, config: MossVLTextConfig, layer_idx: int):
+        super().__init__()
+        self.cross_attn = MossVLCrossAttention(config, layer_idx)
+        self.mlp = MossVLTextMLP(config)
+        self.input_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        vision_states: Optional[torch.Tensor],
+        call: DecoderCall,
+        layer_past: Optional[Cache] = None,
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """[B, T, D] -> [B, T, D], and the weights.
+
+        Args:
+            vision_states: [v, D], the vision tokens that are new in this call, or None. An argument and not part of
+                `call`, as reentrant checkpointing passes gradients to tensors among the arguments only.
+            layer_past: the cache; see `MossVLSelfAttentionLayer.forward`.
+        """
+        attended, weights = self.cross_attn(self.input_layernorm(hidden_states), vision_states, call, layer_past)
+        visible = 1.0 if call.vision_call.has_visible is None else call.vision_call.has_visible.to(hidden_states)
+        hidden_states = hidden_states + visible * self.cross_attn_attn_gate.tanh() * attended
+        fed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + visible * self.cross_attn_mlp_gate.tanh() * fed, weights
+
+
+@dataclass
+class MossVLModelOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Output of the models without a head.
+
+    Attributes:
+        last_hidden_state: [B, T, D].
+        cache, before transformers 5.24 past_key_values: the cache, if one is used.
+        hidden_states: input of every layer and the final norm's output, [B, T, D] each.
+        attentions: weights of the self-attention layers, in order, [B, H, T, S] each.
+        cross_attentions: weights of the cross-attention layers, in order, [B, H, T, V of the longest sample] each;
+            empty if no token sees any frame.
+        rope_deltas: [B]; the token at cache index i has position i + rope_delta.
+        text_starts: bool [B, T], for packed rows True at the first token of each text; None if every row is one text.
+    """
+
+    rope_deltas: Optional[torch.LongTensor] = None
+    text_starts: Optional[torch.BoolTensor] = None
+
+
+class MossVLTextModel(MossVLPreTrainedModel):
+    config_class = MossVLTextConfig
+    _no_split_modules = ["MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer"]
+
+    def __init__(self, config: MossVLTextConfig, cross_attention_implementation: Optional[str] = None):
+        super().__init__(config, cross_attention_implementation)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        crossing = set(config.cross_attention_layers)
+        self.layers = nn.ModuleList(
+            (MossVLCrossAttentionLayer if index in crossing else MossVLSelfAttentionLayer)(config, index)
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = MossVLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        cache: Optional[Cache] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        vision_states: Optional[torch.FloatTensor] = None,
+        vision_position_ids: Optional[torch.LongTensor] = None,
+        vision_call: Optional[VisionCall] = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        past_key_values: Optional[Cache] = None,
+        text_index: Optional[torch.LongTensor] = None,
+    ) -> MossVLModelOutput:
+        """The decoder layers and the final norm.
+
+        Args:
+            input_ids: [B, T], or inputs_embeds: [B, T, D].
+            attention_mask: [B, S] with 0 at padding, or a ready 4D mask, see `self_attention_mask`.
+            position_ids: [B, T], or [3, B, T] for (t, h, w); default: cache indices.
+            vision_states: [v, D], the vision tokens that are new in this call. vision_position_ids: [3, v].
+            vision_call: which tokens see which vision tokens. The cross-attention layers are skipped if no token sees
+                any and none is new.
+            text_index: [B, T], for packed rows the index of the text that each token belongs to, rising along the row:
+                a token sees tokens of its own text. Only without a filled cache. A ready 4D mask decides alone.
+
+        Raises:
+            ValueError: for masks that do not fit, and attention implementations that are not allowed.
+        """
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = cache_of(cache, past_key_values)
+        if vision_states is not None:  # the encoder may have another dtype
+            vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))
+        call = self._decoder_call(
+            hidden_states,
+            attention_mask,
+            position_ids,
+            cache,
+            vision_position_ids if vision_states is not None else None,
+            vision_call,
+            text_index,
+            output_attentions,
+        )
+        reads_vision = vision_call is not None and (vision_call.spans or vision_call.writes)
+        all_states, attentions, cross_attentions = [], [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                all_states.append(hidden_states)
+            if isinstance(layer, MossVLSelfAttentionLayer):
+                hidden_states, weights = layer(hidden_states, call, layer_past=cache)
+                attentions.append(weights if output_attentions else None)
+            elif reads_vision:
+                hidden_states, weights = layer(hidden_states, vision_states, call, layer_past=cache)
+                cross_attentions.append(weights)
+        hidden_states = self.norm(hidden_states)
+        return MossVLModelOutput(
+            last_hidden_state=hidden_states,
+            **{CACHE: cache},
+            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
+
+    def _decoder_call(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Optional[torch.Tensor],
+        position_ids: Optional[torch.Tensor],
+        cache: Optional[Cache],
+        vision_position_ids: Optional[torch.Tensor],
+        vision_call: Optional[VisionCall],
+        text_index: Optional[torch.Tensor],
+        output_attentions: bool,
+    ) -> DecoderCall:
+        """What the layers share, from the arguments of `forward`; hidden_states [B, T, D]."""
+        config, device, past_length = self.config, hidden_states.device, cached_length(cache)
+        cache_position = torch.arange(past_length, past_length + hidden_states.shape[1], device=device)
+        position_ids = cache_position[None] if position_ids is None else position_ids
+        if position_ids.ndim == 2:
+            position_ids = position_ids.expand(3, *position_ids.shape)
+        rope = config.rope_parameters
+        rope_args = (config.head_dim, rope["rope_theta"], rope["mrope_section"], hidden_states.dtype)
+        cos, sin = xrope_rotary(position_ids.to(device), *rope_args)  # [B, T, d]
+        vision_rotary = None
+        if vision_position_ids is not None:
+            vision_rotary = xrope_rotary(vision_position_ids.to(device), *rope_args)  # [v, d]
+        implementation = self._implementation(config._attn_implementation, hidden_states, output_attentions)
+        cross_implementation = implementation
+        if config.cross_attention_implementation is not None:
+            name = config.cross_attention_implementation
+            cross_implementation = self._implementation(name, hidden_states, output_attentions)
+        self_mask, self_implementation = self_attention_mask(
+            config, attention_mask, hidden_states, cache, implementation, text_index
+        )
+        return DecoderCall(
+            rotary=(cos[:, None], sin[:, None]),
+            self_mask=self_mask,
+            self_implementation=self_implementation,
+            cross_implementation=cross_implementation,
+            cache_position=cache_position,
+            vision_rotary=vision_rotary,
+            vision_call=vision_call,
+            output_attentions=output_attentions,
+        )
+
+    def _implementation(self, name: Optional[str], states: torch.Tensor, need_weights: bool) -> str:
+        """`usable_implementation`, but sdpa in training in place of a flash-attention version without dropout, if
+        dropout is configured."""
+        name = usable_implementation(name, states, need_weights)
+        if (
+            self.training
+            and self.config.attention_dropout
+            and name != "flash_attention_2"
+            and attention_kind(name) == "flash"
+        ):
+            logger.warning_once(
+                f"{name} has no dropout, but `attention_dropout` is {self.config.attention_dropout}; sdpa is used in "
+                "training."
+            )
+            return "sdpa"
+        return name
