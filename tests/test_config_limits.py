@@ -55,7 +55,7 @@ LIMITS = [
     ({"text": {"rope_scaling": {"mrope_section": [5, 2, 2]}}}, "sum to head_dim / 2 = 8"),
     ({"text": {"rope_scaling": {"mrope_section": [4, 2, 2], "mrope_interleaved": 1}}}, "mrope_interleaved"),
     ({"vision": {"hidden_size": 32, "num_heads": 8}}, None),
-    ({"vision": {"hidden_size": 32, "num_heads": 16}}, "divides by 4"),
+    ({"vision": {"hidden_size": 32, "num_heads": 16}}, "multiple of 4"),
     ({"vision": {"deepstack_visual_indexes": [0, 2]}}, None),
     ({"vision": {"deepstack_visual_indexes": [3]}}, "from 0 to 2"),
     ({"vision": {"deepstack_visual_indexes": [-1, 2]}}, "from 0 to 2"),

@@ -80,7 +80,7 @@ def test_saved_and_loaded(tmp_path):
         ({"text": {"num_hidden_layers": 6.5}}, "num_hidden_layers.*positive integer"),
         ({"text": {"attention_dropout": 1.5}}, "attention_dropout"),
         ({"vision": {"num_position_embeddings": 15}}, "square"),
-        ({"vision": {"hidden_size": 36}}, "divides by 4"),
+        ({"vision": {"hidden_size": 36}}, "multiple of 4"),
         ({"vision": {"deepstack_visual_indexes": [0, 3]}}, "from 0 to 2"),
         ({"vision": {"out_hidden_size": 32}}, "out_hidden_size`, got 32; expected `text_config.hidden_size` = 64"),
         ({"image_token_id": 200}, "below vocab_size = 200"),
