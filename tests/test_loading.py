@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -155,8 +156,8 @@ def test_generate_with_what_the_processor_gives(loaded):
 # A released folder
 
 
-def names_of_model_md():
-    """The list of spec/model.md section 2 for the 11B model."""
+def tensor_names():
+    """The names in the 11B checkpoint."""
     layers = {
         f"model.language_model.layers.{n}.{part}.weight"
         for n in range(48)
@@ -198,9 +199,25 @@ def test_released_folder_builds_processor_and_model(released):
     config = AutoConfig.from_pretrained(released, trust_remote_code=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    assert set(model.state_dict()) == names_of_model_md()
+    assert set(model.state_dict()) == tensor_names()
     assert len(model.state_dict()) == 895
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_336_371_208
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == tensor_shapes(tensor_names())
+
+
+def tensor_shapes(names) -> dict[str, list[int]]:
+    """The shapes in the table of docs/model.md; each name matches one row."""
+    document = (ROOT / "docs/model.md").read_text(encoding="utf-8")
+    shapes = {}
+    for pattern, shape in re.findall(r"^\| `([^`]+)`.* \| (\[[\d, ]+\]) \|$", document, re.MULTILINE):
+        pattern = re.sub(
+            r"\{([^}]+)\}", lambda found: f"(?:{found[1].replace(',', '|')})", pattern.replace(".", r"\.")
+        )
+        pattern = re.sub(r"\b[NK]\b", r"\\d+", pattern)
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        assert found and not shapes.keys() & set(found), pattern
+        shapes |= dict.fromkeys(found, json.loads(shape))
+    return shapes
 
 
 def test_released_folder_with_small_sizes_answers(released):
