@@ -1,6 +1,6 @@
 """The kernels of the flash-attention package in plain PyTorch, called by the code of transformers, so that a CPU runs
-what
-a GPU would: only the kernels are replaced; unpadding, sequence lengths, casts and causality are those of transformers.
+what a GPU would. Only the kernels are replaced. Unpadding, sequence lengths, casts and causality are those of
+transformers.
 """
 
 from functools import cache

@@ -1,5 +1,6 @@
 """Attention kernels against eager: transformers' flash-attention code over kernels in plain PyTorch, functions of
-users, names that are allowed, parts in several dtypes."""
+users, names that are allowed, parts in several dtypes.
+"""
 
 import logging
 import re
@@ -348,7 +349,8 @@ def test_unknown_parts_are_refused():
     ):
         with pytest.raises(
             ValueError,
-            match=r"a part in `attn_implementation`, got 'text'; expected one of \['', 'text_config', 'vision_config'\]"
+            match=r"a part in `attn_implementation`, got 'text'; "
+            r"expected one of \['', 'text_config', 'vision_config'\]",
         ):
             attempt()
 

@@ -1,4 +1,4 @@
-"""The package as users load it: from a copied folder, through the Auto classes, saved and loaded again in a fresh process."""
+"""The package as users load it: from a copied folder, by the Auto classes, saved and loaded in a new process."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ MEDIA = {"images": str(ROOT / "data/example_image.jpg"), "videos": str(ROOT / "d
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    """The small checkpoint with real files in place of links, as a download has them."""
+    """The small checkpoint with files in place of links, as after a download."""
     return shutil.copytree(NANO, tmp_path_factory.mktemp("copied") / "moss-vl-nano", symlinks=False)
 
 
@@ -48,7 +48,8 @@ def loaded(copied):
 
 @pytest.fixture
 def released(tmp_path):
-    """The JSON files as released checkpoints carry them, which name no class for image-text-to-text, a tokenizer, and our code."""
+    """The JSON files of a released checkpoint, which name no class for image-text-to-text, with a tokenizer and the
+    code."""
     folder = tmp_path / "released"
     folder.mkdir()
     for name in (*SETTINGS, *CODE_FILES):
@@ -107,7 +108,7 @@ def test_both_spellings_of_dtype(copied, keyword):
 def test_flash_attention_falls_back_with_one_warning(copied, caplog, monkeypatch):
     for name in ("transformers", "py.warnings"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    logging.Logger.warning_once.cache_clear()  # what an earlier test was warned of
+    logging.Logger.warning_once.cache_clear()  # of earlier tests
     processor = AutoProcessor.from_pretrained(copied, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(
         copied,
@@ -134,7 +135,7 @@ def test_saved_and_loaded_again_by_a_fresh_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_loading_keywords_do_not_end_up_in_saved_files(copied, tmp_path):
+def test_loading_keywords_are_not_saved(copied, tmp_path):
     processor = AutoProcessor.from_pretrained(copied, trust_remote_code=True, frame_extract_num_threads=1)
     assert processor.video_processor.num_extract_threads == 1
     processor.save_pretrained(tmp_path)
@@ -146,7 +147,7 @@ def test_loading_keywords_do_not_end_up_in_saved_files(copied, tmp_path):
     )
 
 
-def test_generate_with_what_the_processor_gives(loaded):
+def test_generate_with_the_output_of_the_processor(loaded):
     processor, model = loaded
     inputs = processor(text=QUESTION, return_tensors="pt", **MEDIA)
     answer = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
@@ -280,7 +281,7 @@ def test_checkpoint_is_small_and_bf16():
 def test_script_makes_the_committed_checkpoint(tmp_path, monkeypatch):
     arguments = ["make_nano.py", "--output", str(tmp_path), "--weights", str(NANO / "model.safetensors")]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setenv("HF_MODULES_CACHE", "")  # so that what the script sets is taken back
+    monkeypatch.setenv("HF_MODULES_CACHE", "")  # restored after the test; the script sets it
     make_nano.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.name for path in NANO.iterdir() if path.is_file()
@@ -294,7 +295,7 @@ def test_script_makes_the_committed_checkpoint(tmp_path, monkeypatch):
 
 
 def test_tokenizer():
-    """Ids and offsets as literal rows: both transformers versions must give them."""
+    """Ids and offsets as literal rows, the same with both versions of transformers."""
     tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
     special = [
         "<|endoftext|>",
@@ -351,7 +352,10 @@ def test_chat_template(loaded):
         {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]},
         {"role": "assistant", "content": "A"},
     ]
-    text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|><|video|>What happens?<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    text = (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|><|video|>What happens?<|im_end|>\n"
+        "<|im_start|>assistant\nA<|im_end|>\n"
+    )
     assert processor.apply_chat_template(messages, tokenize=False) == text
     assert (
         processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

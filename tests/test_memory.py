@@ -1,5 +1,4 @@
-"""The memory formula of benchmarks/memory.py against measurements, and the tables of docs/performance.md against their
-JSON."""
+"""The memory formula against measurements, and the tables of docs/performance.md against their JSON."""
 
 import json
 
