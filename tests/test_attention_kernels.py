@@ -487,7 +487,7 @@ def test_functions_of_users_without_is_causal(monkeypatch):
 def test_functions_of_users_with_other_masks_are_refused(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", lambda *args, **kwargs: None)
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    assert modeling.attention_kind("mine") == "function"
+    assert attention_module.attention_kind("mine") == "function"
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     with pytest.raises(ValueError, match="'mine' cannot be used"):
         make_model("mine")

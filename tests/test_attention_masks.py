@@ -7,7 +7,7 @@ from flash_kernels import IMPLEMENTATIONS, close, eager, kernels, logits, use  #
 from tiny import assorted_samples, batch, make_model
 from transformers import DynamicCache, StaticCache
 
-from moss_vl import modeling_moss_vl as modeling
+from moss_vl import attention
 from moss_vl.modeling_moss_vl import CACHE
 
 
@@ -120,7 +120,7 @@ def test_each_head_of_a_group_has_its_mask(shape):
     module = make_model().model.language_model.layers[0].self_attn
     for rows in (1, 2):
         parts = query[:, :, :rows], key, value, mask[:, :, :rows]
-        got, expected = (modeling.attend(module, *parts, implementation)[0] for implementation in ("sdpa", "eager"))
+        got, expected = (attention.attend(module, *parts, implementation)[0] for implementation in ("sdpa", "eager"))
         assert close(got, expected, atol=1e-6)
 
 
