@@ -1,16 +1,20 @@
-"""Attention kernels, called alike for vision, self- and cross-attention; which names are allowed; what self-attention hides.
+"""Attention: one call for vision, self- and cross-attention; the names that are allowed; the mask of self-attention.
 
-Axes: B text rows (or frames), T rows of a call, S tokens in all (cache included), H query heads, K key/value heads, G = H / K, d head size.
+Axes: B text rows (or frames), T rows of a call, S tokens including those of the cache, H query heads, K key/value
+heads, G = H / K, d head size.
 """
 
 import inspect
 import re
+from collections.abc import Callable
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,21 +28,169 @@ from .cache_layers import cached_length, static_length
 logger = logging.get_logger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
-CPU_BFLOAT16 = getattr(
-    torch.cpu, "_is_avx512_bf16_supported", lambda: False
-)()  # whether this CPU has products in bfloat16
-CPU_SCORES = 1 << 22  # attention scores that are there at once on a CPU where they are written out
-HIDDEN = torch.finfo(
-    torch.float16
-).min  # additive masks hide by this or less: the lowest number of some dtype, or -inf
+# Whether this CPU multiplies matrices in bfloat16.
+CPU_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+CPU_SCORES = 1 << 22  # most attention scores in memory at once in `blockwise_attention_forward`
+# An additive mask of this or less masks a token out: callers write the lowest number of some dtype, or -inf.
+MASKED = torch.finfo(torch.float16).min
+
+ALLOWED_NAMES = (
+    "'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flash_attention_4', a flash-attention kernel of the "
+    "`kernels` package ('owner/name'), or a function that you registered with the contract of transformers' sdpa (a "
+    "mask [B, 1, T, S], or None and `is_causal`)"
+)
+
+
+# Names
+
+
+def attention_kind(name: str) -> str:
+    """Decides how the attention function of this name is called, and whether the name is allowed.
+
+    Returns:
+        "eager"; "sdpa" for the one of transformers; "flash", which takes padding as [B, S] and a flag for causality;
+        "function" for one that a user registered, which is called like sdpa.
+
+    Raises:
+        ValueError: if the name is unknown, or its function has another contract (paged and flex take no `is_causal`,
+            need special masks, or add a bool mask to the scores).
+    """
+    if name == "eager":
+        return "eager"
+    is_name = isinstance(name, str)
+    function = ALL_ATTENTION_FUNCTIONS.get(name) if is_name else None
+    while isinstance(function, partial):
+        function = function.func
+    if function is sdpa_attention_forward:
+        return "sdpa"
+    if function is flash_attention_forward or (is_name and re.fullmatch(r"flash_attention_[234]", name)):
+        return "flash"
+    if is_name and function is None and is_kernel_name(name):
+        raise ValueError(
+            f"The attention kernel {name!r} is not loaded; expected `attn_implementation=` or "
+            f"`set_attn_implementation`, which load it."
+        )
+    if function is not None and is_users(name, function):
+        return "function"
+    raise ValueError(f"The attention implementation {name!r} cannot be used by MOSS-VL; expected {ALLOWED_NAMES}.")
+
+
+def is_users(name: str, function: Callable) -> bool:
+    """Whether a user registered this function, with masks as sdpa takes them."""
+    if "/" in name or name.startswith("paged|") or getattr(function, "__module__", "").startswith("transformers."):
+        return False
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name)  # how the models of transformers would make its masks
+    return make_mask is None or make_mask is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def is_kernel_name(name: str) -> bool:
+    """Whether the name is one of the `kernels` package ("owner/name"), whose function is registered once it is
+    loaded."""
+    return "/" in name and not name.startswith("paged|")
+
+
+def check_implementations(config: PretrainedConfig) -> None:
+    """Checks the names in a config. They may have been assigned without `attn_implementation` or
+    `set_attn_implementation`, which check them too.
+
+    Raises:
+        ValueError: see `attention_kind`.
+    """
+    text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
+    for part, name in (
+        (text, "_attn_implementation"),
+        (text, "cross_attention_implementation"),
+        (vision, "_attn_implementation"),
+    ):
+        if getattr(part, name, None) is not None:
+            attention_kind(getattr(part, name))
+
+
+def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
+    """The attention implementation for this call: eager if weights are needed, sdpa if flash-attention cannot run.
+
+    Raises:
+        ValueError: if the name is not allowed, see `attention_kind`.
+    """
+    name = "sdpa" if name is None else name
+    kind = attention_kind(name)
+    if need_weights:
+        return "eager"
+    if kind == "flash" and not flash_can_run(states.device.type, compute_dtype(states)):
+        logger.warning_once(
+            f"{name} does not run on {states.device.type} in {compute_dtype(states)}; sdpa is used. Load the model in "
+            f"bfloat16 on CUDA."
+        )
+        return "sdpa"
+    return name
+
+
+def flash_can_run(device: str, dtype: torch.dtype) -> bool:
+    """Whether flash-attention runs on this type of device in this dtype."""
+    return device != "cpu" and dtype in HALF
+
+
+def compute_dtype(states: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products with these states: that of autocast if it is on."""
+    device = states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
 
 
 # Kernels
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0):
-    """Softmax attention written out. query [B, H, T, d], key and value [B, K, S, d], mask bool (True = may see) or additive,
-    [B or 1, 1, T or 1, S]. Query heads of one group are rows of one product, so keys and values are not repeated.
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    implementation: str,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+    texts: Optional[dict] = None,
+) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """One attention call: query [B, H, T, d], key and value [B, K, S, d].
+
+    `mask`, `causal` and `texts` are those of `SelfAttentionMask`. A causal call has either no mask and T = S, or
+    flash-attention, for which the rows are the last T of S tokens.
+
+    Returns:
+        [B, T, H, d], and the weights [B, H, T, S] if the implementation is eager, else None.
+    """
+    dropout = dropout if module.training else 0.0
+    causal = causal and query.shape[2] > 1  # a single row is the last token: no token is later
+    kind = attention_kind(implementation)
+    if kind == "eager":
+        mask = lower_triangle(query) if causal else mask
+        return eager_attention_forward(module, query, key, value, mask, module.scaling, dropout)
+    if kind == "flash":
+        out = flash_attention(module, query, key, value, mask, implementation, causal, dropout, texts or {})
+    elif kind == "function":
+        out = users_attention(module, query, key, value, mask, implementation, causal, dropout)
+    elif prefers_blockwise(query, key, dropout):
+        out = blockwise_attention_forward(module, query, key, value, mask, module.scaling, causal)
+    else:
+        out = sdpa_attention(module, query, key, value, mask, implementation, causal, dropout)
+    return out, None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Optional[torch.Tensor],
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out. query [B, H, T, d], key and value [B, K, S, d], mask bool (True = visible) or
+    additive, [B or 1, 1 or H, T or 1, S].
+
+    Grouped queries: the heads of a group are folded into the row axis, so keys and values are not repeated.
 
     Returns:
         [B, T, H, d] and the weights [B, H, T, S].
@@ -57,209 +209,161 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return out.view(batch, heads, rows, -1).transpose(1, 2), weights
 
 
-def blockwise_attention_forward(module, query, key, value, attention_mask, scaling, causal=False):
-    """`eager_attention_forward` block by block, so that at most `CPU_SCORES` scores are there at once (or a row's); without weights."""
+def blockwise_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    scaling: float,
+    causal: bool = False,
+) -> torch.Tensor:
+    """`eager_attention_forward` over blocks of samples and rows, so that at most `CPU_SCORES` scores (or those of one
+    row) are in memory at once. Returns [B, T, H, d]."""
     (batch, heads, rows, d), length = query.shape, key.shape[2]
-    rows_a_block = min(rows, max(1, CPU_SCORES // (heads * length)))
-    samples = max(1, CPU_SCORES // (heads * length * rows))
+    rows_per_block = min(rows, max(1, CPU_SCORES // (heads * length)))
+    samples_per_block = max(1, CPU_SCORES // (heads * length * rows))
     out = query.new_empty(batch, rows, heads, d)
-    for sample in range(0, batch, samples):
-        own = slice(sample, sample + samples)
-        for first in range(0, rows, rows_a_block):
-            part = slice(first, min(first + rows_a_block, rows))
-            seen, mask = slice(0, part.stop if causal else length), attention_mask
+    for first_sample in range(0, batch, samples_per_block):
+        samples = slice(first_sample, first_sample + samples_per_block)
+        for first_row in range(0, rows, rows_per_block):
+            block = slice(first_row, min(first_row + rows_per_block, rows))
+            visible, block_mask = slice(0, length), None
             if causal:
-                mask = torch.ones(part.stop - first, part.stop, dtype=torch.bool, device=query.device).tril(first)[
-                    None, None
-                ]
+                visible = slice(0, block.stop)
+                shape = (1, 1, block.stop - first_row, block.stop)
+                block_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(first_row)
             elif mask is not None:
-                mask = mask.expand(batch, -1, rows, -1)[own, :, part]
-            out[own, part], _ = eager_attention_forward(
-                module, query[own, :, part], key[own, :, seen], value[own, :, seen], mask, scaling
-            )
+                block_mask = mask.expand(batch, -1, rows, -1)[samples, :, block]
+            parts = query[samples, :, block], key[samples, :, visible], value[samples, :, visible]
+            out[samples, block], _ = eager_attention_forward(module, *parts, block_mask, scaling)
     return out
 
 
-ALLOWED_NAMES = (
-    "'eager', 'sdpa', 'flash_attention_2', 'flash_attention_3', 'flash_attention_4', a flash-attention kernel of the `kernels` package "
-    "('owner/name'), or a function that you registered with the contract of transformers' sdpa (a mask [B, 1, T, S], or None and "
-    "`is_causal`)"
-)
-
-
-def attention_kind(name: str) -> str:
-    """How the attention function of this name is called; the one place that decides which names are allowed.
-
-    Returns:
-        "eager"; "sdpa", transformers' own; "flash", which takes padding as [B, S] and hides later tokens itself; "function", one that
-        a user registered, which is called like sdpa.
-
-    Raises:
-        ValueError: for a name that is unknown, or whose function has another contract (paged, flex: they take no `is_causal`, need
-            masks of their own, or add a bool mask to the scores).
-    """
-    if name == "eager":
-        return "eager"
-    known = isinstance(name, str)
-    function = ALL_ATTENTION_FUNCTIONS.get(name) if known else None
-    while isinstance(function, partial):
-        function = function.func
-    if function is sdpa_attention_forward:
-        return "sdpa"
-    if function is flash_attention_forward or (known and re.fullmatch(r"flash_attention_[234]", name)):
-        return "flash"
-    if known and function is None and is_kernel_name(name):
-        raise ValueError(
-            f"The attention kernel {name!r} is not loaded; expected `attn_implementation=` or `set_attn_implementation`, which load it."
-        )
-    of_user = function is not None and not name.startswith("paged|") and "/" not in name
-    if of_user and not getattr(function, "__module__", "").startswith("transformers."):
-        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name)  # what transformers' own models would make its masks by
-        if make_mask is None or make_mask is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]:
-            return "function"
-    raise ValueError(f"The attention implementation {name!r} cannot be used by MOSS-VL; expected {ALLOWED_NAMES}.")
-
-
-@lru_cache
-def takes_causality(function) -> bool:
-    """Whether a user's function names `is_causal` among its parameters; one that does not has to be told by a mask."""
-    return "is_causal" in inspect.signature(function).parameters
-
-
-def is_kernel_name(name: str) -> bool:
-    """Whether a name is that of a kernel of the `kernels` package, whose function is known once it is loaded."""
-    return "/" in name and not name.startswith("paged|")
-
-
-def check_implementations(config) -> None:
-    """Refuses what stands in a config by assignment, past `attn_implementation` and `set_attn_implementation`, before anything is computed.
-
-    Raises:
-        ValueError: see `attention_kind`.
-    """
-    text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
-    for part, name in (
-        (text, "_attn_implementation"),
-        (text, "cross_attention_implementation"),
-        (vision, "_attn_implementation"),
-    ):
-        if getattr(part, name, None) is not None:
-            attention_kind(getattr(part, name))
-
-
-def compute_dtype(states: torch.Tensor) -> torch.dtype:
-    """The dtype in which matrix products of these states run: that of autocast if it is on."""
-    device = states.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return states.dtype
-
-
-def flash_can_run(device: str, dtype: torch.dtype) -> bool:
-    """Whether the flash-attention kernels run on a type of device in a dtype."""
-    return device != "cpu" and dtype in HALF
-
-
-def usable_implementation(name: Optional[str], states: torch.Tensor, need_weights: bool = False) -> str:
-    """The attention implementation for this call: eager if weights are asked for, sdpa if flash-attention cannot run.
-
-    Raises:
-        ValueError: for names that are not allowed, see `attention_kind`.
-    """
-    name = "sdpa" if name is None else name
-    kind = attention_kind(name)
-    if need_weights:
-        return "eager"
-    if kind == "flash" and not flash_can_run(states.device.type, compute_dtype(states)):
-        logger.warning_once(
-            f"{name} does not run on {states.device.type} in {compute_dtype(states)}; sdpa is used. Load the model in bfloat16 on CUDA."
-        )
-        return "sdpa"
-    return name
-
-
-def lower_triangle(rows: int, device) -> torch.Tensor:
-    """Causality as a mask, bool [1, 1, rows, rows]."""
-    return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()[None, None]
-
-
-def attend(module, query, key, value, mask, implementation, *, causal=False, dropout=0.0, texts=None):
-    """One attention call. Shapes as in `eager_attention_forward`.
-
-    Args:
-        mask: None; or [B or 1, 1 or H, T or 1, S], bool (True = may see) or additive; for flash-attention bool [B, S], False at padding.
-        causal: whether the kernel itself hides later tokens. With a mask of four axes it does not: then the mask says all. Without a
-            mask T = S, or for flash-attention T <= S, the rows being the last ones.
-        texts: for flash-attention, what tells it the texts of packed rows; see `SelfAttentionMask`.
-
-    Returns:
-        [B, T, H, d], and the weights if the implementation is eager, else None.
-    """
-    scaling, dropout = module.scaling, dropout if module.training else 0.0
-    (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
-    causal, kind = causal and rows > 1, attention_kind(implementation)
-    if kind == "eager":
-        mask = lower_triangle(rows, query.device) if causal else mask
-        return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
-    attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if kind == "function" and causal and not takes_causality(attention):
-        mask, causal = lower_triangle(rows, query.device), False
-    if kind == "flash":
-        if attention is None:
-            raise ValueError(
-                f"This transformers does not know {implementation!r}; expected another version of flash-attention, or sdpa."
-            )
-        dtype = compute_dtype(value)  # keys of a cache may be in another
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if module.config._attn_implementation != implementation:
-            # transformers loads the kernel whose name the module's config says, which for cross-attention may be that of another.
-            config = SimpleNamespace(_attn_implementation=implementation)
-            module = SimpleNamespace(config=config, is_causal=module.is_causal, modules=module.modules)
-        out, _ = attention(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **(texts or {})
-        )
-        return out, None
-    inference = not (torch.is_grad_enabled() or dropout)
-    if (
-        kind == "sdpa"
-        and inference
+def prefers_blockwise(query: torch.Tensor, key: torch.Tensor, dropout: float) -> bool:
+    """Whether `blockwise_attention_forward` is faster than sdpa: torch's sdpa on a CPU is no faster in bfloat16 than
+    in float32, but two products and a softmax are, if the CPU has products in bfloat16."""
+    return (
+        not (torch.is_grad_enabled() or dropout)
         and query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and CPU_BFLOAT16
-        and (rows > 1 or key.is_contiguous())
-    ):
-        # torch's own kernel is no faster there in bfloat16 than in float32; two products and a softmax are.
-        return blockwise_attention_forward(module, query, key, value, mask, scaling, causal), None
+        and (query.shape[2] > 1 or key.is_contiguous())
+    )
+
+
+def flash_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    implementation: str,
+    causal: bool,
+    dropout: float,
+    texts: dict,
+) -> torch.Tensor:
+    """Calls flash-attention with a mask of padding [B, S]. Returns [B, T, H, d].
+
+    Raises:
+        ValueError: if the installed transformers lacks this version of flash-attention.
+    """
+    attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if attention is None:
+        raise ValueError(
+            f"The installed transformers has no {implementation!r}; expected another version of flash-attention or "
+            "sdpa."
+        )
+    dtype = compute_dtype(value)  # the keys of a cache may have another
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scaling = module.scaling
+    if module.config._attn_implementation != implementation:
+        # transformers reads the name of the kernel from the config, but cross-attention may use another.
+        config = SimpleNamespace(_attn_implementation=implementation)
+        module = SimpleNamespace(config=config, is_causal=module.is_causal, modules=module.modules)
+    out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **texts)
+    return out
+
+
+def users_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    implementation: str,
+    causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """Calls a function that a user registered. If it has no parameter `is_causal`, it gets causality as a mask."""
+    attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if causal and not takes_causality(attention):
+        mask, causal = lower_triangle(query), False
+    out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, is_causal=causal)
+    return out
+
+
+@lru_cache
+def takes_causality(function: Callable) -> bool:
+    """Whether a function names `is_causal` among its parameters."""
+    return "is_causal" in inspect.signature(function).parameters
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    implementation: str,
+    causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """torch's sdpa. Returns [B, T, H, d].
+
+    Grouped queries: the heads of a group are folded into the row axis, so each key is read once. A causal call cannot
+    be folded. A mask of several rows is repeated for each head of a group, if that copies less than repeated keys
+    would.
+    """
+    (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
     groups = heads // kv_heads
-    of_heads = mask is not None and mask.shape[1] > 1
-    tiled = (
-        mask is not None and rows > 1 and not (causal or of_heads) and mask.numel() * groups <= key.numel()
-    )  # less to copy than the keys
-    if kind == "sdpa" and groups > 1 and (rows == 1 or tiled or (mask is None and not causal)):
-        # Nothing tells the heads of a group apart but their queries: as rows of one head they read the keys once.
-        grouped = query.reshape(batch, kv_heads, -1, d)
-        if tiled:
-            mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1)
-        elif of_heads:
-            mask = mask.reshape(len(mask), kv_heads, groups, -1)
-        out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
-        return out.view(batch, heads, rows, -1).transpose(1, 2), None
-    out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal)
-    return out, None
+    mask_per_head = mask is not None and mask.shape[1] > 1
+    if rows == 1 or mask is None:
+        folds, repeats_mask = not causal, False
+    else:
+        folds = repeats_mask = not (causal or mask_per_head) and mask.numel() * groups <= key.numel()
+    if groups == 1 or not folds:
+        attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
+        out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, is_causal=causal)
+        return out
+    if repeats_mask:
+        mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1)  # [B or 1, 1, G * T, S]
+    elif mask_per_head:
+        mask = mask.reshape(len(mask), kv_heads, groups, -1)  # one row: [B or 1, K, G, S]
+    grouped = query.reshape(batch, kv_heads, -1, d)  # [B, K, G * T, d]
+    out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=module.scaling)
+    return out.view(batch, heads, rows, -1).transpose(1, 2)
 
 
-# What self-attention hides
+def lower_triangle(query: torch.Tensor) -> torch.Tensor:
+    """Causality as a mask, bool [1, 1, T, T]."""
+    rows = query.shape[2]
+    return torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
+
+
+# The mask of self-attention
 
 
 class SelfAttentionMask(NamedTuple):
-    """What the rows of the self-attention layers see.
+    """What is visible to the rows of the self-attention layers.
 
     Attributes:
-        mask: [B or 1, 1 or H, T or 1, S], bool (True = may see) or additive, in which every row sees a token; for flash-attention bool
-            [B, S], False at padding; None if `causal` and `texts` say all.
-        causal: whether the kernel has to hide later tokens itself; never told from the mask.
-        texts: for flash-attention and packed rows, the borders of the texts in the flattened batch, by the names that transformers has
-            for them.
+        mask: [B or 1, 1 or H, T or 1, S], bool (True = visible) or additive, complete: it masks out later tokens too,
+            and leaves something visible to every row. For flash-attention bool [B, S], False at padding. None if
+            nothing has to be masked out besides what `causal` and `texts` exclude.
+        causal: whether the kernel masks out later tokens. Causality is never inferred from the mask.
+        texts: for flash-attention on packed rows, the borders of the texts in the flattened batch, as keyword
+            arguments of the kernel.
     """
 
     mask: Optional[torch.Tensor]
@@ -268,62 +372,90 @@ class SelfAttentionMask(NamedTuple):
 
 
 def self_attention_mask(
-    config,
+    config: PretrainedConfig,
     attention_mask: Optional[torch.Tensor],
     hidden_states: torch.Tensor,
     cache: Optional[Cache],
     implementation: str,
     text_index: Optional[torch.Tensor] = None,
 ) -> tuple[SelfAttentionMask, str]:
-    """What the rows hidden_states [B, T, D] see: the tokens up to their own, of their own text, that are no padding. A padding token sees
-    itself as well, so that no row of a softmax is empty.
+    """What is visible to the rows hidden_states [B, T, D]: the tokens of the same text up to the row, without padding.
+    A padding token attends to itself as well, so that no row of a softmax is empty.
 
     Args:
-        attention_mask: [B, S], 0 at padding; or a ready mask that says all, also what is later: see `ready_mask`.
-        text_index: [B, T], the text of each token, in packed rows.
+        attention_mask: [B, S], 0 at padding, None without any padding (`MossVLModel` drops a mask of ones); or a ready
+            mask of four axes, which replaces all rules: see `ready_mask`.
+        text_index: [B, T], the text of each token, for packed rows.
 
     Returns:
-        That, and the implementation for it: sdpa in place of flash-attention for what flash-attention cannot hide (a ready mask, the empty
-        slots of a static cache, padding beside packed texts, a call of padding alone), and for one token per padded row, for which
-        transformers would copy the keys and values of the whole cache at each layer.
+        The mask, and the implementation for it: sdpa in place of flash-attention for what `flash_can_mask` excludes.
     """
     (batch, rows, _), past, device = hidden_states.shape, cached_length(cache), hidden_states.device
-    known = past + rows
-    slots = static_length(cache) if static_length(cache) is not None else known
+    length = past + rows
+    slots = static_length(cache) if static_length(cache) is not None else length
     kind = attention_kind(implementation)
     without_flash = "sdpa" if kind == "flash" else implementation
+
     if attention_mask is not None and attention_mask.ndim == 4:
         check_ready_mask(attention_mask, config.num_attention_heads, batch, rows, cache)
         return SelfAttentionMask(ready_mask(attention_mask, hidden_states, past, slots), causal=False), without_flash
+
     assert text_index is None or past == 0, "packed rows come without a filled cache"
-    padded = attention_mask is not None  # not asked of the device again: `MossVLModel` drops a mask of ones
-    by_flash = kind == "flash" and slots == known and not (padded and (rows == 1 or text_index is not None))
-    if by_flash and not (padded and not bool(attention_mask[:, past:].any())):  # not without any query
-        mask = attention_mask.to(device).bool() if padded else None
+    if kind == "flash" and slots == length and flash_can_mask(attention_mask, text_index, past, rows):
+        mask = None if attention_mask is None else attention_mask.to(device).bool()
         texts = None if text_index is None else text_borders(text_index.to(device))
         return SelfAttentionMask(mask, causal=True, texts=texts), implementation
-    if not padded and slots == known and text_index is None and (rows == 1 or past == 0):
+
+    only_causal = attention_mask is None and text_index is None and slots == length
+    if only_causal and (rows == 1 or past == 0):
         return SelfAttentionMask(None, causal=True), without_flash
-    at = torch.arange(slots, device=device)
-    row_at = at[past:known, None]
-    mask = (at <= row_at)[None, None]  # [1, 1, T, S]
-    if text_index is not None:
-        texts = F.pad(text_index.to(device), (0, slots - known))
-        mask = mask & (texts[:, None, :known, None] == texts[:, None, None, :])
-    if padded:
-        may_see = F.pad(attention_mask.to(device).bool(), (0, slots - known))
-        mask = mask & may_see[:, None, None, :] | (at == row_at)
+
+    mask = complete_mask(attention_mask, text_index, past, rows, slots, device)
     return SelfAttentionMask(mask, causal=False), without_flash
 
 
+def flash_can_mask(
+    attention_mask: Optional[torch.Tensor], text_index: Optional[torch.Tensor], past: int, rows: int
+) -> bool:
+    """Whether flash-attention can mask this padding. It cannot for padding in packed rows, nor for a call of padding
+    alone, which has no queries. For one token per padded row it could, but transformers would copy the keys and values
+    of the whole cache at each layer."""
+    if attention_mask is None:
+        return True
+    return rows > 1 and text_index is None and bool(attention_mask[:, past:].any())
+
+
+def complete_mask(
+    attention_mask: Optional[torch.Tensor],
+    text_index: Optional[torch.Tensor],
+    past: int,
+    rows: int,
+    slots: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Causality, texts and padding as one mask, bool [B or 1, 1, T, slots]; the empty slots of a static cache are
+    later tokens."""
+    length = past + rows
+    columns = torch.arange(slots, device=device)
+    own = columns[past:length, None]  # the column of each row's token
+    mask = (columns <= own)[None, None]
+    if text_index is not None:
+        texts = F.pad(text_index.to(device), (0, slots - length))
+        mask = mask & (texts[:, None, :length, None] == texts[:, None, None, :])
+    if attention_mask is not None:
+        is_token = F.pad(attention_mask.to(device).bool(), (0, slots - length))
+        mask = mask & is_token[:, None, None, :] | (columns == own)
+    return mask
+
+
 def check_ready_mask(mask: torch.Tensor, heads: int, batch: int, rows: int, cache: Optional[Cache]) -> None:
-    """Refuses a caller's mask of four axes that does not fit the rows of this call, or whose dtype says nothing.
+    """Checks a caller's mask of four axes.
 
     Raises:
-        ValueError: what does not fit.
+        ValueError: if its shape does not fit the rows of this call, or its dtype is neither bool nor float.
     """
-    known, slots = cached_length(cache) + rows, static_length(cache)
-    widths = (known,) if slots is None else (known, slots)
+    length, slots = cached_length(cache) + rows, static_length(cache)
+    widths = (length,) if slots is None else (length, slots)
     fits = (
         mask.shape[0] in (1, batch)
         and mask.shape[1] in (1, heads)
@@ -332,33 +464,37 @@ def check_ready_mask(mask: torch.Tensor, heads: int, batch: int, rows: int, cach
     )
     if not fits:
         raise ValueError(
-            f"`attention_mask` has shape {list(mask.shape)}; expected [{batch} or 1, {heads} or 1, {rows} or 1, {' or '.join(map(str, widths))}]: "
-            f"the rows of this call by the tokens of the cache and of this call."
+            f"`attention_mask` has shape {list(mask.shape)}; expected [{batch} or 1, {heads} or 1, {rows} or 1, "
+            f"{' or '.join(map(str, widths))}]: the rows of this call by the tokens of the cache and of this call."
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f"`attention_mask` has four axes and dtype {mask.dtype}; expected torch.bool (True = may see), or additive in float."
+            f"`attention_mask` has four axes and dtype {mask.dtype}; expected torch.bool (True = visible), or an "
+            f"additive mask in float."
         )
 
 
 def ready_mask(mask: torch.Tensor, hidden_states: torch.Tensor, past: int, slots: int) -> torch.Tensor:
-    """A caller's mask [B or 1, 1 or H, T or 1, S] as every kernel takes it: bool, or additive in the dtype of the scores with -inf where
-    it hides; S as long as the cache. A row that would see nothing sees its own token, as a padding token does."""
+    """A caller's mask [B or 1, 1 or H, T or 1, S] in the form that every kernel takes: bool, or additive in the dtype
+    of the scores with -inf for tokens that are masked out; padded to the slots of the cache. A row to which nothing
+    would be visible attends to its own token, as a padding token does."""
     rows, device = hidden_states.shape[1], hidden_states.device
     mask = mask.to(device)
-    sees = mask if mask.dtype == torch.bool else mask > HIDDEN
-    at = torch.arange(slots, device=device)
-    more = slots - mask.shape[3]
-    sees = F.pad(sees, (0, more))
-    sees = sees | (~sees.any(-1, keepdim=True) & (at == at[past : past + rows, None]))
+    visible = mask if mask.dtype == torch.bool else mask > MASKED
+    empty_slots = slots - mask.shape[3]
+    visible = F.pad(visible, (0, empty_slots))
+    columns = torch.arange(slots, device=device)
+    own = columns[past : past + rows, None]
+    visible = visible | (~visible.any(-1, keepdim=True) & (columns == own))
     if mask.dtype == torch.bool:
-        return sees
-    added = F.pad(mask.masked_fill(mask <= HIDDEN, 0), (0, more))
-    return added.to(compute_dtype(hidden_states)).masked_fill(~sees, float("-inf"))
+        return visible
+    bias = F.pad(mask.masked_fill(mask <= MASKED, 0), (0, empty_slots))
+    return bias.to(compute_dtype(hidden_states)).masked_fill(~visible, float("-inf"))
 
 
 def text_borders(text_index: torch.Tensor) -> dict:
-    """Borders of the texts of packed rows [B, T] in the flattened batch, as transformers hands them to flash-attention."""
+    """The borders of the texts of packed rows [B, T] in the flattened batch, as keyword arguments of transformers'
+    flash-attention."""
     first = torch.ones_like(text_index, dtype=torch.bool)
     first[:, 1:] = text_index[:, 1:] != text_index[:, :-1]
     borders = F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=first.numel()).to(torch.int32)

@@ -1,9 +1,7 @@
-"""Configuration of MOSS-VL: the three config classes and everything that can be wrong in them.
+"""Configuration of MOSS-VL: the three config classes and their validation.
 
-Old spellings are normalised here once (`rope_theta` + `rope_scaling` become `rope_parameters`), so that the other files
-read one form.
-
-A config keeps nothing of what it is made from: dicts and config objects that are passed in are copied, and stay as they were.
+Older spellings are normalised here (`rope_theta` + `rope_scaling` become `rope_parameters`), so that the other files
+read one form. Dicts and config objects that are passed in are copied, never changed.
 """
 
 import copy
@@ -16,9 +14,9 @@ from transformers import PretrainedConfig
 
 
 if TYPE_CHECKING:
-    # Never run: they tell transformers, which reads these lines, that the code of a folder is one. transformers 5 keeps a model class
-    # by its config class, and a config class by the files it imports: without these, a second folder of the same name whose config is
-    # the same would get the model of the first one, whatever its own code says.
+    # These lines are read by transformers and never run. transformers 5 caches a model class by its config class, and
+    # a config class by the files that it imports. Without these lines, a second folder with the same name and the same
+    # configuration file would get the model class of the first one, even if its code differs.
     from .attention import attend  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .call_positions import CallPositions  # noqa: F401
@@ -58,7 +56,8 @@ if TYPE_CHECKING:
     from .vision_sequence import VisionState  # noqa: F401
     from .xrope import xrope_rotary  # noqa: F401
 
-# The Auto classes that `auto_map` gives the model to. AutoModelForVision2Seq is of transformers 4 alone, AutoModelForMultimodalLM of 5.
+# The Auto classes that load the model. AutoModelForVision2Seq exists in transformers 4 only, AutoModelForMultimodalLM
+# in 5 only.
 AUTO_MODELS = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -70,11 +69,12 @@ AUTO_MODELS = (
 
 def _require(condition: bool, what: str, got, expected: str) -> None:
     if not condition:
-        raise ValueError(f"MOSS-VL config: {what}, got {got!r}; expected {expected}. Mend it in config.json.")
+        raise ValueError(f"MOSS-VL config: {what}, got {got!r}; expected {expected}. Correct it in config.json.")
 
 
 def _plain(value):
-    """A whole number of any kind (numpy's, too, which JSON does not know) as an int, also inside a list or tuple; anything else as it is."""
+    """Converts integers of any type (numpy's are not JSON) to int, also inside a list or tuple; returns anything else
+    unchanged."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
@@ -90,9 +90,13 @@ def _require_positive_ints(config: PretrainedConfig, *names: str) -> None:
 
 
 def check_parts(config: PretrainedConfig, names: dict) -> None:
-    """Refuses attention implementations for parts that the config has not ("" is the config itself), which transformers would drop."""
+    """Checks the keys of a dict of attention implementations, since transformers ignores unknown ones.
+
+    Raises:
+        ValueError: if a key is not a part of the config. "" is the config itself.
+    """
+    parts = ["", *config.sub_configs]
     for part in names:
-        parts = ["", *config.sub_configs]
         _require(part in parts, "a part in `attn_implementation`", part, f"one of {parts}")
 
 
@@ -100,19 +104,20 @@ class MossVLVisionConfig(PretrainedConfig):
     """The ViT encoder and its merger.
 
     Args:
-        depth, hidden_size, intermediate_size, num_heads: size of the transformer; the head size must divide by 4 (2D rotary).
-        hidden_act: activation of the blocks' MLP; the merger's is always exact GELU.
+        depth, hidden_size, intermediate_size, num_heads: size of the transformer; the head size must be a multiple of
+            4 (2D rotary).
+        hidden_act: activation of the MLP in the blocks; that of the merger is always exact GELU.
         patch_size, temporal_patch_size, in_channels: a row of `pixel_values` is one patch of
             `in_channels * temporal_patch_size * patch_size**2` values.
         spatial_merge_size: `m`; m x m patches become one vision token.
-        out_hidden_size: width of a vision token, the text model's `hidden_size`.
-        num_position_embeddings: learned positions, a square table. It is interpolated, so its side need not divide by
-            `spatial_merge_size`.
-        deepstack_visual_indexes: blocks whose output goes to the merger beside that of the last one.
+        out_hidden_size: width of a vision token, equal to `hidden_size` of the text model.
+        num_position_embeddings: number of learned positions, a square. They are interpolated, so the side of the
+            square need not be a multiple of `spatial_merge_size`.
+        deepstack_visual_indexes: blocks whose output the merger takes besides that of the last block.
         layer_norm_eps: epsilon of every LayerNorm.
 
     Raises:
-        ValueError: for sizes that do not fit each other.
+        ValueError: if sizes do not fit each other.
     """
 
     model_type = "moss_vl_vision"
@@ -169,16 +174,16 @@ class MossVLVisionConfig(PretrainedConfig):
         )
         _require(
             self.hidden_size % (4 * self.num_heads) == 0,
-            "`vision_config.hidden_size` over `num_heads`",
+            "`vision_config.hidden_size` and `num_heads`",
             (self.hidden_size, self.num_heads),
-            "a whole head size that divides by 4 (2D rotary positions)",
+            "a head size that is a multiple of 4 (2D rotary positions)",
         )
         side = math.isqrt(self.num_position_embeddings)
         _require(
             side * side == self.num_position_embeddings,
             "`vision_config.num_position_embeddings`",
             self.num_position_embeddings,
-            "a square number (a table of rows x columns)",
+            "a square number (rows x columns)",
         )
         indexes = self.deepstack_visual_indexes
         _require(
@@ -190,18 +195,19 @@ class MossVLVisionConfig(PretrainedConfig):
 
 
 class MossVLTextConfig(PretrainedConfig):
-    """The causal decoder, in which the layers of `cross_attention_layers` read the vision tokens.
+    """The causal decoder, whose `cross_attention_layers` attend to the vision tokens.
 
     Args:
-        cross_attention_layers: rising indices of the gated cross-attention layers, never 0; default every fourth from 2 on.
+        cross_attention_layers: rising indices of the gated cross-attention layers, never 0; default 2, 6, 10, ...
         head_dim: default `hidden_size // num_attention_heads`.
-        cross_attention_implementation: an attention implementation for the cross-attention layers alone; default that of the rest. As
-            `attn_implementation` it belongs to a run, and is not saved.
-        rope_parameters: `{rope_type: "default", rope_theta, mrope_section: [t, h, w], mrope_interleaved: True}`; the sections are
-            counts of frequencies and sum to `head_dim // 2`. The older `rope_theta` + `rope_scaling` are read as well.
+        cross_attention_implementation: an attention implementation for the cross-attention layers alone; default: the
+            same as for all layers. Like `attn_implementation`, it is not saved.
+        rope_parameters: `{rope_type: "default", rope_theta, mrope_section: [t, h, w], mrope_interleaved: True}`; the
+            sections are numbers of frequencies that sum to `head_dim // 2`. The older `rope_theta` + `rope_scaling`
+            are read as well.
 
     Raises:
-        ValueError: for sizes that do not fit each other.
+        ValueError: if sizes do not fit each other.
     """
 
     model_type = "moss_vl_text"
@@ -240,7 +246,7 @@ class MossVLTextConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         _require_positive_ints(
             self, "hidden_size", "num_hidden_layers", "num_attention_heads"
-        )  # from which others follow
+        )  # the defaults of others depend on these
         self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_attention_heads
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
         _require_positive_ints(self, "head_dim")
@@ -255,19 +261,21 @@ class MossVLTextConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.cross_attention_implementation = cross_attention_implementation
-        self.rope_parameters = self._one_form_of_rope(rope_parameters, rope_theta, rope_scaling)
+        self.rope_parameters = self._normalise_rope(rope_parameters, rope_theta, rope_scaling)
         self._check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **copy.deepcopy(kwargs))
-        # Set again: the base class of 4.57 knows it as one of its own arguments, that of 5.x does not.
+        # The base class of transformers 4 takes it as an argument, that of transformers 5 does not: set in any case.
         self.tie_word_embeddings = tie_word_embeddings
 
-    def _one_form_of_rope(self, rope_parameters, rope_theta, rope_scaling) -> dict:
+    def _normalise_rope(self, rope_parameters, rope_theta, rope_scaling) -> dict:
+        """Merges the spellings; `rope_parameters` takes precedence."""
         given = copy.deepcopy(dict(rope_scaling or {}) | dict(rope_parameters or {}))
-        side = self.head_dim // 2 * 5 // 16  # frequencies of h and of w: the 11B model's share, 20 of 64
+        half = self.head_dim // 2
+        spatial = half * 5 // 16  # frequencies of h, and of w: the share of the 11B model, 20 of 64
         return {
             "rope_type": given.pop("rope_type", given.pop("type", "default")),
             "rope_theta": given.pop("rope_theta", rope_theta if rope_theta is not None else 5_000_000.0),
-            "mrope_section": _plain(list(given.pop("mrope_section", [self.head_dim // 2 - 2 * side, side, side]))),
+            "mrope_section": _plain(list(given.pop("mrope_section", [half - 2 * spatial, spatial, spatial]))),
             "mrope_interleaved": given.pop("mrope_interleaved", True),
             **{key: value for key, value in given.items() if key != "type"},
         }
@@ -277,7 +285,7 @@ class MossVLTextConfig(PretrainedConfig):
 
     @property
     def rope_theta(self) -> float:
-        """Base of the rotary frequencies, as servers written for transformers 4 read it."""
+        """Base of the rotary frequencies; servers written for transformers 4 read it."""
         return self.rope_parameters["rope_theta"]
 
     @property
@@ -287,7 +295,7 @@ class MossVLTextConfig(PretrainedConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict) -> None:
-        self.rope_parameters = self._one_form_of_rope(value, self.rope_theta, None)
+        self.rope_parameters = self._normalise_rope(value, self.rope_theta, None)
 
     def _check(self) -> None:
         _require_positive_ints(
@@ -303,9 +311,9 @@ class MossVLTextConfig(PretrainedConfig):
         )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
-            "`text_config.num_attention_heads` over `num_key_value_heads`",
+            "`text_config.num_attention_heads` and `num_key_value_heads`",
             (self.num_attention_heads, self.num_key_value_heads),
-            "whole groups of query heads",
+            "a multiple (whole groups of query heads)",
         )
         _require(self.head_dim % 2 == 0, "`text_config.head_dim`", self.head_dim, "an even number (rotary pairs)")
         layers = self.cross_attention_layers
@@ -313,7 +321,8 @@ class MossVLTextConfig(PretrainedConfig):
             bool(layers) and layers == sorted(set(layers)) and layers[0] > 0 and layers[-1] < self.num_hidden_layers,
             "`text_config.cross_attention_layers`",
             layers,
-            f"at least one rising layer index from 1 to {self.num_hidden_layers - 1} (layer 0 is always self-attention)",
+            f"at least one rising layer index from 1 to {self.num_hidden_layers - 1} (layer 0 is always "
+            "self-attention)",
         )
         rope, half = self.rope_parameters, self.head_dim // 2
         _require(rope["rope_type"] == "default", "rope type", rope["rope_type"], "'default'")
@@ -327,13 +336,13 @@ class MossVLTextConfig(PretrainedConfig):
             and 3 * section[2] - 1 < half,
             "`mrope_section`",
             section,
-            f"[t, h, w] that sum to head_dim / 2 = {half}, h and w fitting every third frequency",
+            f"[t, h, w] that sum to head_dim / 2 = {half}, h and w at most every third frequency",
         )
         _require(0.0 <= self.attention_dropout < 1.0, "`attention_dropout`", self.attention_dropout, "0 <= p < 1")
 
 
 class _Pipelines:
-    """A class attribute that is read as a dict of its own each time: `pipeline` writes into what it reads."""
+    """A class attribute that returns a new dict at each access, because `pipeline` writes into the dict."""
 
     def __get__(self, config, owner) -> dict:
         text = {"impl": "pipeline_moss_vl.MossVLTextGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
@@ -344,20 +353,22 @@ class MossVLConfig(PretrainedConfig):
     """Configuration of `MossVLForConditionalGeneration`.
 
     Args:
-        text_config, vision_config: a dict or a config object each, which is copied; defaults are those of the 11B model.
-        image_token_id: `<|image_pad|>`, one a frame in the text. video_token_id: `<|video_pad|>`, which the processor replaces.
-        vision_seq_pad_multiple: kept for checkpoints that carry it. It pads the vision sequence with hidden tokens for kernels
-            that ask for aligned lengths; ours do not, and it changes no number.
-        tie_word_embeddings: read from here or from `text_config`, and kept the same in both, since transformers 4 reads the one
-            and transformers 5 the other.
+        text_config, vision_config: a dict or a config object each, which is copied; defaults are those of the 11B
+            model.
+        image_token_id: `<|image_pad|>`, one per frame in the text.
+        video_token_id: `<|video_pad|>`, which the processor replaces.
+        vision_seq_pad_multiple: accepted because released checkpoints contain it. Other implementations pad the vision
+            sequence to this multiple for kernels that need aligned lengths; here it has no effect.
+        tie_word_embeddings: read from here or from `text_config`, and set in both: transformers 4 reads the one and
+            transformers 5 the other.
 
     Raises:
-        ValueError: for parts that do not fit each other.
+        ValueError: if the parts do not fit each other.
     """
 
     model_type = "moss_vl"
     sub_configs = {"text_config": MossVLTextConfig, "vision_config": MossVLVisionConfig}
-    # Of an output, what `Trainer` leaves out of its predictions, so that these are the logits.
+    # Outputs that `Trainer` leaves out of its predictions, which are then the logits alone.
     keys_to_ignore_at_inference = [
         "cache",
         "past_key_values",
@@ -366,7 +377,7 @@ class MossVLConfig(PretrainedConfig):
         "attentions",
         "cross_attentions",
     ]
-    custom_pipelines = _Pipelines()  # by task, those that transformers takes from this package
+    custom_pipelines = _Pipelines()  # task -> pipeline class of this package
 
     def __init__(
         self,
@@ -392,7 +403,7 @@ class MossVLConfig(PretrainedConfig):
             tie_word_embeddings = self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = tie_word_embeddings
         kwargs = copy.deepcopy(kwargs)
-        kwargs["auto_map"] = self._whole_auto_map(kwargs.get("auto_map") or {})
+        kwargs["auto_map"] = self._complete_auto_map(kwargs.get("auto_map") or {})
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
 
@@ -408,7 +419,8 @@ class MossVLConfig(PretrainedConfig):
 
     @property
     def cross_attention_implementation(self):
-        """That of `text_config`, so that `from_pretrained(..., cross_attention_implementation=...)` sets it."""
+        """The value of `text_config`, so that `from_pretrained(..., cross_attention_implementation=...)` can set
+        it."""
         return self.text_config.cross_attention_implementation
 
     @cross_attention_implementation.setter
@@ -416,33 +428,33 @@ class MossVLConfig(PretrainedConfig):
         self.text_config.cross_attention_implementation = value
 
     @staticmethod
-    def _whole_auto_map(given: dict) -> dict:
-        """Released configs name some of the Auto classes that a pipeline asks for; all model classes are one."""
-        config, model = "configuration_moss_vl.MossVLConfig", "modeling_moss_vl.MossVLForConditionalGeneration"
+    def _complete_auto_map(given: dict) -> dict:
+        """Adds the Auto classes that a config does not name; released configs name only some. All load one model
+        class."""
+        model = "modeling_moss_vl.MossVLForConditionalGeneration"
         model = given.get("AutoModelForCausalLM", given.get("AutoModel", model))
-        models = dict.fromkeys(AUTO_MODELS, model)
-        return {"AutoConfig": config, **models, **given}
+        return {"AutoConfig": "configuration_moss_vl.MossVLConfig", **dict.fromkeys(AUTO_MODELS, model), **given}
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """Names the code that lies in the folder, if it was saved there, in place of the repository that the config was loaded from."""
+        """In `auto_map`, replaces references to another repository ("owner/name--module.Class") by those to files that
+        are in the folder."""
 
-        def local(reference):
-            own = reference.split("--")[-1] if isinstance(reference, str) else reference
-            return (
-                own
-                if own != reference and os.path.isfile(os.path.join(save_directory, f"{own.split('.')[0]}.py"))
-                else reference
-            )
+        def localised(reference):
+            if not isinstance(reference, str) or "--" not in reference:
+                return reference
+            local = reference.split("--")[-1]
+            path = os.path.join(save_directory, f"{local.split('.')[0]}.py")
+            return local if os.path.isfile(path) else reference
 
-        self.auto_map = {name: local(reference) for name, reference in self.auto_map.items()}
+        self.auto_map = {name: localised(reference) for name, reference in self.auto_map.items()}
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _sub_config(self, name: str, value) -> PretrainedConfig:
         if value is None:
             value = {}
         if isinstance(value, dict):
-            return self.sub_configs[name](**value)  # which copies
-        # By name, not by class: remote code may hand in the same class from another copy of this module.
+            return self.sub_configs[name](**value)  # the class copies
+        # Compares names and not classes: remote code may pass the same class from another copy of this module.
         _require(
             getattr(value, "model_type", None) == self.sub_configs[name].model_type,
             f"`{name}`",
@@ -472,7 +484,7 @@ class MossVLConfig(PretrainedConfig):
         )
 
 
-# Saved configs name this class in their `auto_map`, and `save_pretrained` copies the code beside them.
+# Makes `save_pretrained` write this class to `auto_map`, and copy the code to the folder.
 MossVLConfig.register_for_auto_class()
 
 __all__ = ["MossVLConfig", "MossVLTextConfig", "MossVLVisionConfig"]

@@ -1,4 +1,4 @@
-"""Makes the files of this folder importable as the package `moss_vl`, in place: a module with `__path__` is a package."""
+"""Makes the files of this folder importable as the package `moss_vl`: a module with `__path__` is a package."""
 
 from pathlib import Path
 

@@ -1,7 +1,9 @@
-"""Patches: from frames to rows of levels, and from levels to the values that the vision encoder takes.
+"""Patches: frames -> rows of uint8 pixels -> the normalised values that the vision encoder takes.
 
 Axes: n frames, h rows, w columns, p patch size, m merge size, t temporal patch size, P patches, k = t * p * p.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -13,10 +15,12 @@ def patchify(
     temporal_patch_size: int = 1,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[n, 3, h, w] -> [P, 3 * t * p * p], frame by frame, merge block by merge block (model.md, section 3); written to `out`, which is
-    contiguous, where it is given.
+    """[n, 3, h, w] -> [P, 3 * k], frame by frame, merge block by merge block (docs/model.md, section "Vision
+    encoder").
 
-    h and w are multiples of p * m. The last frame is repeated where n is no multiple of t.
+    Args:
+        frames: h and w are multiples of p * m. If n is not a multiple of t, the last frame is repeated.
+        out: contiguous; the result is written into it if given.
     """
     n, c, height, width = frames.shape
     t, p, m = temporal_patch_size, patch_size, merge_size
@@ -32,10 +36,13 @@ def patchify(
 
 
 def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 [P, 3 * k] levels -> float32 (x / 255 - mean) / std, written to `out` where it is given.
+    """uint8 pixels [P, 3 * k] -> float32 (x / 255 - mean) / std.
 
-    Computed as (x - 255 mean) / (255 std), which has no rounding but that of the division at mean = std = 0.5. `image_mean` and
-    `image_std`: three numbers, or for each patch its own, [P, 3].
+    Computed as (x - 255 mean) / (255 std): for mean = std = 0.5 only the division rounds.
+
+    Args:
+        image_mean, image_std: three numbers, or [P, 3] for each patch.
+        out: the result is written into it if given.
     """
     out = torch.empty(patches.shape, dtype=torch.float32, device=patches.device) if out is None else out
     out.copy_(patches)
@@ -49,17 +56,26 @@ def normalise(patches: torch.Tensor, image_mean, image_std, out: torch.Tensor | 
     return out
 
 
-def join_patches(parts: list, raw: bool) -> dict:
-    """Media one behind the other, each as (levels uint8 [P, values], mean, std): `pixel_values`, in float32, or where `raw` as levels
-    with the `image_mean` and `image_std` of each medium. Empties `parts` on the way, so that each is let go once it is written."""
-    statistics = (
-        {"image_mean": [[*mean] for _, mean, _ in parts], "image_std": [[*std] for _, _, std in parts]} if raw else {}
-    )
-    if raw and len(parts) == 1:
+def join_patches(
+    parts: list[tuple[torch.Tensor, Sequence[float], Sequence[float]]], keep_uint8: bool
+) -> dict[str, torch.Tensor | list]:
+    """Concatenates the patches of media, each (uint8 pixels [P, values], mean, std).
+
+    Empties `parts`, so that the memory of each medium is free once it is copied.
+
+    Returns:
+        `pixel_values`: normalised float32; if `keep_uint8` the uint8 pixels, with `image_mean` and `image_std` per
+            medium.
+    """
+    statistics = {}
+    if keep_uint8:
+        statistics = {"image_mean": [[*mean] for _, mean, _ in parts], "image_std": [[*std] for _, _, std in parts]}
+    if keep_uint8 and len(parts) == 1:
         return {"pixel_values": parts.pop()[0], **statistics}
     sizes = [len(patches) for patches, *_ in parts]
-    pixel_values = torch.empty(sum(sizes), parts[0][0].shape[1], dtype=torch.uint8 if raw else torch.float32)
+    dtype = torch.uint8 if keep_uint8 else torch.float32
+    pixel_values = torch.empty(sum(sizes), parts[0][0].shape[1], dtype=dtype)
     for out in pixel_values.split(sizes):
         patches, mean, std = parts.pop(0)
-        out.copy_(patches) if raw else normalise(patches, mean, std, out=out)
+        out.copy_(patches) if keep_uint8 else normalise(patches, mean, std, out=out)
     return {"pixel_values": pixel_values, **statistics}

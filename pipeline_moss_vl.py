@@ -1,6 +1,7 @@
-"""`pipeline("text-generation")` for MOSS-VL: text alone."""
+"""`pipeline("text-generation")` for MOSS-VL, for text without media."""
 
 from copy import copy
+from typing import Any, Optional
 
 from transformers import TextGenerationPipeline
 
@@ -9,11 +10,12 @@ PLACEHOLDERS = ("<|image|>", "<|video|>", "<|image_pad|>", "<|video_pad|>")
 
 
 class MossVLTextGenerationPipeline(TextGenerationPipeline):
-    """transformers' own, but for two things. `MossVLConfig.custom_pipelines` names this class.
+    """The pipeline of transformers with two changes. `MossVLConfig.custom_pipelines` registers it.
 
-    It refuses media: it has a tokenizer and no processor, so that of an image only the placeholder's text would reach the model, which
-    would guess. It pads batches on the left, as `generate` needs them, with a tokenizer of its own: transformers 4.57 keeps the side of
-    the tokenizer that it is given, transformers 5 writes the side into it.
+    It refuses media: it has a tokenizer but no processor, so only the placeholder of an image would reach the model,
+    which
+    would guess. And it pads batches on the left, as `generate` needs them, with a copy of the tokenizer: transformers
+    4.57 keeps the padding side of the caller's tokenizer, transformers 5 changes it.
     """
 
     def __init__(self, model, tokenizer=None, *args, **kwargs):
@@ -24,24 +26,32 @@ class MossVLTextGenerationPipeline(TextGenerationPipeline):
             tokenizer.padding_side = "left"
         super().__init__(model, tokenizer, *args, **kwargs)
 
-    def preprocess(self, prompt_text, *args, **kwargs):
-        """The tokens of a text or chat. Raises ValueError where it has media."""
-        for message in getattr(prompt_text, "messages", ()):  # of a chat
-            content = message["content"]
-            types = (
-                [part.get("type") for part in content if isinstance(part, dict)]
-                if isinstance(content, (list, tuple))
-                else []
-            )
-            self._refuse(next((f"a content part of type {kind!r}" for kind in types if kind != "text"), None))
+    def preprocess(self, prompt_text, *args, **kwargs) -> dict[str, Any]:
+        """The tokens of a text or chat.
+
+        Raises:
+            ValueError: if there are media or their placeholders.
+        """
+        refuse_media(media_part(prompt_text))
         inputs = super().preprocess(prompt_text, *args, **kwargs)
         text = self.tokenizer.decode(inputs["input_ids"][0])
-        self._refuse(next((f"the placeholder {name}" for name in PLACEHOLDERS if name in text), None))
+        refuse_media(next((f"the placeholder {name}" for name in PLACEHOLDERS if name in text), None))
         return inputs
 
-    def _refuse(self, found):
-        if found is not None:
-            raise ValueError(
-                f"pipeline('text-generation') got {found}; expected text alone, since this pipeline hands no media to the model. Use "
-                f"pipeline('image-text-to-text'), or the model with its processor."
-            )
+
+def media_part(prompt_text) -> Optional[str]:
+    """Describes the first content part of a chat that is not text; None if there is none."""
+    for message in getattr(prompt_text, "messages", ()):
+        content = message["content"]
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if isinstance(part, dict) and part.get("type") != "text":
+                return f"a content part of type {part.get('type')!r}"
+    return None
+
+
+def refuse_media(found: Optional[str]) -> None:
+    if found is not None:
+        raise ValueError(
+            f"pipeline('text-generation') got {found}; expected text alone, because this pipeline passes no "
+            f"media to the model. Use pipeline('image-text-to-text'), or the model with its processor."
+        )

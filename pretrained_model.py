@@ -1,18 +1,19 @@
-"""The base class of all MOSS-VL models: attention names, initialisation, gradient checkpointing."""
+"""The base class of all MOSS-VL models: attention names, initialisation, gradient checkpointing.
 
+docs/transformers.md lists which behaviour of transformers each override here changes.
+"""
+
+from collections.abc import Callable
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .attention import (
-    attention_kind,
-    is_kernel_name,
-)
+from .attention import attention_kind, is_kernel_name
 from .configuration_moss_vl import MossVLConfig, check_parts
 
 
@@ -22,10 +23,10 @@ logger = logging.get_logger(__name__)
 class MossVLLayer(GradientCheckpointingLayer):
     """A layer that gradient checkpointing runs again in the backward pass."""
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs) -> Any:
         if torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
-        # There is no backward pass. transformers 4 would checkpoint all the same, and keep the cache from the layer.
+        # Without gradients there is no backward pass. transformers 4 would checkpoint anyway, and drop the cache.
         return nn.Module.__call__(self, *args, **kwargs)
 
 
@@ -39,67 +40,99 @@ class MossVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    def __init__(self, config, cross_attention_implementation: Optional[str] = None):
-        """`cross_attention_implementation`: what `from_pretrained` and `from_config` were given, as `attn_implementation` is, but for the
-        cross-attention layers alone."""
+    def __init__(self, config: PretrainedConfig, cross_attention_implementation: Optional[str] = None):
+        """
+        Args:
+            cross_attention_implementation: an attention implementation for the cross-attention layers alone, from
+                `from_pretrained` or `from_config`; default: that of the config, which is None for the same as all
+                layers.
+        """
         super().__init__(config)
         text = getattr(config, "text_config", config)
-        name = getattr(text, "cross_attention_implementation", None)
-        name = name if cross_attention_implementation is None else cross_attention_implementation
+        name = cross_attention_implementation
+        if name is None:
+            name = getattr(text, "cross_attention_implementation", None)
         if name is not None:
             text.cross_attention_implementation = self._check_and_adjust_attn_implementation(name, is_init_check=True)
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        # transformers initialises parameters of known module classes; these are parameters of MOSS-VL's classes.
         for name in ("cross_attn_attn_gate", "cross_attn_mlp_gate", "separator_token"):
             if name in module._parameters:
                 nn.init.zeros_(module._parameters[name])
 
-    def enable_input_require_grads(self):
-        """Makes the embeddings of text and patches require gradients, so that adapters in layers after frozen ones get theirs if
-        checkpointing is reentrant. transformers 4 does so for the text alone."""
+    # Gradient checkpointing
+
+    def enable_input_require_grads(self) -> None:
+        """Makes the embeddings of text and patches require gradients, so that adapters after frozen layers get
+        gradients through reentrant checkpointing. transformers 4 does so for the text only."""
         models = [module for module in self.modules() if isinstance(module, MossVLPreTrainedModel)]
         embeddings = {id(embedding): embedding for embedding in (model.get_input_embeddings() for model in models)}
         self.disable_input_require_grads()
         hooks = [embedding.register_forward_hook(require_gradients) for embedding in embeddings.values()]
         self._require_grads_hooks, self._require_grads_hook = hooks, hooks[0]
 
-    def disable_input_require_grads(self):
-        """Takes back `enable_input_require_grads`."""
+    def disable_input_require_grads(self) -> None:
+        """Undoes `enable_input_require_grads`."""
         for hook in getattr(self, "_require_grads_hooks", ()):
             hook.remove()
         self._require_grads_hooks = []
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # before transformers 5.24
 
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-            """Not reentrant unless it is asked for, as in transformers 5: else a trained layer after frozen ones gets no gradient."""
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: Optional[dict[str, Any]] = None, **kwargs
+        ) -> None:
+            """Makes non-reentrant checkpointing the default, as in transformers 5: with the reentrant default of
+            transformers 4, layers after frozen ones get no gradient."""
             if gradient_checkpointing_kwargs is None:
                 gradient_checkpointing_kwargs = {"use_reentrant": False}
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
+    # Attention names
+    #
+    # transformers resolves a name by three methods:
+    #   _can_set_attn_implementation           whether names can be changed after construction
+    #   _check_and_adjust_attn_implementation  the name of a model, at construction and later; may load a kernel
+    #   get_correct_attn_implementation        called by the former, and for each part in `set_attn_implementation`
+    # The overrides change two things: a name that MOSS-VL cannot use is an error (`attention_kind`), and a version of
+    # flash-attention that is not installed falls back to sdpa with a warning, for which transformers raises an error.
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # read from the config at every call
+        """transformers searches the source file for a pattern, which attention.py does not contain. Names can always
+        be changed, because each call reads them from the config."""
+        return True
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """transformers' check at construction and in `set_attn_implementation`, which may load a kernel: the name that is used."""
-        loads_kernel = isinstance(attn_implementation, str) and is_kernel_name(attn_implementation)
-        if attn_implementation is not None and not loads_kernel and attention_kind(attn_implementation) == "function":
-            return attn_implementation  # transformers takes any name with "flash" in it for a kernel
-        name = self._or_sdpa(super()._check_and_adjust_attn_implementation, attn_implementation, *args, **kwargs)
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Optional[str], *args, **kwargs) -> str:
+        """Returns the name to use. May load a kernel of the `kernels` package.
+
+        Raises:
+            ValueError: see `attention_kind`.
+        """
+        name = attn_implementation
+        # The kind of a kernel is known after it is loaded, so its name is checked afterwards.
+        if name is not None and not (isinstance(name, str) and is_kernel_name(name)):
+            if attention_kind(name) == "function":
+                return name  # transformers would look for a kernel if a user's function has "flash" in its name
+        name = self._or_sdpa(super()._check_and_adjust_attn_implementation, name, *args, **kwargs)
         attention_kind(name)
         return name
 
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
-        """transformers' check of the parts in `set_attn_implementation`, without loading a kernel."""
+    def get_correct_attn_implementation(self, requested_attention: Optional[str], *args, **kwargs) -> str:
+        """Returns the name to use, without loading a kernel.
+
+        Raises:
+            ValueError: see `attention_kind`.
+        """
         if requested_attention is not None:
             attention_kind(requested_attention)
         return self._or_sdpa(super().get_correct_attn_implementation, requested_attention, *args, **kwargs)
 
     @staticmethod
-    def _or_sdpa(check, name: Optional[str], *args, **kwargs) -> str:
-        """What `check` makes of the name; sdpa, with a warning, for a version of flash-attention that cannot be used here."""
+    def _or_sdpa(check: Callable, name: Optional[str], *args, **kwargs) -> str:
+        """`check(name)`; if that is an error for a version of flash-attention, warns and checks sdpa instead."""
         try:
             return check(name, *args, **kwargs)
         except (ImportError, ValueError) as error:
@@ -109,34 +142,38 @@ class MossVLPreTrainedModel(PreTrainedModel):
             return check("sdpa", *args, **kwargs)
 
     def set_attn_implementation(
-        self, attn_implementation, *, cross_attention_implementation: Optional[str] = None, **kwargs
-    ):
-        """Changes the attention functions of the whole model, or by a dict those of the parts that it names.
+        self,
+        attn_implementation: str | dict[str, str],
+        *,
+        cross_attention_implementation: Optional[str] = None,
+        **kwargs,
+    ) -> None:
+        """Changes the attention implementation of the whole model, or of the parts that a dict names. Unlike
+        transformers, checks all names before it changes anything.
 
         Args:
             attn_implementation: a name, or {"text_config": name, "vision_config": name}.
-            cross_attention_implementation: another one for the cross-attention layers alone. Without it they follow a name given for the
-                whole model, and keep theirs if a dict is given.
+            cross_attention_implementation: another name for the cross-attention layers alone. Without it, they follow
+                a name for the whole model, and keep theirs if a dict is given.
 
         Raises:
-            ValueError: for names that are not allowed, before anything is changed.
+            ValueError: if a name is not allowed.
         """
-        of_parts, check = (
-            isinstance(attn_implementation, dict),
-            partial(self._check_and_adjust_attn_implementation, **kwargs),
-        )
-        if of_parts:
+        is_dict = isinstance(attn_implementation, dict)
+        check = partial(self._check_and_adjust_attn_implementation, **kwargs)
+        if is_dict:
             check_parts(self.config, attn_implementation)
             attn_implementation = {part: check(name) for part, name in attn_implementation.items() if name is not None}
         else:
             attn_implementation = check(attn_implementation)
-        text = getattr(self.config, "text_config", self.config)
-        if cross_attention_implementation is not None or not of_parts:
-            cross = None if cross_attention_implementation is None else check(cross_attention_implementation)
-            text.cross_attention_implementation = cross
+        if cross_attention_implementation is not None:
+            cross_attention_implementation = check(cross_attention_implementation)
+        if cross_attention_implementation is not None or not is_dict:
+            text = getattr(self.config, "text_config", self.config)
+            text.cross_attention_implementation = cross_attention_implementation
         super().set_attn_implementation(attn_implementation, **kwargs)
 
 
-def require_gradients(module, args, output) -> None:
-    """A forward hook: gradients reach what comes after an embedding, though its weights are frozen."""
+def require_gradients(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    """A forward hook: lets gradients pass layers that come after a frozen embedding."""
     output.requires_grad_(True)

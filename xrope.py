@@ -1,10 +1,12 @@
 """XRoPE: one 3D coordinate space (t, h, w) for text and vision. Integer positions and rotation, as pure functions.
 
-Axes: B text rows, T text tokens, N frames (flat, in the order of their `image_pad` tokens), V vision tokens, d head size.
-Source of every formula: sections 3 and 5 of the model's specification; the rotation is RoFormer's (Su et al., 2021).
+Axes: B text rows, T text tokens, N frames (flat, in the order of their `image_pad` tokens), V vision tokens, d head
+size. Sources: docs/model.md, sections "XRoPE" and "Vision encoder"; the rotation is that of RoFormer (Su et al.,
+2021).
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def walk_text(
@@ -15,54 +17,71 @@ def walk_text(
     text_starts: torch.Tensor | None = None,
     first_positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Walks the text rows with a counter p: a token takes p and moves it on by 1; a frame of merged grid H x W takes
-    [p, p + max(H, W)), its `image_pad` stands at p + max(H, W), and p goes on after it. Padding moves nothing.
+    """Walks the text rows with a counter p, from which all positions follow. A token takes p and advances p by 1. A
+    frame of merged grid H x W starts at p; its `image_pad` token takes p + max(H, W), and p advances past that.
+    Padding leaves p as it is. An example row, with frames of 2 x 3 and 1 x 2 (`I` is an `image_pad`):
+
+        token        a    I    b    I    c
+        p before     0    1    5    6    9
+        advance      1  3+1    1  2+1    1      max(H, W) = 3, 2
+        position     0    4    5    8    9      p before + advance - 1
+        frame p           1         6           p before
+                                                p after the row: 10
 
     Args:
         is_token: bool [B, T], False at padding.
-        is_frame: bool [B, T], True where an `image_pad` stands for a frame.
+        is_frame: bool [B, T], True at the `image_pad` of a frame.
         extents: long [N], max(H, W) of the frames, in the row-major order of `is_frame`.
-        start: long [B], the counter before each row's first token.
-        text_starts: bool [B, T], True at the first token of each text of a packed row. There p becomes `first_positions` [B, T] of that
-            token, less the extent if it is an `image_pad` that does not stand at 0.
+        start: long [B], p before the first token of each row.
+        text_starts: bool [B, T], True at the first token of each packed text. There p restarts, so that the token has
+            its position in `first_positions` [B, T]. If that is 0 at an `image_pad`, its frame starts at p = 0
+            instead.
 
     Returns:
-        Positions of the text [B, T] (the same on all three axes, 0 at padding), the first coordinate p of each frame [N], and the
-        counter after each row [B].
+        Text positions [B, T] (equal on all three axes, 0 at padding), p at each frame [N], and p after each row [B].
     """
-    steps = is_token.long()
-    steps[is_frame] += extents
-    end = start[:, None] + steps.cumsum(dim=1)  # [B, T]
+    advance = is_token.long()
+    advance[is_frame] += extents
+    after = start[:, None] + advance.cumsum(dim=1)  # [B, T], p after each token
     if text_starts is not None:
-        row = torch.arange(steps.shape[1], device=steps.device)
-        opener = torch.where(text_starts, row, 0).cummax(1).values  # the first token of each token's text
-        ahead = steps - is_token.long()  # the extent of a frame
-        begin = torch.where(first_positions > 0, first_positions - ahead, first_positions)
-        end = (end - end.gather(1, opener) + steps.gather(1, opener)) + begin.gather(1, opener)
-    text = (end - 1).masked_fill(~is_token, 0)
-    return text, text[is_frame] - extents, end[:, -1]
+        column = torch.arange(advance.shape[1], device=advance.device)
+        # [B, T], the column of the first token of each token's text
+        first = torch.where(text_starts, column, 0).cummax(1).values
+        extent = advance - is_token.long()
+        restart = torch.where(first_positions > 0, first_positions - extent, first_positions)
+        before = after - advance
+        after = after - before.gather(1, first) + restart.gather(1, first)
+    text = (after - 1).masked_fill(~is_token, 0)
+    return text, text[is_frame] - extents, after[:, -1]
 
 
 def count_tokens(is_token: torch.Tensor, text_starts: torch.Tensor, first_positions: torch.Tensor) -> torch.Tensor:
-    """Positions [B, T] that count the tokens of each text from its first one's position on, 0 at padding; frames take no space."""
+    """Positions [B, T] that count the tokens of each text from the position of its first token, as if frames took no
+    space; 0 at padding."""
     no_frame = torch.zeros_like(is_token)
     start = first_positions.new_zeros(len(is_token))
     return walk_text(is_token, no_frame, start[:0], start, text_starts, first_positions)[0]
 
 
 def find_text_starts(positions: torch.Tensor, begins: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
-    """Where texts begin in rows that may pack several: bool [B, T], True at each row's first token and wherever a token's `begins` [B, T]
-    is not above the position [B, T] of the token before it. Padding is passed over."""
-    index = torch.arange(positions.shape[1], device=positions.device)
-    before = torch.where(is_token, index, -1).cummax(1).values.roll(1, dims=1)  # the token before, -1 for none
-    before[:, 0] = -1
-    return is_token & ((before < 0) | (begins <= positions.gather(1, before.clamp(min=0))))
+    """Finds the first token of each text in rows that may pack several: bool [B, T], True at the first token of each
+    row, and where `begins` [B, T] is not above the position [B, T] of the previous token. Padding is skipped."""
+    column = torch.arange(positions.shape[1], device=positions.device)
+    # [B, T], the column of the token before each one, or -1
+    previous = torch.where(is_token, column, -1).cummax(1).values.roll(1, dims=1)
+    previous[:, 0] = -1
+    return is_token & ((previous < 0) | (begins <= positions.gather(1, previous.clamp(min=0))))
 
 
 def frame_positions(origins: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Positions of the vision tokens of frames that share a merged grid, each frame followed by its separator.
 
-    Token (y, x) of a frame that starts at p has (p, p + y, p + x); its separator has p + max(H, W) on every axis.
+    Token (y, x) of a frame that starts at p has (p, p + y, p + x); its separator has p + max(H, W) on every axis. The
+    2 x 3 frame of `walk_text`, which starts at 1:
+
+        t   1 1 1 1 1 1 4
+        h   1 1 1 2 2 2 4
+        w   1 2 3 1 2 3 4
 
     Args:
         origins: long [n], the p of each frame.
@@ -73,21 +92,23 @@ def frame_positions(origins: torch.Tensor, height: int, width: int) -> torch.Ten
     ys = torch.arange(height, device=origins.device).repeat_interleave(width)
     xs = torch.arange(width, device=origins.device).repeat(height)
     offsets = torch.stack([torch.zeros_like(ys), ys, xs])  # [3, H * W]
-    offsets = torch.nn.functional.pad(offsets, (0, 1), value=max(height, width))
+    offsets = F.pad(offsets, (0, 1), value=max(height, width))  # the separator
     return (origins[None, :, None] + offsets[:, None, :]).flatten(1)
 
 
 def xrope_rotary(
     positions: torch.Tensor, head_dim: int, theta: float, section: list[int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Interleaved XRoPE as `rotate` takes it. Frequency j of the d/2, theta^(-2j/d), turns with h if j % 3 == 1 and
-    j < 3 * section[1], with w if j % 3 == 2 and j < 3 * section[2], else with t. Computed in float32, cast at the end.
+    """The rotary of text and vision tokens, computed in float32 and cast at the end.
+
+    Frequency j of the d/2 is theta^(-2j/d). It is multiplied by the position on axis h if j % 3 == 1 and j < 3 *
+    section[1], on axis w if j % 3 == 2 and j < 3 * section[2], and else on axis t: t h w t h w ... t t t.
 
     Args:
         positions: [3, ...].
 
     Returns:
-        Cosines and signed sines, each [..., d].
+        (cos, sin), each [..., d], as `rotate` takes them.
     """
     j = torch.arange(head_dim // 2, device=positions.device)
     frequencies = theta ** (-2.0 * j.float() / head_dim)
@@ -99,14 +120,14 @@ def xrope_rotary(
 
 
 def grid_rotary(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vision encoder's 2D rotary positions as `rotate` takes them, in float32: d/4 frequencies 10000^(-4i/d), first of the row,
-    then of the column.
+    """The 2D rotary of the vision encoder, in float32: d/4 frequencies 10000^(-4i/d), for the row, then for the
+    column.
 
     Args:
-        rows, columns: [P], the place of each patch in its frame.
+        rows, columns: [P], the row and column of each patch in its frame.
 
     Returns:
-        Cosines and signed sines, each [P, d].
+        (cos, sin), each [P, d], as `rotate` takes them.
     """
     i = torch.arange(head_dim // 4, device=rows.device)
     frequencies = 10000.0 ** (-4.0 * i.float() / head_dim)
@@ -115,15 +136,19 @@ def grid_rotary(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tup
 
 
 def cos_sin(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Angles [..., d / 2] -> [cos cos] and [-sin sin], each [..., d]."""
+    """Angles [..., d / 2] -> (cos, sin), each [..., d], the sines with the signs that `rotate` needs."""
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    # [c0 c1] -> [c0 c1 c0 c1] and [s0 s1] -> [-s0 -s1 s0 s1]
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (j, j + d/2): [x_a x_b] -> [x_a x_b] [cos cos] + [x_b x_a] [-sin sin].
+    """Rotates the pairs (j, j + d/2) of x [..., d] by rotate-half:
+
+        x * [c0 c1 c0 c1] + half * [s0 s1 s0 s1], where half: [x0 x1 x2 x3] -> [-x2 -x3 x0 x1]
 
     Args:
-        x: [..., d]; cos, sin: broadcast to it, as `cos_sin` makes them.
+        cos, sin: broadcast to x, as `cos_sin` returns them.
     """
+    # roll: [x0 x1 x2 x3] -> [x2 x3 x0 x1]; the signs of half are those of sin = [-s0 -s1 s0 s1]
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -1,12 +1,14 @@
-"""Draws the pictures of docs/performance.md from what the other benchmarks wrote, with matplotlib:
-python benchmarks/draw.py --parts parts.json --model model.json --memory memory.json --into docs/performance"""
+"""Draws the pictures of docs/performance.md from the JSON of the other benchmarks, with matplotlib:
+
+python benchmarks/draw.py --parts parts.json --model model.json --memory memory.json --into docs/performance
+"""
 
 import argparse
 import json
 from pathlib import Path
 
 
-INKS = (
+COLOURS = (
     "#4c6a92",
     "#6f9bc8",
     "#a3c4e0",
@@ -22,17 +24,17 @@ INKS = (
 
 
 def draw_parts(path: Path, into: Path, pyplot) -> None:
-    """A bar for each length, one piece for each part, in percent of the prefill."""
+    """A bar per length, divided into parts, in percent of the prefill."""
     result = json.loads(path.read_text(encoding="utf-8"))
     figure, axes = pyplot.subplots(figsize=(9, 0.6 * len(result["rows"]) + 2.2), layout="constrained")
     names = [f"{row['frames']} frames, {row['dtype']}" for row in result["rows"]]
     whole = [sum(part["median"] for part in row["seconds"].values()) for row in result["rows"]]
-    left = [0.0] * len(names)
-    for part, ink in zip(result["rows"][0]["seconds"], INKS, strict=True):
+    left = [0.0] * len(names)  # where the next piece of each bar starts
+    for part, colour in zip(result["rows"][0]["seconds"], COLOURS, strict=True):
         shares = [
             100 * row["seconds"][part]["median"] / total for row, total in zip(result["rows"], whole, strict=True)
         ]
-        axes.barh(names, shares, left=left, color=ink, label=part)
+        axes.barh(names, shares, left=left, color=colour, label=part)
         left = [before + share for before, share in zip(left, shares, strict=True)]
     for name, total in zip(names, whole, strict=True):
         axes.text(100.5, name, f"{total:.1f} s", va="center")
@@ -44,16 +46,16 @@ def draw_parts(path: Path, into: Path, pyplot) -> None:
 
 
 def draw_memory(model: Path, memory: Path, into: Path, pyplot) -> None:
-    """Peak memory of prefill over the length, as measured, and by the formula."""
+    """Peak memory of prefill over the length, measured and by the formula."""
     rows = [row for row in json.loads(model.read_text(encoding="utf-8"))["rows"] if row["dtype"] == "float32"]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    inks = {"ours": INKS[6], "plain": INKS[0], "qwen3vl": INKS[9]}
+    colours = {"ours": COLOURS[6], "plain": COLOURS[0], "qwen3vl": COLOURS[9]}
     for name in rows[0]["memory"]:
         axes.plot(
             [row["frames"] for row in rows],
             [row["memory"][name] / 1e6 for row in rows],
             marker="o",
-            color=inks[name],
+            color=colours[name],
             label=name,
         )
     formula = [row for row in json.loads(memory.read_text(encoding="utf-8"))["rows"] if row["dtype"] == "float32"]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the package as a module, clocks, rounds that alternate, what this machine can do, tables and JSON."""
+"""Shared by the benchmarks: clocks, alternating rounds, the limits of this machine, peak memory, tables and JSON."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Clock:
-    """Seconds between two points, by events of the device on CUDA."""
+    """Measures seconds, on CUDA by events of the device."""
 
     def __init__(self, device: str):
         self.cuda = device.startswith("cuda")
@@ -39,15 +39,21 @@ class Clock:
 
 
 def alternate(calls: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Every contestant once a round, in an order that turns, after one round that does not count. A call returns its seconds by what
-    they were spent on; -> name -> what -> seconds of each round."""
+    """Runs all calls once per round, each round starting with the next one, after a warm-up round that is not counted.
+
+    Args:
+        calls: name -> function that returns the seconds of its parts.
+
+    Returns:
+        name -> part -> seconds of each round.
+    """
     names, seconds = list(calls), {name: {} for name in calls}
     for number in range(-1, rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            for what, value in calls[name]().items():
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            for part, value in calls[name]().items():
                 if number >= 0:
-                    seconds[name].setdefault(what, []).append(value)
+                    seconds[name].setdefault(part, []).append(value)
     return seconds
 
 
@@ -56,7 +62,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
-    """Median (least to most)."""
+    """The median, with the least and the most in brackets."""
     low, middle, high = (
         f"{scale * value:.{digits}f}" for value in (min(values), statistics.median(values), max(values))
     )
@@ -64,14 +70,12 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
 
 
 def read_bandwidth(device: str, dtype: torch.dtype, rounds: int = 7) -> float:
-    """Bytes a second that the fastest of a few ways of reading a large tensor once reaches."""
+    """Bytes per second of reading a large tensor once, in the fastest of a few ways."""
     clock = Clock(device)
-    size = 1 << (30 if device.startswith("cuda") else 28)  # bytes, far beyond any cache
+    size = 1 << (30 if device.startswith("cuda") else 28)  # bytes, much larger than any cache
     matrix = torch.ones(size // 4096 // dtype.itemsize, 4096, dtype=dtype, device=device)
-    vector, words = (
-        torch.ones(4096, dtype=dtype, device=device),
-        matrix.view(torch.int64 if device == "cpu" else torch.float32),
-    )
+    vector = torch.ones(4096, dtype=dtype, device=device)
+    words = matrix.view(torch.int64 if device == "cpu" else torch.float32)
     ways = (lambda: matrix @ vector, lambda: words.sum(), lambda: matrix.sum(), lambda: words.amax())
     for way in ways:
         way()
@@ -79,22 +83,20 @@ def read_bandwidth(device: str, dtype: torch.dtype, rounds: int = 7) -> float:
 
 
 def product_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
-    """Floating-point operations a second of the fastest of a few matrix products."""
+    """Floating-point operations per second of the fastest of a few matrix products."""
     clock, best = Clock(device), 0.0
     sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
     for size in sizes:
         for rows in (size, 4 * size):
-            a, b = (
-                torch.randn(rows, size, device=device).to(dtype),
-                torch.randn(size, size, device=device).to(dtype).t(),
-            )
+            a = torch.randn(rows, size, device=device).to(dtype)
+            b = torch.randn(size, size, device=device).to(dtype).t()
             a @ b
             best = max(best, 2 * rows * size * size / min(clock.time(lambda: a @ b) for _ in range(rounds)))
     return best
 
 
 def allocation_peak(call: Callable, device: str = "cpu") -> int:
-    """Most bytes that tensors made during `call` hold at once, from torch's own record of every allocation."""
+    """Peak bytes of the tensors that `call` allocates, as recorded by torch."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -115,18 +117,18 @@ def allocation_peak(call: Callable, device: str = "cpu") -> int:
 
 
 def resident_peak() -> int:
-    """Most bytes of this process that were resident at once since `reset_resident_peak`, by Linux's VmHWM."""
+    """Peak resident bytes of this process since `reset_resident_peak` (VmHWM of Linux)."""
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def reset_resident_peak() -> int:
-    """Sets the mark back to what is resident now, and returns that."""
+    """Resets the peak to the bytes that are resident now, and returns them."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident_peak()
 
 
 def machine(device: str, threads: int) -> dict:
-    """What the figures were measured on."""
+    """The machine and versions of a measurement."""
     import transformers
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
@@ -142,7 +144,7 @@ def processor_name() -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     cells = [head, tuple("---" for _ in head), *(tuple(map(str, row)) for row in rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 

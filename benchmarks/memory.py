@@ -1,7 +1,9 @@
-"""What a prompt needs beyond the weights, by formula and as measured: python benchmarks/memory.py --frames 64 128 256 --json memory.json
+"""Memory of a prompt beyond the weights, by formula and measured:
 
-`prefill_bytes` is the formula of docs/performance.md. The first table holds it against the most bytes that tensors hold at once, by
-torch's own record of every allocation, for the model of model.py; the second applies it to the 11B model of config.json.
+    python benchmarks/memory.py --frames 64 128 256 --json memory.json
+
+`prefill_bytes` is the formula of docs/performance.md. The first table compares it, for the model of model.py, with the
+peak bytes of tensors as recorded by torch. The second applies it to the 11B model of config.json.
 """
 
 import argparse
@@ -33,40 +35,48 @@ def prefill_bytes(
     chunk: int = DEFAULT_VISION_CHUNK,
     device: str = "cpu",
 ) -> dict[str, int]:
-    """Bytes beyond weights and pixels that a prefill of `frames` frames of `rows` x `columns` patches and `text_tokens` tokens of text
-    needs, with sdpa or flash-attention. `chunk`: `vision_chunked_length`.
+    """Bytes besides weights and pixels that a prefill needs, with sdpa or flash-attention.
+
+    Args:
+        frames, rows, columns: `frames` frames of `rows` x `columns` patches.
+        text_tokens: tokens of the text.
+        chunk: `vision_chunked_length`.
 
     Returns:
-        states: of the vision tokens, until the prompt is read. caches: keys and values, which stay. encoder: of the encoder, for a
-        chunk of frames. text: of the decoder, for the rows of the text. peak: the most at once: states and encoder, or states,
-        caches and text.
+        states: vision tokens, freed after the prompt. caches: keys and values, kept. encoder: the encoder's tensors
+            for a chunk
+        of frames. text: the decoder's tensors for the text. peak: the most at once, which is states with either the
+        encoder or caches and text.
     """
     text, vision, size = config.text_config, config.vision_config, dtype.itemsize
     tokens = frames * (rows * columns // vision.spatial_merge_size**2 + 1)
-    at_once = CPU_PATCHES if device == "cpu" else GPU_PATCHES
-    patches = min(frames, chunk, max(1, at_once // (rows * columns))) * rows * columns
+    max_patches = CPU_PATCHES if device == "cpu" else GPU_PATCHES
+    patches = min(frames, chunk, max(1, max_patches // (rows * columns))) * rows * columns
+
     width, features = vision.hidden_size, len(vision.deepstack_visual_indexes) + 1
-    # Beside the features kept: norm, qkv and query, and the key being rotated, in float32; or norm, output and the wide layer.
+    # Besides the kept features: norm, qkv, query, and the key while it is rotated in float32; or norm, output and MLP.
     attention = (features + 5) * width * size + (3 if size == 4 else 4) * width * 4
     mlp = (features + 2) * width * size + min(1, MLP_ROWS / patches) * 2 * vision.intermediate_size * size
     merger = 3 * features * width * size
     out = 2 * text.hidden_size * size / vision.spatial_merge_size**2  # without separators, and with them
-    crosses = len(text.cross_attention_layers)
-    of_head = 2 * text.num_key_value_heads * text.head_dim * size  # key and value of a token at one layer
-    room = text_tokens + max(TEXT_BUFFER, text_tokens // 8)
-    states = tokens * text.hidden_size * size
-    caches = of_head * (crosses * tokens + (text.num_hidden_layers - crosses) * room)
     encoder = int(patches * (max(attention, mlp, merger) + out))
-    tables = (
-        2 * tokens * text.head_dim * size + min(VISION_ROWS, tokens) * of_head
-    )  # rotations, and a piece of keys and values
-    reading = tables + 3 * text_tokens * (text.intermediate_size + 2 * text.hidden_size) * size
+
+    cross_layers = len(text.cross_attention_layers)
+    per_token = 2 * text.num_key_value_heads * text.head_dim * size  # key and value at one layer
+    buffer = text_tokens + max(TEXT_BUFFER, text_tokens // 8)
+    states = tokens * text.hidden_size * size
+    caches = per_token * (cross_layers * tokens + (text.num_hidden_layers - cross_layers) * buffer)
+    vision_rotary = 2 * tokens * text.head_dim * size
+    new_keys_values = min(VISION_ROWS, tokens) * per_token
+    decoder = (
+        vision_rotary + new_keys_values + 3 * text_tokens * (text.intermediate_size + 2 * text.hidden_size) * size
+    )
     return {
         "states": states,
         "caches": caches,
         "encoder": encoder,
-        "text": reading,
-        "peak": states + max(encoder, caches + reading),
+        "text": decoder,
+        "peak": states + max(encoder, caches + decoder),
     }
 
 
@@ -74,55 +84,49 @@ def prefill_bytes(
 def measured_bytes(
     model, frames: int, rows: int, columns: int, text_tokens: int, chunk: int = DEFAULT_VISION_CHUNK
 ) -> int:
-    """The same peak as torch records it; one `image_pad` a frame, at even distances."""
+    """The same peak as recorded by torch, for a text whose `image_pad` tokens are evenly spaced."""
     generator, vision = torch.Generator().manual_seed(0), model.config.vision_config
     ids = torch.ones(1, text_tokens, dtype=torch.long)
     ids[0, torch.linspace(0, text_tokens - 1, frames).long()] = model.config.image_token_id
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.randn(frames * rows * columns, values, generator=generator).to(model.device, model.dtype)
     inputs = {"pixel_values": pixels, "grid_thw": [[frames, rows, columns]], "vision_chunked_length": chunk}
-    ids, outs = ids.to(model.device), []
+    ids, outputs = ids.to(model.device), []  # the outputs are kept, and with them the cache
     return allocation_peak(
-        lambda: outs.append(model(ids, **inputs, use_cache=True, logits_to_keep=1)), str(model.device)
+        lambda: outputs.append(model(ids, **inputs, use_cache=True, logits_to_keep=1)), str(model.device)
     )
 
 
 def released_table(frame_counts=(64, 256, 1024)) -> str:
-    """GB of the 11B model."""
+    """The formula for the 11B model in bfloat16 on a GPU, in GB."""
     config = MossVLConfig.from_pretrained(ROOT)
     with torch.device("meta"):
         model = MossVLForConditionalGeneration(config)
     weights = 2 * model.num_parameters()
-    rows = []
+    lines = []
     for side in (448, 896):
         for frames in frame_counts:
             parts = prefill_bytes(config, frames, side // 16, side // 16, 10 * frames, torch.bfloat16, device="cuda")
-            numbers = (
-                parts["states"],
-                parts["caches"],
-                parts["encoder"],
-                parts["text"],
-                parts["peak"],
-                weights + parts["peak"],
-            )
-            rows.append(
-                (
-                    f"{frames} of {side}x{side}",
-                    frames * ((side // 32) ** 2 + 1),
-                    *(f"{number / 1e9:.1f}" for number in numbers),
-                )
-            )
-    head = (
-        "frames",
-        "vision tokens",
-        "states",
-        "caches",
-        "encoder",
-        "text",
-        "peak beyond weights",
-        f"with {weights / 1e9:.1f} of weights",
-    )
-    return table(head, rows)
+            numbers = (*parts.values(), weights + parts["peak"])
+            tokens = frames * ((side // 32) ** 2 + 1)
+            lines.append((f"{frames} of {side}x{side}", tokens, *(f"{number / 1e9:.1f}" for number in numbers)))
+    names = ("states", "caches", "encoder", "text", "peak beyond weights", f"with {weights / 1e9:.1f} of weights")
+    return table(("frames", "vision tokens", *names), lines)
+
+
+def measured_table(rows: list[dict]) -> str:
+    """Formula and measurement of each row, in MB."""
+    lines = [
+        (
+            row["dtype"],
+            row["frames"],
+            *(f"{number / 1e6:.0f}" for number in (*row["formula"].values(), row["measured"])),
+            f"{row['formula']['peak'] / row['measured']:.2f}",
+        )
+        for row in rows
+    ]
+    names = ("states", "caches", "encoder", "text", "formula", "measured", "formula / measured")
+    return table(("dtype", "frames", *names), lines)
 
 
 def main() -> None:
@@ -133,7 +137,7 @@ def main() -> None:
     add_prompt_flags(parser)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
-    result, lines = {"machine": machine(args.device, torch.get_num_threads()), "rows": []}, []
+    result = {"machine": machine(args.device, torch.get_num_threads()), "rows": []}
     print(result["machine"], flush=True)
     for dtype in args.dtype:
         torch.manual_seed(0)
@@ -145,25 +149,9 @@ def main() -> None:
             peak = measured_bytes(model, *sizes, chunk=args.chunk)
             result["rows"].append({"dtype": dtype, "frames": frames, "formula": parts, "measured": peak})
             write_json(args.json, result)
-            lines.append(
-                (
-                    dtype,
-                    frames,
-                    *(f"{parts[name] / 1e6:.0f}" for name in parts),
-                    f"{peak / 1e6:.0f}",
-                    f"{parts['peak'] / peak:.2f}",
-                )
-            )
-    print("\nMB beyond weights and pixels\n")
-    print(
-        table(
-            ("dtype", "frames", "states", "caches", "encoder", "text", "formula", "measured", "formula / measured"),
-            lines,
-        )
-    )
-    print(
-        f"\nGB of the 11B model in bfloat16, on a GPU, 10 tokens of text a frame, by the formula\n\n{released_table()}"
-    )
+    print(f"\nMB besides weights and pixels\n\n{measured_table(result['rows'])}")
+    print("\nThe 11B model in bfloat16 on a GPU with 10 text tokens per frame, by the formula, GB")
+    print(f"\n{released_table()}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
-"""Prefill, decode and peak memory over the length of a video: python benchmarks/model.py --frames 16 64 128 256 --json model.json
+"""Prefill, decode and peak memory over the length of a video:
 
-Beside this package stand, in turns and in one run:
-  plain     the same weights in the plain implementation of plain.py, which has to give the same logits
-  qwen3vl   transformers' Qwen3VL with the same vision encoder and self-attention layers, fed the same frames: every vision token stands
-            in its context
-  limit     what no implementation undercuts: the operations of the prefill at the rate of this machine's matrix products; for a token,
-            the weights and caches that it has to read, at the bandwidth with which this machine reads
+    python benchmarks/model.py --frames 16 64 128 256 --json model.json
 
-Random weights, one video of frames of --side pixels, --tokens text tokens a frame, one of which stands for it. Peak memory is that of
-the bytes in tensors beyond weights and pixels.
+Compares, in alternating rounds of one run:
+  ours      this package
+  plain     the same weights in the plain implementation of plain.py, whose logits must be the same
+  qwen3vl   transformers' Qwen3VL with the same vision encoder and self-attention layers, on the same frames; all
+            vision tokens are in its context
+  limit     the lower bound for any implementation: the operations of a prefill at the rate of this machine's matrix
+            products; for a decode step the bytes of weights and caches at its read bandwidth
+
+The weights are random. The prompt is one video of frames of --side pixels, with --tokens text tokens per frame, one of
+which is its `image_pad`. Peak memory is that of all tensors besides weights and pixels.
 """
 
 import argparse
 import gc
 import sys
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -41,12 +45,12 @@ from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 VOCABULARY, PAD, START, END = 1000, 990, 992, 993
-WORDS = 900  # ids below stand for words
+WORDS = 900  # smaller ids are words
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One video in text: pixels [P, values], ids [1, T], `columns` x `columns` patches a frame."""
+    """A text with one video: pixels [P, values], ids [1, T], `columns` x `columns` patches per frame."""
 
     frames: int
     columns: int
@@ -58,13 +62,13 @@ class Prompt:
         return [[self.frames, self.columns, self.columns]]
 
     @property
-    def tokens_a_frame(self) -> int:
+    def tokens_per_frame(self) -> int:
         """Without the separator."""
         return self.columns**2 // 4
 
     @property
     def vision_tokens(self) -> int:
-        return self.frames * (self.tokens_a_frame + 1)
+        return self.frames * (self.tokens_per_frame + 1)
 
 
 def make_prompt(frames: int, side: int, tokens: int, device: str, dtype: torch.dtype) -> Prompt:
@@ -82,7 +86,7 @@ def make_config(args) -> MossVLConfig:
 
 
 def sizes(args) -> tuple[dict, dict]:
-    """What the flags of `add_model_flags` say of decoder and encoder, by the names of their configurations."""
+    """The flags of `add_model_flags` as arguments of the text and the vision configuration."""
     text = {
         "hidden_size": args.width,
         "intermediate_size": 3 * args.width,
@@ -104,23 +108,26 @@ def sizes(args) -> tuple[dict, dict]:
 
 
 def sections(head_dim: int) -> list[int]:
-    """Frequencies for t, h, w, of head_dim / 2 in all."""
+    """`mrope_section`: frequencies for t, h, w that sum to head_dim / 2."""
     third = head_dim // 6
     return [head_dim // 2 - 2 * third, third, third]
 
 
-# Contestants: `prefill` gives the last token's logits [1, 1, vocab], `decode` those behind one token more
+# Implementations: `prefill` returns the logits [1, 1, vocab] of the last token, `decode` those after one more token
 
 
 class Ours:
     def __init__(self, model, clock: Clock):
-        self.model, self.clock, self.encoding = model, clock, 0.0
-        self.begun = None
-        model.model.visual.register_forward_pre_hook(lambda *args: setattr(self, "begun", clock.now()))
-        model.model.visual.register_forward_hook(self._encoded)
+        self.model, self.clock = model, clock
+        self.encoder_start, self.encoder_seconds = None, 0.0  # of the last prefill
+        model.model.visual.register_forward_pre_hook(self._start_encoder)
+        model.model.visual.register_forward_hook(self._end_encoder)
 
-    def _encoded(self, *args):
-        self.encoding = self.clock.between(self.begun, self.clock.now())
+    def _start_encoder(self, *args) -> None:
+        self.encoder_start = self.clock.now()
+
+    def _end_encoder(self, *args) -> None:
+        self.encoder_seconds = self.clock.between(self.encoder_start, self.clock.now())
 
     def prefill(self, prompt: Prompt) -> torch.Tensor:
         self.cache = None
@@ -147,68 +154,28 @@ class Plain:
 
 
 class Qwen3VL:
-    """transformers' Qwen3VL with the sizes of `config`, its cross-attention layers left out."""
+    """transformers' Qwen3VL with the sizes of `config`, without its cross-attention layers."""
 
     def __init__(self, config: MossVLConfig, device: str, dtype: torch.dtype):
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+        from transformers import Qwen3VLForConditionalGeneration
 
-        text, vision = config.text_config, config.vision_config
-        names = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
+        self.model = (
+            Qwen3VLForConditionalGeneration._from_config(qwen3vl_config(config), dtype=dtype).eval().to(device)
         )
-        rope = {
-            "rope_type": "default",
-            "mrope_interleaved": True,
-            "mrope_section": text.rope_parameters["mrope_section"],
-        }
-        layers = text.num_hidden_layers - len(text.cross_attention_layers)
-        text_config = {name: getattr(text, name) for name in names} | {
-            "num_hidden_layers": layers,
-            "rope_theta": text.rope_parameters["rope_theta"],
-            "rope_scaling": rope,
-        }
-        names = (
-            "depth",
-            "hidden_size",
-            "intermediate_size",
-            "num_heads",
-            "out_hidden_size",
-            "deepstack_visual_indexes",
-            "num_position_embeddings",
-            "patch_size",
-            "spatial_merge_size",
-            "temporal_patch_size",
-        )
-        sizes = Qwen3VLConfig(
-            text_config=text_config,
-            vision_config={name: getattr(vision, name) for name in names},
-            image_token_id=PAD,
-            video_token_id=991,
-            vision_start_token_id=START,
-            vision_end_token_id=END,
-        )
-        self.model = Qwen3VLForConditionalGeneration._from_config(sizes, dtype=dtype).eval().to(device)
-        self.ids_of = {}
+        self.ids_of = {}  # of each number of frames
 
     def prefill(self, prompt: Prompt) -> torch.Tensor:
-        """Each frame is an image; its tokens stand where its one `image_pad` stood, a `vision_start` before them."""
+        """Each frame is an image: a `vision_start` and its vision tokens replace its one `image_pad`."""
         if prompt.frames not in self.ids_of:
             ids = []
             for token in prompt.ids[0].tolist():
-                ids += [START, *[PAD] * prompt.tokens_a_frame] if token == PAD else [token]
+                ids += [START, *[PAD] * prompt.tokens_per_frame] if token == PAD else [token]
             self.ids_of[prompt.frames] = torch.tensor([ids], device=prompt.ids.device)
         ids, self.cache = self.ids_of[prompt.frames], None
         grid = torch.tensor([[1, prompt.columns, prompt.columns]] * prompt.frames, device=ids.device)
-        kinds = (
-            {"mm_token_type_ids": (ids == PAD).int()}
-            if "mm_token_type_ids" in signature(self.model.forward).parameters
-            else {}
-        )
+        kinds = {}
+        if "mm_token_type_ids" in signature(self.model.forward).parameters:  # transformers 5
+            kinds = {"mm_token_type_ids": (ids == PAD).int()}
         out = self.model(
             input_ids=ids, pixel_values=prompt.pixels, image_grid_thw=grid, use_cache=True, logits_to_keep=1, **kinds
         )
@@ -216,16 +183,59 @@ class Qwen3VL:
         return out.logits
 
     def decode(self, token: torch.Tensor) -> torch.Tensor:
-        at = torch.tensor([self.length], device=token.device)
-        position = (at + self.model.model.rope_deltas).view(1, 1, 1).expand(3, 1, 1)
+        offset = torch.tensor([self.length], device=token.device)
+        position = (offset + self.model.model.rope_deltas).view(1, 1, 1).expand(3, 1, 1)
         self.length += 1
-        return self.model(input_ids=token, position_ids=position, cache_position=at, **{CACHE: self.cache}).logits
+        return self.model(input_ids=token, position_ids=position, cache_position=offset, **{CACHE: self.cache}).logits
+
+
+def qwen3vl_config(config: MossVLConfig):
+    from transformers import Qwen3VLConfig
+
+    text, vision = config.text_config, config.vision_config
+    rope = text.rope_parameters
+    text_config = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "num_hidden_layers": text.num_hidden_layers - len(text.cross_attention_layers),
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {
+            "rope_type": "default",
+            "mrope_interleaved": True,
+            "mrope_section": rope["mrope_section"],
+        },
+    }
+    names = (
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "out_hidden_size",
+        "deepstack_visual_indexes",
+        "num_position_embeddings",
+        "patch_size",
+        "spatial_merge_size",
+        "temporal_patch_size",
+    )
+    return Qwen3VLConfig(
+        text_config=text_config,
+        vision_config={name: getattr(vision, name) for name in names},
+        image_token_id=PAD,
+        video_token_id=991,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
 
 
 # The limit
 
 
-def encoder_operations(config, prompt: Prompt) -> int:
+def encoder_operations(config: MossVLConfig, prompt: Prompt) -> int:
+    """Floating-point operations of the encoder."""
     vision, patches = config.vision_config, prompt.frames * prompt.columns**2
     width, inner = vision.hidden_size, vision.intermediate_size
     block = 2 * patches * (4 * width * width + 2 * width * inner) + 4 * patches * prompt.columns**2 * width
@@ -237,23 +247,23 @@ def encoder_operations(config, prompt: Prompt) -> int:
     )
 
 
-def decoder_operations(config, prompt: Prompt) -> int:
-    """Of the visible part of attention alone."""
+def decoder_operations(config: MossVLConfig, prompt: Prompt) -> int:
+    """Floating-point operations of the decoder, of attention only those for visible tokens."""
     text, length, vision = config.text_config, prompt.ids.shape[1], prompt.vision_tokens
     d, heads, kv = text.head_dim, text.num_attention_heads, text.num_key_value_heads
     pads = (prompt.ids[0] == PAD).cumsum(0)
-    seen = int(pads.sum()) * (prompt.tokens_a_frame + 1)  # pairs of a row and a vision token
+    visible = int(pads.sum()) * (prompt.tokens_per_frame + 1)  # pairs of a row and a vision token
     total = 2 * text.hidden_size * text.vocab_size
     for index in range(text.num_hidden_layers):
         crosses = index in text.cross_attention_layers
         total += 2 * length * text.hidden_size * (2 * heads * d + 3 * text.intermediate_size)
         total += 2 * (vision if crosses else length) * text.hidden_size * 2 * kv * d
-        total += 4 * heads * d * (seen if crosses else length * (length + 1) // 2)
+        total += 4 * heads * d * (visible if crosses else length * (length + 1) // 2)
     return total
 
 
-def bytes_of_a_token(model, cache) -> tuple[int, int]:
-    """What a decode step reads: weights of the decoder, and keys and values."""
+def bytes_per_step(model, cache) -> tuple[int, int]:
+    """Bytes that a decode step reads: weights of the decoder, keys and values."""
     size = model.lm_head.weight.element_size()
     weights = sum(
         parameter.numel() for parameter in [*model.language_model.layers.parameters(), *model.lm_head.parameters()]
@@ -265,130 +275,171 @@ def bytes_of_a_token(model, cache) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def measure(contestants: dict, prompt: Prompt, args, clock: Clock) -> dict:
-    """Name -> what (prefill, encoder, decode) -> seconds of each round."""
+def measure(implementations: dict, prompt: Prompt, args, clock: Clock) -> dict:
+    """name -> part (prefill, encoder, decoder, decode) -> seconds of each round."""
     token = torch.full((1, 1), 5, device=prompt.ids.device)
 
-    def run(contestant):
-        def once():
-            seconds = {"prefill": clock.time(lambda: contestant.prefill(prompt))}
-            if isinstance(contestant, Ours):
-                seconds["encoder"], seconds["decoder"] = contestant.encoding, seconds["prefill"] - contestant.encoding
-            steps = sorted(clock.time(lambda: contestant.decode(token)) for _ in range(args.steps))
-            seconds["decode"] = steps[len(steps) // 2]
-            contestant.cache = None
-            return seconds
+    def seconds_of(implementation) -> dict[str, float]:
+        seconds = {"prefill": clock.time(lambda: implementation.prefill(prompt))}
+        if isinstance(implementation, Ours):
+            seconds["encoder"] = implementation.encoder_seconds
+            seconds["decoder"] = seconds["prefill"] - seconds["encoder"]
+        steps = sorted(clock.time(lambda: implementation.decode(token)) for _ in range(args.steps))
+        seconds["decode"] = steps[len(steps) // 2]
+        implementation.cache = None
+        return seconds
 
-        return once
-
-    return alternate({name: run(contestant) for name, contestant in contestants.items()}, args.rounds)
+    return alternate({name: partial(seconds_of, one) for name, one in implementations.items()}, args.rounds)
 
 
 @torch.no_grad()
 def differences(ours: Ours, plain: Plain, prompt: Prompt) -> list[float]:
-    """How far apart the logits are, in their standard deviations, behind the prompt and behind one token more."""
+    """Largest differences of the logits, in their standard deviations, after the prompt and after one more token.
+
+    Raises:
+        SystemExit: if they are too large for the same weights.
+    """
     token, out = torch.full((1, 1), 5, device=prompt.ids.device), []
     for one, other in ((ours.prefill(prompt), plain.prefill(prompt)), (ours.decode(token), plain.decode(token))):
         out.append(((one - other).abs().max() / other.std()).item())
+    if max(out) > (0.01 if prompt.pixels.dtype == torch.float32 else 0.3):
+        raise SystemExit(f"The plain implementation has other logits: they differ by {out} standard deviations.")
     return out
 
 
-def run(dtype: torch.dtype, args) -> list[dict]:
+@torch.no_grad()
+def memory_of(implementations: dict, prompt: Prompt, device: str) -> tuple[dict[str, int], tuple[int, int]]:
+    """name -> peak bytes of a prefill; and `bytes_per_step` of ours."""
+    peaks, step = {}, (0, 0)
+    for name, one in implementations.items():
+        one.cache = None
+        gc.collect()
+        peaks[name] = allocation_peak(lambda: one.prefill(prompt), device)
+        if name == "ours":
+            step = bytes_per_step(one.model, one.cache)
+        one.cache = None
+        if name == "plain":
+            one.plain.past = {}
+    return peaks, step
+
+
+def make_implementations(args, dtype: torch.dtype, clock: Clock) -> dict:
     torch.manual_seed(0)
-    config, clock, rows = make_config(args), Clock(args.device), []
+    config = make_config(args)
     model = MossVLForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():  # a new model's gates are closed
+    for name, parameter in model.named_parameters():
         if name.endswith("_gate"):
-            torch.nn.init.ones_(parameter)
+            torch.nn.init.ones_(parameter)  # a new model's gates are 0, and cross-attention has no effect
     model = model.to(args.device, dtype)
-    contestants = {"ours": Ours(model, clock), "plain": Plain(model), "qwen3vl": Qwen3VL(config, args.device, dtype)}
-    contestants = {name: contestant for name, contestant in contestants.items() if name not in args.without}
+    all_of_them = {"ours": Ours(model, clock), "plain": Plain(model), "qwen3vl": Qwen3VL(config, args.device, dtype)}
+    return {name: one for name, one in all_of_them.items() if name not in args.without}
+
+
+def run(dtype_name: str, args) -> list[dict]:
+    """Measures all lengths in one dtype, prints the tables, and returns a row per length."""
+    dtype, clock, rows = getattr(torch, dtype_name), Clock(args.device), []
+    implementations = make_implementations(args, dtype, clock)
+    model = implementations["ours"].model
     rate, bandwidth = product_rate(args.device, dtype), read_bandwidth(args.device, dtype)
     print(
-        f"\n{str(dtype).removeprefix('torch.')}: products {rate / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s, "
+        f"\n{dtype_name}: products {rate / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s, "
         f"{model.num_parameters() / 1e6:.1f} M parameters",
         flush=True,
     )
     for frames in args.frames:
         prompt = make_prompt(frames, args.side, args.tokens, args.device, dtype)
         row = {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name,
             "frames": frames,
             "vision tokens": prompt.vision_tokens,
             "text tokens": prompt.ids.shape[1],
         }
-        if "plain" in contestants:
-            row["differences"] = differences(contestants["ours"], contestants["plain"], prompt)
-            tolerance = 0.01 if dtype == torch.float32 else 0.3
-            if max(row["differences"]) > tolerance:
-                raise SystemExit(
-                    f"the plain implementation gives other logits: {row['differences']} standard deviations apart"
-                )
-        row["seconds"] = measure(contestants, prompt, args, clock)
-        row["memory"] = {}
-        for name, contestant in contestants.items():
-            with torch.no_grad():
-                contestant.cache = None
-                gc.collect()
-                row["memory"][name] = allocation_peak(lambda: contestant.prefill(prompt), args.device)
-            if name == "ours":
-                weights, caches = bytes_of_a_token(model, contestant.cache)
-            contestant.cache = None
-            if name == "plain":
-                contestant.plain.past = {}
+        if "plain" in implementations:
+            row["differences"] = differences(implementations["ours"], implementations["plain"], prompt)
+        row["seconds"] = measure(implementations, prompt, args, clock)
+        row["memory"], (weights, caches) = memory_of(implementations, prompt, args.device)
         row["limit"] = {
-            "encoder": encoder_operations(config, prompt) / rate,
-            "decoder": decoder_operations(config, prompt) / rate,
+            "encoder": encoder_operations(model.config, prompt) / rate,
+            "decoder": decoder_operations(model.config, prompt) / rate,
             "decode": (weights + caches) / bandwidth,
             "bytes of weights": weights,
             "bytes of caches": caches,
         }
         rows.append(row)
         print(f"{frames} frames measured", flush=True)
-    for title, text in tables(rows, list(contestants)).items():
+    for title, text in tables(rows, list(implementations)).items():
         print(f"\n{title}\n\n{text}", flush=True)
     return rows
 
 
+# Tables, of rows of one dtype
+
+
 def tables(rows: list[dict], names: list[str]) -> dict[str, str]:
-    """Title -> table, of rows of one dtype."""
+    """Title -> table."""
     peers = [name for name in names if name != "ours"]
+    return {
+        "Prefill, s: median (least to most)": prefill_table(rows, names, peers),
+        "Decode, ms per token": decode_table(rows, names, peers),
+        "Peak memory of prefill, MB": memory_table(rows, names, peers),
+    }
 
-    def times(row, name, what="prefill"):
-        ours = summary(row["seconds"]["ours"][what])["median"]
-        return f"{summary(row['seconds'][name][what])['median'] / ours:.2f}"
 
-    def over(row, what):
-        return f"{summary(row['seconds']['ours'][what])['median'] / row['limit'][what]:.2f}"
+def median(row: dict, name: str, part: str) -> float:
+    return summary(row["seconds"][name][part])["median"]
 
-    prefill = [
+
+def times_ours(row: dict, peers: list[str], part: str) -> list[str]:
+    """Seconds of each peer divided by ours."""
+    return [f"{median(row, name, part) / median(row, 'ours', part):.2f}" for name in peers]
+
+
+def over_limit(row: dict, part: str) -> str:
+    """Our seconds divided by the limit."""
+    return f"{median(row, 'ours', part) / row['limit'][part]:.2f}"
+
+
+def ratios(peers: list[str]) -> list[str]:
+    return [f"{name} / ours" for name in peers]
+
+
+def prefill_table(rows: list[dict], names: list[str], peers: list[str]) -> str:
+    counts = ("frames", "vision tokens", "text tokens")
+    parts = ("ours, encoder", "over the limit", "ours, rest", "over the limit")
+    lines = [
         (
-            row["frames"],
-            row["vision tokens"],
-            row["text tokens"],
-            spread(row["seconds"]["ours"]["prefill"]),
-            *(spread(row["seconds"][name]["prefill"]) for name in peers),
-            *(times(row, name) for name in peers),
+            *(row[name] for name in counts),
+            *(spread(row["seconds"][name]["prefill"]) for name in names),
+            *times_ours(row, peers, "prefill"),
             spread(row["seconds"]["ours"]["encoder"]),
-            over(row, "encoder"),
+            over_limit(row, "encoder"),
             spread(row["seconds"]["ours"]["decoder"]),
-            over(row, "decoder"),
+            over_limit(row, "decoder"),
         )
         for row in rows
     ]
-    decode = [
-        (
-            row["frames"],
-            spread(row["seconds"]["ours"]["decode"], 1e3),
-            *(spread(row["seconds"][name]["decode"], 1e3) for name in peers),
-            *(times(row, name, "decode") for name in peers),
-            f"{1e3 * row['limit']['decode']:.2f}",
-            over(row, "decode"),
-            f"{row['limit']['bytes of caches'] / 1e6:.0f} of {(row['limit']['bytes of weights'] + row['limit']['bytes of caches']) / 1e6:.0f}",
+    return table((*counts, *names, *ratios(peers), *parts), lines)
+
+
+def decode_table(rows: list[dict], names: list[str], peers: list[str]) -> str:
+    lines = []
+    for row in rows:
+        weights, caches = row["limit"]["bytes of weights"], row["limit"]["bytes of caches"]
+        lines.append(
+            (
+                row["frames"],
+                *(spread(row["seconds"][name]["decode"], 1e3) for name in names),
+                *times_ours(row, peers, "decode"),
+                f"{1e3 * row['limit']['decode']:.2f}",
+                over_limit(row, "decode"),
+                f"{caches / 1e6:.0f} of {(weights + caches) / 1e6:.0f}",
+            )
         )
-        for row in rows
-    ]
-    memory = [
+    return table(("frames", *names, *ratios(peers), "limit", "ours over the limit", "MB of caches"), lines)
+
+
+def memory_table(rows: list[dict], names: list[str], peers: list[str]) -> str:
+    lines = [
         (
             row["frames"],
             *(f"{row['memory'][name] / 1e6:.0f}" for name in names),
@@ -396,31 +447,14 @@ def tables(rows: list[dict], names: list[str]) -> dict[str, str]:
         )
         for row in rows
     ]
-    ratios = [f"{name} / ours" for name in peers]
-    return {
-        "Prefill, s: median (least to most)": table(
-            (
-                "frames",
-                "vision tokens",
-                "text tokens",
-                *names,
-                *ratios,
-                "ours, encoder",
-                "over the limit",
-                "ours, rest",
-                "over the limit",
-            ),
-            prefill,
-        ),
-        "Decode, ms a token": table(
-            ("frames", *names, *ratios, "limit", "ours over the limit", "MB of caches"), decode
-        ),
-        "Peak memory of prefill, MB": table(("frames", *names, *ratios), memory),
-    }
+    return table(("frames", *names, *ratios(peers)), lines)
+
+
+# Command line
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Sizes of the model, and where it runs."""
+    """Sizes and device of the model."""
     parser.add_argument("--layers", type=int, default=8, help="one in four is a cross-attention layer")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
@@ -432,9 +466,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Sizes of the frames of a prompt, and the dtypes it is measured in."""
-    parser.add_argument("--side", type=int, default=448, help="pixels of a frame's side, a multiple of 32")
-    parser.add_argument("--tokens", type=int, default=10, help="text tokens a frame")
+    """Sizes of the prompt, and dtypes to measure."""
+    parser.add_argument("--side", type=int, default=448, help="pixels per side of a frame, a multiple of 32")
+    parser.add_argument("--tokens", type=int, default=10, help="text tokens per frame")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
 
 
@@ -444,7 +478,7 @@ def main() -> None:
     add_model_flags(parser)
     add_prompt_flags(parser)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16, help="tokens decoded a round, of which the median counts")
+    parser.add_argument("--steps", type=int, default=16, help="tokens decoded per round; their median counts")
     parser.add_argument("--without", nargs="+", choices=("plain", "qwen3vl"), default=[])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -457,7 +491,7 @@ def main() -> None:
     }
     print(result["machine"])
     for dtype in args.dtype:
-        result["rows"] += run(getattr(torch, dtype), args)
+        result["rows"] += run(dtype, args)
         write_json(args.json, result)
 
 

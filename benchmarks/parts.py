@@ -1,12 +1,15 @@
-"""Where the time of a prefill goes: python benchmarks/parts.py --frames 16 64 256 --json parts.json
+"""Where the time of a prefill goes:
 
-The seconds inside each kind of module, each part without those inside it; what is in none is "other". Medians over --rounds; the model
-and the frames of model.py.
+    python benchmarks/parts.py --frames 16 64 256 --json parts.json
+
+Measures the seconds in each kind of module, each without those of modules inside it. The rest is "other". Model and
+frames are those of model.py; figures are medians of --rounds.
 """
 
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,10 +38,11 @@ PARTS = {
 
 
 class Timer:
-    """Seconds in each part of `PARTS`, by what is entered and left."""
+    """Measures the seconds in each part of `PARTS`, by wrapping the calls of their modules."""
 
     def __init__(self, model, clock: Clock):
-        self.clock, self.entered, self.spans = clock, [], []
+        self.clock = clock
+        self.spans = []  # (part, start, end) of each call, in the order of their ends
         for module in model.modules():
             for name, kind in PARTS.items():
                 if isinstance(kind, str):
@@ -47,30 +51,56 @@ class Timer:
                 elif isinstance(module, kind):
                     module.forward = self._timed(name, module.forward)
 
-    def _timed(self, name, call):
+    def _timed(self, name: str, call: Callable) -> Callable:
         def timed(*args, **kwargs):
-            begin = self.clock.now()
+            start = self.clock.now()
             out = call(*args, **kwargs)
-            self.spans.append((name, begin, self.clock.now()))
+            self.spans.append((name, start, self.clock.now()))
             return out
 
         return timed
 
-    def seconds(self, call) -> dict[str, float]:
-        """A span's own seconds are those that no span inside it has: spans end in order, the inner before the outer."""
+    def seconds(self, call: Callable) -> dict[str, float]:
+        """Seconds of each part in `call`, without the parts inside it."""
         self.spans = []
         begin = self.clock.now()
         call()
         self.spans.append(("other", begin, self.clock.now()))
-        own, done = defaultdict(float), []  # done: (start, seconds) of the spans that no later one has taken in yet
-        for name, first, last in self.spans:
-            start, length = self.clock.between(begin, first), self.clock.between(first, last)
+        # A call ends after the calls inside it, so these are the latest spans that start after it.
+        seconds = defaultdict(float)
+        outermost = []  # (start, seconds) of the spans so far that are inside no other
+        for name, span_start, span_end in self.spans:
+            start, length = self.clock.between(begin, span_start), self.clock.between(span_start, span_end)
             inside = 0.0
-            while done and done[-1][0] >= start:
-                inside += done.pop()[1]
-            own[name] += length - inside
-            done.append((start, length))
-        return dict(own)
+            while outermost and outermost[-1][0] >= start:
+                inside += outermost.pop()[1]
+            seconds[name] += length - inside
+            outermost.append((start, length))
+        return dict(seconds)
+
+
+def measure(model, timer: Timer, frames: int, args) -> dict[str, dict[str, float]]:
+    """Part -> median, least and most seconds."""
+    prompt = make_prompt(frames, args.side, args.tokens, args.device, model.dtype)
+
+    @torch.no_grad()
+    def prefill():
+        model(prompt.ids, pixel_values=prompt.pixels, grid_thw=prompt.grid, use_cache=True, logits_to_keep=1)
+
+    rounds = [timer.seconds(prefill) for _ in range(args.rounds + 1)][1:]  # the first is a warm-up
+    return {name: summary([one.get(name, 0.0) for one in rounds]) for name in (*PARTS, "other")}
+
+
+def parts_table(rows: list[dict]) -> str:
+    """A column per row of the results, with the share of each part."""
+    totals = [sum(part["median"] for part in row["seconds"].values()) for row in rows]
+    lines = []
+    for name in (*PARTS, "other"):
+        medians = [row["seconds"][name]["median"] for row in rows]
+        shares = [100 * seconds / total for seconds, total in zip(medians, totals, strict=True)]
+        lines.append((name, *(f"{x:.3f} ({share:.0f} %)" for x, share in zip(medians, shares, strict=True))))
+    lines.append(("whole", *(f"{total:.2f}" for total in totals)))
+    return table(("seconds", *(f"{row['frames']} frames, {row['dtype']}" for row in rows)), lines)
 
 
 def main() -> None:
@@ -85,38 +115,14 @@ def main() -> None:
     print(result["machine"], flush=True)
     for dtype in args.dtype:
         torch.manual_seed(0)
-        model = (
-            modeling.MossVLForConditionalGeneration(make_config(args)).eval().to(args.device, getattr(torch, dtype))
-        )
+        model = modeling.MossVLForConditionalGeneration(make_config(args))
+        model = model.eval().to(args.device, getattr(torch, dtype))
         timer = Timer(model, clock)
         for frames in args.frames:
-            prompt = make_prompt(frames, args.side, args.tokens, args.device, model.dtype)
-
-            @torch.no_grad()
-            def prefill():
-                model(prompt.ids, pixel_values=prompt.pixels, grid_thw=prompt.grid, use_cache=True, logits_to_keep=1)
-
-            rounds = [timer.seconds(prefill) for _ in range(args.rounds + 1)][1:]  # the first warms up
-            seconds = {name: summary([one.get(name, 0.0) for one in rounds]) for name in (*PARTS, "other")}
+            seconds = measure(model, timer, frames, args)
             result["rows"].append({"dtype": dtype, "frames": frames, "seconds": seconds})
             write_json(args.json, result)
-    whole = [sum(part["median"] for part in row["seconds"].values()) for row in result["rows"]]
-    lines = [
-        (
-            name,
-            *(
-                f"{row['seconds'][name]['median']:.3f} ({100 * row['seconds'][name]['median'] / total:.0f} %)"
-                for row, total in zip(result["rows"], whole, strict=True)
-            ),
-        )
-        for name in (*PARTS, "other")
-    ]
-    print(
-        table(
-            ("seconds", *(f"{row['frames']} frames, {row['dtype']}" for row in result["rows"])),
-            [*lines, ("whole", *(f"{total:.2f}" for total in whole))],
-        )
-    )
+    print(parts_table(result["rows"]))
 
 
 if __name__ == "__main__":

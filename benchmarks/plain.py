@@ -1,8 +1,9 @@
-"""MOSS-VL written out plainly from its specification, to be measured beside the package: one attention call a frame and layer, a dense
-float mask of T x V, keys and values repeated over the groups of query heads and grown by concatenation, everything at once.
+"""MOSS-VL written out plainly from docs/model.md, to be compared with the package: an attention call per frame and
+layer, a dense float mask T x V, keys and values repeated over the groups of query heads and extended by concatenation,
+everything at once.
 
-Axes: T text tokens, F frames of one size, P patches, V vision tokens with separators, D hidden size, H query heads, K key/value
-heads, d head size. One sample, whose media is one video.
+Axes: T text tokens, N frames of one size, P patches, V vision tokens with separators, D hidden size, H query heads, K
+key/value heads, d head size. One sample, whose only medium is a video.
 """
 
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 
 
 class PlainMossVL:
-    """Takes its weights, shared and not copied, from a `MossVLForConditionalGeneration`."""
+    """Shares the weights of a `MossVLForConditionalGeneration`."""
 
     def __init__(self, model):
-        self.text, self.vision, self.ids = model.config.text_config, model.config.vision_config, model.config
+        self.text, self.vision = model.config.text_config, model.config.vision_config
+        self.image_token_id = model.config.image_token_id
         self.weights = dict(model.state_dict())
 
     # Vision encoder
@@ -27,10 +29,10 @@ class PlainMossVL:
             weight("patch_embed.proj.bias"),
         )
         x = (x.view(frames, -1, config.hidden_size) + self._learned(rows, columns)).flatten(0, 1)
-        angles, kept = self._angles(rows, columns, config.hidden_size // config.num_heads), []
+        rotary, kept = self._grid_rotary(rows, columns, config.hidden_size // config.num_heads), []
         for index in range(config.depth):
             block = self._named(f"model.visual.blocks.{index}.")
-            x = x + self._frame_attention(self._layer_norm(x, block, "norm1"), block, frames, angles)
+            x = x + self._frame_attention(self._layer_norm(x, block, "norm1"), block, frames, rotary)
             hidden = F.linear(
                 self._layer_norm(x, block, "norm2"), block("mlp.linear_fc1.weight"), block("mlp.linear_fc1.bias")
             )
@@ -51,7 +53,7 @@ class PlainMossVL:
         separator = self.weights["model.separator_token"].expand(frames, 1, -1)
         return torch.cat([tokens, separator], dim=1).flatten(0, 1)
 
-    def _frame_attention(self, x, block, frames, angles):
+    def _frame_attention(self, x, block, frames, rotary):
         heads = self.vision.num_heads
         outs = []
         for frame in x.chunk(frames):
@@ -60,7 +62,7 @@ class PlainMossVL:
                 .view(len(frame), 3, heads, -1)
                 .permute(1, 2, 0, 3)
             )
-            q, k = (turn(part.float(), *angles).to(part.dtype) for part in (q, k))
+            q, k = (rotate(part.float(), *rotary).to(part.dtype) for part in (q, k))
             outs.append(F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1))
         return F.linear(torch.cat(outs), block("attn.proj.weight"), block("attn.proj.bias"))
 
@@ -69,17 +71,13 @@ class PlainMossVL:
         side = round(self.vision.num_position_embeddings**0.5)
         weight = self.weights["model.visual.pos_embed.weight"]
         grid = weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=True)[
-            0
-        ]  # [hidden, rows, columns]
+        grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=True)[0]
         return self._blocks(grid.permute(1, 2, 0)).to(weight.dtype)
 
-    def _angles(self, rows: int, columns: int, d: int):
+    def _grid_rotary(self, rows: int, columns: int, d: int):
         frequencies = 10000.0 ** (-4.0 * torch.arange(d // 4) / d)
-        at = torch.stack(
-            torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1
-        )  # [rows, columns, 2]
-        angles = (self._blocks(at).float()[..., None] * frequencies).flatten(1).repeat(1, 2)
+        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        angles = (self._blocks(grid).float()[..., None] * frequencies).flatten(1).repeat(1, 2)
         angles = angles.to(self.weights["model.separator_token"].device)
         return angles.cos(), angles.sin()
 
@@ -104,61 +102,60 @@ class PlainMossVL:
         height, width = rows // m, columns // m
         text, vision, p = [], [], 0
         for token in ids[0].tolist():
-            if token == self.ids.image_token_id:
+            if token == self.image_token_id:
                 vision += [(p, p + y, p + x) for y in range(height) for x in range(width)]
                 p += max(height, width)
                 vision.append((p, p, p))
             text.append((p, p, p))
             p += 1
         self.position, self.past, device = p, {}, states.device
-        text_table, vision_table = (self._table(torch.tensor(places, device=device).T) for places in (text, vision))
-        reached = (ids[0] == self.ids.image_token_id).cumsum(0) * (
-            height * width + 1
-        )  # vision tokens that each row sees
-        hidden = torch.arange(len(states), device=device) >= reached[:, None]
-        dense = torch.zeros(hidden.shape, dtype=states.dtype, device=device).masked_fill_(
-            hidden & (reached > 0)[:, None], float("-inf")
+        text_rotary, vision_rotary = (
+            self._xrope_rotary(torch.tensor(positions, device=device).T) for positions in (text, vision)
         )
+        # [T], how many vision tokens are visible to each row; a row without any gets an empty mask, and r = 0 below
+        visible = (ids[0] == self.image_token_id).cumsum(0) * (height * width + 1)
+        masked = (torch.arange(len(states), device=device) >= visible[:, None]) & (visible > 0)[:, None]
+        dense = torch.zeros(masked.shape, dtype=states.dtype, device=device).masked_fill_(masked, float("-inf"))
         causal = torch.full((len(text), len(text)), float("-inf"), dtype=states.dtype, device=device).triu(1)
-        self.sees = (reached > 0).to(states.dtype)[:, None]
-        x = self._layers(ids[0], text_table, causal, dense, states, vision_table)
-        self.sees, self.shown = self.sees[-1:], dense[-1:]
+        self.has_visible = (visible > 0).to(states.dtype)[:, None]  # r in docs/model.md
+        x = self._layers(ids[0], text_rotary, causal, dense, states, vision_rotary)
+        self.has_visible, self.last_mask = self.has_visible[-1:], dense[-1:]  # generated tokens have those of the last
         return self._logits(x)
 
     @torch.no_grad()
     def decode(self, token: torch.Tensor) -> torch.Tensor:
         """token [1, 1] -> logits [1, 1, vocab]."""
-        table = self._table(torch.full((3, 1), self.position, device=token.device))
+        rotary = self._xrope_rotary(torch.full((3, 1), self.position, device=token.device))
         self.position += 1
-        return self._logits(self._layers(token[0], table, None, self.shown, None, None))
+        return self._logits(self._layers(token[0], rotary, None, self.last_mask, None, None))
 
-    def _layers(self, ids, table, causal, dense, states, vision_table):
+    def _layers(self, ids, rotary, causal, dense, states, vision_rotary):
         text = self._named("model.language_model.")
         x = text("embed_tokens.weight")[ids]
         for index in range(self.text.num_hidden_layers):
             layer = self._named(f"model.language_model.layers.{index}.")
             normed = self._rms_norm(x, layer("input_layernorm.weight"))
             if index in self.text.cross_attention_layers:
-                attended = self._attention(layer, "cross_attn", index, normed, table, dense, states, vision_table)
-                x = x + self.sees * layer("cross_attn_attn_gate").tanh() * attended
+                attended = self._attention(layer, "cross_attn", index, normed, rotary, dense, states, vision_rotary)
+                x = x + self.has_visible * layer("cross_attn_attn_gate").tanh() * attended
                 fed = self._mlp(self._rms_norm(x, layer("post_attention_layernorm.weight")), layer)
-                x = x + self.sees * layer("cross_attn_mlp_gate").tanh() * fed
+                x = x + self.has_visible * layer("cross_attn_mlp_gate").tanh() * fed
             else:
-                x = x + self._attention(layer, "self_attn", index, normed, table, causal, normed, table)
+                x = x + self._attention(layer, "self_attn", index, normed, rotary, causal, normed, rotary)
                 x = x + self._mlp(self._rms_norm(x, layer("post_attention_layernorm.weight")), layer)
         return x
 
-    def _attention(self, layer, name, index, x, table, mask, source, source_table):
-        """x [T, D]; keys and values of `source` [S, D], behind those of earlier calls; `source` None: those of earlier calls alone."""
+    def _attention(self, layer, name, index, x, rotary, mask, source, source_rotary):
+        """x [T, D] attends to the keys and values of earlier calls, extended by those of `source` [S, D] if given."""
         d, eps = self.text.head_dim, self.text.rms_norm_eps
 
         def heads(states, part):
             return F.linear(states, layer(f"{name}.{part}_proj.weight")).unflatten(-1, (-1, d))
 
-        query = turn(self._rms_norm(heads(x, "q"), layer(f"{name}.q_norm.weight"), eps).transpose(0, 1), *table)
+        query = rotate(self._rms_norm(heads(x, "q"), layer(f"{name}.q_norm.weight"), eps).transpose(0, 1), *rotary)
         if source is not None:
-            key = turn(
-                self._rms_norm(heads(source, "k"), layer(f"{name}.k_norm.weight"), eps).transpose(0, 1), *source_table
+            key = rotate(
+                self._rms_norm(heads(source, "k"), layer(f"{name}.k_norm.weight"), eps).transpose(0, 1), *source_rotary
             )
             value = heads(source, "v").transpose(0, 1)
             if index in self.past:
@@ -186,8 +183,8 @@ class PlainMossVL:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def _table(self, positions: torch.Tensor):
-        """[3, n] -> cosines and sines [n, d]."""
+    def _xrope_rotary(self, positions: torch.Tensor):
+        """[3, n] -> (cos, sin), each [n, d]."""
         rope = self.text.rope_parameters
         j = torch.arange(self.text.head_dim // 2)
         axis = [k % 3 if k % 3 and k < 3 * rope["mrope_section"][k % 3] else 0 for k in j.tolist()]
@@ -200,7 +197,7 @@ class PlainMossVL:
         return lambda name: self.weights[prefix + name]
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate-half: [x_a x_b] -> [x_a x_b] cos + [-x_b x_a] sin."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin

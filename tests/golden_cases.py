@@ -1,4 +1,4 @@
-"""The golden cases of the processors: loading, and a processor set up as each case says."""
+"""The golden cases of the processors: their files, and a processor with the settings of each case."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def make_processor(image_config=None, video_config=None, tokenizer=None, **kwarg
 
 
 class Case:
-    """One case: what was made (`text`, `images`, ...), what must come out (`expected`, `arrays`), and what with (`processor`)."""
+    """One case: inputs (`text`, `images`, ...), expected outputs (`expected`, `arrays`), and the `processor`."""
 
     def __init__(self, name: str):
         self.expected = json.loads((FOLDER / f"{name}.json").read_text())
@@ -45,11 +45,9 @@ class Case:
         self.processor = make_processor(self.expected["image_config"], self.expected["video_config"])
 
     def _locate(self, video):
-        return (
-            {**video, "video_path": str(FOLDER / video["video_path"])}
-            if isinstance(video, dict)
-            else str(FOLDER / video)
-        )
+        if isinstance(video, dict):
+            return {**video, "video_path": str(FOLDER / video["video_path"])}
+        return str(FOLDER / video)
 
     def call(self, **changes):
         given = {
@@ -62,11 +60,11 @@ class Case:
 
     @property
     def pixel_values(self) -> np.ndarray:
-        levels = (self.arrays["pixel_levels_u8"].astype(np.float32) - 127.5) / 127.5
-        return np.where(self.arrays["zero_patch_rows"][:, None], np.float32(0), levels)
+        normalised = (self.arrays["pixel_levels_u8"].astype(np.float32) - 127.5) / 127.5
+        return np.where(self.arrays["zero_patch_rows"][:, None], np.float32(0), normalised)
 
 
 def decoded_frames(video: Path) -> tuple[np.ndarray, dict]:
-    """The decoded frames of a golden video, and the metadata that gives them their times."""
+    """The decoded frames of a golden video, and metadata with their times."""
     arrays = np.load(FOLDER / f"frames_{video.stem}.npz")
     return arrays["rgb_u8_thwc"], {"timestamps": arrays["pts"].tolist()}

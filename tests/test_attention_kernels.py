@@ -1,9 +1,10 @@
-"""Attention functions: transformers' flash-attention code over kernels in plain PyTorch, which names are taken, masks of four axes, packed
-rows, and parts in several dtypes. All of it has to give what eager gives."""
+"""Attention kernels against eager: transformers' flash-attention code over kernels in plain PyTorch, functions of
+users, names that are allowed, parts in several dtypes.
+"""
 
 import logging
 import re
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,18 @@ import torch.nn.functional as F
 import transformers.integrations.hub_kernels as hub_kernels
 import transformers.modeling_utils as modeling_utils
 from conftest import ROOT
-from flash_kernels import NAMES, FlashKernels, install, reset_glue, use
+from flash_kernels import (
+    IMPLEMENTATIONS,
+    NAMES,
+    FlashKernels,
+    close,
+    eager,
+    install,
+    kernels,  # noqa: F401
+    logits,
+    reset_glue,
+    use,
+)
 from peft import LoraConfig, get_peft_model
 from tiny import Sample, assorted_samples, batch, make_config, make_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -26,28 +38,6 @@ from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
 CHECKPOINT = ROOT / "checkpoints" / "moss-vl-nano"
-ATOL = 2e-5  # float32, two orders of summation; logits are of order 10
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    return install(monkeypatch)
-
-
-@cache
-def eager():
-    """What all is compared with."""
-    return make_model("eager")
-
-
-def logits(model, **inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def close(got, expected, where=None, atol=ATOL):
-    got, expected = (x if where is None else x[where] for x in (got, expected))
-    return torch.allclose(got, expected, atol=atol)
 
 
 # Flash-attention
@@ -56,7 +46,7 @@ def close(got, expected, where=None, atol=ATOL):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 def test_padded_rows(kernels, name, side):
-    """Self-attention unpads and stays causal; vision and cross-attention are not causal."""
+    """Self-attention is unpadded and causal; vision and cross-attention are not causal."""
     inputs = batch(assorted_samples(), side)
     real = inputs["attention_mask"].bool()
     assert close(logits(use(make_model(), name), **inputs), logits(eager(), **inputs), real)
@@ -64,10 +54,8 @@ def test_padded_rows(kernels, name, side):
     assert len(text) == 4 and all(call.causal and call.lengths[0] == real.sum(1).tolist() for call in text)
     others = [call for call in kernels.calls if call.lengths is None]
     assert others and not any(call.causal for call in others)
-    assert {call.queries[3] for call in others} == {16} and {call.queries[2] for call in others} == {
-        2,
-        8,
-    }  # vision has 2 heads, text 8
+    assert {call.queries[3] for call in others} == {16}
+    assert {call.queries[2] for call in others} == {2, 8}  # heads of vision, and of text
 
 
 def test_rows_without_padding_are_causal(kernels):
@@ -82,7 +70,7 @@ def test_rows_without_padding_are_causal(kernels):
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_chunks_and_steps(kernels, side):
-    """A prompt in chunks of any length, single tokens among them."""
+    """A prompt in chunks of any length, also of single tokens."""
     model = use(make_model(), "flash_attention_2")
     inputs = batch(assorted_samples(), "left" if side == "holes" else side)
     if side == "holes":
@@ -92,25 +80,24 @@ def test_chunks_and_steps(kernels, side):
     expected = logits(eager(), **inputs)
     assert close(logits(model, **inputs), expected, real)
     for cuts in ([4, 5, 9], [1], [7, 8], [10]):
-        cache, outs, media = (
-            DynamicCache(),
-            [],
-            {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "cross_attention_mask")},
-        )
+        of_text = ("input_ids", "attention_mask", "cross_attention_mask")
+        media = {name: value for name, value in inputs.items() if name not in of_text}
+        cache, outs = DynamicCache(), []
         for first, last in zip([0, *cuts], [*cuts, length], strict=True):
-            outs.append(logits(
-                model, input_ids=inputs["input_ids"][:, first:last], attention_mask=inputs["attention_mask"][:, :last],
-                prompt_length=length, **{CACHE: cache}, **(media if first == 0 else {}),
-            ))  # fmt: skip
+            chunk = {
+                "input_ids": inputs["input_ids"][:, first:last],
+                "attention_mask": inputs["attention_mask"][:, :last],
+                **(media if first == 0 else {}),
+            }
+            outs.append(logits(model, **chunk, prompt_length=length, **{CACHE: cache}))
         assert close(torch.cat(outs, dim=1), expected, real), cuts
-    assert any(
-        call.lengths and call.lengths[0] != call.lengths[1] for call in kernels.calls
-    )  # chunks went to the kernel
+    # Chunks went to the kernel.
+    assert any(call.lengths and call.lengths[0] != call.lengths[1] for call in kernels.calls)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_tokens_that_are_padding_in_every_row(kernels, tokens):
-    """They cannot go to the kernel, which takes no call without queries."""
+def test_a_call_of_padding_alone(kernels, tokens):
+    """The kernel accepts no call without queries."""
     model, samples = use(make_model(), "flash_attention_2"), [assorted_samples()[1], assorted_samples()[4]]
     inputs = batch(samples, "left")
     after = torch.tensor([[5, 6], [7, 8]])
@@ -143,8 +130,9 @@ def test_generate(kernels, options):
     assert kernels.calls
 
 
-def test_a_step_of_padded_rows_leaves_the_cache_where_it_is(kernels):
-    """transformers would copy the keys and values of the whole cache to unpad them, and wait for the device, at each layer."""
+def test_a_step_of_padded_rows_does_not_copy_the_cache(kernels):
+    """To unpad, transformers would copy the keys and values of the whole cache at each layer, and wait for the
+    device."""
     model, inputs = use(make_model(), "flash_attention_2"), batch(assorted_samples(), "left")
     with torch.no_grad():
         cache = model(**inputs, use_cache=True)[CACHE]
@@ -155,7 +143,7 @@ def test_a_step_of_padded_rows_leaves_the_cache_where_it_is(kernels):
 
 
 def test_a_static_cache_falls_back(kernels):
-    """Its empty slots need a mask; vision and cross-attention keep the kernel."""
+    """Empty slots need a mask. Vision and cross-attention use the kernel."""
     model, inputs = use(make_model(), "flash_attention_2"), batch(assorted_samples(), "left")
     caches = [StaticCache(config=model.config.text_config, max_cache_len=40) for _ in range(2)]
     got, expected = (logits(m, **inputs, **{CACHE: cache}) for m, cache in zip((model, eager()), caches, strict=True))
@@ -177,7 +165,7 @@ def test_gradients(kernels):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_only_half_precision_reaches_the_kernel(monkeypatch, autocast):
-    """Weights in bfloat16; or in float32 under autocast, whose dtype counts, also for norms that give float32."""
+    """Weights in bfloat16, or in float32 under autocast, also with norms that return float32."""
     kernels = install(monkeypatch, exact=False)
     inputs, model = batch(assorted_samples(), "left"), use(make_model(), "flash_attention_2")
     expected = logits(eager(), **inputs)
@@ -211,14 +199,13 @@ def test_a_cpu_falls_back_under_autocast():
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", NAMES[3]])
 def test_attention_dropout(kernels, name):
-    """Only version 2 has it; the others would leave it out."""
+    """Only version 2 has dropout; the others would ignore it."""
     model = use(make_model(text={"attention_dropout": 0.5}), name)
     inputs = batch(assorted_samples(), "left")
     kept = logits(model, **inputs)
     assert close(kept, logits(eager(), **inputs), inputs["attention_mask"].bool())
-    assert {call.dropout for call in kernels.calls if call.queries[-2] == 8} == {
-        0
-    }  # without training every version is used
+    # Without training every version is used.
+    assert {call.dropout for call in kernels.calls if call.queries[-2] == 8} == {0}
     kernels.calls.clear()
     assert not close(logits(model.train(), **inputs), kept, atol=1e-2)
     of_text = [call for call in kernels.calls if call.queries[-2] == 8]
@@ -226,7 +213,7 @@ def test_attention_dropout(kernels, name):
     assert kernels.calls  # vision has no dropout
 
 
-def test_weights_can_be_asked_for(kernels):
+def test_weights_are_those_of_eager(kernels):
     inputs = batch(assorted_samples(), "left")
     got, expected = (
         model(**inputs, output_attentions=True) for model in (use(make_model(), "flash_attention_2"), eager())
@@ -238,7 +225,7 @@ def test_weights_can_be_asked_for(kernels):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A `kernels` package whose every repository holds `hub.kernel`; `hub.loaded`: the repositories asked for."""
+    """A `kernels` package that loads `hub.kernel` for every repository, and appends its name to `hub.loaded`."""
     hub = SimpleNamespace(kernel=None, loaded=[])
     monkeypatch.setattr(
         hub_kernels, "get_kernel", lambda name, **kwargs: hub.loaded.append(name) or hub.kernel, raising=False
@@ -257,7 +244,7 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("name", ["someone/some-kernel", "flash_attention_2"])
 def test_a_kernel_of_the_kernels_package(monkeypatch, hub, name):
-    """Named itself, or in place of the flash-attn package that is not there."""
+    """By its name, or as a replacement of a flash-attn package that is not installed."""
     if name == "flash_attention_2" and is_flash_attn_2_available():
         pytest.skip("flash-attn is installed")
     reset_glue(monkeypatch)
@@ -301,7 +288,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_names_with_another_contract_are_refused_where_they_are_set(name):
+def test_names_with_another_contract_are_refused(name):
     inputs, model = assorted_samples()[1].inputs(), make_model()
     visual = model.model.visual
     visual.forward = lambda *args, **kwargs: pytest.fail("the refusal came after the vision encoder")
@@ -344,7 +331,7 @@ def test_names_with_another_contract_are_refused_where_they_are_set(name):
     text, vision = model.config.text_config, model.config.vision_config
     assert (model.config._attn_implementation, text._attn_implementation, vision._attn_implementation) == (
         "sdpa",
-    ) * 3  # nothing half done
+    ) * 3  # nothing has changed
     assert text.cross_attention_implementation is None
     del visual.forward
     visual.config._attn_implementation = name
@@ -352,7 +339,7 @@ def test_names_with_another_contract_are_refused_where_they_are_set(name):
         visual(inputs["pixel_values"], inputs["grid_thw"])
 
 
-def test_parts_that_are_not_there_are_refused():
+def test_unknown_parts_are_refused():
     for attempt in (
         lambda: make_model().set_attn_implementation({"text": "eager"}),
         lambda: MossVLForConditionalGeneration._from_config(make_config(), attn_implementation={"text": "eager"}),
@@ -362,13 +349,14 @@ def test_parts_that_are_not_there_are_refused():
     ):
         with pytest.raises(
             ValueError,
-            match=r"a part in `attn_implementation`, got 'text'; expected one of \['', 'text_config', 'vision_config'\]",
+            match=r"a part in `attn_implementation`, got 'text'; "
+            r"expected one of \['', 'text_config', 'vision_config'\]",
         ):
             attempt()
 
 
 @pytest.mark.parametrize("version", ["flash_attention_2", "flash_attention_3", "flash_attention_4"])
-def test_every_form_falls_back_to_sdpa_with_one_warning(monkeypatch, caplog, version):
+def test_flash_attention_falls_back_to_sdpa_with_one_warning_however_it_is_set(monkeypatch, caplog, version):
     if is_flash_attn_2_available() or torch.cuda.is_available():
         pytest.skip("flash-attention may run here")
     monkeypatch.setattr(modeling.logger, "propagate", True)
@@ -398,29 +386,29 @@ def test_every_form_falls_back_to_sdpa_with_one_warning(monkeypatch, caplog, ver
         assert len(warnings) == 1 and version in warnings[0], warnings
 
 
-def test_cross_attention_has_its_own(kernels):
-    """Set at construction or later, used by those layers alone, under its own name; dropped where the model is saved."""
+def test_cross_attention_can_have_another_implementation(kernels):
+    """Used by the cross-attention layers alone, under its name."""
     inputs, real = batch(assorted_samples(), "left"), batch(assorted_samples(), "left")["attention_mask"].bool()
     expected = logits(eager(), **inputs)
-    for own, rest in (
+    for crossing, rest in (
         ("flash_attention_3", "sdpa"),
         ("flash_attention_3", "eager"),
         ("flash_attention_3", "flash_attention_2"),
     ):
         model = use(make_model(), rest)
-        model.config.text_config.cross_attention_implementation = own
+        model.config.text_config.cross_attention_implementation = crossing
         kernels.calls.clear()
         assert close(logits(model, **inputs), expected, real)
         if not rest.startswith("flash"):
             assert kernels.calls and all(call.queries[-2] == 8 and not call.causal for call in kernels.calls)
-            assert kernels.asked in (["flash_attention_3"], [None])
+            assert kernels.requested in (["flash_attention_3"], [None])
     model.config.text_config.cross_attention_implementation = "eager"
     kernels.calls.clear()
     assert close(logits(model, **inputs), expected, real)
     assert {call.causal for call in kernels.calls if call.queries[-2] == 8} == {True}
 
 
-def test_where_cross_attention_implementation_is_given(tmp_path):
+def test_cross_attention_implementation_is_set_at_loading_or_later_and_not_saved(tmp_path):
     def of(model):
         text = model.config.text_config
         return text._attn_implementation, text.cross_attention_implementation
@@ -439,7 +427,7 @@ def test_where_cross_attention_implementation_is_given(tmp_path):
     assert "cross_attention_implementation" not in (tmp_path / "config.json").read_text()
     assert of(load(tmp_path)) == ("sdpa", None)
     model.set_attn_implementation({"vision_config": "eager"})
-    assert of(model) == ("sdpa", "eager")  # a dict leaves out what it does not name
+    assert of(model) == ("sdpa", "eager")  # a dict changes only the parts that it names
     model.set_attn_implementation("sdpa")
     assert of(model) == ("sdpa", None)
     model.set_attn_implementation("sdpa", cross_attention_implementation="eager")
@@ -487,7 +475,7 @@ def test_functions_of_users(monkeypatch):
         assert ("MossVLSelfAttention", False, True) in calls
 
 
-def test_functions_of_users_that_know_masks_alone(monkeypatch):
+def test_functions_of_users_without_is_causal(monkeypatch):
     def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
         return attention_module.eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
 
@@ -496,189 +484,13 @@ def test_functions_of_users_that_know_masks_alone(monkeypatch):
         assert close(logits(make_model("mine"), **inputs), logits(eager(), **inputs))
 
 
-def test_functions_of_users_that_want_other_masks_are_refused(monkeypatch):
+def test_functions_of_users_with_other_masks_are_refused(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", lambda *args, **kwargs: None)
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    assert modeling.attention_kind("mine") == "function"
+    assert attention_module.attention_kind("mine") == "function"
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     with pytest.raises(ValueError, match="'mine' cannot be used"):
         make_model("mine")
-
-
-# Masks of four axes
-
-EVERY = ("eager", "sdpa", "flash_attention_2")
-
-
-def see(inputs, heads=1):
-    """bool [B, heads, T, T]: the mask of two axes written out."""
-    real = inputs["attention_mask"].bool()
-    rows = torch.arange(real.shape[1])
-    mask = (rows <= rows[:, None]) & real[:, None, None, :] | (rows == rows[:, None])
-    return mask.expand(-1, heads, -1, -1).clone()
-
-
-def additive(mask, dtype, lowest):
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(
-        ~mask, float("-inf") if lowest == "inf" else torch.finfo(lowest or dtype).min
-    )
-
-
-FORMS = {
-    "bool": lambda mask: mask,
-    "bool of heads": lambda mask: mask.expand(-1, 8, -1, -1).contiguous(),
-    "-inf": lambda mask: additive(mask, torch.float32, "inf"),
-    "lowest": lambda mask: additive(mask, torch.float32, None),
-    "lowest float64": lambda mask: additive(mask, torch.float64, None),
-    "lowest bfloat16": lambda mask: additive(mask, torch.bfloat16, None),
-    "lowest float16 in float32": lambda mask: additive(mask, torch.float32, torch.float16),
-    "float of heads": lambda mask: additive(mask.expand(-1, 8, -1, -1), torch.float16, None),
-}
-
-
-@pytest.mark.parametrize("implementation", EVERY)
-@pytest.mark.parametrize("form", FORMS)
-def test_ready_masks(kernels, form, implementation):
-    model, inputs = use(make_model(), implementation), batch(assorted_samples(), "left")
-    expected = logits(eager(), **inputs)
-    mask = FORMS[form](see(inputs))
-    assert close(logits(model, **{**inputs, "attention_mask": mask}), expected)
-    half = logits(model.bfloat16(), **{**inputs, "attention_mask": mask})
-    real = inputs["attention_mask"].bool()
-    assert (half[real].float() - expected[real]).norm() < 0.05 * expected[real].norm()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_row_that_would_see_nothing_sees_its_own_token(kernels, form):
-    """In every kernel, so that the numbers are the same everywhere, and finite."""
-    sample = assorted_samples()[3]
-    inputs = sample.inputs()
-    mask = see(inputs)
-    mask[:, :, [0, 5]] = False
-    alone = mask.clone()
-    alone[:, :, 0, 0] = alone[:, :, 5, 5] = True
-    expected = logits(eager(), **{**inputs, "attention_mask": alone})
-    assert expected.isfinite().all()
-    for implementation in EVERY:
-        got = logits(use(make_model(), implementation), **{**inputs, "attention_mask": FORMS[form](mask)})
-        assert close(got, expected), implementation
-
-
-@pytest.mark.parametrize("implementation", EVERY)
-def test_a_bias_stays_a_bias(kernels, implementation):
-    """An additive mask may do more than hide."""
-    inputs = assorted_samples()[3].inputs()
-    length = inputs["input_ids"].shape[1]
-    bias = torch.randn(1, 8, length, length, generator=torch.Generator().manual_seed(0)).masked_fill(
-        ~see(inputs), float("-inf")
-    )
-    model = use(make_model(), implementation)
-    got = logits(model, **{**inputs, "attention_mask": bias})
-    assert close(got, logits(eager(), **{**inputs, "attention_mask": bias}))
-    assert not close(got, logits(model, **inputs), atol=1e-2)
-
-
-@pytest.mark.parametrize("implementation", EVERY)
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("form", ["bool", "lowest", "float of heads"])
-def test_ready_masks_with_a_cache(kernels, form, static, implementation):
-    """Chunks and a step; as long as the tokens that are there, or as the slots of a static cache."""
-    model, inputs = use(make_model(), implementation), batch(assorted_samples(), "left")
-    expected, mask, length = logits(eager(), **inputs), FORMS[form](see(inputs)), inputs["input_ids"].shape[1]
-    for slots in (False, True) if static else (False,):
-        cache = StaticCache(config=model.config.text_config, max_cache_len=length + 4) if static else DynamicCache()
-        media = {k: inputs[k] for k in ("pixel_values", "grid_thw", "media_nums_per_sample")}
-        padded = inputs["attention_mask"]
-        for first, last in ((0, 6), (6, length - 1), (length - 1, length)):
-            part = mask[:, :, first:last, :last]
-            if slots:
-                part = F.pad(part, (0, length + 4 - last), value=False if part.dtype == torch.bool else float("-inf"))
-            ids = inputs["input_ids"][:, first:last]
-            got = logits(
-                model,
-                input_ids=ids,
-                attention_mask=part,
-                prompt_length=length,
-                **{CACHE: cache},
-                **(media if first == 0 else {}),
-            )
-            assert close(got, expected[:, first:last], padded[:, first:last].bool()), (first, slots)
-
-
-@pytest.mark.parametrize("shape", [(5, 8, 2, 7), (1, 8, 2, 7), (1, 1, 2, 7), (1, 1, 1, 7), (5, 1, 2, 7), (1, 8, 1, 7)])
-def test_heads_of_a_group_keep_their_own_masks(shape):
-    """Rows of several heads go to the kernel as rows of one head where the mask lets them."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(5, heads, rows, 16, generator=generator) for heads, rows in ((8, 2), (2, 7), (2, 7))
-    )
-    mask = torch.rand(shape, generator=generator) < 0.5
-    mask[..., 0] = True
-    module = make_model().model.language_model.layers[0].self_attn
-    for rows in (1, 2):
-        parts = query[:, :, :rows], key, value, mask[:, :, :rows]
-        got, expected = (modeling.attend(module, *parts, implementation)[0] for implementation in ("sdpa", "eager"))
-        assert close(got, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "shape, dtype, message",
-    [
-        ((1, 1, 7, 8), torch.bool, r"shape \[1, 1, 7, 8\]; expected \[1 or 1, 8 or 1, 7 or 1, 7\]"),
-        ((1, 1, 6, 7), torch.bool, r"shape \[1, 1, 6, 7\]"),
-        ((2, 1, 7, 7), torch.bool, r"shape \[2, 1, 7, 7\]"),
-        ((1, 2, 7, 7), torch.float32, r"shape \[1, 2, 7, 7\]"),
-        ((1, 1, 7, 7), torch.long, r"dtype torch.int64; expected torch.bool"),
-    ],
-)
-def test_masks_that_do_not_fit_are_refused_before_anything_is_computed(shape, dtype, message):
-    model, inputs = make_model(), assorted_samples()[1].inputs()
-    model.model.visual.forward = lambda *args, **kwargs: pytest.fail("the refusal came after the vision encoder")
-    with pytest.raises(ValueError, match=message):
-        model(**{**inputs, "attention_mask": torch.ones(shape, dtype=dtype)})
-
-
-# Packed rows
-
-
-@pytest.mark.parametrize("implementation", EVERY)
-@pytest.mark.parametrize("static", [False, True])
-def test_texts_of_packed_rows_do_not_see_each_other(kernels, implementation, static):
-    model = use(make_model(), implementation).model.language_model
-    generator = torch.Generator().manual_seed(0)
-    texts = [[torch.randint(1, 180, (n,), generator=generator) for n in lengths] for lengths in ((5, 1, 3), (2, 7))]
-    ids = torch.stack([torch.cat(row) for row in texts])
-    index = torch.tensor([[0] * 5 + [1] + [2] * 3, [4] * 2 + [9] * 7])
-    at = torch.tensor([[*range(5), 0, *range(3)], [0, 1, *range(7)]])
-    for rows in (slice(0, 1), slice(0, 2)):
-        cache = StaticCache(config=model.config, max_cache_len=16) if static else None
-        kernels.calls.clear()
-        with torch.no_grad():
-            got = model(
-                input_ids=ids[rows], position_ids=at[rows], text_index=index[rows], cache=cache
-            ).last_hidden_state
-            alone = [[model(input_ids=text[None]).last_hidden_state[0] for text in row] for row in texts[rows]]
-        assert close(got, torch.stack([torch.cat(row) for row in alone]))
-        packed = [call for call in kernels.calls if call.lengths]
-        assert bool(packed) == (implementation == "flash_attention_2" and not static)
-        assert all(
-            call.causal
-            and call.lengths[0] == call.lengths[1] == [5, 1, 3, 2, 7][: 3 * rows.stop - 1 + (rows.stop == 1)]
-            for call in packed
-        )
-
-
-@pytest.mark.parametrize("implementation", EVERY)
-def test_packed_rows_with_padding(kernels, implementation):
-    model = use(make_model(), implementation).model.language_model
-    ids = torch.tensor([[0, 0, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 0, 0]])
-    mask = (ids > 0).long()
-    index = torch.tensor([[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
-    at = torch.tensor([[0, 0, 0, 1, 2, 0, 1], [0, 1, 2, 0, 1, 0, 0]])
-    with torch.no_grad():
-        got = model(input_ids=ids, attention_mask=mask, position_ids=at, text_index=index).last_hidden_state
-        for row, part in ((0, slice(2, 5)), (0, slice(5, 7)), (1, slice(0, 3)), (1, slice(3, 5))):
-            assert close(got[row, part], model(input_ids=ids[row, part][None]).last_hidden_state[0])
 
 
 # Parts in several dtypes
@@ -698,7 +510,7 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("part", MIXTURES)
 def test_parts_in_several_dtypes(monkeypatch, part, implementation):
     install(monkeypatch, exact=False)
@@ -712,8 +524,8 @@ def test_parts_in_several_dtypes(monkeypatch, part, implementation):
     assert ids.shape[1] == real.shape[1] + 3
 
 
-def test_frames_that_wait_take_the_dtype_of_the_text():
-    """Given before the text reaches them, beside frames of a later call."""
+def test_waiting_frames_take_the_dtype_of_the_text():
+    """Given before their `image_pad`, and joined with frames of a later call."""
     model = make_model()
     model.model.visual.bfloat16()
     sample = Sample("ttFtFt", (1, 4, 4), (1, 4, 6), seed=6)
@@ -735,7 +547,7 @@ def test_frames_that_wait_take_the_dtype_of_the_text():
 
 
 def test_training_without_media_in_several_dtypes():
-    """The vision encoder is run all the same, so that it has gradients on every rank."""
+    """The vision encoder runs anyway, so that its parameters have gradients on every rank."""
     model = make_model().train()
     model.model.visual.bfloat16()
     inputs = assorted_samples()[0].inputs()
@@ -747,21 +559,21 @@ def test_training_without_media_in_several_dtypes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_on_the_patch_projection_sees_normalised_levels(dtype):
+def test_an_adapter_on_the_patch_projection_gets_normalised_pixels(dtype):
     torch.manual_seed(0)
     model = get_peft_model(
         make_model().to(dtype), LoraConfig(r=4, target_modules=["patch_embed.proj"], init_lora_weights=False)
     ).eval()
     inputs = Sample("tFtFt", (1, 4, 6), (1, 4, 4), seed=7).inputs()
     mean, std = [[0.5, 0.4, 0.3], [0.1, 0.2, 0.3]], [[0.2, 0.3, 0.4], [0.5, 0.5, 0.5]]
-    levels = torch.randint(
+    pixels = torch.randint(
         0, 256, inputs["pixel_values"].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     per_patch = [
         torch.tensor(x).repeat_interleave(torch.tensor([24, 16]), 0).repeat_interleave(16, 1) for x in (mean, std)
     ]
-    floats = (levels / 255 - per_patch[0]) / per_patch[1]
-    got = logits(model, **{**inputs, "pixel_values": levels}, image_mean=mean, image_std=std)
+    floats = (pixels / 255 - per_patch[0]) / per_patch[1]
+    got = logits(model, **{**inputs, "pixel_values": pixels}, image_mean=mean, image_std=std)
     expected = logits(model, **{**inputs, "pixel_values": floats})
     assert close(got, expected, atol=1e-4 if dtype == torch.float32 else 0.25)
     with model.disable_adapter():

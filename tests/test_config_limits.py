@@ -1,4 +1,4 @@
-"""Every check of the configuration at its limit: the last value that is good, the first that is not, and all names that a check is for."""
+"""Each check of the configuration at its limit: the last value that is allowed, and the first that is not."""
 
 import pytest
 from tiny import CONFIG, make_config
@@ -7,13 +7,27 @@ from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVL
 
 
 TEXT_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "max_position_embeddings",
-)  # fmt: skip
+)
 VISION_SIZES = (
-    "depth", "hidden_size", "intermediate_size", "num_heads", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size",
-    "out_hidden_size", "num_position_embeddings",
-)  # fmt: skip
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "out_hidden_size",
+    "num_position_embeddings",
+)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "4"], ids=repr)
@@ -27,13 +41,13 @@ def test_sizes_are_positive_whole_numbers(part, name, value):
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"])
 @pytest.mark.parametrize("value", [0, "4"], ids=repr)
-def test_sizes_from_which_others_follow_are_checked_first(name, value):
-    """Also where nothing but defaults stands beside them: no division by zero, no sum of words."""
+def test_sizes_that_defaults_depend_on_are_checked_first(name, value):
+    """Also with defaults for everything else: no division by zero, no arithmetic with strings."""
     with pytest.raises(ValueError, match=f"`text_config.{name}`.*a positive integer"):
         MossVLTextConfig(**{name: value})
 
 
-# (change, the words of its error or None)
+# (change, part of the error message or None)
 LIMITS = [
     ({"text": {"cross_attention_layers": [1]}}, None),
     ({"text": {"cross_attention_layers": [5]}}, None),
@@ -55,7 +69,7 @@ LIMITS = [
     ({"text": {"rope_scaling": {"mrope_section": [5, 2, 2]}}}, "sum to head_dim / 2 = 8"),
     ({"text": {"rope_scaling": {"mrope_section": [4, 2, 2], "mrope_interleaved": 1}}}, "mrope_interleaved"),
     ({"vision": {"hidden_size": 32, "num_heads": 8}}, None),
-    ({"vision": {"hidden_size": 32, "num_heads": 16}}, "divides by 4"),
+    ({"vision": {"hidden_size": 32, "num_heads": 16}}, "multiple of 4"),
     ({"vision": {"deepstack_visual_indexes": [0, 2]}}, None),
     ({"vision": {"deepstack_visual_indexes": [3]}}, "from 0 to 2"),
     ({"vision": {"deepstack_visual_indexes": [-1, 2]}}, "from 0 to 2"),
@@ -76,9 +90,9 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize("change, words", LIMITS, ids=str)
-def test_limits(change, words):
-    if words is None:
+@pytest.mark.parametrize("change, message", LIMITS, ids=str)
+def test_limits(change, message):
+    if message is None:
         config = make_config(**change)
         for part, value in change.items():
             of = {"text": config.text_config, "vision": config.vision_config}.get(part)
@@ -86,17 +100,20 @@ def test_limits(change, words):
                 if name != "rope_scaling":
                     assert getattr(of, name) == wanted
     else:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             make_config(**change)
 
 
-def test_defaults_that_follow_from_others():
-    """Literal numbers: the head size, key heads as many as query heads where there are none given, every fourth layer, the rope's shares."""
+def test_defaults_that_depend_on_other_settings():
+    """The head size, as many key/value heads as query heads, every fourth layer, and the sections of the rope."""
     config = MossVLTextConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=None, num_hidden_layers=11)
     assert (config.head_dim, config.num_key_value_heads, config.cross_attention_layers) == (64, 4, [2, 6, 10])
     assert config.rope_parameters == {
-        "rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
-    }  # fmt: skip
+        "rope_type": "default",
+        "rope_theta": 5_000_000.0,
+        "mrope_section": [12, 10, 10],
+        "mrope_interleaved": True,
+    }
     assert MossVLTextConfig(head_dim=16).rope_parameters["mrope_section"] == [4, 2, 2]
     released = MossVLConfig()
     assert released.text_config.rope_parameters["mrope_section"] == [24, 20, 20]
@@ -110,7 +127,7 @@ def test_defaults_that_follow_from_others():
     assert (released.vision_config.initializer_range, released.text_config.initializer_range) == (0.02, 0.02)
 
 
-def test_the_newer_name_of_the_rope_counts_where_both_are_given():
+def test_the_newer_name_of_the_rope_takes_precedence():
     both = MossVLTextConfig(
         head_dim=16,
         rope_theta=1.0,
@@ -124,8 +141,9 @@ def test_the_newer_name_of_the_rope_counts_where_both_are_given():
     assert later.rope_parameters["mrope_section"] == [5, 2, 1] and later.rope_theta == 7.0
 
 
-def test_the_classes_of_the_auto_map():
-    """What the file says stays; what it lacks is the class that it names for causal models, then for all, else ours."""
+def test_the_auto_map_is_completed():
+    """Given classes are kept. Missing ones are that of AutoModelForCausalLM, else that of AutoModel, else the
+    package's."""
     ours = "modeling_moss_vl.MossVLForConditionalGeneration"
     config = MossVLConfig(**CONFIG)
     assert config.auto_map["AutoConfig"] == "configuration_moss_vl.MossVLConfig"
@@ -135,12 +153,20 @@ def test_the_classes_of_the_auto_map():
     named = MossVLConfig(
         **CONFIG, auto_map={"AutoModel": "a.B", "AutoModelForCausalLM": "c.D", "AutoConfig": "e.F"}
     ).auto_map
-    assert (named["AutoModel"], named["AutoModelForCausalLM"], named["AutoModelForImageTextToText"], named["AutoConfig"]) == (
-        "a.B", "c.D", "c.D", "e.F",
-    )  # fmt: skip
+    assert (
+        named["AutoModel"],
+        named["AutoModelForCausalLM"],
+        named["AutoModelForImageTextToText"],
+        named["AutoConfig"],
+    ) == (
+        "a.B",
+        "c.D",
+        "c.D",
+        "e.F",
+    )
 
 
-def test_parts_as_objects_and_as_nothing():
+def test_parts_as_objects_or_none():
     text, vision = MossVLTextConfig(**CONFIG["text_config"]), MossVLVisionConfig(**CONFIG["vision_config"])
     as_objects = MossVLConfig(**CONFIG | {"text_config": text, "vision_config": vision})
     assert as_objects.text_config.to_dict() == make_config().text_config.to_dict()

@@ -1,4 +1,4 @@
-"""What a config is made from stays as it was; sizes of any kind of whole number; Auto classes; position tables of any side."""
+"""Configs do not change their arguments; integers of any type; Auto classes; any number of learned positions."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from tiny import CONFIG, Sample, make_config, make_model
 from moss_vl.configuration_moss_vl import MossVLConfig, MossVLTextConfig, MossVLVisionConfig
 
 
-def test_nothing_is_written_into_what_a_config_is_made_from():
+def test_a_config_changes_none_of_its_arguments():
     text = MossVLTextConfig(**CONFIG["text_config"], tie_word_embeddings=False)
     vision = MossVLVisionConfig(**CONFIG["vision_config"])
     top = {name: value for name, value in CONFIG.items() if not name.endswith("_config")}
@@ -37,7 +37,7 @@ def test_two_configs_share_nothing():
     assert other.text_config.rope_theta == text.rope_theta == 5_000_000.0
 
 
-def test_dicts_inside_dicts_stay_as_they_are():
+def test_nested_dicts_are_copied():
     given = copy.deepcopy(CONFIG) | {"quantization_config": {"skip": ["a"]}}
     given["text_config"]["rope_parameters"] = {
         **given["text_config"].pop("rope_scaling"),
@@ -51,7 +51,7 @@ def test_dicts_inside_dicts_stay_as_they_are():
     assert given == before
 
 
-def test_whole_numbers_of_numpy_are_taken_and_saved(tmp_path):
+def test_integers_of_numpy_are_accepted_and_saved(tmp_path):
     integers = {
         name: np.int64(CONFIG["text_config"][name])
         for name in ("hidden_size", "num_hidden_layers", "head_dim", "vocab_size")
@@ -70,12 +70,12 @@ def test_whole_numbers_of_numpy_are_taken_and_saved(tmp_path):
         make_config(text={"hidden_size": True})
 
 
-def test_code_that_was_saved_is_the_code_that_is_named(tmp_path):
-    """As loaded from a hub: references name the repository. Those whose code lies in the folder do not have to."""
+def test_saved_references_name_the_code_in_the_folder(tmp_path):
+    """A config from a hub names its repository; references to files in the folder drop it."""
     references = {name: f"owner/name--{reference}" for name, reference in make_config().auto_map.items()}
     config = make_config(auto_map={**references, "AutoTokenizer": ["owner/name--tokenization_x.X", None]})
     assert config.auto_map["AutoModel"].startswith("owner/name--")
-    (tmp_path / "modeling_moss_vl.py").touch()  # as save_pretrained of the model puts it there first
+    (tmp_path / "modeling_moss_vl.py").touch()  # as save_pretrained of the model does first
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert saved == {**make_config().auto_map, "AutoTokenizer": ["owner/name--tokenization_x.X", None]}
@@ -100,7 +100,7 @@ def test_auto_classes_of_either_version(name):
 
 
 def interpolated(table, rows, columns):
-    """float64 [rows, columns, D] of a table [side, side, D], bilinear, corner to corner: point by point."""
+    """Bilinear interpolation with end points, point by point: [side, side, D] -> float64 [rows, columns, D]."""
     side = len(table)
     out = torch.zeros(rows, columns, table.shape[-1], dtype=torch.float64)
     for i in range(rows):
@@ -113,8 +113,9 @@ def interpolated(table, rows, columns):
 
 
 @pytest.mark.parametrize("positions", [25, 9, 1], ids=["side 5", "side 3", "side 1"])
-def test_a_position_table_whose_side_does_not_divide(positions):
-    """The encoder must see exactly the interpolated table: with it added to the patches by hand, and the own one zeroed, nothing moves."""
+def test_learned_positions_whose_side_is_no_multiple_of_the_merge_size(positions):
+    """Adding the interpolated positions to the patches by hand, with the learned ones zeroed, gives the same
+    logits."""
     model = make_model(vision={"num_position_embeddings": positions})
     sample = Sample("tFttFt", (1, 4, 6), (1, 2, 2))
     inputs = sample.inputs()
@@ -127,9 +128,7 @@ def test_a_position_table_whose_side_does_not_divide(positions):
         added = []
         for _, rows, columns in inputs["grid_thw"].tolist():
             grid = interpolated(table, rows, columns).float()
-            added.append(
-                grid.view(rows // m, m, columns // m, m, -1).transpose(1, 2).flatten(0, 3)
-            )  # blocks of m x m in a row
+            added.append(grid.view(rows // m, m, columns // m, m, -1).transpose(1, 2).flatten(0, 3))
         visual.pos_embed.weight.zero_()
         handle = visual.patch_embed.register_forward_hook(
             lambda module, args, out: out + torch.cat(added).view_as(out)

@@ -1,4 +1,4 @@
-"""Configs: the released file, older and newer spellings, and what contradicts itself."""
+"""Configs: the released file, older and newer spellings, contradictory settings."""
 
 import json
 
@@ -13,8 +13,11 @@ def test_the_released_sizes():
     config = MossVLConfig(**json.loads((ROOT / "config.json").read_text()))
     assert config.text_config.cross_attention_layers == list(range(2, 48, 4))
     assert config.text_config.rope_parameters == {
-        "rope_type": "default", "rope_theta": 5_000_000, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
-    }  # fmt: skip
+        "rope_type": "default",
+        "rope_theta": 5_000_000,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
     assert config.vision_config.deepstack_visual_indexes == [8, 16, 24]
     assert config.image_token_id == 151655 and config.tie_word_embeddings is False
     defaults = MossVLConfig()
@@ -33,7 +36,7 @@ def test_old_and_new_spellings_of_the_rope():
     assert new.rope_theta == 1e4 and new.rope_scaling["mrope_section"] == [4, 2, 2]
 
 
-def test_the_callers_dicts_stay_as_they_are():
+def test_dicts_of_the_caller_are_not_changed():
     rope = {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
     text = {"head_dim": 16, "hidden_size": 64, "rope_scaling": rope}
     before = json.dumps(text)
@@ -42,7 +45,7 @@ def test_the_callers_dicts_stay_as_they_are():
 
 
 @pytest.mark.parametrize("where", ["top", "text", "both"])
-def test_tied_embeddings_are_said_in_one_place_and_known_in_both(where):
+def test_tied_embeddings_set_in_one_place_are_set_in_both(where):
     top = {"tie_word_embeddings": True} if where != "text" else {}
     text = {"tie_word_embeddings": True} if where != "top" else {}
     config = make_config(text=text, **top)
@@ -80,7 +83,7 @@ def test_saved_and_loaded(tmp_path):
         ({"text": {"num_hidden_layers": 6.5}}, "num_hidden_layers.*positive integer"),
         ({"text": {"attention_dropout": 1.5}}, "attention_dropout"),
         ({"vision": {"num_position_embeddings": 15}}, "square"),
-        ({"vision": {"hidden_size": 36}}, "divides by 4"),
+        ({"vision": {"hidden_size": 36}}, "multiple of 4"),
         ({"vision": {"deepstack_visual_indexes": [0, 3]}}, "from 0 to 2"),
         ({"vision": {"out_hidden_size": 32}}, "out_hidden_size`, got 32; expected `text_config.hidden_size` = 64"),
         ({"image_token_id": 200}, "below vocab_size = 200"),
@@ -88,7 +91,7 @@ def test_saved_and_loaded(tmp_path):
         ({"vision_seq_pad_multiple": 0}, "vision_seq_pad_multiple"),
     ],
 )
-def test_configs_that_contradict_themselves(change, message):
+def test_contradictory_configs(change, message):
     with pytest.raises(ValueError, match=message):
         make_config(**change)
 

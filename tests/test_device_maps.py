@@ -1,5 +1,7 @@
-"""Device maps over several GPUs, on a machine without any: tensors of torch's fake mode have a device and a shape, but no numbers, and an
-operation on two devices is the error that it is on GPUs. "lazy" is a type of device that every build of torch lets them have."""
+"""Device maps over several GPUs, on a machine without any: tensors of torch's fake mode have a device and a shape, but
+no numbers, and an operation on two devices is an error as on GPUs. "lazy" is a device type that every build of torch
+permits.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ VISION = {
     "model.visual.merger": 1,
 }
 MAPS = {
-    "every part elsewhere": {**VISION, **TEXT, "model.separator_token": 0, "lm_head": 0},
+    "every part on another device": {**VISION, **TEXT, "model.separator_token": 0, "lm_head": 0},
     "patch_embed and pos_embed": {
         **dict.fromkeys(VISION, 0),
         "model.visual.pos_embed": 1,
@@ -32,7 +34,7 @@ MAPS = {
 
 
 def spread(model, device_map, hooked=True):
-    """Puts the parameters where the map says, and hooks that move what a module is given, as `device_map=` does."""
+    """Moves the parameters to the devices of the map, and adds hooks that move inputs, as `device_map=` does."""
     devices = {name: f"lazy:{number}" for name, number in device_map.items()}
     for name, parameter in list(model.named_parameters()):
         module, _, attribute = name.rpartition(".")
@@ -48,7 +50,7 @@ def spread(model, device_map, hooked=True):
 
 
 def within(mode, module):
-    """Runs the module in fake mode; the model's plan of a call needs the numbers of its inputs, and is made outside."""
+    """Runs the module in fake mode. The plan of a call needs the numbers of its inputs, and is made outside."""
     forward = module.forward
 
     def inside(*args, **kwargs):
@@ -63,15 +65,15 @@ def mode():
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-@pytest.mark.parametrize("implementation, levels", [("eager", False), ("sdpa", True)])
+@pytest.mark.parametrize("implementation, uint8", [("eager", False), ("sdpa", True)])
 @pytest.mark.parametrize("name", MAPS)
-def test_no_operation_meets_two_devices(mode, name, implementation, levels):
+def test_no_operation_has_inputs_on_two_devices(mode, name, implementation, uint8):
     model = make_model(implementation)
     sample = Sample("tFFtFtF", (2, 4, 4), (1, 4, 6), (1, 2, 2), seed=1)
     inputs = sample.inputs()
-    inputs["cross_attention_mask"][0, 0, 4:6, 0] = True  # not only prefixes
+    inputs["cross_attention_mask"][0, 0, 4:6, 0] = True  # not a prefix
     inputs["attention_mask"] = None
-    if levels:
+    if uint8:
         inputs |= {
             "pixel_values": sample.pixel_values.byte(),
             "image_mean": [[0.5] * 3] * 3,
@@ -88,15 +90,15 @@ def test_no_operation_meets_two_devices(mode, name, implementation, levels):
         within(mode, module)
     with torch.no_grad():
         assert model(**inputs, use_cache=False, vision_chunked_length=2).logits.shape == (1, 7, 200)
-    hidden = torch.full((1, 1, 7, 7), float("-inf")).triu(1)
+    additive = torch.full((1, 1, 7, 7), float("-inf")).triu(1)
     with mode:
-        mask = hidden.to("lazy:2")
+        mask = additive.to("lazy:2")
     with torch.no_grad():
         assert model(**{**inputs, "attention_mask": mask}, use_cache=False).logits.shape == (1, 7, 200)
 
 
-def test_the_devices_are_told_apart(mode):
-    """What the tests above rest on."""
+def test_an_operation_on_two_devices_is_an_error(mode):
+    """The test above relies on it."""
     model = make_model()
     with mode, torch.no_grad():
         spread(model, MAPS["patch_embed and pos_embed"], hooked=False)
@@ -104,8 +106,8 @@ def test_the_devices_are_told_apart(mode):
             model.model.visual(torch.randn(16, 48), [(1, 4, 4)])
 
 
-def test_levels_with_every_parameter_offloaded():
-    """Where the projection has no device yet to normalise on."""
+def test_uint8_pixels_with_every_parameter_offloaded():
+    """The projection has no device to normalise on."""
     model, inputs = make_model(), Sample("tFtF", (1, 4, 6), (1, 4, 4), seed=7).inputs()
     inputs |= {
         "pixel_values": torch.arange(40 * 48).view(40, 48).to(torch.uint8),

@@ -1,7 +1,7 @@
-"""What only a GPU runs, in bfloat16 and float16, against float32 on the CPU: `pytest -m gpu`.
+"""Kernels of a GPU, in bfloat16 and float16, against float32 on the CPU: `pytest -m gpu`.
 
-`MOSS_VL_GPU_TESTS=cpu pytest -m gpu` runs the same code on the CPU, where flash-attention falls back to sdpa: it shows that the tests
-work, not that a GPU does.
+`MOSS_VL_GPU_TESTS=cpu pytest -m gpu` runs the same tests on the CPU, where flash-attention falls back to sdpa. This
+checks the tests, not the GPU.
 """
 
 import os
@@ -30,7 +30,7 @@ with_flash = pytest.param(
 )
 implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa", with_flash])
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-# Of the norm of all logits; bfloat16 has 8 bits and float16 has 11, and six layers add their rounding.
+# Relative to the norm of all logits: bfloat16 has 8 bits, float16 has 11, and the rounding of six layers adds up.
 LIMITS = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 MEDIA = ("pixel_values", "grid_thw", "media_nums_per_sample")
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -38,7 +38,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 @pytest.fixture(autouse=True)
 def exact_float32():
-    """Without tf32, which has 10 bits."""
+    """Switches off tf32, which has 10 bits."""
     settings = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [setting.allow_tf32 for setting in settings]
     for setting in settings:
@@ -50,7 +50,7 @@ def exact_float32():
 
 @pytest.fixture
 def flash_calls(monkeypatch):
-    """Whether each call that flash-attention was given is causal; empty if another kernel did the work."""
+    """Whether each call of flash-attention is causal; empty if other kernels run."""
     calls, function = [], ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
 
     def counted(*args, **kwargs):
@@ -85,7 +85,7 @@ def assert_near(got, expected, dtype, where=None):
 
 
 def assert_by_flash(implementation, calls):
-    """That flash-attention ran where it was asked for, causal in self-attention alone."""
+    """Asserts that flash-attention ran if it was requested, causal in self-attention alone."""
     if implementation == "flash_attention_2" and not DRY:
         assert True in calls and False in calls
     elif implementation != "flash_attention_2":
@@ -124,17 +124,19 @@ def test_padded_rows_in_chunks_and_steps(side, implementation, dtype, flash_call
     inputs = batch(assorted_samples(), side)
     real, length = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
     expected = logits(make_model(), **inputs)
-    model, there = moved(make_model(), implementation, dtype), on_device(inputs)
-    assert_near(logits(model, **there), expected, dtype, real)
+    model, moved_inputs = moved(make_model(), implementation, dtype), on_device(inputs)
+    assert_near(logits(model, **moved_inputs), expected, dtype, real)
     assert_by_flash(implementation, flash_calls)
     for cuts in ([1, 5], [4, length - 1]):
         for cache in (DynamicCache(), StaticCache(config=model.config.text_config, max_cache_len=length + 3)):
-            outs, media = [], {name: there[name] for name in MEDIA}
+            outs, media = [], {name: moved_inputs[name] for name in MEDIA}
             for first, last in zip([0, *cuts], [*cuts, length], strict=True):
-                outs.append(logits(
-                    model, input_ids=there["input_ids"][:, first:last], attention_mask=there["attention_mask"][:, :last],
-                    prompt_length=length, **{CACHE: cache}, **(media if first == 0 else {}),
-                ))  # fmt: skip
+                chunk = {
+                    "input_ids": moved_inputs["input_ids"][:, first:last],
+                    "attention_mask": moved_inputs["attention_mask"][:, :last],
+                    **(media if first == 0 else {}),
+                }
+                outs.append(logits(model, **chunk, prompt_length=length, **{CACHE: cache}))
             assert_near(torch.cat(outs, dim=1), expected, dtype, real)
 
 
@@ -149,7 +151,7 @@ def test_masks(mask, implementation, dtype):
     real = inputs["attention_mask"].bool()
     if mask != "holes":
         rows = torch.arange(real.shape[1])
-        ready = (rows <= rows[:, None]) & real[:, None, None, :]  # left padding sees nothing
+        ready = (rows <= rows[:, None]) & real[:, None, None, :]  # nothing is visible to left padding
         if mask != "empty row":
             ready = ready | (rows == rows[:, None])
         lowest = torch.finfo(torch.float32).min
@@ -166,13 +168,11 @@ def test_masks(mask, implementation, dtype):
 @implementations
 def test_packed_rows(implementation, flash_calls):
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]], device=DEVICE)
-    index, at = (
-        torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2]], device=DEVICE),
-        torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3]], device=DEVICE),
-    )
+    index = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2]], device=DEVICE)
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3]], device=DEVICE)
     model = moved(make_model(), implementation, torch.bfloat16).model.language_model
     with torch.no_grad():
-        got = model(input_ids=ids, position_ids=at, text_index=index).last_hidden_state
+        got = model(input_ids=ids, position_ids=positions, text_index=index).last_hidden_state
         alone = [model(input_ids=ids[:, part]).last_hidden_state for part in (slice(0, 3), slice(3, 4), slice(4, 8))]
     assert_near(got, torch.cat(alone, dim=1), torch.bfloat16)
     assert bool(flash_calls) == (implementation == "flash_attention_2" and not DRY)
@@ -181,7 +181,7 @@ def test_packed_rows(implementation, flash_calls):
 @implementations
 @pytest.mark.parametrize("how", ["bf16", "autocast"])
 def test_gradients(how, implementation, flash_calls):
-    """Weights in bfloat16, or in float32 under autocast, where flash-attention runs as well."""
+    """Weights in bfloat16, or in float32 under autocast. Flash-attention runs in both."""
     inputs = batch(assorted_samples(), "right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     reference = make_model().train()
@@ -202,7 +202,7 @@ def test_gradients(how, implementation, flash_calls):
 @implementations
 @dtypes
 def test_beams(implementation, dtype):
-    """Repeated rows and moved caches, whatever the kernel: a beam search has to end with what its own tokens score."""
+    """Repeated rows and reordered caches with every kernel: shapes fit, and prompts are unchanged."""
     inputs, model = on_device(batch(assorted_samples(), "left")), moved(make_model(), implementation, dtype)
     out = model.generate(**inputs, **GREEDY, num_beams=3, num_return_sequences=3)
     assert out.shape == (15, inputs["input_ids"].shape[1] + 8)
@@ -222,9 +222,9 @@ def test_beams(implementation, dtype):
 )
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_generate_in_float32(options, implementation):
-    """The tokens of the CPU, with every cache that transformers has."""
+    """The same tokens as on the CPU, with every cache of transformers."""
     if DRY and "offloaded" in str(options):
-        pytest.skip("a cache is offloaded from a GPU")
+        pytest.skip("caches are offloaded from a GPU")
     inputs = batch(assorted_samples(), "left")
     expected = make_model().generate(**inputs, **GREEDY, num_beams=options.get("num_beams", 1))
     got = moved(make_model(), implementation).generate(**on_device(inputs), **GREEDY, **options)
@@ -246,15 +246,31 @@ def test_vision_and_text_in_several_dtypes(part, implementation):
 GPU = DEVICE if DRY else 0
 HALF_OF_TEXT = {f"model.language_model.layers.{i}": "cpu" if i % 2 else GPU for i in range(6)}
 MAPS = {
-    "text on the CPU": {"model.visual": GPU, "model.separator_token": GPU, "model.language_model": "cpu", "lm_head": GPU},
-    "vision on the CPU": {"model.visual": "cpu", "model.separator_token": "cpu", "model.language_model": GPU, "lm_head": GPU},
-    "layers here and there": {
-        "model.visual.patch_embed": GPU, "model.visual.pos_embed": "cpu", "model.visual.blocks": GPU, "model.visual.merger": "cpu",
-        "model.separator_token": GPU, "model.language_model.embed_tokens": "cpu", **HALF_OF_TEXT, "model.language_model.norm": GPU,
+    "text on the CPU": {
+        "model.visual": GPU,
+        "model.separator_token": GPU,
+        "model.language_model": "cpu",
+        "lm_head": GPU,
+    },
+    "vision on the CPU": {
+        "model.visual": "cpu",
+        "model.separator_token": "cpu",
+        "model.language_model": GPU,
+        "lm_head": GPU,
+    },
+    "layers alternate": {
+        "model.visual.patch_embed": GPU,
+        "model.visual.pos_embed": "cpu",
+        "model.visual.blocks": GPU,
+        "model.visual.merger": "cpu",
+        "model.separator_token": GPU,
+        "model.language_model.embed_tokens": "cpu",
+        **HALF_OF_TEXT,
+        "model.language_model.norm": GPU,
         "lm_head": "cpu",
     },
     "auto": "auto",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -268,6 +284,6 @@ def test_device_maps_over_gpu_and_cpu(tmp_path, name):
     split = MossVLForConditionalGeneration.from_pretrained(
         tmp_path, device_map=MAPS[name], dtype=torch.float32, **limit
     ).eval()
-    real, there = inputs["attention_mask"].bool(), on_device(inputs)
-    assert_near(logits(split, **there), logits(model, **inputs), torch.float32, real)
-    assert torch.equal(split.generate(**there, **GREEDY).cpu(), model.generate(**inputs, **GREEDY))
+    real, moved_inputs = inputs["attention_mask"].bool(), on_device(inputs)
+    assert_near(logits(split, **moved_inputs), logits(model, **inputs), torch.float32, real)
+    assert torch.equal(split.generate(**moved_inputs, **GREEDY).cpu(), model.generate(**inputs, **GREEDY))

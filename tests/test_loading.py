@@ -1,7 +1,8 @@
-"""The package as users load it: from a copied folder, through the Auto classes, saved and loaded again in a fresh process."""
+"""The package as users load it: from a copied folder, by the Auto classes, saved and loaded in a new process."""
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ MEDIA = {"images": str(ROOT / "data/example_image.jpg"), "videos": str(ROOT / "d
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    """The small checkpoint with real files in place of links, as a download has them."""
+    """The small checkpoint with files in place of links, as after a download."""
     return shutil.copytree(NANO, tmp_path_factory.mktemp("copied") / "moss-vl-nano", symlinks=False)
 
 
@@ -47,7 +48,8 @@ def loaded(copied):
 
 @pytest.fixture
 def released(tmp_path):
-    """The JSON files as released checkpoints carry them, which name no class for image-text-to-text, a tokenizer, and our code."""
+    """The JSON files of a released checkpoint, which name no class for image-text-to-text, with a tokenizer and the
+    code."""
     folder = tmp_path / "released"
     folder.mkdir()
     for name in (*SETTINGS, *CODE_FILES):
@@ -106,7 +108,7 @@ def test_both_spellings_of_dtype(copied, keyword):
 def test_flash_attention_falls_back_with_one_warning(copied, caplog, monkeypatch):
     for name in ("transformers", "py.warnings"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    logging.Logger.warning_once.cache_clear()  # what an earlier test was warned of
+    logging.Logger.warning_once.cache_clear()  # of earlier tests
     processor = AutoProcessor.from_pretrained(copied, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(
         copied,
@@ -133,7 +135,7 @@ def test_saved_and_loaded_again_by_a_fresh_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_loading_keywords_do_not_end_up_in_saved_files(copied, tmp_path):
+def test_loading_keywords_are_not_saved(copied, tmp_path):
     processor = AutoProcessor.from_pretrained(copied, trust_remote_code=True, frame_extract_num_threads=1)
     assert processor.video_processor.num_extract_threads == 1
     processor.save_pretrained(tmp_path)
@@ -145,7 +147,7 @@ def test_loading_keywords_do_not_end_up_in_saved_files(copied, tmp_path):
     )
 
 
-def test_generate_with_what_the_processor_gives(loaded):
+def test_generate_with_the_output_of_the_processor(loaded):
     processor, model = loaded
     inputs = processor(text=QUESTION, return_tensors="pt", **MEDIA)
     answer = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
@@ -155,8 +157,8 @@ def test_generate_with_what_the_processor_gives(loaded):
 # A released folder
 
 
-def names_of_model_md():
-    """The list of spec/model.md section 2 for the 11B model."""
+def tensor_names():
+    """The names in the 11B checkpoint."""
     layers = {
         f"model.language_model.layers.{n}.{part}.weight"
         for n in range(48)
@@ -198,9 +200,25 @@ def test_released_folder_builds_processor_and_model(released):
     config = AutoConfig.from_pretrained(released, trust_remote_code=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    assert set(model.state_dict()) == names_of_model_md()
+    assert set(model.state_dict()) == tensor_names()
     assert len(model.state_dict()) == 895
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_336_371_208
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == tensor_shapes(tensor_names())
+
+
+def tensor_shapes(names) -> dict[str, list[int]]:
+    """The shapes in the table of docs/model.md; each name matches one row."""
+    document = (ROOT / "docs/model.md").read_text(encoding="utf-8")
+    shapes = {}
+    for pattern, shape in re.findall(r"^\| `([^`]+)`.* \| (\[[\d, ]+\]) \|$", document, re.MULTILINE):
+        pattern = re.sub(
+            r"\{([^}]+)\}", lambda found: f"(?:{found[1].replace(',', '|')})", pattern.replace(".", r"\.")
+        )
+        pattern = re.sub(r"\b[NK]\b", r"\\d+", pattern)
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        assert found and not shapes.keys() & set(found), pattern
+        shapes |= dict.fromkeys(found, json.loads(shape))
+    return shapes
 
 
 def test_released_folder_with_small_sizes_answers(released):
@@ -263,7 +281,7 @@ def test_checkpoint_is_small_and_bf16():
 def test_script_makes_the_committed_checkpoint(tmp_path, monkeypatch):
     arguments = ["make_nano.py", "--output", str(tmp_path), "--weights", str(NANO / "model.safetensors")]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setenv("HF_MODULES_CACHE", "")  # so that what the script sets is taken back
+    monkeypatch.setenv("HF_MODULES_CACHE", "")  # restored after the test; the script sets it
     make_nano.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         path.name for path in NANO.iterdir() if path.is_file()
@@ -277,7 +295,7 @@ def test_script_makes_the_committed_checkpoint(tmp_path, monkeypatch):
 
 
 def test_tokenizer():
-    """Ids and offsets as literal rows: both transformers versions must give them."""
+    """Ids and offsets as literal rows, the same with both versions of transformers."""
     tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
     special = [
         "<|endoftext|>",
@@ -334,7 +352,10 @@ def test_chat_template(loaded):
         {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What happens?"}]},
         {"role": "assistant", "content": "A"},
     ]
-    text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|><|video|>What happens?<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    text = (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|image|><|video|>What happens?<|im_end|>\n"
+        "<|im_start|>assistant\nA<|im_end|>\n"
+    )
     assert processor.apply_chat_template(messages, tokenize=False) == text
     assert (
         processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

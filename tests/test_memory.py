@@ -1,4 +1,4 @@
-"""The formula for memory in benchmarks/memory.py and docs/performance.md against what is measured, and the tables there."""
+"""The memory formula against measurements, and the tables of docs/performance.md against their JSON."""
 
 import json
 
@@ -8,22 +8,31 @@ from conftest import ROOT
 from tiny import make_model
 
 from moss_vl import attention
-from moss_vl.benchmarks.memory import measured_bytes, prefill_bytes, released_table
+from moss_vl.benchmarks.end_to_end import tokens_table
+from moss_vl.benchmarks.memory import measured_bytes, measured_table, prefill_bytes, released_table
 from moss_vl.benchmarks.model import tables
+from moss_vl.benchmarks.parts import parts_table
+from moss_vl.benchmarks.preprocess import files_table
 
 
 def sized_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4):
     text = {
-        "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": 2 * kv_heads,
-        "num_key_value_heads": kv_heads, "head_dim": 64, "cross_attention_layers": list(range(2, layers, 4)),
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "cross_attention_layers": list(range(2, layers, 4)),
         "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
-    }  # fmt: skip
+    }
     return make_model(
         text=text, vision={"hidden_size": vision, "intermediate_size": wide * vision, "out_hidden_size": hidden}
     ).to(dtype)
 
 
-# Name -> (model, frames, rows, columns, tokens of text, chunk). What is largest: the encoder in the first two, then the caches, the text.
+# Name -> (model, frames, rows, columns, text tokens, chunk). The largest part is the encoder in the first two, later
+# the caches or the text.
 CASES = {
     "short": ({}, 8, 16, 16, 100, 64),
     "wide encoder": ({"vision": 256, "wide": 8, "hidden": 128}, 6, 24, 24, 60, 64),
@@ -32,15 +41,14 @@ CASES = {
     "many key heads": ({"kv_heads": 4, "layers": 12}, 48, 16, 16, 480, 8),
     "much text": ({}, 8, 16, 16, 2500, 64),
 }
-IN_HALF = ("short", "small chunks")  # many CPUs are slow at it
+IN_BFLOAT16 = ("short", "small chunks")  # slow on many CPUs
 
 
 @pytest.mark.parametrize(
-    "case, dtype", [*[(case, torch.float32) for case in CASES], *[(case, torch.bfloat16) for case in IN_HALF]]
+    "case, dtype", [*[(case, torch.float32) for case in CASES], *[(case, torch.bfloat16) for case in IN_BFLOAT16]]
 )
-def test_the_formula_holds(case, dtype, monkeypatch):
-    """Never less than what is measured, and at most a fifth more."""
-    monkeypatch.setattr(attention, "CPU_BFLOAT16", False)  # where it is, up to CPU_SCORES scores come on top
+def test_the_formula_is_at_most_a_fifth_above_the_measurement_and_never_below(case, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "CPU_BFLOAT16", False)  # else up to CPU_SCORES scores are added
     sizes, *numbers, chunk = CASES[case]
     model = sized_model(dtype, **sizes)
     formula = prefill_bytes(model.config, *numbers, dtype, chunk=chunk)
@@ -48,7 +56,7 @@ def test_the_formula_holds(case, dtype, monkeypatch):
     assert measured <= formula["peak"] <= 1.2 * measured, (formula, measured)
 
 
-def test_memory_grows_with_the_vision_tokens_and_no_faster():
+def test_memory_is_linear_in_the_vision_tokens():
     model = sized_model(torch.float32)
     peaks = [measured_bytes(model, frames, 16, 16, 10 * frames, chunk=4) for frames in (16, 32, 64)]
     steps = [peaks[1] - peaks[0], peaks[2] - peaks[1]]
@@ -57,7 +65,14 @@ def test_memory_grows_with_the_vision_tokens_and_no_faster():
 
 def test_the_tables_are_those_that_were_measured():
     document = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    rows = json.loads((ROOT / "docs/performance/model.json").read_text(encoding="utf-8"))["rows"]
-    for title, text in tables(rows, list(rows[0]["seconds"])).items():
+
+    def rows(name):
+        return json.loads((ROOT / f"docs/performance/{name}.json").read_text(encoding="utf-8"))["rows"]
+
+    for title, text in tables(rows("model"), list(rows("model")[0]["seconds"])).items():
         assert text in document, title
+    assert parts_table(rows("parts")) in document
+    assert measured_table(rows("memory")) in document
+    assert files_table(rows("preprocess")) in document
+    assert tokens_table(rows("end_to_end"), 64) in document
     assert released_table() in document

@@ -1,4 +1,4 @@
-"""`pipeline("image-text-to-text")` on moss-vl-nano: in batches, each answer is the one that its query gets alone."""
+"""`pipeline("image-text-to-text")` with moss-vl-nano: each answer in a batch is that of the query alone."""
 
 import warnings
 
@@ -35,8 +35,7 @@ def chat(question, image, **options):
     ]
 
 
-def test_settings_of_the_processor_reach_only_its_output(pipe):
-    """The offline methods name the grid themselves."""
+def test_settings_of_the_processor_do_not_affect_the_offline_methods(pipe):
     processor = type(pipe.processor).from_pretrained(
         NANO, grid_name="image_grid_thw", return_cross_attention_mask=False
     )
@@ -58,7 +57,7 @@ def test_images_and_texts(pipe):
 
 
 def test_options_and_video_of_a_part(pipe):
-    """An option of the pipeline's parts reaches the processor; what nobody knows is an error there, too."""
+    """Options of a content part reach the processor; unknown ones are errors."""
     content = [{"type": "video", "video": VIDEO, "nframes": 2}, {"type": "text", "text": "What happens?"}]
     assert pipe(text=[{"role": "user", "content": content}], max_new_tokens=2, return_full_text=False)[0][
         "generated_text"

@@ -1,4 +1,4 @@
-"""Where the weights lie, and what computes: splits over devices and offload, dtypes, flash-attention where it cannot run."""
+"""Devices and dtypes of the weights: splits, offload, dtypes, and flash-attention that cannot run."""
 
 import logging
 
@@ -26,15 +26,28 @@ def saved(tmp_path):
 
 
 SPLITS = {
-    "language model on disk": {"model.visual": "cpu", "model.separator_token": "cpu", "model.language_model": "disk", "lm_head": "cpu"},
-    "all but the head on disk": {"model": "disk", "lm_head": "cpu"},
-    "vision on disk": {"model.visual": "disk", "model.separator_token": "cpu", "model.language_model": "cpu", "lm_head": "disk"},
-    "layers here and there": {
-        "model.visual": "cpu", "model.separator_token": "cpu", "lm_head": "cpu",
-        **{f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(6)},
-        "model.language_model.embed_tokens": "cpu", "model.language_model.norm": "disk",
+    "language model on disk": {
+        "model.visual": "cpu",
+        "model.separator_token": "cpu",
+        "model.language_model": "disk",
+        "lm_head": "cpu",
     },
-}  # fmt: skip
+    "all but the head on disk": {"model": "disk", "lm_head": "cpu"},
+    "vision on disk": {
+        "model.visual": "disk",
+        "model.separator_token": "cpu",
+        "model.language_model": "cpu",
+        "lm_head": "disk",
+    },
+    "layers alternate": {
+        "model.visual": "cpu",
+        "model.separator_token": "cpu",
+        "lm_head": "cpu",
+        **{f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(6)},
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.norm": "disk",
+    },
+}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -65,11 +78,15 @@ def test_every_parameter_offloaded(saved, kind):
 
 @pytest.mark.parametrize("share", [1.5, 0.6, 0.4])
 def test_device_map_auto(saved, share):
-    """All of the weights fit, or the rest goes to the disk by itself."""
+    """All weights fit, or the rest is on disk."""
     model, folder = saved
-    room = {"cpu": int(share * sum(4 * parameter.numel() for parameter in model.parameters()))}
+    max_memory = {"cpu": int(share * sum(4 * parameter.numel() for parameter in model.parameters()))}
     loaded = MossVLForConditionalGeneration.from_pretrained(
-        folder / "model", device_map="auto", max_memory=room, offload_folder=folder / "offload", dtype=torch.float32
+        folder / "model",
+        device_map="auto",
+        max_memory=max_memory,
+        offload_folder=folder / "offload",
+        dtype=torch.float32,
     )
     assert (share < 1) == any(parameter.device.type == "meta" for parameter in loaded.parameters())
     assert torch.equal(answer(loaded.eval())[1], answer(model)[1])
@@ -101,7 +118,7 @@ def test_flash_attention_falls_back_with_one_warning(saved, caplog):
     assert torch.equal(ids, expected_ids) and torch.allclose(logits, expected, atol=1e-5)
 
 
-def test_attention_can_be_changed_later():
+def test_attention_can_be_changed_after_construction():
     model = make_model("sdpa")
     expected = answer(model)[0]
     for name in ("eager", "flash_attention_2", "sdpa"):
@@ -111,7 +128,7 @@ def test_attention_can_be_changed_later():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_parameter_takes_the_dtype_asked_for(saved, dtype):
+def test_all_parameters_have_the_requested_dtype(saved, dtype):
     _, folder = saved
     for name in ("dtype", "torch_dtype"):
         model = MossVLForConditionalGeneration.from_pretrained(folder / "model", **{name: dtype})

@@ -1,4 +1,4 @@
-"""Training: losses, gradients, both kinds of checkpointing, a new model's first weights, and a step of `transformers.Trainer`."""
+"""Training: losses, gradients, both kinds of checkpointing, initial weights, and `transformers.Trainer`."""
 
 from pathlib import Path
 
@@ -39,11 +39,11 @@ def test_loss_is_next_token_cross_entropy():
     assert torch.allclose(summed, expected * (labels != -100).sum() / 10, atol=1e-5)
 
 
-# Which rows predict which labels
+# Rows and labels
 
 
 def test_kept_rows_predict_the_labels_of_the_whole_sequence():
-    """However `logits_to_keep` names the rows, gaps or not, row k has the label of token k + 1."""
+    """However `logits_to_keep` selects rows, with gaps or without, row k has the label of token k + 1."""
     model, inputs = make_model(), labelled(assorted_samples())
     length = inputs["input_ids"].shape[1]
     bools = torch.zeros(length, dtype=torch.bool)
@@ -51,10 +51,14 @@ def test_kept_rows_predict_the_labels_of_the_whole_sequence():
     with torch.no_grad():
         whole = model(**inputs).logits
         for kept, rows in (
-            (0, [*range(length)]), (4, [*range(length - 4, length)]), (length + 3, [*range(length)]),
-            (torch.tensor([3, 6, 8]), [3, 6, 8]), (torch.tensor([8, 3]), [8, 3]), (torch.tensor([-2, 0]), [length - 2, 0]),
+            (0, [*range(length)]),
+            (4, [*range(length - 4, length)]),
+            (length + 3, [*range(length)]),
+            (torch.tensor([3, 6, 8]), [3, 6, 8]),
+            (torch.tensor([8, 3]), [8, 3]),
+            (torch.tensor([-2, 0]), [length - 2, 0]),
             (bools, [1, 2, 5, length - 1]),
-        ):  # fmt: skip
+        ):
             out = model(**inputs, logits_to_keep=kept)
             assert torch.allclose(out.logits, whole[:, rows], atol=1e-5)
             targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, [row + 1 for row in rows]]
@@ -67,7 +71,7 @@ def test_kept_rows_predict_the_labels_of_the_whole_sequence():
 @pytest.mark.parametrize("of_padding", [-100, 7])
 @pytest.mark.parametrize("padding", ["left", "right", "inside"])
 def test_the_loss_of_a_batch_is_that_of_its_samples(padding, of_padding):
-    """Padding predicts nothing, the first real token after it neither, whatever label padding itself has."""
+    """Padding predicts nothing and is not predicted, whatever its labels are."""
     model, samples = make_model(), assorted_samples()
     inputs = batch(samples, "left" if padding == "left" else "right")
     if padding == "inside":  # before the last token of the shorter samples
@@ -87,18 +91,18 @@ def test_the_loss_of_a_batch_is_that_of_its_samples(padding, of_padding):
         assert torch.allclose(model(**inputs, logits_to_keep=kept).loss, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_the_loss_of_packed_rows_is_that_of_their_texts(named):
-    """As DataCollatorWithFlattening packs them, whose labels leave out the first token of each text, and with all labels."""
+@pytest.mark.parametrize("without_first", [False, True])
+def test_the_loss_of_packed_rows_is_that_of_their_texts(without_first):
+    """With all labels, and without the first of each text, as by DataCollatorWithFlattening."""
     model, samples = make_model(), assorted_samples()
     with torch.no_grad():
         alone = [model(**sample.inputs(), labels=sample.ids[None]).loss * (len(sample.ids) - 1) for sample in samples]
         expected = sum(alone) / sum(len(sample.ids) - 1 for sample in samples)
         with_media = [sample for sample in samples if sample.grids]
         labels = [sample.ids.clone() for sample in samples]
-        if named:
-            for own in labels:
-                own[0] = -100
+        if without_first:
+            for of_text in labels:
+                of_text[0] = -100
         loss = model(
             input_ids=torch.cat([sample.ids for sample in samples])[None],
             position_ids=torch.cat([torch.arange(len(sample.ids)) for sample in samples])[None],
@@ -110,7 +114,7 @@ def test_the_loss_of_packed_rows_is_that_of_their_texts(named):
     assert torch.allclose(loss, expected, atol=1e-5)
 
 
-def test_a_later_call_learns_from_its_own_tokens():
+def test_the_loss_of_a_later_call_is_that_of_its_tokens():
     model, sample = make_model(), assorted_samples()[2]
     inputs, labels = sample.inputs(), sample.ids[None]
     with torch.no_grad():
@@ -129,18 +133,21 @@ def test_a_later_call_learns_from_its_own_tokens():
     assert torch.allclose(loss, cross_entropy(whole[0, 6:-1], labels[0, 7:]), atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({"labels": torch.zeros(1, 3, dtype=torch.long)}, r"`labels` has shape \[1, 3\]; expected \[1, 7\]"),
-    ({"logits_to_keep": -1}, "`logits_to_keep` is -1; expected how many"),
-    ({"logits_to_keep": torch.tensor([0, 7])}, "indices below 7"),
-    ({"logits_to_keep": torch.ones(6, dtype=torch.bool)}, r"a bool tensor \[7\]"),
-    ({"logits_to_keep": torch.ones(1, 7, dtype=torch.bool)}, r"a bool tensor \[7\]"),
-    ({"logits_to_keep": torch.ones(2)}, "`logits_to_keep` is tensor"),
-])  # fmt: skip
-def test_wrong_rows_are_refused_before_anything_is_computed(wrong, words):
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"labels": torch.zeros(1, 3, dtype=torch.long)}, r"`labels` has shape \[1, 3\]; expected \[1, 7\]"),
+        ({"logits_to_keep": -1}, "`logits_to_keep` is -1; expected how many"),
+        ({"logits_to_keep": torch.tensor([0, 7])}, "indices below 7"),
+        ({"logits_to_keep": torch.ones(6, dtype=torch.bool)}, r"a bool tensor \[7\]"),
+        ({"logits_to_keep": torch.ones(1, 7, dtype=torch.bool)}, r"a bool tensor \[7\]"),
+        ({"logits_to_keep": torch.ones(2)}, "`logits_to_keep` is tensor"),
+    ],
+)
+def test_wrong_rows_are_refused_before_anything_is_computed(wrong, message):
     model = make_model()
     model.model.forward = None
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         model(**assorted_samples()[1].inputs(), **wrong)
 
 
@@ -155,8 +162,9 @@ def test_gradients_reach_every_parameter(implementation):
         assert [name for name, grad in grads.items() if grad is None or not grad.any()] == []
 
 
-def test_a_batch_of_text_alone_still_touches_every_parameter():
-    """In training the blank media are read times 0, so that no rank of a distributed run waits for a gradient."""
+def test_a_batch_without_media_gives_every_parameter_a_gradient():
+    """In training blank media are encoded and multiplied by 0, so that no rank of a distributed run waits for a
+    gradient."""
     model = make_model().train()
     texts = [Sample("ttttt", seed=1), Sample("ttt", seed=2)]
     inputs = labelled(texts)
@@ -171,7 +179,7 @@ def test_a_batch_of_text_alone_still_touches_every_parameter():
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(use_reentrant, use_cache):
-    """A cache is kept from the layers, which would write to it once more when they are run again."""
+    """The layers get no cache, because they would write to it again in the backward pass."""
     model = make_model().train()
     inputs = labelled(assorted_samples())
     loss, plain = gradients(model, inputs)
@@ -186,7 +194,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, use_cache):
     again, checkpointed = gradients(model, inputs | {"use_cache": use_cache})
     for hook in hooks:
         hook.remove()
-    assert sorted(calls) == sorted([id(layer) for layer in layers] * 2), "each is run again in the backward pass"
+    assert sorted(calls) == sorted([id(layer) for layer in layers] * 2), "each layer runs again in the backward pass"
     assert torch.allclose(loss, again, atol=1e-6)
     for name, grad in plain.items():
         assert torch.allclose(grad, checkpointed[name], atol=1e-5, rtol=1e-4), name
@@ -201,7 +209,7 @@ def test_dropout_acts_in_training_only():
         assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
-def test_a_new_model_starts_sensibly():
+def test_initial_weights():
     torch.manual_seed(0)
     model = MossVLForConditionalGeneration(make_config(text={"hidden_size": 256}, vision={"out_hidden_size": 256}))
     for name, parameter in model.named_parameters():
@@ -214,7 +222,7 @@ def test_a_new_model_starts_sensibly():
 
 
 def test_trainer_lowers_the_loss(tmp_path):
-    """Three records, media and all, a few steps of `Trainer` as users run it."""
+    """A few steps on three records with media."""
     torch.manual_seed(0)
     model = make_model()
     samples = assorted_samples()[1:4]
@@ -244,16 +252,16 @@ def test_trainer_lowers_the_loss(tmp_path):
     assert trainer.predict(trainer.train_dataset).predictions.shape == (3, 11, 200), "the logits alone"
 
 
-@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True, "output_attentions": True}])
-def test_compute_metrics_is_given_logits(tmp_path, asked):
-    """Batches of other lengths, too, and a config that asks for all there is."""
+@pytest.mark.parametrize("outputs", [{}, {"output_hidden_states": True, "output_attentions": True}])
+def test_compute_metrics_gets_logits(tmp_path, outputs):
+    """Also with batches of different lengths, and with a config that requests all outputs."""
     model, samples = make_model("eager"), assorted_samples()
-    for name, value in asked.items():
+    for name, value in outputs.items():
         setattr(model.config, name, value)
-    seen = []
+    evaluations = []
 
     def metrics(evaluated):
-        seen.append(evaluated)
+        evaluations.append(evaluated)
         hits = (np.argmax(evaluated.predictions, -1)[:, :-1] == evaluated.label_ids[:, 1:]) & (
             evaluated.label_ids[:, 1:] != -100
         )
@@ -268,11 +276,14 @@ def test_compute_metrics_is_given_logits(tmp_path, asked):
         disable_tqdm=True,
     )
     trainer = Trainer(
-        model=model, args=arguments, eval_dataset=[{"index": i} for i in range(5)], compute_metrics=metrics,
+        model=model,
+        args=arguments,
+        eval_dataset=[{"index": i} for i in range(5)],
+        compute_metrics=metrics,
         data_collator=lambda records: labelled([samples[record["index"]] for record in records]),
-    )  # fmt: skip
+    )
     found = trainer.evaluate()
-    assert seen[0].predictions.shape == (5, 11, 200) and seen[0].label_ids.shape == (5, 11)
+    assert evaluations[0].predictions.shape == (5, 11, 200) and evaluations[0].label_ids.shape == (5, 11)
     hits = total = 0
     for sample in samples:
         with torch.no_grad():
@@ -281,7 +292,7 @@ def test_compute_metrics_is_given_logits(tmp_path, asked):
     assert found["eval_accuracy"] == pytest.approx(hits / total)
 
 
-# Checkpointing that runs layers again
+# Gradient checkpointing
 
 
 def with_vision_adapters():
@@ -291,7 +302,7 @@ def with_vision_adapters():
 
 @pytest.mark.parametrize("use_reentrant", [True, False, None])
 def test_adapters_of_every_layer_get_gradients_through_checkpointing(use_reentrant):
-    """All that stands before the adapters is frozen, in the vision encoder as in the text."""
+    """Everything before the adapters is frozen, in the vision encoder as in the text model."""
     torch.manual_seed(0)
     model, sample = with_vision_adapters().train(), assorted_samples()[1]
     inputs = sample.inputs() | {"labels": sample.ids[None]}
@@ -313,7 +324,7 @@ def test_adapters_of_every_layer_get_gradients_through_checkpointing(use_reentra
     assert not any(embedding._forward_hooks for embedding in embeddings)
 
 
-def test_layers_after_frozen_ones_are_trained_with_checkpointing_as_it_comes():
+def test_layers_after_frozen_ones_are_trained_with_default_checkpointing():
     model, sample = make_model().train(), assorted_samples()[1]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("visual.blocks.1" in name)
@@ -332,8 +343,8 @@ def test_generating_while_training_with_checkpointing_uses_the_cache(use_reentra
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_checkpointing_with_gradients_takes_no_cache():
-    """Its layers would write to it twice; what they leave out would be missing in the next call."""
+def test_checkpointing_with_gradients_accepts_no_cache():
+    """The layers would write to it twice."""
     model, sample = make_model().train(), assorted_samples()[1]
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="with gradient checkpointing; expected none"):
@@ -346,11 +357,11 @@ def test_checkpointing_with_gradients_takes_no_cache():
     assert cache.get_seq_length() == len(sample.ids)
 
 
-# Weights that are sharded, or averaged, among processes
+# Several processes
 
 
-def test_the_language_model_is_a_group_of_its_own_for_fsdp2(tmp_path):
-    """Its embeddings are whole only inside its forward, its weights of other layers only inside theirs."""
+def test_fsdp2_with_the_language_model_as_a_group(tmp_path):
+    """Weights are complete only inside the forward of their group: embeddings in that of the language model."""
     from torch.distributed.fsdp import fully_shard
 
     sample = Sample("ttFFttt", (2, 4, 6), seed=2)
@@ -373,23 +384,23 @@ def test_the_language_model_is_a_group_of_its_own_for_fsdp2(tmp_path):
     assert all(torch.allclose(plain[name], sharded[name], atol=1e-6) for name in plain)
 
 
-def test_a_rank_without_pixels_gives_every_gradient(tmp_path):
-    """One of two processes has an image, the other text alone and no pixels: both go on, with the mean of their gradients."""
+def test_a_rank_without_pixels_contributes_every_gradient(tmp_path):
+    """One of two processes has an image, the other only text: both get the mean of the gradients."""
     torch.multiprocessing.start_processes(two_ranks.step, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(Path(tmp_path, f"{rank}.pt")) for rank in range(2))
     losses = [gradients(make_model().train(), inputs)[1] for inputs in map(two_ranks.inputs_of, range(2))]
     for name, grad in first.items():
         assert torch.equal(grad, second[name])
-        image, text = (torch.zeros_like(grad) if own[name] is None else own[name] for own in losses)
+        image, text = (torch.zeros_like(grad) if of_rank[name] is None else of_rank[name] for of_rank in losses)
         assert torch.allclose(grad, (image + text) / 2, atol=1e-5), name
 
 
 # PEFT
 
 
-def test_the_separator_is_trained_beside_adapters_and_saved_with_the_merged_model(tmp_path):
-    """`modules_to_save` takes modules; of a parameter PEFT says nothing and trains nothing. What trains and saves it is written in
-    MossVLModel."""
+def test_the_separator_is_trained_with_adapters_and_saved_with_the_merged_model(tmp_path):
+    """PEFT's `modules_to_save` ignores parameters; the docstring of MossVLModel says how to train and save this
+    one."""
     sample = assorted_samples()[1]
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(make_model().train(), config)

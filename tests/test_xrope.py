@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny import IMAGE_PAD, make_model
 
 from moss_vl.xrope import frame_positions, grid_rotary, rotate, walk_text, xrope_rotary
 
 
-def index(ids, grids, attention_mask=None, nums=None):
+def rope_index(ids, grids, attention_mask=None, nums=None):
     patches = [[t, 2 * h, 2 * w] for t, h, w in grids] or None
     mask = torch.tensor(attention_mask) if attention_mask else None
     model = make_model()
@@ -20,15 +21,31 @@ def index(ids, grids, attention_mask=None, nums=None):
 P = IMAGE_PAD
 
 
-def test_the_worked_check_of_the_specification():
-    text, vision, delta = index([[5, P, 6]], [(1, 2, 3)])
+def test_the_example_of_the_documentation():
+    """That of `walk_text`, `frame_positions` and docs/model.md."""
+    text, vision, delta = rope_index([[5, P, 6, P, 7]], [(1, 2, 3), (1, 1, 2)])
+    assert text == [[[0, 4, 5, 8, 9]]] * 3
+    assert vision == [
+        [[1, 1, 1, 1, 1, 1, 4, 6, 6, 8]],
+        [[1, 1, 1, 2, 2, 2, 4, 6, 6, 8]],
+        [[1, 2, 3, 1, 2, 3, 4, 6, 7, 8]],
+    ]
+    assert delta == [5]
+    document = (ROOT / "docs/model.md").read_text(encoding="utf-8")
+    assert " position    0          4          5          8          9\n" in document
+    for t, h, w in zip(*(axis[0] for axis in vision), strict=True):
+        assert f"({t},{h},{w})" in document
+
+
+def test_one_frame_between_two_tokens():
+    text, vision, delta = rope_index([[5, P, 6]], [(1, 2, 3)])
     assert text == [[[0, 4, 5]]] * 3
     assert vision == [[[1, 1, 1, 1, 1, 1, 4]], [[1, 1, 1, 2, 2, 2, 4]], [[1, 2, 3, 1, 2, 3, 4]]]
     assert delta == [3]
 
 
 def test_a_clip_then_a_tall_image():
-    text, vision, delta = index([[P, P, 7, P]], [(2, 1, 2), (1, 3, 1)])
+    text, vision, delta = rope_index([[P, P, 7, P]], [(2, 1, 2), (1, 3, 1)])
     assert text[0] == [[2, 5, 6, 10]]
     assert vision[0] == [[0, 0, 2, 3, 3, 5, 7, 7, 7, 10]]
     assert vision[1] == [[0, 0, 2, 3, 3, 5, 7, 8, 9, 10]]
@@ -36,28 +53,28 @@ def test_a_clip_then_a_tall_image():
     assert delta == [11 - 4]
 
 
-def test_padding_has_position_0_and_moves_nothing():
+def test_padding_has_position_0_and_shifts_nothing():
     ids = [[0, 0, 5, P, 6], [5, 5, 5, 5, 5]]
-    text, vision, delta = index(ids, [(1, 2, 3)], [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], [1, 0])
+    text, vision, delta = rope_index(ids, [(1, 2, 3)], [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], [1, 0])
     assert text[0] == [[0, 0, 0, 4, 5], [0, 1, 2, 3, 4]]
     assert vision[2] == [[1, 2, 3, 1, 2, 3, 4], [0] * 7]
     assert delta == [6 - 5, 0]
-    text, _, delta = index([[5, P, 6, 0, 0]], [(1, 2, 3)], [[1, 1, 1, 0, 0]])
+    text, _, delta = rope_index([[5, P, 6, 0, 0]], [(1, 2, 3)], [[1, 1, 1, 0, 0]])
     assert text[0] == [[0, 4, 5, 0, 0]] and delta == [6 - 5]
 
 
-def test_samples_walk_for_themselves():
-    together = index([[5, P, 6], [P, 5, P]], [(1, 2, 3), (1, 1, 1), (1, 2, 2)])
-    first, second = index([[5, P, 6]], [(1, 2, 3)]), index([[P, 5, P]], [(1, 1, 1), (1, 2, 2)])
+def test_each_row_has_positions_of_its_own():
+    together = rope_index([[5, P, 6], [P, 5, P]], [(1, 2, 3), (1, 1, 1), (1, 2, 2)])
+    first, second = rope_index([[5, P, 6]], [(1, 2, 3)]), rope_index([[P, 5, P]], [(1, 1, 1), (1, 2, 2)])
     assert together[0][0] == [first[0][0][0], second[0][0][0]]
     assert together[1][1] == [first[1][1][0], second[1][1][0]]
     assert together[2] == [first[2][0], second[2][0]]
 
 
-def test_walk_goes_on_from_where_it_stopped():
+def test_a_walk_continues_from_its_start():
     tokens, frames = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[False, True]])
-    text, origins, behind = walk_text(tokens, frames, torch.tensor([4]), torch.tensor([10]))
-    assert (text.tolist(), origins.tolist(), behind.tolist()) == ([[10, 15]], [11], [16])
+    text, origins, after = walk_text(tokens, frames, torch.tensor([4]), torch.tensor([10]))
+    assert (text.tolist(), origins.tolist(), after.tolist()) == ([[10, 15]], [11], [16])
     assert frame_positions(origins, 1, 4).tolist() == [[11] * 4 + [15], [11] * 4 + [15], [11, 12, 13, 14, 15]]
 
 
@@ -91,7 +108,7 @@ def test_rotation_against_a_slow_version(head_dim, section, theta):
             assert got[token, j + half].item() == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-4)
 
 
-def test_angles_are_made_in_float32():
+def test_rotary_is_computed_in_float32():
     positions = torch.full((3, 1), 200_001)
     exact = xrope_rotary(positions, 16, 5e6, [4, 2, 2], torch.float32)
     half = xrope_rotary(positions, 16, 5e6, [4, 2, 2], torch.bfloat16)

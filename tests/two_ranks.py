@@ -1,4 +1,4 @@
-"""What each of two processes of a distributed run does, of which one gets texts alone, without pixels."""
+"""A training step in each of two processes, one of which has no pixels."""
 
 import torch
 from tiny import Sample, make_model
@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def inputs_of(rank: int) -> dict:
-    """An image and a text, or another text and nothing else."""
+    """A text with an image, or a text alone."""
     if rank == 0:
         sample = Sample("ttFtttt", (1, 4, 6), seed=2)
         return sample.inputs() | {"labels": sample.ids[None]}
@@ -15,7 +15,7 @@ def inputs_of(rank: int) -> dict:
 
 
 def step(rank: int, folder: str) -> None:
-    """Writes the averaged gradients of one step to FOLDER/rank.pt; no parameter may be left out."""
+    """Writes the averaged gradients to FOLDER/rank.pt. Every parameter must have one."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = DistributedDataParallel(make_model().train())
     for _ in range(2):  # the second step fails if the first one left a parameter out
