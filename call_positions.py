@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from .vision_encoder import frame_groups
+from .media import frame_groups
 from .vision_request import VisionRequest, count_vision_tokens
 from .xrope import count_tokens, find_text_starts, frame_positions, walk_text
 

@@ -3,9 +3,10 @@
 Axes: P patches of all media, m merge size, D hidden size of the decoder.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -280,3 +281,26 @@ def join_media(parts: list[Media], per_sample: list[int]) -> Media:
         )
     grid = Grid(row for part in parts for row in part.grid)
     return replace(parts[0], grid=grid, per_sample=per_sample, **joined)
+
+
+class FrameGroup(NamedTuple):
+    """`frames` consecutive frames that share a grid of `rows` x `columns` patches."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def patches(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+def frame_groups(grid_thw: Iterable[Sequence[int]]) -> list[FrameGroup]:
+    """[[t, h, w], ...] -> groups of consecutive frames with equal grids."""
+    groups: list[FrameGroup] = []
+    for t, h, w in grid_thw:
+        if groups and groups[-1][1:] == (h, w):
+            groups[-1] = groups[-1]._replace(frames=groups[-1].frames + t)
+        else:
+            groups.append(FrameGroup(t, h, w))
+    return groups

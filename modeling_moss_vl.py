@@ -40,11 +40,11 @@ from .generation_options import GENERATE_DEFAULTS  # noqa: F401
 from .generation_queries import Turn  # noqa: F401
 from .generation_queue import QueueServer  # noqa: F401
 from .generation_utils import MossVLGenerationMixin
-from .media import Grid, Media, choose_grid, read_media
+from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
 from .pretrained_model import MossVLPreTrainedModel
-from .vision_encoder import MossVLVisionModel, frame_groups, with_separators
+from .vision_encoder import MossVLVisionModel, with_separators
 from .vision_plan import plan_call
 from .vision_request import VisionRequest, count_vision_tokens, read_request
 from .vision_sequence import VisionState  # noqa: F401

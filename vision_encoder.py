@@ -5,7 +5,7 @@ Source: docs/model.md, section "Vision encoder".
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from .attention import attend, usable_implementation
 from .configuration_moss_vl import MossVLVisionConfig
-from .media import Grid, check_pixels
+from .media import FrameGroup, Grid, check_pixels, frame_groups
 from .patches import normalise
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
 from .xrope import grid_rotary, rotate
@@ -28,29 +28,6 @@ DEFAULT_VISION_CHUNK = 64  # frames per chunk
 MLP_ROWS = 4096  # patches per call of the MLP
 CPU_PATCHES = 1 << 12  # most patches per chunk on a CPU, so that they stay in its caches
 GPU_PATCHES = 1 << 16  # most patches per chunk elsewhere: they keep any GPU busy without filling its memory
-
-
-class FrameGroup(NamedTuple):
-    """`frames` consecutive frames that share a grid of `rows` x `columns` patches."""
-
-    frames: int
-    rows: int
-    columns: int
-
-    @property
-    def patches(self) -> int:
-        return self.frames * self.rows * self.columns
-
-
-def frame_groups(grid_thw: Iterable[Sequence[int]]) -> list[FrameGroup]:
-    """[[t, h, w], ...] -> groups of consecutive frames with equal grids."""
-    groups: list[FrameGroup] = []
-    for t, h, w in grid_thw:
-        if groups and groups[-1][1:] == (h, w):
-            groups[-1] = groups[-1]._replace(frames=groups[-1].frames + t)
-        else:
-            groups.append(FrameGroup(t, h, w))
-    return groups
 
 
 def chunk_groups(

@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs, its commands answer rightly, its tables are measured, its files and links exist."""
+"""The documentation is true: code runs, commands answer rightly, tables are measured, files and links exist."""
 
 import json
 import re

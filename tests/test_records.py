@@ -153,12 +153,12 @@ BAD = [
     ({"messages": turns([{"type": "image", "imgae": "a.png"}], "b")}, "did you mean 'image'?"),
     (
         {"messages": turns("<|image|><|image|>", "b"), "images": ["a.png"]},
-        "places for 2 images, but images holds 1; they must match",
+        "placeholders for 2 images, but images holds 1; they must match",
     ),
     ({"messages": turns("<image>", "b"), "images": ["a.png"]}, "the text has '<image>', write '<|image|>'"),
     (
         {"messages": turns("<|video|>" * 3, "b"), "videos": {"video_path": "v.mp4", "segments": [[0], [1]]}},
-        "places for 3 videos, but videos holds 1; they must match",
+        "placeholders for 3 videos, but videos holds 1; they must match",
     ),
     (CALL | {"response": "x", "images": "c.png"}, "no such image file"),
     (CALL | {"response": "x", "images": ["a.png", 3]}, "expected a path for images, got 3"),
