@@ -1,6 +1,6 @@
 """Cache layers for the keys and values of a MOSS-VL conversation: those of the text, and those of the vision sequence.
 
-Axes: B text rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d
+Axes: B rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d
 head size.
 """
 

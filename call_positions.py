@@ -1,7 +1,7 @@
 """Positions of a call: XRoPE's, or the caller's `position_ids`. Packed texts are found here too, as their positions
 start again.
 
-Axes: B text rows, T text tokens of this call, N frames that the call places, v vision tokens of these frames.
+Axes: B rows, T text tokens of this call, N frames that the call places, v vision tokens of these frames.
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,6 @@
 """The decoder: self-attention layers, gated cross-attention layers that read the vision tokens, and the model of both.
 
-Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, K
+Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, K
 key/value heads, d head size, V vision tokens (the tokens of each frame and its separator, all samples one after the
 other without padding), v those of them that are new in this call.
 """
@@ -33,22 +33,22 @@ from .xrope import rotate, xrope_rotary
 
 logger = logging.get_logger(__name__)
 
-VISION_ROWS = 4096  # vision tokens whose keys and values are computed at once when no gradients flow
+VISION_PIECE = 4096  # vision tokens whose keys and values are computed at once without gradients
 
 # Cosines and signed sines of a rotary position embedding, as `rotate` takes them.
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderCall(NamedTuple):
-    """What all decoder layers of one call share. A tuple, as hooks of accelerate and FSDP move and cast tensors in
-    tuples only.
+    """What all decoder layers of one call share. It is a tuple, because hooks of accelerate and FSDP move and cast
+    tensors in tuples only.
 
     Attributes:
-        rotary: of the text, each [B, 1, T, d].
-        self_mask, self_implementation: of the self-attention layers.
-        cross_implementation: of the cross-attention layers.
+        rotary: rotary of the text, each [B, 1, T, d].
+        self_mask, self_implementation: mask and attention implementation of the self-attention layers.
+        cross_implementation: attention implementation of the cross-attention layers.
         cache_position: long [T], cache indices of the tokens of the call.
-        vision_rotary: of the vision tokens that are new in this call, each [v, d]; None without any.
+        vision_rotary: rotary of the vision tokens that are new in this call, each [v, d]; None if there are none.
         vision_call: which tokens see which vision tokens.
         output_attentions: whether the layers return their weights.
     """
@@ -119,8 +119,7 @@ class MossVLTextAttention(nn.Module):
         return key, self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _rotated(self, projected: torch.Tensor, norm: nn.Module, rotary: Rotary) -> torch.Tensor:
-        """[B, T, heads * d] -> [B, heads, T, d] in the dtype of the projection, which float32 norms and autocast would
-        change."""
+        """[B, T, heads * d] -> [B, heads, T, d], after norm and rotation, cast back to the dtype of the projection."""
         dtype, states = projected.dtype, norm(projected.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         del projected
         return rotate(states, *rotary).to(dtype)
@@ -162,15 +161,15 @@ class MossVLCrossAttention(MossVLTextAttention):
         call: DecoderCall,
         cache: Optional[Cache] = None,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Attends the packed vision sequence span by span.
+        """Attends to the packed vision sequence, span by span.
 
         Args:
             hidden_states: [B, T, D].
             vision_states: [v, D], the vision tokens that are new in this call, or None.
 
         Returns:
-            [B, T, D], 0 at tokens that see no vision token before the output projection; and with `output_attentions`
-            the weights [B, H, T, V of the longest sample], else None.
+            [B, T, D]; tokens that see no vision token enter the output projection as 0. With `output_attentions` also
+            the weights [B, H, T, W], see `MossVLModelOutput`, else None.
         """
         key = value = None
         if vision_states is not None:
@@ -185,51 +184,50 @@ class MossVLCrossAttention(MossVLTextAttention):
         return out, self._all_weights(weights, call.vision_call, hidden_states) if call.output_attentions else None
 
     def _attend_spans(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: DecoderCall):
-        """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at rows in no span; and the
+        """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
         weights of each span."""
         implementation = call.cross_implementation
         with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
-        outs, weights, row = [], [], 0
+        outs, weights, done = [], [], 0
         for span in call.vision_call.spans:
-            if span.rows.start > row:
-                outs.append(query.new_zeros(span.rows.start - row, *query.shape[1:]))
+            if span.text.start > done:
+                outs.append(query.new_zeros(span.text.start - done, *query.shape[1:]))
             mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
             out, weight = attend(
                 self,
-                query[span.rows].transpose(0, 1)[None],  # [1, H, rows, d]
-                key[:, :, span.tokens],
-                value[:, :, span.tokens],
+                query[span.text].transpose(0, 1)[None],  # [1, H, text tokens, d]
+                key[:, :, span.vision],
+                value[:, :, span.vision],
                 mask,
                 implementation if mask is None else with_mask,
                 dropout=self.attention_dropout,
             )
             outs.append(out[0])
             weights.append(weight if call.output_attentions else None)
-            row = span.rows.stop
-        if row < query.shape[0]:
-            outs.append(query.new_zeros(query.shape[0] - row, *query.shape[1:]))
+            done = span.text.stop
+        if done < query.shape[0]:
+            outs.append(query.new_zeros(query.shape[0] - done, *query.shape[1:]))
         return (torch.cat(outs) if len(outs) > 1 else outs[0]), weights
 
     def vision_keys_values(self, states: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
-        """[v, D] -> keys and values, each [1, K, v, d]. Without gradients they are computed in pieces, to save memory,
-        and contiguous per head, as every later token reads them."""
+        """[v, D] -> keys and values, each [1, K, v, d]. Without gradients they are computed in pieces to save memory,
+        and are contiguous per head, which later tokens read faster."""
         if torch.is_grad_enabled():
             return self.keys_values(states[None], rotary)
         shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
         key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
-        for first in range(0, len(states), VISION_ROWS):
-            part = slice(first, first + VISION_ROWS)
-            key[:, :, part], value[:, :, part] = self.keys_values(
-                states[None, part], tuple(part_of[part] for part_of in rotary)
-            )
+        cos, sin = rotary
+        for first in range(0, len(states), VISION_PIECE):
+            piece = slice(first, first + VISION_PIECE)
+            key[:, :, piece], value[:, :, piece] = self.keys_values(states[None, piece], (cos[piece], sin[piece]))
         return key, value
 
     def _all_weights(self, weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor) -> torch.Tensor:
-        """The weights of all spans, [B, H, T, longest span], 0 where a row sees nothing."""
-        widest = max((span.tokens.stop - span.tokens.start for span in call.spans), default=0)
+        """The weights of all spans, [B, H, T, longest span], 0 at tokens in no span."""
+        widest = max((span.vision.stop - span.vision.start for span in call.spans), default=0)
         out = like.new_zeros(like.shape[0] * like.shape[1], self.num_heads, widest)
         for span, weight in zip(call.spans, weights, strict=True):
-            out[span.rows, :, : weight.shape[-1]] = weight[0].transpose(0, 1)
+            out[span.text, :, : weight.shape[-1]] = weight[0].transpose(0, 1)
         return out.unflatten(0, like.shape[:2]).transpose(1, 2)
 
 
@@ -247,7 +245,7 @@ class MossVLSelfAttentionLayer(MossVLLayer):
         """[B, T, D] -> [B, T, D], and the weights.
 
         Args:
-            layer_past: the cache. Gradient checkpointing of every transformers drops it from a layer by this name.
+            layer_past: the cache. transformers 4 and 5 know this name: gradient checkpointing drops the argument.
         """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), call, layer_past)
         hidden_states = hidden_states + attended
@@ -276,8 +274,8 @@ class MossVLCrossAttentionLayer(MossVLLayer):
         """[B, T, D] -> [B, T, D], and the weights.
 
         Args:
-            vision_states: [v, D], the vision tokens that are new in this call, or None. An argument and not part of
-                `call`, as reentrant checkpointing passes gradients to tensors among the arguments only.
+            vision_states: [v, D], the vision tokens that are new in this call, or None. They are not part of `call`,
+                because reentrant checkpointing passes gradients only to tensors that are arguments.
             layer_past: the cache; see `MossVLSelfAttentionLayer.forward`.
         """
         attended, weights = self.cross_attn(self.input_layernorm(hidden_states), vision_states, call, layer_past)
@@ -293,11 +291,11 @@ class MossVLModelOutput(BaseModelOutputWithPastAndCrossAttentions):
 
     Attributes:
         last_hidden_state: [B, T, D].
-        cache, before transformers 5.24 past_key_values: the cache, if one is used.
-        hidden_states: input of every layer and the final norm's output, [B, T, D] each.
+        cache: the cache, if one is used; before transformers 5.24 its name is past_key_values.
+        hidden_states: input of every layer, then the output of the final norm, [B, T, D] each.
         attentions: weights of the self-attention layers, in order, [B, H, T, S] each.
-        cross_attentions: weights of the cross-attention layers, in order, [B, H, T, V of the longest sample] each;
-            empty if no token sees any frame.
+        cross_attentions: weights of the cross-attention layers, in order, [B, H, T, W] each; empty if no token sees a
+            frame. The W columns are vision tokens, from the first one that the text token sees.
         rope_deltas: [B]; the token at cache index i has position i + rope_delta.
         text_starts: bool [B, T], for packed rows True at the first token of each text; None if every row is one text.
     """
@@ -352,8 +350,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
             vision_states: [v, D], the vision tokens that are new in this call. vision_position_ids: [3, v].
             vision_call: which tokens see which vision tokens. The cross-attention layers are skipped if no token sees
                 any and none is new.
-            text_index: [B, T], for packed rows the index of the text that each token belongs to, rising along the row:
-                a token sees tokens of its own text. Only without a filled cache. A ready 4D mask decides alone.
+            text_index: [B, T], for packed rows the index of each token's text, rising along the row. A token sees only
+                tokens of the same text. Not with a filled cache; without effect beside a ready 4D mask.
 
         Raises:
             ValueError: for masks that do not fit, and attention implementations that are not allowed.

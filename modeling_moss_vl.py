@@ -1,11 +1,10 @@
 """MOSS-VL: the vision encoder and the decoder as one model, and the same with a language model head.
 
-Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, F
+Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, F
 frames, P patches, m merge size, V vision tokens (the tokens of each frame and its separator, all samples one after the
 other without padding), v those of them that are new in this call.
 """
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Optional, Union
 
@@ -44,7 +43,7 @@ from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
 from .pretrained_model import MossVLPreTrainedModel
-from .vision_encoder import MossVLVisionModel, with_separators
+from .vision_encoder import MossVLVisionModel, concatenate, with_separators
 from .vision_plan import plan_call
 from .vision_request import VisionRequest, count_vision_tokens, read_request
 from .vision_sequence import VisionState  # noqa: F401
@@ -59,8 +58,8 @@ IGNORED = -100  # the label that transformers' losses ignore
 
 @dataclass
 class MossVLCausalLMOutput(CausalLMOutputWithCrossAttentions):
-    """`MossVLModelOutput` with `logits` [B, kept tokens, vocab] in place of the last hidden state, and `loss` if
-    labels are given."""
+    """`MossVLModelOutput` with `logits` [B, kept, vocab] in place of the last hidden state, and `loss` if labels are
+    given."""
 
     rope_deltas: Optional[torch.LongTensor] = None
 
@@ -68,9 +67,9 @@ class MossVLCausalLMOutput(CausalLMOutputWithCrossAttentions):
 class MossVLModel(MossVLPreTrainedModel):
     """Vision encoder, separator and decoder, without a head.
 
-    The separator is a parameter. PEFT's `modules_to_save` takes modules only and silently skips it. To train it beside
-    adapters, call `model.get_base_model().model.separator_token.requires_grad_(True)` after `get_peft_model`, and save
-    `model.merge_and_unload()`, as the folder of an adapter holds adapters only.
+    The separator is a parameter, and PEFT's `modules_to_save` silently skips parameters. To train the separator
+    together with adapters, call `model.get_base_model().model.separator_token.requires_grad_(True)` after
+    `get_peft_model`. Then save `model.merge_and_unload()`, because the folder of an adapter does not hold it.
     """
 
     def __init__(self, config: MossVLConfig, cross_attention_implementation: Optional[str] = None):
@@ -146,40 +145,50 @@ class MossVLModel(MossVLPreTrainedModel):
         image_grid_thw: Optional[torch.LongTensor] = None,
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
-        config, text = self.config, input_ids if input_ids is not None else inputs_embeds
-        cache, grid_thw = cache_of(cache, past_key_values), choose_grid(grid_thw, image_grid_thw)
+        config = self.config
+        text = inputs_embeds if input_ids is None else input_ids
+        cache = cache_of(cache, past_key_values)
+        grid_thw = choose_grid(grid_thw, image_grid_thw)
+
+        # 1. Read and check the call, before anything heavy runs.
         self._check_inputs(text, attention_mask, cache, grid_thw, pixel_values, image_features)
-        use_cache = self._choose_use_cache(cache, use_cache)
-        incremental = use_cache is True or cache is not None
+        use_cache = self._check_use_cache(cache, use_cache)
+        with_cache = cache is not None or use_cache is True
         media = read_media(
             config.vision_config, pixel_values, grid_thw, image_features, image_mean, image_std, media_nums_per_sample
         )
         request = read_request(
             config.image_token_id,
-            vision_state(cache, config.text_config),
-            cached_length(cache),
-            text,
-            attention_mask,
-            media,
-            cross_attention_mask,
-            rows_per_sample,
-            prompt_length,
-            whole_prompt=not incremental,
+            state=vision_state(cache, config.text_config),
+            past_length=cached_length(cache),
+            text=text,
+            attention_mask=attention_mask,
+            media=media,
+            cross_attention_mask=cross_attention_mask,
+            rows_per_sample=rows_per_sample,
+            prompt_length=prompt_length,
+            whole_prompt=not with_cache,
         )
-        if self.training and not incremental:
+        if self.training and not with_cache:
             request = self._with_blank_media(request)
-        positions = read_positions(request, position_ids, attention_mask, with_cache=incremental)
+
+        # 2. Positions of text and vision tokens, and which text tokens see which vision tokens.
+        positions = read_positions(request, position_ids, attention_mask, with_cache)
         state, call = plan_call(request, positions)
+
+        # 3. Encode the new frames.
+        vision_states, waiting = self._encode(request, vision_chunked_length)
+
+        # 4. Run the decoder, with a new cache if one is wanted and none was given.
         if use_cache is None:
             use_cache = config.text_config.use_cache and not self.training and positions.text_starts is None
-        cache = DynamicCache() if use_cache and cache is None else cache
-
-        vision_states, waiting = self._encode(request, vision_chunked_length)
+        if use_cache and cache is None:
+            cache = DynamicCache()
         state_layer = None if cache is None else install_layers(cache, config.text_config)
-        hides_tokens = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
+        masks_tokens = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
         outputs = self.language_model(
             input_ids if inputs_embeds is None else None,  # embedded there, where FSDP gathers the sharded weights
-            attention_mask=attention_mask if hides_tokens else None,
+            attention_mask=attention_mask if masks_tokens else None,
             position_ids=positions.text,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -190,6 +199,8 @@ class MossVLModel(MossVLPreTrainedModel):
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
             output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
+
+        # 5. Keep in the cache what the next call needs.
         if state_layer is not None:
             last_ids = None if input_ids is None else input_ids[:, -1].clone()
             state_layer.state = replace(state, waiting=waiting, last_ids=last_ids)
@@ -205,10 +216,10 @@ class MossVLModel(MossVLPreTrainedModel):
         pixel_values: Optional[torch.Tensor],
         image_features,
     ) -> None:
-        """Refuses what is missing or does not fit the model or the cache, before anything is read.
+        """Checks that inputs are complete and fit the model and the cache.
 
         Raises:
-            ValueError: what is wrong.
+            ValueError: for the first input that is missing or does not fit.
         """
         if text is None:
             raise ValueError("Neither `input_ids` nor `inputs_embeds` was given; expected one of them.")
@@ -228,8 +239,8 @@ class MossVLModel(MossVLPreTrainedModel):
                 f"expected a cache of at least {past_length + length} slots."
             )
 
-    def _choose_use_cache(self, cache: Optional[Cache], use_cache: Optional[bool]) -> Optional[bool]:
-        """`use_cache`, or False with gradient checkpointing in training.
+    def _check_use_cache(self, cache: Optional[Cache], use_cache: Optional[bool]) -> Optional[bool]:
+        """`use_cache` unchanged; but False in training with gradient checkpointing.
 
         Raises:
             ValueError: if a cache is given with gradient checkpointing in training.
@@ -239,7 +250,7 @@ class MossVLModel(MossVLPreTrainedModel):
         if cache is not None:
             raise ValueError(
                 "A cache was given to a model in training with gradient checkpointing; expected none: layers that "
-                "are run again in the backward pass cannot use it. Call `model.eval()`, compute under "
+                "run again in the backward pass cannot use it. Call `model.eval()`, compute under "
                 "`torch.no_grad()`, or call `model.gradient_checkpointing_disable()`."
             )
         if use_cache:
@@ -249,9 +260,9 @@ class MossVLModel(MossVLPreTrainedModel):
         return False
 
     def _with_blank_media(self, request: VisionRequest) -> VisionRequest:
-        """The request of a training step. If it has no frames, blank media are encoded and read times 0: then every
-        parameter gets a gradient on every rank, and no rank waits for another to gather the weights that are sharded
-        among them."""
+        """Adds blank media to a training call without frames. They are encoded and attended to, and the output of that
+        attention is multiplied by 0. So all parameters get gradients on every rank, and every rank gathers the same
+        sharded weights: otherwise ranks with frames would wait for the others forever."""
         if any(request.new_frames):
             return request
         if request.media.pixel_values is not None:
@@ -259,7 +270,7 @@ class MossVLModel(MossVLPreTrainedModel):
         return request.with_blank(self._blank_frame(request.text.is_token.device)) if has_other_ranks() else request
 
     def _blank_frame(self, device: torch.device) -> Media:
-        """One frame of zeros, as small as a frame can be."""
+        """One frame of zeros, of the smallest size."""
         config = self.config.vision_config
         side = config.spatial_merge_size
         values = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -272,8 +283,9 @@ class MossVLModel(MossVLPreTrainedModel):
         """Encodes the new frames of a call.
 
         Returns:
-            Vision states [v, D] of the frames that the call places, those that waited first in each sample, or None;
-            and for each sample the states of the frames that wait after the call.
+            Vision states [v, D] of the frames that the call places, or None. In each sample, frames that waited come
+            before new ones.
+            For each sample, the vision states of the frames that still wait after the call, or None.
         """
         waiting, device = request.state.waiting, request.text.is_token.device
         if request.blank is not None:
@@ -292,7 +304,8 @@ class MossVLModel(MossVLPreTrainedModel):
         return self._split_placed(request, new)
 
     def _encode_media(self, media: Media, vision_chunked_length: Optional[int], device: torch.device) -> torch.Tensor:
-        """Vision states [v, D] of media, each frame with its separator. device: of media that come encoded."""
+        """Vision states [v, D] of media, each frame with its separator. Media that were encoded before are moved to
+        `device`."""
         if media.image_features is not None:
             features = media.image_features.to(device)
             return with_separators(features, frame_groups(media.grid), media.merge_size, self.separator_token)
@@ -309,35 +322,45 @@ class MossVLModel(MossVLPreTrainedModel):
     def _split_placed(
         request: VisionRequest, new: list[Optional[torch.Tensor]]
     ) -> tuple[Optional[torch.Tensor], list[Optional[torch.Tensor]]]:
-        """Divides vision states of waiting and `new` frames, per sample [v, D] or None, as `_encode` returns them."""
+        """Divides the vision states of waiting and new frames into those of frames that the call places and those of
+        frames that wait after it.
+
+        Args:
+            new: for each sample, vision states [v, D] of its new frames, or None.
+
+        Returns:
+            As `_encode`.
+        """
         placed, waiting = [], []
         for sample, parts in enumerate(zip(request.state.waiting, new, strict=True)):
-            states = join([part for part in parts if part is not None])
-            count = request.tokens_placed(sample)
+            parts = [part for part in parts if part is not None]
+            if not parts:
+                waiting.append(None)
+                continue
+            states, count = concatenate(parts), request.tokens_placed(sample)
             if count:
                 placed.append(states[:count])
-            waiting.append(states[count:] if states is not None and len(states) > count else None)
-        return join(placed), waiting
-
-
-def join(parts: list[torch.Tensor]) -> Optional[torch.Tensor]:
-    """Concatenates tensors; no copy of a single one, None for none."""
-    if not parts:
-        return None
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+            waiting.append(states[count:] if len(states) > count else None)
+        return concatenate(placed) if placed else None, waiting
 
 
 def has_other_ranks() -> bool:
-    """Whether this process trains together with others, which wait for its gradients."""
+    """Whether this process is one of several that train together (torch.distributed)."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[slice, torch.Tensor]:
-    """The tokens of a call whose logits are computed: a slice of `length`, or indices [rows].
+def kept_tokens(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[slice, torch.Tensor]:
+    """The tokens of a call whose logits are computed.
+
+    Args:
+        length: tokens of the call.
+
+    Returns:
+        A slice, or indices [kept].
 
     Raises:
-        ValueError: for indices outside the call.
+        ValueError: for indices outside the call, and for values of another type or shape.
     """
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 1:
         if logits_to_keep.dtype == torch.bool and len(logits_to_keep) == length:
@@ -355,22 +378,22 @@ def kept_rows(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[sl
 
 
 def check_labels(labels: Optional[torch.Tensor], shape) -> None:
-    """ValueError unless there is a label for each of [B, T] tokens, or no labels."""
+    """Raises ValueError if labels are given whose shape is not [B, T]."""
     if labels is not None and tuple(labels.shape) != tuple(shape):
         raise ValueError(
             f"`labels` has shape {list(labels.shape)}; expected {list(shape)}: a label for each token of this call, "
-            "-100 where there is none, whatever `logits_to_keep` leaves out."
+            "-100 for tokens without a loss. `logits_to_keep` does not shorten the labels."
         )
 
 
-def row_targets(
+def shift_labels(
     labels: torch.Tensor, attention_mask: Optional[torch.Tensor], text_starts: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """What each token of a call predicts, [B, T]: the label of the next token that is no padding, or -100.
+    """The target of each token, [B, T]: the label of the next token that is not padding, or -100.
 
     Args:
         labels, attention_mask: see `MossVLForConditionalGeneration.forward`.
-        text_starts: bool [B, T], for packed rows True at the first token of each text, which no token predicts.
+        text_starts: bool [B, T], for packed rows True at the first token of each text. It is the target of no token.
     """
     if text_starts is not None:
         labels = labels.masked_fill(text_starts.to(labels.device), IGNORED)
@@ -383,9 +406,6 @@ def row_targets(
     following = index.masked_fill(~is_token, length).flip(1).cummin(1).values.flip(1)
     targets = F.pad(labels, (0, 1), value=IGNORED).gather(1, F.pad(following[:, 1:], (0, 1), value=length))
     return targets.masked_fill(~is_token, IGNORED)
-
-
-MODEL_ARGUMENTS = tuple(inspect.signature(MossVLModel.forward).parameters)[1:]  # all but `self`
 
 
 class MossVLForConditionalGeneration(
@@ -475,66 +495,83 @@ class MossVLForConditionalGeneration(
         token_type_ids: Optional[torch.LongTensor] = None,
         mm_token_type_ids: Optional[torch.LongTensor] = None,
     ) -> Union[MossVLCausalLMOutput, tuple]:
-        """One pass over text and the frames that come with it.
+        """Computes the logits of a text that sees images and video frames, and the loss if labels are given.
 
-        A prompt may come in parts: with `use_cache=True` (or a cache) frames may come before the text reaches their
-        `image_pad`, or with the part that does. Without a cache, text and frames have to match.
+        With a cache or `use_cache=True`, a prompt may be split into several calls. A frame then comes with the call
+        that has its `image_pad`, or with an earlier call. Without a cache, the text must have one `image_pad` per
+        frame.
 
         Args:
-            input_ids: [B, T], one `image_pad` per frame. `inputs_embeds` [B, T, D] may replace the embeddings; with
-                frames, `input_ids` is needed as well, to place them.
+            input_ids: [B, T], with one `image_pad` per frame.
             attention_mask: [B, S], cache included, 0 at padding on either side; or a ready 4D mask for self-attention.
             position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions. Positions that only count the tokens
-                of a row are replaced by XRoPE's. If they start again within a row, the row holds packed texts, which
-                see only themselves and their frames.
+                of a row are replaced by XRoPE's. If positions start again within a row, the row holds packed texts;
+                each text sees only its tokens and its frames.
             cache: any transformers cache, empty or filled by this model.
-            labels: [B, T], -100 ignored; next-token cross-entropy, shifted inside. The token before it that is no
-                padding predicts each token, so that a sample's loss is the same in every batch; labels of padding are
-                ignored.
-            logits_to_keep: logits of the last n tokens only (0: all), of the tokens at these indices, or of those
-                where a bool [T] is True. The loss is that of these tokens, each with the label of the next token of
-                the whole sequence.
+            inputs_embeds: [B, T, D], in place of the embeddings of `input_ids`. With frames, `input_ids` is needed as
+                well, to place the frames.
+            labels: [B, T], one per token of `input_ids`, -100 for tokens without a loss. The loss is next-token
+                cross-entropy; the model shifts the labels. Padding is skipped: the target of a token is the next token
+                that is not padding.
+            use_cache: whether to return a cache; default: that of the config, but False in training and for packed
+                texts.
+            logits_to_keep: n for the logits of the last n tokens (0: all), indices of tokens, or bool [T]. The loss
+                covers the same tokens. Their targets are still the next tokens of the whole sequence.
             pixel_values: [P, channels * time * patch * patch], the media of all samples in the order of the text;
                 float, or uint8 with `image_mean` and `image_std`.
             grid_thw: [media, 3], (frames, patch rows, patch columns).
-            media_nums_per_sample: media of each sample; counted from the text if it is missing.
-            cross_attention_mask: bool [B, 1, T, F], True = hidden; default: a token sees the frames placed at or
-                before it. The mask may hide any frame, and shows none to padding or before its `image_pad`. If it has
-                fewer rows than tokens, the default holds for the later tokens, and for all if a processor made it for
-                other padding. On a filled cache, a mask of at most T rows is about the frames that come with the call,
-                if it has as many columns as these; else about all.
-            vision_chunked_length: frames that the vision encoder takes at once, default 64 (in training: all).
-            rows_per_sample: text rows that share each sample's media, as beams do.
-            prompt_length: tokens of the whole prompt; `image_pad` ids after it are text that the model wrote.
-            num_items_in_batch: labels in the whole batch, by which `Trainer` wants the loss divided.
+            media_nums_per_sample: number of media of each sample; default: counted from the text.
+            cross_attention_mask: bool [B, 1, T, F], True = hidden. By default a token sees the frames placed at or
+                before it. The mask may hide any of these frames; it must hide all frames from padding. If it has fewer
+                than T rows, the later tokens follow the default. A mask that a processor made for other padding is
+                ignored with a warning. On a filled cache, the columns of a mask of at most T rows are the frames that
+                come with the call if their numbers are equal; otherwise they are all frames of the conversation.
+            vision_chunked_length: most frames per chunk of the vision encoder; default: 64, in training all.
+            rows_per_sample: number of consecutive rows that share the media of a sample, as beams do.
+            prompt_length: tokens of the whole prompt. Later `image_pad` ids were generated and place no frame.
+            output_attentions, output_hidden_states, return_dict: as in transformers; default: those of the config.
+            num_items_in_batch: number of labels in the whole batch, by which `Trainer` divides the loss.
             past_key_values: the older name of `cache`.
             image_features: the output of `get_image_features`, or its `pooler_output` [P / m^2, D], in place of
                 `pixel_values`.
             image_mean, image_std: three numbers per medium, to normalise uint8 pixels on the encoder's device.
-            image_grid_thw: another name of `grid_thw`, by which generic trainers look for it.
-            token_type_ids, mm_token_type_ids: accepted, as some processors return them, and not needed.
+            image_grid_thw: another name of `grid_thw`, which generic trainers use.
+            token_type_ids, mm_token_type_ids: not used; accepted because processors may return them.
 
         Raises:
             ValueError: for counts and shapes that do not fit each other, before anything is computed.
         """
-        arguments = locals()
-        text, kept = input_ids if input_ids is not None else inputs_embeds, slice(None)
+        text, kept = inputs_embeds if input_ids is None else input_ids, slice(None)
         if text is not None:
-            kept = kept_rows(logits_to_keep, text.shape[1])
+            kept = kept_tokens(logits_to_keep, text.shape[1])
             check_labels(labels, text.shape[:2])
-        outputs = self.model(**{name: arguments[name] for name in MODEL_ARGUMENTS})
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            grid_thw=grid_thw,
+            media_nums_per_sample=media_nums_per_sample,
+            cross_attention_mask=cross_attention_mask,
+            vision_chunked_length=vision_chunked_length,
+            rows_per_sample=rows_per_sample,
+            prompt_length=prompt_length,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            past_key_values=past_key_values,
+            image_features=image_features,
+            image_mean=image_mean,
+            image_std=image_std,
+            image_grid_thw=image_grid_thw,
+        )
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            targets = row_targets(labels, attention_mask, outputs.text_starts)
-            kept = kept.to(targets.device) if isinstance(kept, torch.Tensor) else kept
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                shift_labels=targets[:, kept].contiguous(),
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            targets = shift_labels(labels, attention_mask, outputs.text_starts)
+            loss = self._loss(logits, labels, targets, kept, num_items_in_batch)
         result = MossVLCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -547,12 +584,31 @@ class MossVLForConditionalGeneration(
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        targets: torch.Tensor,
+        kept: Union[slice, torch.Tensor],
+        num_items_in_batch: Optional[Union[int, torch.Tensor]],
+    ) -> torch.Tensor:
+        """The loss of the kept tokens: logits [B, kept, vocab] against targets [B, T]."""
+        if isinstance(kept, torch.Tensor):
+            kept = kept.to(targets.device)
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            shift_labels=targets[:, kept].contiguous(),
+            vocab_size=self.config.text_config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+
     def init_continuous_batching(self, *args, **kwargs):
-        """Refused: ValueError."""
+        """Not supported: raises ValueError."""
         raise ValueError(
-            "Continuous batching (`generate_batch`, `init_continuous_batching`) was asked for; expected `generate` "
-            "on a left-padded batch, `offline_batch_generate` or `offline_generate`. Its paged cache holds text "
-            "alone, and it passes no media."
+            "Continuous batching (`generate_batch`, `init_continuous_batching`) is not supported: its paged cache "
+            "holds text alone, and it passes no media; expected `generate` on a left-padded batch, "
+            "`offline_batch_generate` or `offline_generate`."
         )
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching

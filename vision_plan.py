@@ -1,6 +1,6 @@
-"""Planning a call: the frames that each text token sees, as spans of text rows and packed vision tokens.
+"""Plans a call: the frames that each text token sees, as spans of text tokens and packed vision tokens.
 
-Axes: B text rows, T text tokens of this call, F frames. The drawing in vision_sequence.py shows all index spaces.
+Axes: B rows, T text tokens per row in this call, F frames. The drawing in vision_sequence.py shows all index spaces.
 """
 
 from dataclasses import dataclass, replace
@@ -27,11 +27,11 @@ from .vision_sequence import (
 
 logger = logging.get_logger(__name__)
 
-JOINED_SIZE = 1 << 15  # rows x tokens, at most, of spans that are attended in one call
+JOINED_SIZE = 1 << 15  # most text tokens x vision tokens of spans that are joined into one
 
 
 def plan_call(request: VisionRequest, positions: CallPositions) -> tuple[VisionState, VisionCall]:
-    """Plans what the text rows of a call see.
+    """Plans what the text tokens of a call see.
 
     Returns:
         The state after the call, except `waiting` and `last_ids`, which the model fills in; and the plan.
@@ -80,7 +80,7 @@ def remember(
     """The state with this call among its `past_calls`.
 
     Args:
-        plan: text and text runs of the call; None if its tokens see what the last token saw.
+        plan: text and text runs of the call; None if its tokens see the frames that the previous token saw.
     """
     state = request.state
     if plan is None:
@@ -132,7 +132,7 @@ class HostText:
 
 
 def host_text(request: VisionRequest, continues: bool, text_index: Optional[torch.Tensor]) -> HostText:
-    """The text of a call, without a question to the device if the call only continues."""
+    """The text of a call on the host. If the call only continues, nothing is copied from the device."""
     if continues:
         shape = tuple(request.text.is_token.shape)
         return HostText(np.ones(shape, dtype=bool), np.zeros(shape, dtype=bool), None)
@@ -142,14 +142,15 @@ def host_text(request: VisionRequest, continues: bool, text_index: Optional[torc
 
 @dataclass(frozen=True)
 class RowText:
-    """One text row of a call, and the frames that its tokens place.
+    """One row of a call, and the frames that its tokens place.
 
     Attributes:
-        number, sample: of the row; of its sample.
+        number: index of the row.
+        sample: index of its sample.
         is_token: bool [T], False at padding.
-        reached: long [T], frames of the sample that are placed at or before each token.
+        reached: long [T], number of frames of the sample that are placed at or before each token.
         first_frame: long [T], the first frame of each token's packed text; 0 if the row is one text.
-        placed: frames of the sample that were placed before the call.
+        placed: number of frames of the sample that were placed before the call.
         visible_before: the frames that the row's last token before the call saw.
     """
 
@@ -176,8 +177,8 @@ class RowText:
         return cls(number, sample, text.is_token[number], reached, first_frame, placed, visible_before)
 
     def runs(self, tokens: slice, placed: int, visible: FrameSet) -> list[TextRun]:
-        """Text runs of some tokens without a mask: a token sees `visible`, and the frames of its text from `placed` on
-        that are placed at or before it; padding sees nothing."""
+        """Text runs of `tokens` without a mask. A token sees `visible` and those frames of its text, from number
+        `placed` on, that are placed at or before it. Padding sees nothing."""
         reached = np.where(self.is_token, self.reached, -1)[tokens]
         first_frame = self.first_frame[tokens]
         runs = []
@@ -189,7 +190,8 @@ class RowText:
         return runs
 
     def placed_frames(self, tokens: slice, count: int) -> np.ndarray:
-        """bool [m, count]: the frames of each token's text that are placed at or before the token; none at padding."""
+        """bool [m, count], True at frames that belong to the token's text and are placed at or before the token; False
+        at padding."""
         frame = np.arange(count)
         is_placed = (frame >= self.first_frame[tokens, None]) & (frame < self.reached[tokens, None])
         return is_placed & self.is_token[tokens, None]
@@ -204,8 +206,8 @@ def equal_rows(values: np.ndarray) -> list[tuple[int, int]]:
 def visible_runs(request: VisionRequest, text: HostText) -> list[list[TextRun]]:
     """Text runs of each row of a call.
 
-    Without a mask a token sees the frames that the token before the call saw, and every frame of its text whose
-    `image_pad` is at or before it. Padding sees nothing.
+    Without a mask, a token sees the frames that the last token before the call saw, and every frame of its text whose
+    `image_pad` is at or before the token. Padding sees nothing.
 
     Raises:
         ValueError: if the mask has too few columns, makes missing frames visible, or contradicts the text.
@@ -216,15 +218,15 @@ def visible_runs(request: VisionRequest, text: HostText) -> list[list[TextRun]]:
     tokens, length = request.mask.tokens, request.text.length
     if text.text_index is not None and tokens != slice(0, length):
         raise ValueError(
-            f"`cross_attention_mask` has {tokens.stop} rows for {length} tokens of packed texts; expected a row for "
-            "each, or no mask."
+            f"`cross_attention_mask` has {tokens.stop} rows for {length} tokens of packed texts; expected a row per "
+            "token, or no mask."
         )
     return [masked_runs(request, row) for row in rows]
 
 
 def masked_runs(request: VisionRequest, row: RowText) -> list[TextRun]:
-    """Text runs of a row under the caller's mask. Tokens before and after those of the mask see every frame placed at
-    or before them."""
+    """Text runs of a row under the caller's mask. Tokens that the mask does not cover see every frame placed at or
+    before them."""
     tokens, length = request.mask.tokens, len(row.reached)
     visible = masked_frames(request, row)
     if visible is None:
@@ -243,7 +245,7 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
     """The frames that the tokens of the caller's mask see: bool [m, frames of the sample].
 
     Returns:
-        None if a processor made the mask for other padding than the text has now, so that the mask is ignored.
+        None if the mask is ignored: a processor made it, and the text was padded, cut or joined afterwards.
 
     Raises:
         ValueError: if the mask has too few columns, makes missing frames visible, or contradicts the text in
@@ -257,12 +259,12 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
     visible = by_text.copy()
     visible[:, first:] = given
     wrong = visible & ~placed
-    is_short = len(visible) < request.text.length  # text was appended to it, and may have been shifted
+    is_short = len(visible) < request.text.length  # text was appended after the processor, and may be shifted
     if wrong.any() or (is_short and (visible != by_text).any()):
         if (mask.new_frames_only or not request.past_length) and is_of_processor(given):
             logger.warning_once(
-                "`cross_attention_mask` is that of a text before it was padded, cut or joined anew, so it is ignored "
-                "and every token sees the frames placed before it. Leave it out: load the processor with "
+                "`cross_attention_mask` is ignored: the text was padded, cut or joined after the processor made the "
+                "mask. Every token sees the frames placed before it. Leave the mask out: load the processor with "
                 "return_cross_attention_mask=False."
             )
             return None
@@ -272,15 +274,17 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
         why = "before the frame's `image_pad`, or in another packed text" if is_token else "which is padding"
         raise ValueError(
             f"`cross_attention_mask` makes frame {frame} of sample {row.sample} visible to token {token} of this "
-            f"call, {why}: it does not belong to these `input_ids`. Text that was padded, cut or joined after the "
-            "processor needs a new mask; or leave the mask out, and every token sees the frames placed before it."
+            f"call, {why}: the mask does not belong to these `input_ids`. Text that was padded, cut or joined after "
+            "the processor needs a new mask. Without a mask, every token sees the frames placed before it."
         )
     return visible
 
 
 def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]:
-    """The caller's mask for a row, bool [m, frames], cut to the frames that the sample has; and the frame of its first
-    column.
+    """The caller's mask for a row.
+
+    Returns:
+        bool [m, frames], without columns beyond the sample's frames; and the frame number of the first column.
 
     Raises:
         ValueError: if the mask has too few columns, or makes missing frames visible.
@@ -298,11 +302,14 @@ def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]
 
 
 def is_of_processor(visible: np.ndarray) -> bool:
-    """Whether bool [m, F], True = may be seen, is what a processor makes of some text with F frames: tokens see the
-    frames so far, one more at each `image_pad`, in the end all of them; padding sees none, and is on one side."""
+    """Whether `visible` [m, F] (True = visible) is a mask that a processor can make for a text with F frames.
+
+    In such a mask each `image_pad` makes one more frame visible, in order, and the last token sees all frames. Padding
+    sees none, and is on one side.
+    """
     counts = visible.sum(axis=1)
     reading = np.flatnonzero(counts)
-    if not len(reading) or len(reading) <= reading[-1] - reading[0]:  # no token sees a frame, or one in between none
+    if not len(reading) or len(reading) <= reading[-1] - reading[0]:  # nothing is visible, or there is a gap
         return False
     steps = np.diff(counts[reading], prepend=0)
     first_frames = (visible == (np.arange(visible.shape[1]) < counts[:, None])).all()
@@ -310,9 +317,8 @@ def is_of_processor(visible: np.ndarray) -> bool:
 
 
 def whole_mask(request: VisionRequest) -> torch.Tensor:
-    """The caller's mask as `cross_attention_mask` over all frames of the conversation, with rows from its first token
-    on: bool [B, 1, cache + m, F]. So a call may pass parts of it without the media. Rows of the cache hide all
-    frames."""
+    """The mask of the caller for the whole conversation, as bool [B, 1, cache + m, F], True = hidden. So later calls
+    can pass it without the media. The rows of tokens in the cache hide all frames, as no call reads them again."""
     text = host_text(request, continues=False, text_index=None)
     totals = list(map(len, request.grids()))
     end = request.mask.tokens.stop
@@ -333,9 +339,9 @@ class PackedLayout:
     """Where the vision tokens of all samples lie in the packed keys and values after a call.
 
     Attributes:
-        starts: where each sample begins.
+        starts: offset of each sample.
         length: tokens of all samples.
-        frame_starts: for each sample, where each of its frames begins in the sample, and last the end of the sample.
+        frame_starts: for each sample, the offset of each frame within the sample, and at the end the sample's length.
         writes, moves: as in `VisionCall`.
     """
 
@@ -378,7 +384,7 @@ def shifted(first: int, stop: int, offset: int) -> slice:
 
 
 def join_slices(pairs: list[tuple[slice, slice]]) -> list[tuple[slice, slice]]:
-    """Pairs of slices, those joined that continue each other on both sides."""
+    """Joins consecutive pairs of slices whose sources and targets both follow each other."""
     joined: list[tuple[slice, slice]] = []
     for source, target in pairs:
         if joined and (joined[-1][0].stop, joined[-1][1].stop) == (source.start, target.start):
@@ -395,49 +401,50 @@ def vision_call(request: VisionRequest, runs: list[list[TextRun]], layout: Packe
     rows, length, device = *request.text.is_token.shape, request.text.is_token.device
     spans = plan_spans(request, runs, layout)
     has_visible = None
-    if sum(span.rows.stop - span.rows.start for span in spans) < rows * length:
-        is_reading = np.zeros(rows * length, dtype=np.float32)
+    if sum(span.text.stop - span.text.start for span in spans) < rows * length:
+        sees_vision = np.zeros(rows * length, dtype=np.float32)
         for span in spans:
-            is_reading[span.rows] = 1.0
-        has_visible = torch.from_numpy(is_reading).view(rows, length, 1).to(device)
+            sees_vision[span.text] = 1.0
+        has_visible = torch.from_numpy(sees_vision).view(rows, length, 1).to(device)
     return VisionCall(join_small_spans(spans, device), has_visible, layout.length, layout.writes, layout.moves)
 
 
 def blank_call(request: VisionRequest) -> VisionCall:
-    """All text rows read the tokens of blank media times 0. Only for calls without a cache."""
+    """The plan of a call with blank media: all text tokens attend to them, and `has_visible` multiplies the result by
+    0. Only for calls without a cache."""
     is_token = request.text.is_token
     tokens = count_vision_tokens(sum(request.blank.frames(), []))
     return VisionCall(
-        spans=[Span(slice(0, is_token.numel()), slice(0, tokens))],
+        spans=[Span(text=slice(0, is_token.numel()), vision=slice(0, tokens))],
         has_visible=torch.zeros_like(is_token, dtype=torch.float32)[..., None],
         length=tokens,
     )
 
 
 def plan_spans(request: VisionRequest, runs: list[list[TextRun]], layout: PackedLayout) -> list[Span]:
-    """The text runs of all rows as spans; neighbours that see the same tokens are one span."""
+    """The text runs of all rows as spans. Adjacent runs that see the same vision tokens become one span."""
     spans: list[Span] = []
     length, device = request.text.length, request.text.is_token.device
     for row, sample in enumerate(request.state.row_sample):
         for first, end, frames in runs[row]:
             if not frames:
                 continue
-            rows, visible = shifted(first, end, row * length), None
-            tokens = layout.tokens(sample, frames.first, frames.stop)
+            text, visible = shifted(first, end, row * length), None
+            vision = layout.tokens(sample, frames.first, frames.stop)
             if frames.visible is not None:
                 sizes = np.diff(layout.frame_starts[sample][frames.first : frames.stop + 1])
                 visible = torch.from_numpy(np.repeat(frames.visible, sizes)).to(device)
             elif (
-                spans and spans[-1].visible is None and (spans[-1].tokens, spans[-1].rows.stop) == (tokens, rows.start)
+                spans and spans[-1].visible is None and (spans[-1].vision, spans[-1].text.stop) == (vision, text.start)
             ):
-                rows = slice(spans.pop().rows.start, rows.stop)
-            spans.append(Span(rows, tokens, visible))
+                text = slice(spans.pop().text.start, text.stop)
+            spans.append(Span(text, vision, visible))
     return spans
 
 
 def join_small_spans(spans: list[Span], device) -> list[Span]:
-    """Joins neighbours that begin at the same vision token, while rows x tokens stay small: one attention call with a
-    mask costs less than several without."""
+    """Joins adjacent spans that begin at the same vision token, up to `JOINED_SIZE`: for small spans, one attention
+    call with a mask costs less than several without."""
     groups: list[list[Span]] = []
     for span in spans:
         if groups and can_join(groups[-1], span):
@@ -448,24 +455,24 @@ def join_small_spans(spans: list[Span], device) -> list[Span]:
 
 
 def can_join(group: list[Span], span: Span) -> bool:
-    """Whether a span continues a group of spans: its rows come next, its tokens begin where theirs do and end no
-    earlier."""
+    """Whether a span continues a group of spans: its text tokens follow theirs, and its vision tokens begin at the
+    same token and end no earlier."""
     first, last = group[0], group[-1]
-    size = (span.rows.stop - first.rows.start) * (span.tokens.stop - span.tokens.start)
+    size = (span.text.stop - first.text.start) * (span.vision.stop - span.vision.start)
     return (
         size <= JOINED_SIZE
         and first.visible is None
         and span.visible is None
-        and span.rows.start == last.rows.stop
-        and span.tokens.start == first.tokens.start
-        and span.tokens.stop >= last.tokens.stop
+        and span.text.start == last.text.stop
+        and span.vision.start == first.vision.start
+        and span.vision.stop >= last.vision.stop
     )
 
 
 def join_spans(group: list[Span], device) -> Span:
-    """One span for a group; `visible` [rows, tokens] tells which of the tokens each row sees."""
-    rows, tokens = slice(group[0].rows.start, group[-1].rows.stop), group[-1].tokens
-    ends = [span.tokens.stop - tokens.start for span in group]
-    ends_of_rows = np.repeat(ends, [span.rows.stop - span.rows.start for span in group])
-    visible = np.arange(tokens.stop - tokens.start) < ends_of_rows[:, None]
-    return Span(rows, tokens, torch.from_numpy(visible).to(device))
+    """One span for a group of spans, with `visible` [text, vision]."""
+    text, vision = slice(group[0].text.start, group[-1].text.stop), group[-1].vision
+    ends = [span.vision.stop - vision.start for span in group]
+    ends_of_tokens = np.repeat(ends, [span.text.stop - span.text.start for span in group])
+    visible = np.arange(vision.stop - vision.start) < ends_of_tokens[:, None]
+    return Span(text, vision, torch.from_numpy(visible).to(device))

@@ -1,6 +1,6 @@
 """Reading a call: its text, its media and its frame mask, checked against each other before anything heavy runs.
 
-Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, F frames, P
+Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, F frames, P
 patches.
 """
 

@@ -1,11 +1,11 @@
 """The vision sequence of a conversation: its frames, and which text tokens see which vision tokens.
 
-Axes: B text rows, T text tokens of this call, S text tokens in all (cache included), F frames, V vision tokens (the
-tokens of each frame and its separator, all samples one after the other without padding).
+Axes: B rows, T text tokens per row in this call, S text tokens per row in all (cache included), F frames, V vision
+tokens (the tokens of each frame and its separator, all samples one after the other without padding).
 
-A text token nearly always sees consecutive frames of its sample. So visibility is a short list of spans (text rows
-i..j see vision tokens u..v), and no T x V mask is built. Spans are integers on the host, planned once per call and
-shared by all layers. Text rows of one sample (beams, several answers) share its vision sequence.
+A text token nearly always sees consecutive frames of its sample. So visibility is a short list of spans (text tokens
+i..j see vision tokens u..v), and no T x V mask is built. Spans are integers on the host. They are planned once per
+call, and all layers use them. Rows of one sample (beams, several answers) share its vision sequence.
 
 Five index spaces meet here. An example with two samples and three frames (F is an `image_pad`, _ is padding):
 
@@ -13,8 +13,8 @@ Five index spaces meet here. An example with two samples and three frames (F is 
                   row 0          _   a   F   b      sample 0: frame 0, merged grid 2 x 3
                   row 1          F   c   F   d      sample 1: frame 0, merged grid 1 x 2; frame 1, 2 x 2
 
-    text row = row * 4 + column  0   1   2   3
-                                 4   5   6   7
+    text token                   0   1   2   3
+     = row * 4 + column          4   5   6   7
 
     packed vision token    0  1  2  3  4  5  6  |  7  8  9  | 10 11 12 13 14      (6, 9 and 14 are separators)
     sample                 0                    |  1        |  1
@@ -23,14 +23,14 @@ Five index spaces meet here. An example with two samples and three frames (F is 
 
 Each sample begins at `starts` = [0, 7]. The text runs of the rows, and the spans that the plan makes of them:
 
-    row   columns   frames        text rows   vision tokens
-    0     0..2      none          no span: these rows pass the cross-attention layers unchanged
-    0     2..4      0             2..4        0..7
-    1     0..2      0             4..6        7..10
-    1     2..4      0 and 1       6..8        7..15
+    row   columns   frames        text tokens   vision tokens
+    0     0..2      none          no span: these tokens pass the cross-attention layers unchanged
+    0     2..4      0             2..4          0..7
+    1     0..2      0             4..6          7..10
+    1     2..4      0 and 1       6..8          7..15
 
-The last two spans begin at the same vision token, so one attention call with a mask attends both: rows 4..8, tokens
-7..15, where rows 4 and 5 see the first 3 of the 8 tokens.
+The last two spans begin at the same vision token, so they are joined into one attention call with a mask: text tokens
+4..8, vision tokens 7..15, where text tokens 4 and 5 see the first 3 of the 8 vision tokens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -90,7 +90,7 @@ class FrameSet:
 
 
 class TextRun(NamedTuple):
-    """Tokens first..end of a text row, which see the same frames."""
+    """Tokens first..end of a row, which see the same frames."""
 
     first: int
     end: int
@@ -98,17 +98,26 @@ class TextRun(NamedTuple):
 
 
 def last_visible(runs: list[TextRun], is_token: np.ndarray, before: FrameSet) -> FrameSet:
-    """The frames that the last token of a row sees; `before` if the row has only padding. is_token: bool [T]."""
+    """The frames that the last token of a row sees; `before` if the row has only padding.
+
+    Args:
+        is_token: bool [T], False at padding.
+    """
     tokens = np.flatnonzero(is_token)
     return next(run.frames for run in runs if run.first <= tokens[-1] < run.end) if len(tokens) else before
 
 
 class Span(NamedTuple):
-    """The text rows `rows` (a slice of all B * T) see the vision tokens `tokens` (a slice of the packed ones), but for
-    those at which bool `visible` [tokens] or [rows, tokens] is False."""
+    """Text tokens that see the same vision tokens, apart from those that `visible` excludes.
 
-    rows: slice
-    tokens: slice
+    Attributes:
+        text: a slice of the flattened text tokens [B * T].
+        vision: a slice of the packed vision tokens [V].
+        visible: bool [vision] or [text, vision]; None if all are visible.
+    """
+
+    text: slice
+    vision: slice
     visible: Optional[torch.Tensor] = None
 
 
@@ -117,11 +126,12 @@ class VisionCall:
     """What the cross-attention layers of one forward call need to know.
 
     Attributes:
-        spans: which rows see which tokens, by rising rows.
-        has_visible: [B, T, 1], 0 at tokens that see no vision token; None if every token sees one.
-        length: of the packed keys and values.
-        writes: where the new vision tokens go in the packed keys and values, (new, packed) slices.
-        moves: where the cached vision tokens have to go, (old, new) slices; None if they stay where they are.
+        spans: which text tokens see which vision tokens, in the order of the text tokens.
+        has_visible: [B, T, 1], 0 at text tokens that see no vision token, else 1; None if every token sees one.
+        length: length of the packed keys and values after the call.
+        writes: (source, destination) slices: from the new vision tokens to the packed keys and values.
+        moves: (source, destination) slices of cached vision tokens that change their place in the packed keys and
+            values; None if all stay.
     """
 
     spans: list[Span]
@@ -133,12 +143,13 @@ class VisionCall:
 
 @dataclass(frozen=True)
 class PastCall:
-    """A call that changed which frames are visible or how positions count, kept so that its tokens can be taken back.
+    """A call that changed which frames are visible or how positions count. It is kept so that its tokens can be
+    cropped from the cache later.
 
     Attributes:
         start, end: text tokens in the cache before and after the call.
         before: the state before the call, without `waiting`, `unplaced` and `past_calls`.
-        rows: the row of the call for each row that the cache has now.
+        rows: for each row that the cache has now, the row of the call that it came from.
         is_token, is_frame: bool [B, T], as in `TextRequest`.
         runs: for each row of the call, its text runs.
         positions: long [B, T], the largest coordinate of each token, on the model's device.
@@ -189,7 +200,7 @@ class VisionState:
     """The vision side of a conversation. Every call replaces it; nothing changes it in place.
 
     Attributes:
-        row_sample: the sample of each text row; samples are numbered by their first row.
+        row_sample: the sample of each row; samples are numbered by their first row.
         grids: merged (H, W) of every frame of each sample, in the order of the text.
         placed: number of placed frames of each sample; only these have positions, keys and values.
         waiting: vision states [v, D] of the waiting frames of each sample, or None.
@@ -198,13 +209,14 @@ class VisionState:
         length: text tokens in the cache.
         starts: where each sample begins in the packed keys and values.
         stored: length of the packed keys and values.
-        unplaced: for each sample the media of zeros that came without an `image_pad`, one by one. Each is a blank
-            medium, or an image of zeros that a later text may place.
+        unplaced: for each sample, media of zeros that came without an `image_pad`. Each is a blank medium, or an image
+            of zeros that a later text may place.
         last_ids: long [B], the last token of the cache; None if it is not known.
         token_counts: long [B], tokens of the cache without padding; None if there is no padding.
-        step: the plan of a call with one more generated token in every row, after the first such call.
+        step: the plan of a decode step (one generated token per row). It is planned at the first step, and later steps
+            use it again.
         past_calls: the latest calls that changed `last_visible`, `placed` or how positions count, oldest first.
-        remembered: the text length from which on `past_calls` has every such call.
+        remembered: the least text length to which the cache can be cropped, as older calls are not in `past_calls`.
     """
 
     row_sample: list[int]
@@ -249,7 +261,7 @@ class VisionState:
         return self.rope_delta + self.length
 
     def select_rows(self, rows: list[int]) -> "VisionState":
-        """The state after text rows were repeated, dropped or reordered. A sample without rows is forgotten."""
+        """The state after rows were repeated, dropped or reordered. A sample without rows is dropped."""
         samples = list(dict.fromkeys(self.row_sample[row] for row in rows))
         row_sample = [samples.index(self.row_sample[row]) for row in rows]
         visible = [self.last_visible[row] for row in rows]
@@ -271,10 +283,10 @@ class VisionState:
         )
 
     def cropped(self, length: int) -> "VisionState":
-        """The state after all text but the first `length` tokens was taken back.
+        """The state after the text was cropped to its first `length` tokens.
 
-        Frames whose `image_pad` was taken back are forgotten. Waiting frames are forgotten if the call that brought
-        them is taken back.
+        Frames whose `image_pad` is cropped are dropped. Waiting frames are dropped if the call that brought them is
+        cropped.
 
         Raises:
             ValueError: if `length` is below what the state remembers.
@@ -285,7 +297,7 @@ class VisionState:
         if length < self.remembered:
             raise ValueError(
                 f"The cache was cropped to {length} tokens; expected at least {self.remembered}, as only the last "
-                f"{PAST_CALLS} calls with frames, padding or masks can be taken back. Start from an empty cache."
+                f"{PAST_CALLS} calls with frames, padding or masks can be cropped. Start from an empty cache."
             )
         first, past_calls = undone[0], self.past_calls[: -len(undone)]
         if length > first.start:  # the call loses only its last tokens
@@ -313,7 +325,7 @@ class VisionState:
         return replace(self, grids=grids, waiting=[None] * len(grids), unplaced=[[] for _ in grids])
 
     def _shortened(self, length: int) -> "VisionState":
-        """The state after the last tokens, none of them padding, were taken back."""
+        """The state after the last tokens, none of them padding, were cropped."""
         counts = None if self.token_counts is None else self.token_counts - (self.length - length)
         return replace(self, length=length, last_ids=None, token_counts=counts)
 

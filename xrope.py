@@ -1,6 +1,6 @@
 """XRoPE: one 3D coordinate space (t, h, w) for text and vision. Integer positions and rotation, as pure functions.
 
-Axes: B text rows, T text tokens, N frames (flat, in the order of their `image_pad` tokens), V vision tokens, d head
+Axes: B rows, T text tokens, N frames (flat, in the order of their `image_pad` tokens), V vision tokens, d head
 size. Sources: docs/model.md, sections "XRoPE" and "Vision encoder"; the rotation is that of RoFormer (Su et al.,
 2021).
 """

@@ -19,7 +19,7 @@ from moss_vl.benchmarks.measuring import ROOT, allocation_peak, machine, table, 
 from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config
 from moss_vl.cache_layers import TEXT_BUFFER
 from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.decoder import VISION_ROWS
+from moss_vl.decoder import VISION_PIECE
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.vision_encoder import CPU_PATCHES, DEFAULT_VISION_CHUNK, GPU_PATCHES, MLP_ROWS
 
@@ -67,7 +67,7 @@ def prefill_bytes(
     states = tokens * text.hidden_size * size
     caches = per_token * (cross_layers * tokens + (text.num_hidden_layers - cross_layers) * buffer)
     vision_rotary = 2 * tokens * text.head_dim * size
-    new_keys_values = min(VISION_ROWS, tokens) * per_token
+    new_keys_values = min(VISION_PIECE, tokens) * per_token
     decoder = (
         vision_rotary + new_keys_values + 3 * text_tokens * (text.intermediate_size + 2 * text.hidden_size) * size
     )

@@ -2,6 +2,7 @@
 nothing leaks."""
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -44,6 +45,20 @@ def close(got, expected, tolerance=1e-5, what=""):
 
 def exactly(got, expected, what):
     assert (got - expected).abs().max() <= 1e-5, f"{what}: off by {(got - expected).abs().max():.2e}"
+
+
+def test_forward_passes_each_argument_of_the_inner_model_under_its_name(model, monkeypatch):
+    """A new argument of the inner model that forward does not pass on would have no effect."""
+
+    def receive(**given):
+        raise InterruptedError(given)
+
+    names = {name for name in inspect.signature(model.model.forward).parameters}
+    arguments = {name: f"the value of {name}" for name in names} | {"input_ids": torch.ones(1, 2)}
+    monkeypatch.setattr(model.model, "forward", receive)
+    with pytest.raises(InterruptedError) as raised:
+        model(**arguments)
+    assert raised.value.args == (arguments,)
 
 
 # Golden numbers of another implementation in float32; two orders of summation differ by 1e-5.
@@ -335,7 +350,7 @@ def test_chunks_of_few_patches_change_nothing(model, patches, monkeypatch):
 def test_vision_keys_and_values_computed_in_pieces(model, monkeypatch):
     inputs = batch(assorted_samples(), "left")
     expected = model(**inputs).logits
-    monkeypatch.setattr(decoder, "VISION_ROWS", 7)
+    monkeypatch.setattr(decoder, "VISION_PIECE", 7)
     close(model(**inputs).logits, expected)
 
 

@@ -141,7 +141,7 @@ def test_packed_rows_refuse_a_cache_and_partial_masks():
     mask[0, 0, -1, 0] = False  # a frame of the first text
     with pytest.raises(ValueError, match="or in another packed text"):
         model(**inputs, cross_attention_mask=mask)
-    with pytest.raises(ValueError, match="tokens of packed texts; expected a row for each, or no mask"):
+    with pytest.raises(ValueError, match="tokens of packed texts; expected a row per token, or no mask"):
         model(**inputs, cross_attention_mask=mask[:, :, :3])
 
 

@@ -42,8 +42,8 @@ def test_loss_is_next_token_cross_entropy():
 # Rows and labels
 
 
-def test_kept_rows_predict_the_labels_of_the_whole_sequence():
-    """However `logits_to_keep` selects rows, with gaps or without, row k has the label of token k + 1."""
+def test_kept_tokens_predict_the_labels_of_the_whole_sequence():
+    """However `logits_to_keep` selects tokens, with gaps or without, token k has the label of token k + 1."""
     model, inputs = make_model(), labelled(assorted_samples())
     length = inputs["input_ids"].shape[1]
     bools = torch.zeros(length, dtype=torch.bool)
