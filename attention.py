@@ -1,7 +1,8 @@
-"""Attention: one call for vision, self- and cross-attention; the names that are allowed; the mask of self-attention.
+"""Attention: one function for vision, self- and cross-attention; the names that are allowed; the mask of
+self-attention.
 
-Axes: B text rows (or frames), T rows of a call, S tokens including those of the cache, H query heads, K key/value
-heads, G = H / K, d head size.
+Axes: B rows (or frames), T query tokens of a call, S key tokens including those of the cache, H query heads, K
+key/value heads, G = H / K, d head size. In this file, "row" means a row of the scores: one query token.
 """
 
 import inspect
@@ -49,7 +50,7 @@ def attention_kind(name: str) -> str:
 
     Returns:
         "eager"; "sdpa" for the one of transformers; "flash", which takes padding as [B, S] and a flag for causality;
-        "function" for one that a user registered, which is called like sdpa.
+        "function" for a user's, which is called like sdpa.
 
     Raises:
         ValueError: if the name is unknown, or its function has another contract (paged and flex take no `is_causal`,
@@ -76,22 +77,21 @@ def attention_kind(name: str) -> str:
 
 
 def is_users(name: str, function: Callable) -> bool:
-    """Whether a user registered this function, with masks as sdpa takes them."""
+    """Whether a user registered this function for masks as sdpa takes them."""
     if "/" in name or name.startswith("paged|") or getattr(function, "__module__", "").startswith("transformers."):
         return False
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name)  # how the models of transformers would make its masks
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(name)  # makes its masks in the models of transformers
     return make_mask is None or make_mask is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def is_kernel_name(name: str) -> bool:
-    """Whether the name is one of the `kernels` package ("owner/name"), whose function is registered once it is
-    loaded."""
+    """Whether the name is that of a kernel of the `kernels` package ("owner/name"). Loading a kernel registers its
+    function."""
     return "/" in name and not name.startswith("paged|")
 
 
 def check_implementations(config: PretrainedConfig) -> None:
-    """Checks the names in a config. They may have been assigned without `attn_implementation` or
-    `set_attn_implementation`, which check them too.
+    """Checks the names in a config, which a user may have assigned without any check.
 
     Raises:
         ValueError: see `attention_kind`.
@@ -155,14 +155,14 @@ def attend(
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """One attention call: query [B, H, T, d], key and value [B, K, S, d].
 
-    `mask`, `causal` and `texts` are those of `SelfAttentionMask`. A causal call has either no mask and T = S, or
-    flash-attention, for which the rows are the last T of S tokens.
+    `mask`, `causal` and `texts` are those of `SelfAttentionMask`. A causal call either has no mask and T = S, or uses
+    flash-attention, whose queries are the last T of S tokens.
 
     Returns:
         [B, T, H, d], and the weights [B, H, T, S] if the implementation is eager, else None.
     """
     dropout = dropout if module.training else 0.0
-    causal = causal and query.shape[2] > 1  # a single row is the last token: no token is later
+    causal = causal and query.shape[2] > 1  # a single query is the last token, so no key is later
     kind = attention_kind(implementation)
     if kind == "eager":
         mask = lower_triangle(query) if causal else mask
@@ -241,8 +241,8 @@ def blockwise_attention_forward(
 
 
 def prefers_blockwise(query: torch.Tensor, key: torch.Tensor, dropout: float) -> bool:
-    """Whether `blockwise_attention_forward` is faster than sdpa: torch's sdpa on a CPU is no faster in bfloat16 than
-    in float32, but two products and a softmax are, if the CPU has products in bfloat16."""
+    """Whether `blockwise_attention_forward` is faster than sdpa: on CPUs with bfloat16 products. torch's sdpa on a CPU
+    is no faster in bfloat16 than in float32, but two matrix products and a softmax are."""
     return (
         not (torch.is_grad_enabled() or dropout)
         and query.device.type == "cpu"
@@ -274,11 +274,11 @@ def flash_attention(
             f"The installed transformers has no {implementation!r}; expected another version of flash-attention or "
             "sdpa."
         )
-    dtype = compute_dtype(value)  # the keys of a cache may have another
+    dtype = compute_dtype(value)  # keys of a cache may have another dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = module.scaling
     if module.config._attn_implementation != implementation:
-        # transformers reads the name of the kernel from the config, but cross-attention may use another.
+        # transformers reads the name of the kernel from the config, but cross-attention may use another kernel.
         config = SimpleNamespace(_attn_implementation=implementation)
         module = SimpleNamespace(config=config, is_causal=module.is_causal, modules=module.modules)
     out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **texts)
@@ -295,7 +295,7 @@ def users_attention(
     causal: bool,
     dropout: float,
 ) -> torch.Tensor:
-    """Calls a function that a user registered. If it has no parameter `is_causal`, it gets causality as a mask."""
+    """Calls a function that a user registered. If it has no parameter `is_causal`, it gets a causal mask."""
     attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if causal and not takes_causality(attention):
         mask, causal = lower_triangle(query), False
@@ -355,15 +355,15 @@ def lower_triangle(query: torch.Tensor) -> torch.Tensor:
 
 
 class SelfAttentionMask(NamedTuple):
-    """What is visible to the rows of the self-attention layers.
+    """The keys that are visible to each query of the self-attention layers.
 
     Attributes:
-        mask: [B or 1, 1 or H, T or 1, S], bool (True = visible) or additive, complete: it masks out later tokens too,
-            and leaves something visible to every row. For flash-attention bool [B, S], False at padding. None if
-            nothing has to be masked out besides what `causal` and `texts` exclude.
+        mask: [B or 1, 1 or H, T or 1, S], bool (True = visible) or additive. It is complete: it also masks out later
+            tokens, and each query has a visible key. For flash-attention bool [B, S], False at padding. None if
+            `causal` and `texts` exclude all that has to be masked out.
         causal: whether the kernel masks out later tokens. Causality is never inferred from the mask.
-        texts: for flash-attention on packed rows, the borders of the texts in the flattened batch, as keyword
-            arguments of the kernel.
+        texts: for flash-attention on packed texts, their borders in the flattened batch, as keyword arguments of the
+            kernel.
     """
 
     mask: Optional[torch.Tensor]
@@ -379,16 +379,16 @@ def self_attention_mask(
     implementation: str,
     text_index: Optional[torch.Tensor] = None,
 ) -> tuple[SelfAttentionMask, str]:
-    """What is visible to the rows hidden_states [B, T, D]: the tokens of the same text up to the row, without padding.
-    A padding token attends to itself as well, so that no row of a softmax is empty.
+    """The mask for the tokens hidden_states [B, T, D]. Each token sees the tokens of its text up to itself, without
+    padding. Padding sees itself as well, so that no row of a softmax is empty.
 
     Args:
-        attention_mask: [B, S], 0 at padding, None without any padding (`MossVLModel` drops a mask of ones); or a ready
-            mask of four axes, which replaces all rules: see `ready_mask`.
+        attention_mask: [B, S], 0 at padding; None without padding (`MossVLModel` drops a mask of ones). Or a ready 4D
+            mask, which replaces these rules: see `ready_mask`.
         text_index: [B, T], the text of each token, for packed rows.
 
     Returns:
-        The mask, and the implementation for it: sdpa in place of flash-attention for what `flash_can_mask` excludes.
+        The mask, and the implementation to use: sdpa instead of flash-attention for masks that flash-attention lacks.
     """
     (batch, rows, _), past, device = hidden_states.shape, cached_length(cache), hidden_states.device
     length = past + rows
@@ -417,9 +417,11 @@ def self_attention_mask(
 def flash_can_mask(
     attention_mask: Optional[torch.Tensor], text_index: Optional[torch.Tensor], past: int, rows: int
 ) -> bool:
-    """Whether flash-attention can mask this padding. It cannot for padding in packed rows, nor for a call of padding
-    alone, which has no queries. For one token per padded row it could, but transformers would copy the keys and values
-    of the whole cache at each layer."""
+    """Whether flash-attention can mask this padding.
+
+    It cannot mask padding in packed rows, and cannot compute a call of padding alone, which has no queries. A decode
+    step of padded rows goes to sdpa: for flash-attention, transformers would copy all cached keys in each layer.
+    """
     if attention_mask is None:
         return True
     return rows > 1 and text_index is None and bool(attention_mask[:, past:].any())
@@ -433,23 +435,23 @@ def complete_mask(
     slots: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Causality, texts and padding as one mask, bool [B or 1, 1, T, slots]; the empty slots of a static cache are
-    later tokens."""
+    """Causality, texts and padding as one mask, bool [B or 1, 1, T, slots]. Empty slots of a static cache are masked
+    out as later tokens."""
     length = past + rows
     columns = torch.arange(slots, device=device)
-    own = columns[past:length, None]  # the column of each row's token
-    mask = (columns <= own)[None, None]
+    diagonal = columns[past:length, None]  # the column of each row's own token
+    mask = (columns <= diagonal)[None, None]
     if text_index is not None:
         texts = F.pad(text_index.to(device), (0, slots - length))
         mask = mask & (texts[:, None, :length, None] == texts[:, None, None, :])
     if attention_mask is not None:
         is_token = F.pad(attention_mask.to(device).bool(), (0, slots - length))
-        mask = mask & is_token[:, None, None, :] | (columns == own)
+        mask = mask & is_token[:, None, None, :] | (columns == diagonal)
     return mask
 
 
 def check_ready_mask(mask: torch.Tensor, heads: int, batch: int, rows: int, cache: Optional[Cache]) -> None:
-    """Checks a caller's mask of four axes.
+    """Checks a ready 4D mask.
 
     Raises:
         ValueError: if its shape does not fit the rows of this call, or its dtype is neither bool nor float.
@@ -475,17 +477,17 @@ def check_ready_mask(mask: torch.Tensor, heads: int, batch: int, rows: int, cach
 
 
 def ready_mask(mask: torch.Tensor, hidden_states: torch.Tensor, past: int, slots: int) -> torch.Tensor:
-    """A caller's mask [B or 1, 1 or H, T or 1, S] in the form that every kernel takes: bool, or additive in the dtype
-    of the scores with -inf for tokens that are masked out; padded to the slots of the cache. A row to which nothing
-    would be visible attends to its own token, as a padding token does."""
+    """A ready 4D mask [B or 1, 1 or H, T or 1, S] in the form that all kernels take: bool; or additive in the dtype of
+    the scores, -inf where masked out. It is padded to the slots of the cache. A token that would see nothing sees
+    itself, as padding does."""
     rows, device = hidden_states.shape[1], hidden_states.device
     mask = mask.to(device)
     visible = mask if mask.dtype == torch.bool else mask > MASKED
     empty_slots = slots - mask.shape[3]
     visible = F.pad(visible, (0, empty_slots))
     columns = torch.arange(slots, device=device)
-    own = columns[past : past + rows, None]
-    visible = visible | (~visible.any(-1, keepdim=True) & (columns == own))
+    diagonal = columns[past : past + rows, None]
+    visible = visible | (~visible.any(-1, keepdim=True) & (columns == diagonal))
     if mask.dtype == torch.bool:
         return visible
     bias = F.pad(mask.masked_fill(mask <= MASKED, 0), (0, empty_slots))
@@ -493,8 +495,11 @@ def ready_mask(mask: torch.Tensor, hidden_states: torch.Tensor, past: int, slots
 
 
 def text_borders(text_index: torch.Tensor) -> dict:
-    """The borders of the texts of packed rows [B, T] in the flattened batch, as keyword arguments of transformers'
-    flash-attention."""
+    """The borders of packed texts in the flattened batch, as keyword arguments of transformers' flash-attention.
+
+    Args:
+        text_index: [B, T], the text of each token.
+    """
     first = torch.ones_like(text_index, dtype=torch.bool)
     first[:, 1:] = text_index[:, 1:] != text_index[:, :-1]
     borders = F.pad(first.flatten().nonzero()[:, 0], (0, 1), value=first.numel()).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Cache layers for the keys and values of a MOSS-VL conversation: those of the text, and those of the vision sequence.
+"""Cache layers for the keys and values of a conversation: those of the text, and those of the vision sequence.
 
 Axes: B rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d
 head size.
@@ -17,11 +17,11 @@ from .vision_sequence import VisionCall, VisionState
 # The name of the cache in outputs and in `generate`: `cache` from transformers 5.24 on, `past_key_values` before.
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
-TEXT_BUFFER = 256  # tokens, at least, by which the buffer of a text cache grows
+TEXT_BUFFER = 256  # least number of free tokens in a new buffer of a text cache
 
 
 def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Optional[Cache]:
-    """The cache by whichever of its two names the caller used.
+    """The cache, under either of its two names.
 
     Raises:
         ValueError: if both names were used, or it is no transformers cache.
@@ -46,7 +46,7 @@ def cached_length(cache: Optional[Cache]) -> int:
 
 
 def static_length(cache: Optional[Cache]) -> Optional[int]:
-    """Slots of a static cache, whose layers return all slots, also empty ones; None for a cache that grows."""
+    """Number of slots of a static cache, whose layers return all slots, also empty ones; None for a growing cache."""
     return getattr(cache.layers[0], "max_cache_len", None) if cache is not None and cache.layers else None
 
 
@@ -66,8 +66,8 @@ class InPlaceLayer(DynamicLayer):
 
 
 class TextCacheLayer(InPlaceLayer):
-    """Keys and values [B, K, S, d] of the text, views of the beginnings of larger buffers. A new token is written
-    after them, and no token is copied until a buffer is full."""
+    """Keys and values [B, K, S, d] of the text. They are views of the first S tokens of larger buffers. New tokens are
+    written after them; the old ones are copied only if a buffer is full."""
 
     def __init__(self):
         super().__init__()
@@ -93,11 +93,11 @@ class TextCacheLayer(InPlaceLayer):
 def append(
     past: Optional[torch.Tensor], buffer: Optional[torch.Tensor], new: torch.Tensor
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Appends `new` [B, K, T, d] to `past` [B, K, S, d]. Writes in place if `past` is still a view of `buffer` and
-    there is space; otherwise allocates. If gradients flow it concatenates instead.
+    """Appends `new` [B, K, T, d] to `past` [B, K, S, d]. Writes in place if `past` is still a view of `buffer` and the
+    buffer has space; otherwise allocates a new buffer. With gradients it concatenates, without a buffer.
 
     Returns:
-        Both [B, K, S + T, d], and the buffer that holds them, or None.
+        `past` and `new` as one tensor [B, K, S + T, d], and the buffer that holds it, or None.
     """
     if torch.is_grad_enabled() and (new.requires_grad or (past is not None and past.requires_grad)):
         return (new if past is None else torch.cat([past, new], dim=-2)), None
@@ -120,7 +120,7 @@ def append(
 
 
 def is_writable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor may be written in place now. An inference tensor only may be in inference mode."""
+    """Whether a tensor can be written in place now: inference tensors can only in inference mode."""
     return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
@@ -143,7 +143,7 @@ class VisionCacheLayer(InPlaceLayer):
         return copied
 
     def belongs_to(self, cache: Cache) -> bool:
-        """Claims the layer for a cache. False if another cache, which still exists, claimed it before."""
+        """Claims the layer for a cache. False if the layer belongs to another cache that still exists."""
         owner = None if self._cache is None else self._cache()
         if owner is not None and owner is not cache:
             return False
@@ -151,9 +151,12 @@ class VisionCacheLayer(InPlaceLayer):
         return True
 
     def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
-        """Stores the keys and values of the new vision tokens [1, K, v, d]; returns those of the whole packed
-        sequence."""
-        if self.keys is not None and not is_writable(self.keys):  # an inference tensor cannot enter a graph either
+        """Stores the keys and values [1, K, v, d] of the new vision tokens.
+
+        Returns:
+            Keys and values [1, K, V, d] of the whole packed sequence.
+        """
+        if self.keys is not None and not is_writable(self.keys):  # autograd cannot record an inference tensor either
             self.keys, self.values = self.keys.clone(), self.values.clone()
         if call.writes:
             self.in_dtype(keys.dtype)
@@ -163,22 +166,20 @@ class VisionCacheLayer(InPlaceLayer):
         return self.keys, self.values
 
     def in_dtype(self, dtype: torch.dtype):
-        """Converts the keys and values to the dtype of this call, which autocast may have changed, and returns
-        them."""
+        """Converts the stored keys and values to a dtype, as autocast may differ between calls, and returns them."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
         return self.keys, self.values
 
     def prefetch(self) -> None:
-        """Fetches the layer after this one, when an offloading cache prefetches this one: this layer is never
-        offloaded, and reading it does not go through the cache."""
+        """An offloading cache prefetches one layer ahead. This layer is never offloaded, so the layer after it is
+        fetched instead."""
         cache = None if self._cache is None else self._cache()
         if cache is not None:
             cache.layers[(self.index + 1) % len(cache.layers)].prefetch()
 
     def crop(self, *args, **kwargs) -> None:
-        """Does nothing yet. The next call of the model finds the text shorter than the state, and crops the state:
-        `vision_state`."""
+        """Does nothing. The next call of the model crops the state to the shorter text (`vision_state`)."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -200,8 +201,8 @@ class VisionCacheLayer(InPlaceLayer):
 
 
 def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCall, shared: bool) -> torch.Tensor:
-    """Writes new keys or values [1, K, v, d] into the packed ones. Returns `new` itself if it is the whole sequence.
-    Allocates if tokens have to move, if gradients flow, or if `old` is `shared` with another layer."""
+    """Writes new keys or values [1, K, v, d] into the packed ones, and returns these. Allocates a new tensor if tokens
+    have to move, with gradients, or if `old` is `shared` with another layer. Returns `new` if it is all."""
     if call.writes == ((slice(0, call.length), slice(0, call.length)),):
         return new
     in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
@@ -219,8 +220,8 @@ def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCal
 
 
 def install_layers(cache: Cache, config) -> VisionCacheLayer:
-    """Gives an empty cache layers for the vision sequence, and text layers that write in place; a filled cache has
-    them.
+    """Puts layers for the vision sequence into an empty cache, and text layers that write in place. A filled cache has
+    these layers already.
 
     Args:
         config: the text config.
@@ -259,7 +260,7 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
     if not isinstance(layer, VisionCacheLayer) or layer.state is None:
         raise ValueError(
             f"The cache holds {length} tokens, but not their vision sequence; expected a cache that this model "
-            f"filled. Pass an empty cache, or that of an earlier output."
+            f"filled. Pass an empty cache, or the cache of an earlier output."
         )
     if not layer.belongs_to(cache):
         raise ValueError(
@@ -270,8 +271,8 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
     uneven = static_length(cache) is None and cache.layers[last].get_seq_length() != length
     if uneven or layer.state.length < length:
         raise ValueError(
-            f"The cache holds {length} text tokens, but a call failed half-way, so some layers lack its tokens. Start "
-            "from an empty cache, or from a copy.deepcopy made before that call."
+            f"The cache holds {length} text tokens, but a call failed before its end, so some layers lack its tokens. "
+            "Start from an empty cache, or from a copy.deepcopy made before that call."
         )
     if layer.state.length > length:
         layer.state = layer.state.cropped(length)

@@ -1,5 +1,5 @@
-"""Positions of a call: XRoPE's, or the caller's `position_ids`. Packed texts are found here too, as their positions
-start again.
+"""Positions of a call: XRoPE's, or the caller's `position_ids`. Packed texts are found here as well: each text starts
+with new positions.
 
 Axes: B rows, T text tokens of this call, N frames that the call places, v vision tokens of these frames.
 """
@@ -16,7 +16,7 @@ from .xrope import count_tokens, find_text_starts, frame_positions, walk_text
 
 @dataclass(frozen=True)
 class CallPositions:
-    """Positions of a call.
+    """Positions of the text and vision tokens of a call.
 
     Attributes:
         text: long [B, T], or [3, B, T] for (t, h, w).
@@ -45,8 +45,8 @@ def read_positions(
     attention_mask: Optional[torch.Tensor],
     with_cache: bool,
 ) -> CallPositions:
-    """The positions of a call. Positions of the caller that only count the tokens of a row, as generic code makes
-    them, are replaced by XRoPE's.
+    """The positions of a call. Generic code makes `position_ids` that only count the tokens of a row; these are
+    replaced by XRoPE's.
 
     Args:
         with_cache: whether the call reads or fills a cache, which continues one text per row.
@@ -62,8 +62,8 @@ def read_positions(
         text_starts = find_packed_texts(request, position_ids, has_ready_mask)
     if text_starts is not None and with_cache:
         raise ValueError(
-            "`position_ids` start again within a row, so the row holds several texts, and a cache was asked for; "
-            "expected use_cache=False and no cache: a cache continues one text per row."
+            "`position_ids` start again within a row, so the row holds several texts, and a cache is used; expected "
+            "use_cache=False and no cache: a cache continues one text per row."
         )
     first_positions = None if text_starts is None else text_axis(position_ids, request)
     walked = walk_request(request, text_starts, first_positions)
@@ -80,15 +80,17 @@ def text_axis(position_ids: torch.Tensor, request: VisionRequest) -> torch.Tenso
 def find_packed_texts(
     request: VisionRequest, position_ids: torch.Tensor, has_ready_mask: bool
 ) -> Optional[torch.Tensor]:
-    """Where packed texts begin: bool [B, T]; None if the caller's `position_ids` do not start again within a row.
+    """The first tokens of packed texts, bool [B, T]; None if the caller's `position_ids` do not start again within a
+    row.
 
-    The positions of a row are counts of its tokens, or XRoPE's, in which an `image_pad` comes after its frame. Beside
-    a ready 4D mask, positions may also go back to where a part of one text continues; then only positions that start
-    again from 0 begin another text.
+    A text begins at a token whose position is not above that of the previous token. The positions of a row either
+    count its tokens, or are XRoPE's. In XRoPE an `image_pad` has a position after its frame, so the position at which
+    the frame starts is compared. With a ready 4D mask, positions may also go back within one text, for a tree of
+    continuations; then only a position of 0 begins another text.
     """
     is_token = request.text.is_token
     if position_ids.shape[-2:] not in (is_token.shape, (1, is_token.shape[1])):
-        return None  # `with_given_positions` raises
+        return None  # `with_given_positions` raises the error
     positions = text_axis(position_ids, request)
     begins, starts = positions, find_text_starts(positions, positions, is_token)
     if any(request.text.pads):
@@ -103,7 +105,7 @@ def find_packed_texts(
 
 
 def frame_extents(request: VisionRequest) -> torch.Tensor:
-    """max(H, W) of the frames that a call places, row by row: long [N]."""
+    """max(H, W) of each frame that a call places, in the order of the rows: long [N]."""
     extents = [max(grid) for sample in request.state.row_sample for grid in request.frames_placed(sample)]
     return torch.tensor(extents, dtype=torch.long, device=request.text.is_token.device)
 
@@ -113,7 +115,7 @@ def walk_request(
     text_starts: Optional[torch.Tensor] = None,
     first_positions: Optional[torch.Tensor] = None,
 ) -> CallPositions:
-    """XRoPE's positions.
+    """XRoPE's positions of a call.
 
     Args:
         text_starts, first_positions: [B, T], for packed rows, as in `walk_text`.
@@ -148,7 +150,7 @@ def walk_request(
 
 
 def counters_before(request: VisionRequest) -> torch.Tensor:
-    """long [B]: the position of the first token of the call in each row."""
+    """The position of the first token of the call in each row, long [B]."""
     state, device = request.state, request.text.is_token.device
     start = torch.full((len(state.row_sample),), request.past_length, device=device)
     if state.rope_delta is not None:
@@ -158,13 +160,13 @@ def counters_before(request: VisionRequest) -> torch.Tensor:
 
 
 def blank_positions(request: VisionRequest) -> torch.Tensor:
-    """Positions of the vision tokens of a call that places no frame: long [3, v], 0 for blank media."""
+    """Positions of the vision tokens of a call that places no frame: long [3, v], 0 for blank media, else v = 0."""
     tokens = 0 if request.blank is None else count_vision_tokens(sum(request.blank.frames(), []))
     return torch.zeros(3, tokens, dtype=torch.long, device=request.text.is_token.device)
 
 
 def check_shared_origins(request: VisionRequest, origins_of_rows: tuple[torch.Tensor, ...]) -> None:
-    """Refuses rows of one sample that have its frames at different positions.
+    """Refuses rows of one sample that place its frames at different positions.
 
     Raises:
         ValueError: for the first such row.
@@ -175,7 +177,7 @@ def check_shared_origins(request: VisionRequest, origins_of_rows: tuple[torch.Te
         shares = row != first and request.text.pads[sample]
         if shares and not torch.equal(origins_of_rows[row], origins_of_rows[first]):
             raise ValueError(
-                f"Text rows {first} and {row} share the frames of sample {sample}, but have them at different "
+                f"Text rows {first} and {row} share the frames of sample {sample}, but place them at different "
                 "positions; expected the same text. Give each conversation a separate cache before new frames come."
             )
 
@@ -186,16 +188,17 @@ def with_given_positions(
     position_ids: torch.Tensor,
     attention_mask: Optional[torch.Tensor],
 ) -> CallPositions:
-    """XRoPE's positions, replaced by the caller's in rows where these do not only count tokens.
+    """XRoPE's positions (`walked`), replaced by the caller's in rows where these do more than count tokens.
 
     Raises:
-        ValueError: for positions of another shape, or that do not determine those of frames in packed texts.
+        ValueError: for positions of another shape, and for packed rows with frames whose positions are neither counts
+            nor XRoPE's.
     """
     is_token, given = request.text.is_token, position_ids.shape
     if given[-2:] not in (is_token.shape, (1, is_token.shape[1])) or given[:-2] not in ((), (3,)):
         raise ValueError(
             f"`position_ids` has shape {list(given)}; expected {list(is_token.shape)}, or the same after a leading 3 "
-            "for (t, h, w): one position for each token of this call."
+            "for (t, h, w): one position per token of this call."
         )
     position_ids = position_ids.to(is_token.device).expand(*given[:-2], *is_token.shape)
     axes = position_ids if position_ids.ndim == 3 else position_ids[None]
@@ -216,8 +219,8 @@ def with_given_positions(
 def rows_that_count(
     request: VisionRequest, walked: CallPositions, axes: torch.Tensor, attention_mask: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """bool [B], True at rows whose given positions `axes` [1 or 3, B, T] only count tokens, in packed rows also
-    XRoPE's positions.
+    """The rows whose given positions `axes` [1 or 3, B, T] only count tokens, bool [B]. Packed rows with XRoPE's
+    positions count as such rows.
 
     Raises:
         ValueError: if a packed row with frames is neither.
@@ -235,7 +238,7 @@ def rows_that_count(
         counts |= equal(walked.text) | equal(count_tokens(is_token, text_starts, axes[0]))
         if any(request.text.pads) and (~counts & (text_starts.sum(1) > 1)).any():
             raise ValueError(
-                "`position_ids` start again within a row that has frames, but are neither counts of tokens (0, 1, 2, "
-                "... in each text) nor XRoPE's positions; expected one of these, or a row per text."
+                "`position_ids` start again within a row that has frames, but are neither token counts (0, 1, 2, ... "
+                "in each text) nor XRoPE's positions; expected one of these, or a row per text."
             )
     return counts

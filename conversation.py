@@ -1,11 +1,11 @@
 """Reads chat messages, their parts and their media, in all forms that callers write, into one plain form.
 
-The processor, the offline methods, infer.py and the training records all read messages here, so that a message means
-the same in each of them. No file is opened, and no argument is changed, except by `fill_placeholders`.
+The processor, the offline methods, infer.py and the training records all use these functions, so that a message means
+the same everywhere. No file is opened. Only `fill_placeholders` changes its arguments.
 
 A part of a message is a string, or a dict with a `type`. A medium (an image or a video) is a source (a path, a URL,
-bytes, pixels, ...), or a dict with a source under one of `SOURCE_KEYS` and options of this medium (options.py, those
-with `per_medium`). A part of type image or video is such a dict, too. The plain forms are
+bytes, pixels, ...), or a dict with a source under one of `SOURCE_KEYS` and options of this medium (`per_medium` in
+options.py). A part of type image or video is also such a dict. The plain forms are
 
     part      {"type": "text", "text": text}, {"type": "image", "image": medium}, {"type": "video", "video": medium};
               without its medium, an image or video part is a placeholder: the medium is given elsewhere
@@ -48,8 +48,8 @@ MOST_AXES = {"image": 3, "video": 4}  # of an array that is one medium
 PLAIN_KEY = {"image": "image", "video": "video_path"}  # of the source, in a plain medium
 MEDIUM_OPTIONS = {kind: names_of(kind, per_medium=True) for kind in SOURCE_KEYS}
 SCHEMES = ("data", "file", "http", "https")
-# Keys in which other software puts media beside the content of a message. Ignoring them would lose the media, so they
-# are errors.
+# Keys of a message in which other software puts media, outside the content. Ignoring them would lose the media, so
+# they are errors.
 MESSAGE_MEDIA = {
     "image": "image",
     "images": "image",
@@ -66,7 +66,7 @@ MESSAGE_MEDIA = {
     "audios": "audio",
 }
 EXIF_ORIENTATION = 0x0112
-ROLE_ALIASES = {"human": "user", "gpt": "assistant"}  # of `conversations` in training records
+ROLE_ALIASES = {"human": "user", "gpt": "assistant"}  # in `conversations` of training records
 
 
 # sources
@@ -81,7 +81,7 @@ def scheme_of(source) -> str | None:
 
 
 def local_path(source):
-    """The path of a source that is a `file:` URL or begins with `~`; any other source as it is.
+    """The path of a source that is a `file:` URL or begins with `~`; any other source unchanged.
 
     Raises:
         ValueError: for a `file:` URL of another machine.
@@ -111,7 +111,7 @@ def same_source(a, b) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same_source, a, b))
     if isinstance(a, Image.Image) and isinstance(b, Image.Image):
-        return _same_image(a, b)  # before the types: a copy of a JpegImageFile has another one
+        return _same_image(a, b)  # before types are compared: the copy of a JpegImageFile is of another type
     if type(a) is not type(b):
         return False
     try:
@@ -160,7 +160,7 @@ def part_kind(name) -> str | None:
 
 
 def medium_kind(medium: Mapping) -> str | None:
-    """ "image" or "video" if a key ("image_url", "video_path", ...) or the `type` says which; else None."""
+    """ "image" or "video" by a key ("image_url", "video_path", ...) or the `type`; None if neither shows it."""
     for kind, keys in SOURCE_KEYS.items():
         if any(key in medium for key in keys if kind in key):
             return kind
@@ -169,9 +169,9 @@ def medium_kind(medium: Mapping) -> str | None:
 
 
 def read_medium(kind: str, given, what: str | None = None) -> tuple:
-    """(source, options) of a medium: a bare source has no options; the source of a dict without one is None.
+    """(source, options) of a medium. A bare source has no options. The source of a dict without one is None.
 
-    A path beside bytes names their origin, as in an undecoded image of datasets: the bytes are the source.
+    If a dict has bytes and a path, the bytes are the source: `datasets` gives undecoded images so.
 
     Args:
         kind: "image" or "video".
@@ -198,7 +198,7 @@ def read_medium(kind: str, given, what: str | None = None) -> tuple:
 
 
 def _without_type(kind: str, given: Mapping, what: str) -> Mapping:
-    """The dict of a medium without its `type`. ValueError for keys that mean something else in other software."""
+    """The dict of a medium without its `type`. Raises ValueError for keys of other software that mean nothing here."""
     if given.get("type") is not None and part_kind(given["type"]) != kind:
         raise ValueError(f"{what} is of type {shorten(given['type'])}; expected {kind}")
     if kind == "video" and isinstance(given.get("frames"), (list, tuple)):
@@ -213,7 +213,7 @@ def _without_type(kind: str, given: Mapping, what: str) -> Mapping:
 
 
 def _read_source(kind: str, given: Mapping, what: str) -> tuple:
-    """(source or None, options) under `SOURCE_KEYS`. There are options if a dict is given in place of a source."""
+    """(source or None, options) under `SOURCE_KEYS`. The value of such a key may be a dict with source and options."""
     found_key, source, options = None, None, {}
     for key in SOURCE_KEYS[kind]:
         value = given.get(key)
@@ -242,7 +242,7 @@ def _read_source(kind: str, given: Mapping, what: str) -> tuple:
 
 
 def _join_options(options: dict, more: dict, what: str) -> dict:
-    """The options of both dicts. ValueError if they contradict each other."""
+    """The options of both dicts. Raises ValueError if they contradict each other."""
     for name in options.keys() & more.keys():
         if options[name] is not more[name] and options[name] != more[name]:
             raise ValueError(f"{what}: {name} is given twice, as {shorten(options[name])} and {shorten(more[name])}")
@@ -354,7 +354,7 @@ def read_messages(messages, what: str = "a conversation") -> list[dict]:
     """Messages as new dicts whose content is a string or a list of plain parts; keys that are None are dropped.
 
     Raises:
-        ValueError: for what is no list of messages, for a part that cannot be read, and for media beside the content.
+        ValueError: for anything but a list of messages, unreadable parts, and media outside the content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{what} is a list of messages, dicts with 'role' and 'content'; got {shorten(messages)}")
@@ -380,24 +380,26 @@ def read_messages(messages, what: str = "a conversation") -> list[dict]:
 
 
 def _check_empty(what: str, key: str, value) -> None:
-    """ValueError unless a key for media, which belong into the content of a message, is empty."""
+    """Raises ValueError if a key outside the content of a message holds media."""
     if value is None or (isinstance(value, (str, bytes, Sequence, Mapping)) and not value):
         return
     if (kind := MESSAGE_MEDIA[key]) == "audio":
         raise ValueError(f"{what} has {key!r}; MOSS-VL takes no audio, leave it out")
     raise ValueError(
-        f"{what} has {key!r} beside its content, {shorten(value)}; put each medium into the content, as a part "
+        f"{what} has {key!r} outside its content, {shorten(value)}; put each medium into the content, as a part "
         f"{{'type': {kind!r}, {kind!r}: ...}}"
     )
 
 
 def read_turns(name: str, given) -> list[dict]:
-    """The turns of a training record as messages: with {"role", "content"} for {"from", "value"}, and usual roles.
+    """The turns of a training record as messages: {"role", "content"} in place of {"from", "value"}, and the roles
+    user and assistant in place of human and gpt. Other keys of a turn stay.
 
-    `name` is the key under which the turns were given, for messages. Other keys of a turn stay.
+    Args:
+        name: the key of the record under which the turns were given, for error messages.
 
     Raises:
-        ValueError: for what is no list of dicts, and for a turn in both spellings.
+        ValueError: for anything but a list of dicts, and for a turn in both spellings.
     """
     if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
         either = "{'role', 'content'} or {'from', 'value'}"
@@ -424,11 +426,11 @@ def media_before_text(media, text: str) -> list[dict]:
 
 
 def check_no_placeholder(name: str, text: str) -> None:
-    """ValueError if a text that its media precede holds a placeholder."""
+    """Raises ValueError if a prompt has a placeholder, as its media come before the text."""
     if found := PLACEHOLDER.search(text):
         raise ValueError(
-            f"{name} holds {found[0]!r}, but media come before a prompt by themselves; for another order use "
-            "'messages'"
+            f"{name} holds {found[0]!r}, but its media come before the prompt automatically; for another order "
+            "use 'messages'"
         )
 
 
@@ -493,13 +495,14 @@ def collect_media(messages, kind: str) -> list:
 
 
 def fill_placeholders(kind: str, messages: list, media: list) -> None:
-    """Puts plain `media` of one kind, given beside the messages, into the parts of the messages. Changes the messages.
+    """Puts `media` of one kind, in plain form, into the parts of the messages. Changes the messages.
 
-    The messages have plain parts without placeholders in their texts. In order, the media are one of
-      * one per part without a medium;
-      * one per part, if the caller gives all media again: the options of both are joined;
-      * one per group of consecutive parts without a medium, a part per segment: the group becomes one part;
-      * the media of the parts, divided differently: two parts with a segment each may be one video with two segments.
+    The texts of the messages have no placeholders. The number of media decides, in this order:
+      * one per part without a medium: they fill these parts;
+      * one per part: all media were given again, and the options of both are joined;
+      * one placeholder per part, no part with a medium: consecutive parts, one per segment, become one part;
+      * one placeholder per placeholder of the parts: the media of the parts were given again, with other divisions
+        into segments: two parts with a segment each may be one video with two segments.
 
     Raises:
         ValueError: for any other number, and for a medium that differs from the one in its part.
@@ -519,7 +522,7 @@ def fill_placeholders(kind: str, messages: list, media: list) -> None:
         _check_segments_again(kind, parts, media)
     else:
         filled = len(parts) - len(empty)
-        also = f", and have {filled} of their own ({kind}s may also name all {len(parts)} again)" if filled else ""
+        also = f", and hold {filled} ({kind}s may also list all {len(parts)} again)" if filled else ""
         raise ValueError(
             f"the messages leave placeholders for {len(empty)} {kind}s{also}, but {kind}s holds {len(media)}; they "
             "must match"
@@ -527,14 +530,14 @@ def fill_placeholders(kind: str, messages: list, media: list) -> None:
 
 
 def _join_media(kind: str, number: int, medium, again):
-    """The medium of a part, joined with the options that it has where it is given again, in `images` or `videos`."""
+    """The medium of a part, with the options of both places if it is given again in `images` or `videos`."""
     (source, options), (source_again, options_again) = read_medium(kind, medium), read_medium(kind, again)
     shared = options.keys() & options_again.keys()
     shared_options, shared_again = ({name: each[name] for name in shared} for each in (options, options_again))
     if not same_source(source, source_again):
         raise ValueError(
-            f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(source_again)} in its "
-            f"place; expected the same, or no {kind}s beside messages that hold their own"
+            f"{kind} {number} of the messages is {shorten(source)}, but {kind}s has {shorten(source_again)} at the "
+            f"same index; expected the same, or no {kind}s if the messages hold all media"
         )
     if not same_medium(kind, plain_medium(kind, source, shared_options), plain_medium(kind, source, shared_again)):
         raise ValueError(
@@ -545,7 +548,7 @@ def _join_media(kind: str, number: int, medium, again):
 
 
 def _check_segments_again(kind: str, parts: list, media: list) -> None:
-    """ValueError unless `media` are the media of the parts, with the segments of a video divided differently."""
+    """Raises ValueError unless `media` are the media of the parts, with segments divided differently into videos."""
 
     def split_segments(medium):
         source, options = read_medium(kind, medium)
@@ -578,8 +581,8 @@ def _fill_segments(kind: str, messages: list, media: list) -> None:
                 parts.append({"type": kind, kind: medium})
             elif previous is not medium:
                 raise ValueError(
-                    f"the segments of {shorten(medium)} stand apart in the messages; put their {PLACEHOLDERS[kind]} "
-                    "together, or give each segment as a separate video"
+                    f"the segments of {shorten(medium)} are not consecutive in the messages; put their "
+                    f"{PLACEHOLDERS[kind]} together, or give each segment as a separate video"
                 )
             previous = medium
         message["content"] = parts

@@ -1,4 +1,4 @@
-"""From turns to their answers: inputs of the processor, batches that share a `generate` call, texts."""
+"""Answers turns: inputs of the processor, batches that share a `generate` call, texts."""
 
 import torch
 from transformers import (
@@ -12,7 +12,7 @@ from .generation_options import GENERATE_DEFAULTS, GREEDY, OBJECTS
 from .generation_queries import Turn
 
 
-# Options of `generate` that mean the same for a left-padded prompt (`repetition_penalty` with `UnpaddedPenalty`).
+# Options of `generate` whose effect does not depend on left padding (`repetition_penalty` by `UnpaddedPenalty`).
 PADDING_SAFE = {
     *GREEDY,
     *GENERATE_DEFAULTS,
@@ -33,8 +33,8 @@ PADDING_SAFE = {
 def encode_turn(model, processor, turn: Turn, alone: bool = True) -> dict:
     """The inputs of `generate` for one turn, batch size 1.
 
-    If the turn is `alone`, the vision encoder runs on the first frames of its videos while later frames are decoded.
-    Turns that wait for others keep uint8 pixels instead: these need less memory than vision tokens, and none on the
+    If the turn is `alone`, the vision encoder runs on the first frames of a video while later frames are decoded.
+    Several turns keep uint8 pixels until all are decoded: these need less memory than vision tokens, and none on the
     device.
     """
 
@@ -58,7 +58,7 @@ def encode_turn(model, processor, turn: Turn, alone: bool = True) -> dict:
 
 
 def answer_turns(model, processor, turns: list[Turn], inputs: list) -> list[str]:
-    """The text of each turn. Replaces the items of `inputs` by None as they are used, to free their memory."""
+    """The answer to each turn. Replaces used items of `inputs` by None, to free their memory."""
     device = "cpu" if model.device.type == "meta" else model.device  # meta: the weights are offloaded
     texts = [None] * len(turns)
     for group in group_turns(turns, inputs):
@@ -87,12 +87,12 @@ def _arguments_of_batch(arguments: dict, attention_mask: torch.Tensor) -> dict:
 
 
 def group_turns(turns: list[Turn], inputs: list) -> list[list[int]]:
-    """Indices of the turns that share a `generate` call.
+    """Groups turns that can share a `generate` call, as lists of indices.
 
-    They have equal arguments, and equal lengths if an argument is not `PADDING_SAFE`. Turns with objects of the caller
-    (a streamer, stopping criteria, ...) share no call.
+    The turns of a group have equal arguments. They also have equal lengths if an argument is not `PADDING_SAFE`. A
+    turn with objects of the caller (a streamer, stopping criteria, ...) is a group alone.
     """
-    shared, groups = [], []  # shared: (arguments, length, group), compared one by one as arguments may not be hashable
+    shared, groups = [], []  # shared: ((arguments, length), group); compared one by one, as arguments are not hashable
     for i, turn in enumerate(turns):
         if turn.generate.keys() & OBJECTS:
             groups.append([i])
@@ -109,7 +109,7 @@ def group_turns(turns: list[Turn], inputs: list) -> list[list[int]]:
 
 
 def left_pad(inputs: list, pad_token_id: int) -> dict:
-    """One batch, left-padded, of inputs with batch size 1. The model derives the frame mask from `input_ids`."""
+    """Joins inputs of batch size 1 into one left-padded batch. The model derives the frame mask from `input_ids`."""
     width = max(one["input_ids"].shape[1] for one in inputs)
 
     def padded(name, value):  # [1, T] each -> [B, width]
@@ -133,7 +133,8 @@ def left_pad(inputs: list, pad_token_id: int) -> dict:
 class UnpaddedPenalty(LogitsProcessor):
     """The repetition penalty of left-padded rows. Without it, transformers 4 penalises the padding token.
 
-    `padding`: the number of padding tokens before each prompt; beams of a prompt follow each other.
+    Args:
+        padding: number of padding tokens before each prompt. The beams of a prompt are consecutive rows.
     """
 
     def __init__(self, penalty: float, padding: list[int]):

@@ -20,21 +20,21 @@ MEDIA_INPUTS = ("pixel_values", "image_mean", "image_std", "image_features", "gr
 MEDIA_KWARGS = (*MEDIA_INPUTS, "cross_attention_mask")
 PROMPT_KWARGS = (*MEDIA_KWARGS, "image_grid_thw", "position_ids", "prompt_length", "rows_per_sample")
 NOT_OF_FORWARD = ("labels", "token_type_ids", "mm_token_type_ids", "tokenizer", "assistant_tokenizer")
-# Whether `generate` passes the number of new tokens, and so accepts those of a new turn alone; transformers 4 does
-# not.
-NEXT_LENGTH = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+# Whether `generate` passes the number of new tokens, so that it accepts the tokens of a new turn alone. transformers 5
+# does, transformers 4 does not.
+TAKES_NEW_TURN = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 
 class MossVLGenerateHooks:
     """Overrides of `GenerationMixin`, which comes after this class among the bases of the model.
 
-    What belongs to the prompt (`PROMPT_KWARGS`) is one entry of the model kwargs, `prompt_kwargs`, from
-    `_expand_inputs_for_generation` on: transformers 5 does not prefill in chunks if it sees `pixel_values`. Besides
-    arguments of forward it has
+    `_expand_inputs_for_generation` moves the arguments that belong to the prompt (`PROMPT_KWARGS`) into one entry of
+    the model kwargs, `prompt_kwargs`, because transformers 5 does not prefill in chunks if it sees `pixel_values`. The
+    entry also has
 
-        past_length: text tokens that the cache held before the prompt.
-        media_as_given: on a filled cache the caller's media, of the whole conversation, for an assistant, which starts
-            without a cache.
+        past_length: text tokens in the cache before the prompt.
+        media_as_given: on a filled cache, the media as the caller gave them. An assistant model starts without a
+            cache, so it needs those of the whole conversation.
     """
 
     # Private hooks of transformers, in the order in which `generate` calls them
@@ -50,15 +50,15 @@ class MossVLGenerateHooks:
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """transformers 5 drops an `attention_mask` of ones. This override keeps the caller's, as its length tells
+        """transformers 5 drops an `attention_mask` of ones. This override keeps the caller's mask: its length shows
         whether `input_ids` is the whole conversation or a new turn."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         return inputs, name, {**model_kwargs, "prompt_kwargs": {"attention_mask": model_kwargs.get("attention_mask")}}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """transformers repeats the rows of every tensor for beams and several answers. This override repeats text rows
-        only, as the rows of a sample share its media; and before that checks the prompt and drops media that the cache
-        holds."""
+        """transformers repeats the rows of every tensor for beams and several answers. This override repeats rows of
+        text only, because rows of a sample share its media. Before that, it checks the prompt and drops media that the
+        cache holds."""
         prompt = {name: model_kwargs.pop(name, None) for name in PROMPT_KWARGS}
         prompt = {name: value for name, value in prompt.items() if value is not None}
         cache, past_length = model_kwargs.get(CACHE), cached_length(model_kwargs.get(CACHE))
@@ -79,7 +79,7 @@ class MossVLGenerateHooks:
             else:
                 prompt["rows_per_sample"] = expand_size
             for name, axis in (("cross_attention_mask", 0), ("position_ids", -2)):
-                if name in prompt and prompt[name].shape[axis] == len(input_ids):  # else one for all rows
+                if name in prompt and prompt[name].shape[axis] == len(input_ids):  # otherwise one row serves all
                     prompt[name] = prompt[name].repeat_interleave(expand_size, dim=axis)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -95,9 +95,9 @@ class MossVLGenerateHooks:
     def _get_candidate_generator(
         self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
     ):
-        """transformers passes the model kwargs on to the assistant of assisted generation. This override passes what
-        belongs to the prompt under its public names, as far as the assistant accepts them; but not the frame mask:
-        without it some candidates may be rejected, and none is wrong."""
+        """transformers passes the model kwargs to the assistant of assisted generation. This override passes the
+        arguments of the prompt under their public names, if the assistant accepts them. It leaves out the frame mask:
+        without it more candidates may be rejected, but the output is the same."""
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
                 "`assistant_early_exit` is not supported: this model's layers differ, and an early exit would skip "
@@ -148,8 +148,8 @@ class MossVLGenerateHooks:
         past_key_values=None,
         **kwargs,
     ):
-        """transformers makes the inputs of the next call of forward. This override takes the tokens that the cache
-        does not hold, and what they need of the prompt.
+        """transformers makes the inputs of the next call of forward. This override makes them from the tokens that the
+        cache does not hold, and the arguments of the prompt that these tokens need.
 
         transformers 4 passes the new tokens as `cache_position`, transformers 5 their number as
         `next_sequence_length`. The `position_ids` that transformers makes are not XRoPE's and are not used; the
@@ -182,8 +182,9 @@ class MossVLGenerateHooks:
         }
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        """transformers updates the model kwargs after each call. This override drops what belongs to the prompt after
-        its media are in the cache, and without a cache extends the caller's positions by the new tokens."""
+        """transformers updates the model kwargs after a call. With a cache, this override drops the arguments of the
+        prompt, whose media are then in the cache. Without a cache, it extends the caller's positions by the new
+        tokens."""
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
         )
@@ -206,12 +207,12 @@ class MossVLGenerateHooks:
         attention_mask: Optional[torch.Tensor],
         prompt: dict,
     ) -> dict:
-        """Checks the prompt as a whole, as forward may get it in chunks.
+        """Checks the whole prompt, because forward may get it in chunks.
 
         Returns:
-            The prompt with `past_length`; `prompt_length`, which separates the prompt from what the model writes; and
-            on a filled cache only the media of the new turn, a mask over all frames of the conversation, and
-            `media_as_given`.
+            The arguments of the prompt with `past_length` and `prompt_length`, after which tokens are generated. On a
+            filled cache the media are those of the new turn, the frame mask covers all frames of the conversation, and
+            `media_as_given` is added.
         """
         new = new_tokens(past_length, input_ids, attention_mask)
         state = vision_state(cache, self.config.text_config)
@@ -226,7 +227,7 @@ class MossVLGenerateHooks:
             pads = pads_of_samples(state, (text == self.config.image_token_id).sum(1).tolist())
             media = media_of_new_turn(state, media.assign(pads), pads)
             if not media and frame_mask is not None and frame_mask.shape[2] <= text.shape[1]:
-                frame_mask = None  # it is about frames that the cache holds, for a new turn that has none
+                frame_mask = None  # its columns are frames that the cache holds, and the new turn has no frame
         request = read_request(
             self.config.image_token_id,
             state,
@@ -236,8 +237,8 @@ class MossVLGenerateHooks:
             media,
             frame_mask,
             prompt_length=length,
-            mask_at_end=past_length
-            > 0,  # the mask is about the new turn, and the token before it is not in the cache yet
+            # The mask covers the new turn. `new` may begin one token earlier, with one that is not in the cache yet.
+            mask_at_end=past_length > 0,
         )
         if past_length and request.mask is not None and not request.state.is_waiting():
             frame_mask = whole_mask(request)
@@ -248,7 +249,7 @@ class MossVLGenerateHooks:
         return prompt | {"media_as_given": given} if past_length else prompt
 
     def _check_media_for_assistant(self, input_ids: torch.Tensor, grid_thw) -> None:
-        """Refuses media of the new turn alone, as an assistant starts without a cache.
+        """Refuses media of the new turn alone, because an assistant starts without a cache.
 
         Raises:
             ValueError: if the conversation has another number of `image_pad` tokens than the media have frames.
@@ -258,7 +259,7 @@ class MossVLGenerateHooks:
         if pads and pads != frames:
             raise ValueError(
                 f"The conversation has {pads} `image_pad` tokens, and {frames} frames were given for the assistant, "
-                "which starts without a cache; expected the media of all turns. Pass these, or leave "
+                "which starts without a cache; expected the media of all turns. Pass them, or leave "
                 "`assistant_model` out."
             )
 
@@ -274,9 +275,9 @@ def new_tokens(past_length: int, input_ids: torch.Tensor, attention_mask: Option
         return input_ids
     length = input_ids.shape[1]
     only_new = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] != length
-    if only_new and not NEXT_LENGTH:
+    if only_new and not TAKES_NEW_TURN:
         raise ValueError(
-            f"`input_ids` has {length} tokens and `attention_mask` {attention_mask.shape[1]}; expected as many, those "
+            f"`input_ids` has {length} tokens and `attention_mask` {attention_mask.shape[1]}; expected both for those "
             "of the whole conversation: this transformers does not take the tokens of the new turn alone."
         )
     new = input_ids if only_new else input_ids[:, past_length:]
@@ -291,10 +292,10 @@ def new_tokens(past_length: int, input_ids: torch.Tensor, attention_mask: Option
 def check_last_token(
     state: VisionState, past_length: int, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor]
 ) -> None:
-    """Refuses a conversation whose token at the end of the cache is not the one that the cache holds.
+    """Checks that `input_ids` continues the cache, by the last token of the cache.
 
     Raises:
-        ValueError: if it is another one.
+        ValueError: if `input_ids` has another token there.
     """
     if state.last_ids is None:
         return
@@ -305,14 +306,14 @@ def check_last_token(
     if is_other.any():
         raise ValueError(
             f"`input_ids` is not the conversation that the cache holds: token {past_length - 1} is {last.tolist()}, "
-            f"and the cache's {state.last_ids.tolist()}; expected the whole conversation, or with transformers 5 the "
+            f"but {state.last_ids.tolist()} in the cache; expected the whole conversation, or with transformers 5 the "
             "tokens of the new turn and an `attention_mask` for the whole."
         )
 
 
 def inputs_of_prompt(prompt: dict, past_length: int, length: int) -> dict:
-    """What a call of `length` tokens needs of the prompt: media come with its first chunk, positions are those of the
-    chunk."""
+    """The arguments of the prompt for a call of `length` tokens: the media with its first chunk, and the positions of
+    these tokens."""
     inputs = {name: value for name, value in prompt.items() if name not in ("media_as_given", "past_length")}
     if past_length > prompt.get("past_length", 0):
         inputs = {name: value for name, value in inputs.items() if name not in MEDIA_INPUTS}
@@ -326,6 +327,6 @@ def inputs_of_prompt(prompt: dict, past_length: int, length: int) -> dict:
 
 
 def extend_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions [..., T] counted on from the last one, to [..., length] if that is longer."""
+    """Positions [..., T], continued from the last one to [..., length]; unchanged if T is at least `length`."""
     steps = torch.arange(1, max(0, length - positions.shape[-1]) + 1, device=positions.device, dtype=positions.dtype)
     return torch.cat([positions, positions[..., -1:] + steps], dim=-1)

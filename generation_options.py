@@ -39,18 +39,18 @@ VISION_CHUNKED_LENGTH = 64
 
 # media_kwargs
 
-ONE_VIDEO_OPTIONS = {"segments", "video_metadata"}  # they describe one video, so they go into its dict
+ONE_VIDEO_OPTIONS = {"segments", "video_metadata"}  # they belong to one video, in its dict
 IMAGE_OPTIONS, VIDEO_OPTIONS = ({*names_of(kind)} - ONE_VIDEO_OPTIONS for kind in ("image", "video"))
 MEDIA_OPTIONS = IMAGE_OPTIONS | VIDEO_OPTIONS
-CALL_OPTIONS = {*names_of("text"), *names_of("call")}  # of the processor's call, which the offline methods make
+CALL_OPTIONS = {*names_of("text"), *names_of("call")}  # of a call of the processor; the offline methods set them
 FRAME_COUNT_OPTIONS = {"video_fps", "num_frames", "do_sample_frames", "min_frames", "max_frames"}
 
 
 def merge_media_kwargs(earlier: dict, given: Mapping) -> dict:
-    """`media_kwargs` of earlier turns, overridden by those of this query; canonical names, None values kept.
+    """`media_kwargs` of earlier turns, overridden by those of this query, under canonical names. None is kept.
 
     Raises:
-        ValueError: if two names of one option are given, or `size` beside a limit that it holds.
+        ValueError: if an option is given under two names, or as a part of `size` and alone.
     """
     canonical, spelled = {}, {}
     for name, value in _without_size(given).items():
@@ -59,7 +59,7 @@ def merge_media_kwargs(earlier: dict, given: Mapping) -> dict:
         [option] = read_options({name: True}, MEDIA_OPTIONS, "media_kwargs")
         if value is not None and canonical.get(option) is not None:
             raise ValueError(
-                f"{name} is another name of {spelled[option]}, the same option, and both were given; give one of them"
+                f"{name} and {spelled[option]} are names of the same option, and both were given; give one of them"
             )
         if value is not None or option not in canonical:
             canonical[option], spelled[option] = plain_number(value), name
@@ -67,7 +67,7 @@ def merge_media_kwargs(earlier: dict, given: Mapping) -> dict:
 
 
 def _without_size(given: Mapping) -> dict:
-    """Media options with `size` replaced by the limits that it holds, `min_pixels` and `max_pixels`."""
+    """Media options with `min_pixels` and `max_pixels` in place of `size`."""
     size = given.get("size")
     given = {name: value for name, value in given.items() if name != "size"}
     if size is None:
@@ -79,7 +79,7 @@ def _without_size(given: Mapping) -> dict:
         if size.get(edge) is None:
             continue
         if clash := next((other for other in (edge, name) if given.get(other) is not None), None):
-            raise ValueError(f"size has {edge!r}, and {clash}, the same option, was given beside it; give one of them")
+            raise ValueError(f"size has {edge!r}, and {clash}, the same option, was given as well; give one of them")
         given[name] = size[edge]
     return given
 
@@ -93,8 +93,8 @@ def complete_media_kwargs(media_kwargs: dict) -> dict:
 def defaults_beside(given: Mapping) -> dict:
     """The `MEDIA_DEFAULTS` that do not contradict the given options.
 
-    Without a rate of frames (`do_sample_frames=False`), defaults for their number would be an error. Frames that were
-    sampled before (`sample_fps`) are all taken, unless an option bounds their number.
+    With `do_sample_frames=False` all frames are taken, and a default for their number would be an error. With
+    `sample_fps` all frames are taken unless an option limits their number.
     """
     explicit = {name for name, value in given.items() if value is not None}
     contradicting = set()
@@ -112,7 +112,7 @@ def defaults_beside(given: Mapping) -> dict:
 class _NumberRule:
     """What a numeric option of `generate` must be."""
 
-    convert: type  # int or float; transformers refuses an int where it documents a float
+    convert: type  # int or float; transformers refuses an int for some options that are floats
     expected: str
     fits: Callable
 
@@ -141,7 +141,7 @@ OPTIONAL_NUMBERS = {
     "no_repeat_ngram_size": _at_least(0),
     "prompt_lookup_num_tokens": _at_least(1),
 }
-# Greedy decoding, also if generation_config.json turns sampling on. transformers warns about any other value of these.
+# Greedy decoding, also if generation_config.json turns sampling on. transformers warns about other values.
 GREEDY = {
     "do_sample": False,
     "temperature": 1.0,
@@ -155,7 +155,7 @@ GREEDY = {
 }
 OBJECT_LISTS = {"stopping_criteria", "logits_processor"}
 OBJECTS = {"streamer", "prefix_allowed_tokens_fn", *OBJECT_LISTS}
-# Fields of GenerationConfig that do not fit a method that returns one text.
+# Fields of GenerationConfig for more outputs than the one text that the offline methods return.
 NOT_TEXT = {
     "num_return_sequences",
     "return_dict_in_generate",
@@ -172,7 +172,7 @@ def generate_arguments(model, tokenizer, given, vision_chunked_length: int) -> d
     """All keyword arguments of `generate` apart from the inputs: `generate_kwargs` of a query, checked, with defaults.
 
     Raises:
-        ValueError: for an unknown option, and for a value that `generate` would refuse, or fail on while it generates.
+        ValueError: for an unknown option, and for a value that `generate` would refuse at its start or later.
     """
     if isinstance(given, dict) and (refused := sorted(given.keys() & NOT_TEXT)):
         raise ValueError(
@@ -210,7 +210,7 @@ def _tokens(model, tokenizer, given: dict) -> dict:
 
 
 def _check_optional(given: dict) -> None:
-    """ValueError for a value on which `generate` would fail only after the media are encoded."""
+    """Raises ValueError for values that `generate` would find wrong only after the media are encoded."""
     given = {name: value for name, value in given.items() if value is not None or name in OBJECT_LISTS}
     for name in given.keys() & OPTIONAL_NUMBERS.keys():
         OPTIONAL_NUMBERS[name].check(name, given[name])
@@ -237,14 +237,14 @@ OPTION_DICTS = {"media_kwargs": MEDIA_OPTIONS, "generate_kwargs": GENERATE_OPTIO
 
 
 def check_options(what: str, value, known=None) -> dict:
-    """`value`, or {} for None. ValueError unless `value` is a dict whose keys are all `known` (None: any)."""
+    """`value`, or {} for None. Raises ValueError unless `value` is a dict and all keys are `known` (None: any key)."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a dict, got {type(value).__name__}")
     for name in value if known is not None else ():
         if name not in known:
-            # The single-medium methods take these options directly: a hint at the dict would mislead.
+            # The methods for one medium take these options directly, so a hint at media_kwargs would mislead.
             is_option = name in MEDIA_OPTIONS | GENERATE_OPTIONS and what not in OPTION_DICTS
             hint = None if is_option else misplaced_hint(name, value[name])
             raise ValueError(f"{what}: {hint or f'unknown key {name!r}; {name_hint(name, known - REFUSED.keys())}'}")
@@ -252,7 +252,7 @@ def check_options(what: str, value, known=None) -> dict:
 
 
 def misplaced_hint(name, value) -> str | None:
-    """Where to write an option that was given in a place where it has no effect; None if `name` is not an option."""
+    """A message that says where an option belongs; None if `name` is not an option."""
     if owner := next((owner for owner, options in OPTION_DICTS.items() if name in options), None):
         return f"{name!r} belongs into its {owner}; write {{{owner!r}: {{{name!r}: ...}}}}"
     if name in ONE_VIDEO_OPTIONS:

@@ -1,7 +1,7 @@
-"""Reads queries of the offline methods: each is checked as a whole, before anything is decoded, and becomes a `Turn`.
+"""Reads queries of the offline methods: each is checked before anything is decoded, and becomes a `Turn`.
 
-A conversation is a list of {"role", "content"}; content is a list of plain parts (conversation.py), one per
-medium.
+A conversation is a list of {"role", "content"}. Content is a list of plain parts (conversation.py): texts, and one
+part per medium.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ QUERY_KEYS = {
 }
 CANCEL_KEYS = ("cancel_current_generate", "stop_generation")
 QUEUE_KEYS = {*QUERY_KEYS, *CANCEL_KEYS, "stop_offline_generate", "stream_output"}
-# Keys with which records of other software describe their media. Elsewhere they would be refused options.
+# Keys with which records of other software describe their media. In `media_kwargs` the same names are errors.
 RECORD_FACTS = {"frames", "resolution", "image_size", "raw_fps"}
 # Keys of a message that only a chat template can write into the prompt.
 TOOL_KEYS = ("tool_calls", "function_call")
@@ -70,7 +70,7 @@ WEIGHT_OPTIONS = {
     "merge_size": "spatial_merge_size",
 }
 
-NEW_CONVERSATION = {"messages": [], "media_kwargs": {}}  # a session state; read, never changed
+NEW_CONVERSATION = {"messages": [], "media_kwargs": {}}  # the session state of a new conversation; never changed
 
 THINKING_MODES = {  # name -> whether the system turn asks for the reasoning
     "no_thinking": False,
@@ -94,18 +94,18 @@ THINKING_PROMPT = (
 
 @dataclass(frozen=True)
 class Turn:
-    """A checked query: the arguments of the processor and of `generate`, and what the next session state is made of.
+    """A checked query: the arguments of the processor and of `generate`, and the content of the next session state.
 
     Attributes:
-        messages: the conversation, up to and with the question.
+        messages: the conversation up to the question, which is included.
         text: the prompt, with a placeholder per medium (per segment of a video with segments).
         images, videos: the media of the whole conversation, in the order of the text.
-        media_kwargs: options of the session, by canonical names, without defaults.
+        media_kwargs: `media_kwargs` of the session by canonical names, without defaults.
         images_kwargs, videos_kwargs: options of the processors, with defaults.
         generate: keyword arguments of `generate`, apart from the inputs.
-        state: the session state that the query was given; returned as it was if `persist` is False.
+        state: the session state before the query. It is returned unchanged if `persist` is False.
         persist: whether the returned session state has this turn.
-        extra: keys of the query that have no meaning here; they are copied into the result.
+        extra: other keys of the query, which are copied into the result.
     """
 
     messages: list[dict]
@@ -121,7 +121,7 @@ class Turn:
     extra: dict
 
     def finish(self, answer: str) -> tuple[list[dict], dict | None]:
-        """(the conversation with the answer, the session state after it)."""
+        """(conversation with the answer, session state after the turn)."""
         messages = [*self.messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return messages, {"messages": messages, "media_kwargs": self.media_kwargs} if self.persist else self.state
 
@@ -130,7 +130,7 @@ def read_query(model, processor, query, state, vision_chunked_length: int) -> Tu
     """The turn that a query adds to a session state. Decodes no media.
 
     Raises:
-        ValueError: for anything wrong with the query, the state, the processor, or a medium that is probed.
+        ValueError: for an error in the query, the state or a probed medium, or a wrong processor.
         FileNotFoundError: for a missing image.
     """
     _check_processor(processor)
@@ -183,16 +183,22 @@ def name_query(index: int):
 
 
 def read_flag(query: Mapping, name: str, default: bool | None = False) -> bool | None:
-    """A key of a query that is True or False; `default` if it is absent or None."""
+    """The value of a key that must be True or False; `default` if it is absent or None."""
     return flag_or(name, query.get(name), default)
 
 
 def check_query(query, known) -> dict:
-    """The items of a query whose keys have no meaning here.
+    """Checks the keys of a query.
+
+    Args:
+        known: the allowed ones of `QUEUE_KEYS`.
+
+    Returns:
+        The items with other keys, which have no effect.
 
     Raises:
-        ValueError: for what is no dict, for a key that is probably misspelled, and for an option, which would have no
-            effect.
+        ValueError: for a query that is no dict, a key that is probably misspelled, and an option, which belongs into
+            media_kwargs or generate_kwargs.
     """
     check_options("query", query)
     if query is None:
@@ -208,7 +214,7 @@ def check_query(query, known) -> dict:
 
 
 def _check_unknown_key(name, value) -> None:
-    """ValueError for a key of a query that is meant for something else."""
+    """Raises ValueError for a key that has its place elsewhere, not at the top of a query."""
     if hint := misplaced_hint(name, value):
         raise ValueError(f"query: {hint}")
     drop_fixed({name: value}, "query")
@@ -229,7 +235,7 @@ def _check_processor(processor) -> None:
 
 
 def _check_state(state) -> None:
-    """ValueError for a session state that no earlier call can have returned."""
+    """Raises ValueError for a session state that no earlier call can have returned."""
     if state is None:
         return
     expected = "a session state is None or what an earlier call returned in 'session_states'"
@@ -248,10 +254,10 @@ def _check_state(state) -> None:
 
 
 def _check_media_kwargs(model, processor, media: list, options: dict) -> None:
-    """ValueError for options that an image or video processor refuses, or that do not fit the model's weights."""
+    """Raises ValueError for options that a processor refuses, or that do not fit the model's weights."""
     limits = options.keys() & {"min_pixels", "max_pixels"}
     if not media and len(limits) == 1:
-        # The single limit may be meant for the query's other media, and contradict this processor's other limit.
+        # The limit may be meant for media of the other kind, and contradict the other limit of this processor.
         processor.resolve({name: value for name, value in options.items() if name not in limits})
     else:
         processor.resolve(options)
@@ -267,7 +273,7 @@ def _check_media_kwargs(model, processor, media: list, options: dict) -> None:
 
 
 def list_media(kind: str, media) -> list:
-    """One medium, a list of media or None, as a list. A list of frames is one video.
+    """Makes a list of one medium, a list of media, or None. A list of frames is one video.
 
     Raises:
         ValueError: for an array of several media, [N, h, w, 3] for images and [N, n, h, w, 3] for videos.
@@ -288,9 +294,8 @@ def _read_new_messages(query: dict) -> list[dict]:
     media = {kind: list_media(kind, query.get(f"{kind}s")) for kind in PLACEHOLDERS}
     if query.get("messages") is None:
         return _messages_of_prompt(query.get("prompt"), media)
-    if not isinstance(query.get("prompt"), str | None) or query.get(
-        "prompt"
-    ):  # clients send an empty one beside messages
+    prompt = query.get("prompt")
+    if prompt is not None and not (isinstance(prompt, str) and not prompt):  # clients send an empty one with messages
         raise ValueError("a query has a prompt or messages, got both")
     messages = []
     for message in read_messages(query["messages"], "messages"):
@@ -323,16 +328,16 @@ def _read_listed_medium(kind: str, medium):
     """The plain form of a medium in `images` or `videos`, where each must have its source."""
     source, options = read_medium(kind, medium)
     if source is None:
-        raise ValueError(
-            f"{kind}s holds no {kind} in {shorten(medium)}; expected a path, a URL or another source of one"
-        )
+        raise ValueError(f"{kind}s holds no {kind} in {shorten(medium)}; expected a path, a URL or another source")
     if kind == "image" and isinstance(source, (list, tuple)):
-        raise ValueError(f"images is nested too deep: {shorten(source)} stands for one image; give one flat list")
+        raise ValueError(
+            f"images is nested too deep: {shorten(source)} is where one image belongs; give one flat list"
+        )
     return plain_medium(kind, source, options)
 
 
 def _choose_system(earlier: list[dict], new: list[dict], query: dict) -> list[dict]:
-    """The whole conversation; if the query chooses a system turn, it replaces that of the earlier messages."""
+    """The whole conversation. A system turn that the query chooses replaces that of the earlier messages."""
     system, mode, kind = (query.get(name) for name in ("system_prompt", "thinking_mode", "system_prompt_type"))
     if system is not None and not isinstance(system, str):
         raise ValueError(f"system_prompt must be a string, got {type(system).__name__}")
@@ -355,7 +360,7 @@ def _choose_system(earlier: list[dict], new: list[dict], query: dict) -> list[di
 
 
 def _choose_template(processor, query: dict) -> str | None:
-    """The chat template to render the prompt with; None if the query or the processor has none."""
+    """The chat template for the prompt; None if the query turns it off or the processor has none."""
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     use_template = read_flag(query, "use_template", None)
     if use_template and not template:

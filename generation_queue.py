@@ -44,7 +44,7 @@ class QueueServer:
                     if read_flag(query, "stop_offline_generate"):
                         return
                     self.answer(query)
-                except Exception as error:  # an error of one query must not end the service
+                except Exception as error:  # an error in one query must not end the service
                     self.output_text_queue.put(f"[ERROR] {error or type(error).__name__}")
                 self.output_text_queue.put(ROUND_END)
         finally:
@@ -117,7 +117,7 @@ def drop_cancel_keys(query: dict) -> dict:
 
 
 def without_cancel(query) -> dict | None:
-    """The query without its cancel flags; None if it has no other keys. ValueError for what is no query."""
+    """The query without its cancel flags; None if it has no other keys. Raises ValueError for anything but a query."""
     check_query(query, QUEUE_KEYS)
     if not any(key in query for key in CANCEL_KEYS):
         return query
@@ -127,7 +127,7 @@ def without_cancel(query) -> dict | None:
 
 
 def put_back(new_queries, waiting: deque) -> None:
-    """Puts the waiting queries back on the queue that they came from, before those that came later."""
+    """Puts the waiting queries back at the front of the queue."""
     if not waiting:
         return
     if isinstance(getattr(new_queries, "queue", None), deque):  # a queue.Queue: at its front, under its lock

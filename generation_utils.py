@@ -1,12 +1,11 @@
-"""The offline methods of MOSS-VL: query -> turn -> inputs of the processor -> `generate` -> text.
+"""The offline methods: query -> turn -> inputs of the processor -> `generate` -> text.
 
     generation_queries.py    reads and checks queries, before anything is decoded
     generation_options.py    reads and checks their options of the processors and of `generate`
     generation_batches.py    encodes turns, and joins those with equal arguments into one left-padded `generate` call
     generation_queue.py      serves queries from a queue
 
-No call leaves anything on the model or the processor: a conversation continues from the session state that a call
-returned.
+No call changes the model or the processor. A conversation continues from the session state that a call returned.
 """
 
 import inspect
@@ -86,10 +85,10 @@ ARGUMENTS = {
 
 
 def _with_arguments(arguments: dict):
-    """Decorator that shows `arguments` and `**generate_kwargs` in the signature, in place of the method's `**given`.
+    """Decorator that shows `arguments` and `**generate_kwargs` in the signature of a method that takes `**given`.
 
-    The method takes `**given` to know which arguments the caller passed: a default must not contradict one of them, as
-    `video_fps` would contradict `num_frames`.
+    With `**given`, the method knows which arguments the caller passed. A default must not contradict one of these: the
+    default of `video_fps` would contradict a given `num_frames`.
     """
 
     def decorate(method):
@@ -109,8 +108,8 @@ def _with_arguments(arguments: dict):
 class MossVLGenerationMixin:
     """Offline methods of `MossVLForConditionalGeneration`. `processor` is a `MossVLProcessor` of the same checkpoint.
 
-    The returned texts are what was generated without special tokens, with white space unchanged. A media option that
-    is None takes the processor's setting.
+    Returned texts have no special tokens and unchanged white space. For a media option that is None, the processor's
+    setting is used.
 
     Raises:
         ValueError, FileNotFoundError: for anything wrong with a query, before any medium is decoded; in a batch, the
@@ -122,8 +121,8 @@ class MossVLGenerationMixin:
         """Answers `prompt` about one image or a list of images, which come before the prompt.
 
         Args:
-            image: anything that the processor takes for an image (a path, a URL, bytes, a PIL image, an array
-                [h, w, 3], ...), or a list of such.
+            image: an image in any form that the processor takes (a path, a URL, bytes, a PIL image, an array
+                [h, w, 3], ...), or a list of images.
             shortest_edge, longest_edge: least and most *pixels* (height x width) of an image after its resize.
             multi_image_max_pixels: most pixels of all images together.
             patch_size, temporal_patch_size, merge_size: must equal those of the model; None means the processor's.
@@ -131,14 +130,14 @@ class MossVLGenerationMixin:
             max_new_tokens, temperature, top_k, top_p, repetition_penalty, do_sample: as `generate` takes them, except
                 that a temperature of 0 or less means greedy, as does `do_sample=False`.
             vision_chunked_length: frames per call of the vision encoder.
-            use_template: True renders the chat template, False feeds the images and the bare prompt, None is True if
-                the processor has a template.
+            use_template: True renders the chat template; False gives the model the images and the bare prompt; None
+                means True if the processor has a template.
             system_prompt, system_prompt_type, thinking_mode: choose a system turn, see `offline_batch_generate`.
             generate_kwargs: any other option of images, or of a `generate` call that returns one text (`num_beams`,
                 `streamer`, `stop_strings`, ...).
 
         Raises:
-            ValueError: for an unknown argument (with the nearest known one), a wrong value, or what is no image.
+            ValueError: for an unknown argument (with the nearest known one), a wrong value, or an unreadable image.
             FileNotFoundError: for a missing file.
         """
         return _answer_single(self, processor, "image", prompt, image, given)
@@ -148,8 +147,8 @@ class MossVLGenerationMixin:
         """Answers `prompt` about one video or a list of videos, which come before the prompt.
 
         Args:
-            video: anything that the processor takes for a video (a path, a URL, bytes, a list of frames, an array
-                [n, h, w, 3], a dict with segments, ...), or a list of such.
+            video: a video in any form that the processor takes (a path, a URL, bytes, a list of frames, an array
+                [n, h, w, 3], a dict with segments, ...), or a list of videos.
             shortest_edge, longest_edge: least and most *pixels* (height x width) of a frame after its resize.
             video_max_pixels: most pixels of all frames together.
             video_fps: frames per second of video to take. `min_frames` and `max_frames` bound their number.
@@ -167,15 +166,15 @@ class MossVLGenerationMixin:
         session_states: list | None = None,
         vision_chunked_length: int = VISION_CHUNKED_LENGTH,
     ) -> dict:
-        """Answers many queries. Some share a `generate` call, but each answer is the one that its query gets alone.
+        """Answers many queries. Queries may share a `generate` call; the answer is the same as for each query alone.
 
         Args:
             queries: a list of dicts. All keys are optional:
                 prompt: text, after the query's images and then videos; or
                 messages: chat messages, whose content is text or a list of parts. A part of type image or video has
-                    its medium (conversation.py lists the forms), or is a placeholder, as `<|image|>` in a text is, for
-                    the next of `images` or `videos`. `prompt` may be an empty string beside messages.
-                images, videos: one medium or a list of media. Beside messages they fill the placeholders; or they are
+                    its medium (conversation.py lists the forms). Without a medium it is a placeholder for the next of
+                    `images` or `videos`, like `<|image|>` in a text. `prompt` may be an empty string then.
+                images, videos: one medium or a list of media. With messages, they fill the placeholders; or they list
                     all media of the messages again, in order, and the options of both are joined.
                 media_kwargs: options of the image and video processors, as in options.py.
                 generate_kwargs: options of `generate`.
@@ -192,8 +191,8 @@ class MossVLGenerationMixin:
                 persist_session: False leaves the turn out of the returned session state.
                 append_messages_to_session: False takes the query as a whole conversation, not as the next turn of its
                     session.
-                Any other key (`id`, `metadata`, `response`, ...) is copied into the result, unless the result has such
-                a key. A misspelling of one of the above, or the name of an option, is a ValueError.
+                Other keys (`id`, `metadata`, `response`, ...) are copied into the result, except those that the result
+                has already. A misspelled key, or an option outside media_kwargs and generate_kwargs, is a ValueError.
             session_states: None, or a list with None or the state of an earlier call for each query. The
                 `media_kwargs` of earlier turns hold until a query changes them.
             vision_chunked_length: frames per call of the vision encoder.
@@ -228,21 +227,25 @@ class MossVLGenerationMixin:
         is `<|round_start|>`, pieces that join to the text, and `<|round_end|>`. An error is `[ERROR] MESSAGE` in place
         of the text (or of the rest of it), and the next query is served.
 
-        A query with `cancel_current_generate` or `stop_generation` ends the answer that is being generated, before the
-        waiting queries are served. Its other keys are served in turn, as is `stop_offline_generate`; a query without
-        other keys gets no round. False and None have no effect.
+        A query with `cancel_current_generate` or `stop_generation` ends the current answer at once, also if other
+        queries wait. Its other keys are served in turn, as is `stop_offline_generate`; a query without other keys gets
+        no answer. False and None have no effect.
 
         Queries are independent, unless one has `persist_session`: then the next queries continue its conversation,
-        until one has `reset_session`. Keys without a meaning here (`id`, `metadata`, ...) are ignored.
+        until one has `reset_session`. Other keys (`id`, `metadata`, ...) are ignored.
 
-        When the method returns or is interrupted, the queries that were not served are on `new_queries`, in their
-        order.
+        When the method returns or is interrupted, queries that were not served are on `new_queries`, in their order.
         """
         QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length).serve()
 
 
 def _answer_single(model, processor, kind: str, prompt, media, given: dict) -> str:
-    """The answer of a single-medium method; `given` has the keyword arguments that the caller passed."""
+    """The answer of `offline_image_generate` or `offline_video_generate`.
+
+    Args:
+        kind: "image" or "video".
+        given: the keyword arguments that the caller passed.
+    """
     given = {name: value for name, value in given.items() if value is not None or name not in REFUSED}
     media_options = IMAGE_OPTIONS if kind == "image" else VIDEO_OPTIONS
     generate_options = GENERATE_OPTIONS | NOT_TEXT
@@ -277,7 +280,7 @@ def _check_batch(queries, session_states) -> None:
 
 
 def _check_videos(processor, turns: list[Turn]) -> None:
-    """Plans the videos of all turns without downloads, so that a wrong one is an error before another is decoded."""
+    """Plans the videos of all turns that need no download, so that a wrong video raises before another is decoded."""
     for index, turn in enumerate(turns):
         if turn.videos and not turn.videos_kwargs.get("allow_http"):
             with name_query(index):

@@ -42,7 +42,7 @@ class Grid(tuple):
 
 @dataclass(frozen=True)
 class Media:
-    """Images and videos, in the order of the text. Without pixels and features they only have positions.
+    """Images and videos, in the order of the text. Without pixels and features, only positions can be computed.
 
     Attributes:
         grid: (frames, patch rows, patch columns) per medium; empty if there are no media.
@@ -111,7 +111,7 @@ class Media:
         )
 
     def with_recalled(self, recalled: list[list["Media"]]) -> "Media":
-        """These media with each sample's recalled media before its new ones."""
+        """These media, with each sample's `recalled` media (unplaced ones of earlier calls) before its new ones."""
         parts = []
         for earlier, numbers in zip(recalled, self.numbers(), strict=True):
             parts += [*earlier, self.take(numbers)] if numbers else earlier
@@ -119,18 +119,18 @@ class Media:
         return join_media(parts, counts)
 
     def is_zero(self) -> bool:
-        """Whether one medium has only zeros after it is normalised or encoded."""
+        """Whether a single medium has only zeros, as normalised pixels or as features."""
         values = self.image_features if self.pixel_values is None else self.pixel_values
         return not (
             values.any() or (self.image_mean is not None and any(number != 0 for number in self.image_mean[0]))
         )
 
     def has_form_of(self, other: "Media") -> bool:
-        """Whether both have the same grid and the same fields."""
+        """Whether both have the same grid and the same kind of pixels or features."""
         return self.grid == other.grid and self.fields().keys() == other.fields().keys()
 
     def clone(self) -> "Media":
-        """A copy with tensors of its own, which does not keep the tensors of the whole call alive."""
+        """A copy whose tensors are copies, so that it does not keep the tensors of the whole call in memory."""
         copies = {name: values.clone() for name, values in self.fields().items() if isinstance(values, torch.Tensor)}
         return replace(self, **copies)
 
@@ -176,7 +176,7 @@ def read_media(
     if features is not None:
         check_features(config, grid, features, pixel_values)
     per_sample = None
-    if media_nums_per_sample is not None:  # a pipeline joins several calls to a list of lists
+    if media_nums_per_sample is not None:  # pipelines make a list of lists
         listed = (row if isinstance(row, (list, tuple)) else [row] for row in media_nums_per_sample)
         per_sample = [int(number) for row in listed for number in row]
     return Media(grid, merge_size, per_sample, pixel_values, features, image_mean, image_std)
@@ -210,7 +210,7 @@ def check_pixels(config, grid: Grid, pixel_values: Optional[torch.Tensor], image
 
 
 def check_features(config, grid: Grid, features: torch.Tensor, pixel_values: Optional[torch.Tensor]) -> None:
-    """Refuses encoded media that do not fit the grid or come beside pixels.
+    """Refuses encoded media that do not fit the grid, or are given together with pixels.
 
     Raises:
         ValueError: what does not fit.
@@ -218,7 +218,7 @@ def check_features(config, grid: Grid, features: torch.Tensor, pixel_values: Opt
     tokens = sum(grid.patches()) // config.spatial_merge_size**2
     if pixel_values is not None:
         raise ValueError(
-            "`image_features` came beside `pixel_values`; expected one of them: the media encoded, or their pixels."
+            "`image_features` and `pixel_values` were both given; expected one: encoded media, or their pixels."
         )
     if tuple(features.shape) != (tokens, config.out_hidden_size):
         raise ValueError(
@@ -228,8 +228,8 @@ def check_features(config, grid: Grid, features: torch.Tensor, pixel_values: Opt
 
 
 def count_media(grid: Grid, pads: list[int]) -> list[int]:
-    """Number of media per sample: each sample takes as many frames as it has `image_pad` tokens. A text without any
-    takes the processor's blank medium, if there is one for each such text."""
+    """Number of media per sample: each sample takes as many frames as it has `image_pad` tokens. A sample without any
+    takes a blank medium, if there is one for every such sample."""
     if len(pads) == 1:
         return [len(grid)]
     blank = int(grid.frames() == sum(pads) + pads.count(0))
@@ -243,7 +243,7 @@ def count_media(grid: Grid, pads: list[int]) -> list[int]:
 
 
 def choose_grid(grid_thw, image_grid_thw):
-    """The grid by whichever of its two names the caller used.
+    """The grid, under either of its two names.
 
     Raises:
         ValueError: if both names were used.
@@ -254,7 +254,7 @@ def choose_grid(grid_thw, image_grid_thw):
 
 
 def take_rows(rows: Optional[torch.Tensor], sizes: list[int], numbers) -> Optional[torch.Tensor]:
-    """The parts of `rows` (parts of these sizes) with these indices, joined; a view if it is one part."""
+    """Splits `rows` into parts of these sizes and joins those with the indices `numbers`; a view for one part."""
     if rows is None:
         return None
     parts = rows.split(sizes)
@@ -262,16 +262,16 @@ def take_rows(rows: Optional[torch.Tensor], sizes: list[int], numbers) -> Option
 
 
 def join_media(parts: list[Media], per_sample: list[int]) -> Media:
-    """One after the other.
+    """Joins media in their order.
 
     Raises:
-        ValueError: if some media are pixels and others features, or pixels of another kind.
+        ValueError: if pixels, uint8 pixels and features are mixed.
     """
     names = parts[0].fields().keys()
     if any(part.fields().keys() != names for part in parts):
         raise ValueError(
-            f"Media of one call come as {[sorted(part.fields()) for part in parts]}; expected all as pixels of one "
-            "kind, or all encoded."
+            f"Media of one call are {[sorted(part.fields()) for part in parts]}; expected all as pixels of one kind, "
+            "or all encoded."
         )
     joined = {}
     for name in names:

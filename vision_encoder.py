@@ -27,14 +27,13 @@ DEFAULT_VISION_CHUNK = 64  # frames per chunk
 # Without gradients:
 MLP_ROWS = 4096  # patches per call of the MLP
 CPU_PATCHES = 1 << 12  # most patches per chunk on a CPU, so that they stay in its caches
-GPU_PATCHES = 1 << 16  # most patches per chunk elsewhere: they keep any GPU busy without filling its memory
+GPU_PATCHES = 1 << 16  # most patches per chunk on other devices: enough to keep a GPU busy, little memory
 
 
 def chunk_groups(
     groups: list[FrameGroup], max_frames: int, max_patches: Optional[int] = None
 ) -> list[list[FrameGroup]]:
-    """Cuts groups into chunks of at most `max_frames` frames and `max_patches` patches. A chunk has at least one
-    frame."""
+    """Divides groups into chunks of at most `max_frames` frames and `max_patches` patches, but at least one frame."""
     chunks, free_frames, free_patches = [], 0, 0
     if max_patches is None:
         max_patches = sum(group.patches for group in groups)
@@ -53,8 +52,14 @@ def chunk_groups(
 
 
 def patch_statistics(per_medium: MediaValues, grid: list[list[int]], sizes: list[int]) -> list:
-    """Image means (or standard deviations) per medium -> per chunk of `sizes` patches: three numbers if all media have
-    the same, else [patches, 3]; None if there are none."""
+    """Image means (or standard deviations) for each chunk, from those of each medium.
+
+    Args:
+        sizes: patches of each chunk.
+
+    Returns:
+        For each chunk three numbers if all media have the same, else [patches, 3]; None without statistics.
+    """
     if per_medium is None or all(list(row) == list(per_medium[0]) for row in per_medium):
         return [None if per_medium is None else per_medium[0]] * len(sizes)
     counts = torch.tensor([t * h * w for t, h, w in grid])
@@ -64,8 +69,7 @@ def patch_statistics(per_medium: MediaValues, grid: list[list[int]], sizes: list
 def with_separators(
     features: torch.Tensor, groups: list[FrameGroup], merge: int, separator: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """Appends the separator [D] to the features [tokens, D] of each frame. Without a separator returns them
-    unchanged."""
+    """Appends the separator [D] to the features [tokens, D] of each frame; None leaves them unchanged."""
     if separator is None:
         return features
     pieces = []
@@ -81,8 +85,7 @@ def concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def gather_rows(parts: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
-    """Concatenates tensors [n, D] of `rows` rows in all, freeing each one before the next is computed. No gradient
-    flows."""
+    """Concatenates tensors [n, D] into [rows, D], freeing each one before the next is computed. Without gradients."""
     out, offset = None, 0
     for part in parts:
         out = part.new_empty(rows, part.shape[1]) if out is None else out
@@ -106,12 +109,16 @@ class MossVLVisionPatchEmbed(nn.Module):
         self.proj = MossVLVisionPatchProjection(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, pixel_values: torch.Tensor, image_mean=None, image_std=None) -> torch.Tensor:
-        """[P, channels * time * row * column] -> [P, hidden]. uint8 pixels are normalised first with their means and
-        standard
-        deviations, [3] or [P, 3]: here and not in the projection, which adapters may wrap."""
+        """[P, channels * time * row * column] -> [P, hidden]. uint8 pixels are normalised first.
+
+        Adapters may wrap the projection, so pixels are not normalised there.
+
+        Args:
+            image_mean, image_std: for uint8 pixels, [3] or [P, 3].
+        """
         if pixel_values.dtype == torch.uint8:
             device = next(self.proj.parameters()).device
-            # An offloaded projection has no device until it runs: normalise where the pixels are.
+            # An offloaded projection has no device until it runs; the pixels then stay where they are.
             pixels = pixel_values if device.type == "meta" else pixel_values.to(device)
             pixel_values = normalise(pixels, image_mean, image_std)
         return self.proj(pixel_values)
@@ -125,8 +132,8 @@ class MossVLVisionMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[P, hidden] -> [P, hidden]. Without gradients `MLP_ROWS` at a time: the intermediate states of a whole chunk
-        would be its largest tensor."""
+        """[P, hidden] -> [P, hidden]. Without gradients, `MLP_ROWS` patches at a time: the intermediate states of a
+        whole chunk would be the largest tensor of the encoder."""
         if torch.is_grad_enabled():
             return self.linear_fc2(self.act_fn(self.linear_fc1(hidden_states)))
         out = torch.empty_like(hidden_states)
@@ -150,8 +157,11 @@ class MossVLVisionAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, groups: list[FrameGroup], rotary: Sequence[Rotary], implementation: str
     ) -> torch.Tensor:
-        """[P, hidden] -> [P, hidden]. Frames are the batch axis, one attention call per group. `rotary`: of each
-        group."""
+        """[P, hidden] -> [P, hidden], one attention call per group, with its frames as batch axis.
+
+        Args:
+            rotary: for each group, (cos, sin), [rows * columns, d] each.
+        """
         qkv = self.qkv(hidden_states).split([group.patches for group in groups])  # [P, 3 * hidden]
         outs = []
         for group, part, (cos, sin) in zip(groups, qkv, rotary, strict=True):
@@ -232,8 +242,8 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         Args:
             pixel_values: [P, channels * time * patch * patch], float or uint8.
             grid_thw: [media, 3], (frames, patch rows, patch columns).
-            vision_chunked_length: most frames per chunk; default 64, in training all. Large frames make smaller
-                chunks.
+            vision_chunked_length: most frames per chunk; default 64, in training all. Chunks of large frames are
+                smaller.
             image_mean, image_std: for uint8 `pixel_values`, three numbers per medium.
             separator: [out_hidden_size], appended to the tokens of each frame if given.
 
@@ -279,8 +289,11 @@ class MossVLVisionModel(MossVLPreTrainedModel):
     def _encode(
         self, pixel_values: torch.Tensor, groups: list[FrameGroup], image_mean, image_std, embeddings: dict
     ) -> torch.Tensor:
-        """Features of a chunk, [P / m^2, out]. `embeddings` keeps the results of `_embed_positions` for the later
-        chunks of a call, by (rows, columns)."""
+        """Features of a chunk, [P / m^2, out].
+
+        Args:
+            embeddings: (rows, columns) -> result of `_embed_positions`, kept for the later chunks of the call.
+        """
         hidden_states = self.patch_embed(pixel_values, image_mean, image_std)
         for group in groups:
             if group[1:] not in embeddings:
@@ -288,8 +301,8 @@ class MossVLVisionModel(MossVLPreTrainedModel):
         learned, rotary = zip(*(embeddings[group[1:]] for group in groups), strict=True)
         hidden_states = concatenate(
             [
-                (part.unflatten(0, (group.frames, -1)) + of_frame).flatten(0, 1)
-                for group, part, of_frame in zip(
+                (part.unflatten(0, (group.frames, -1)) + positions).flatten(0, 1)
+                for group, part, positions in zip(
                     groups, hidden_states.split([group.patches for group in groups]), learned, strict=True
                 )
             ]

@@ -1,4 +1,4 @@
-"""Reading a call: its text, its media and its frame mask, checked against each other before anything heavy runs.
+"""Reads a call: its text, media and frame mask, checked against each other before anything heavy runs.
 
 Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, F frames, P
 patches.
@@ -18,9 +18,10 @@ class Padding(NamedTuple):
     """Padding, as the caller's `attention_mask` has it.
 
     Attributes:
-        in_call, anywhere: whether there is padding among the tokens of this call; among these or those of the cache.
-        dropped: long [B], tokens of the cache that became padding since, such as those written to a row that had
-            ended; None if there are none. Positions count on without them.
+        in_call: whether any token of this call is padding.
+        anywhere: whether any token of this call or of the cache is padding.
+        dropped: long [B], number of tokens in the cache that were tokens in an earlier call and are padding now, such
+            as those generated for a row that had ended; None if there are none. Positions do not count them.
         token_counts: as in `VisionState`, after the call.
     """
 
@@ -36,8 +37,8 @@ class TextRequest:
 
     Attributes:
         is_token: bool [B, T], False at padding.
-        is_frame: bool [B, T], True at each `image_pad` that stands for a frame.
-        pads: number of such `image_pad` tokens of each sample: the frames that this call places.
+        is_frame: bool [B, T], True at each `image_pad` that places a frame.
+        pads: for each sample, the number of these `image_pad` tokens: the frames that this call places.
     """
 
     is_token: torch.Tensor
@@ -54,11 +55,11 @@ class FrameMask(NamedTuple):
     """A caller's `cross_attention_mask` for the tokens of a call, inverted.
 
     Attributes:
-        visible: bool [B, m, F], True = may be seen, for m tokens of the call; the other tokens see every frame
-            placed at or before them.
-        first: the first of these tokens.
-        new_frames_only: whether the columns are the frames that come with the call; else all frames of the
-            conversation.
+        visible: bool [B, m, F], True = may be seen, for m consecutive tokens of the call. The other tokens see every
+            frame placed at or before them.
+        first: index in the call of the first of the m tokens.
+        new_frames_only: True if the columns are the frames that come with the call; False if they are all frames of
+            the conversation.
     """
 
     visible: np.ndarray
@@ -77,11 +78,11 @@ class VisionRequest:
     Attributes:
         state: the state before the call.
         past_length: text tokens in the cache.
-        media: the media of the call, and those of earlier calls that its text recalls.
+        media: the media of the call, and unplaced media of earlier calls that its text places.
         new_frames: merged (H, W) of each sample's new frames; a blank medium has none.
         unplaced: as in `VisionState`, after the call.
         mask: the caller's mask, or None.
-        blank: media that are read times 0, or None; see `with_blank`.
+        blank: blank media of a training call without frames, or None; see `with_blank`.
     """
 
     state: VisionState
@@ -108,7 +109,7 @@ class VisionRequest:
         return count_vision_tokens(self.frames_placed(sample))
 
     def only_continues(self) -> bool:
-        """Whether the tokens of the call see what the last token saw, and count on from it."""
+        """Whether the tokens of the call see the frames that the previous token saw, and take the next positions."""
         return not (
             self.text.padding.in_call
             or any(self.text.pads)
@@ -118,8 +119,8 @@ class VisionRequest:
         )
 
     def with_blank(self, media: Media) -> "VisionRequest":
-        """This request with media that all tokens read times 0, so that every parameter of the vision side gets a
-        gradient."""
+        """This request with media to which all tokens attend, and whose effect is multiplied by 0, so that every
+        parameter of the vision side gets a gradient."""
         return replace(self, blank=media)
 
 
@@ -144,11 +145,11 @@ def read_request(
     """Reads a call and checks it.
 
     Args:
-        text: `input_ids` [B, T], or `inputs_embeds` [B, T, D], in which no frame can be placed.
-        prompt_length: tokens of the whole prompt, if the caller knows it; the model wrote what comes after it.
+        text: `input_ids` [B, T]; or `inputs_embeds` [B, T, D], in which no frame can be placed.
+        prompt_length: tokens of the whole prompt, if it is known. The model generated later tokens.
         whole_prompt: without `prompt_length`, whether every frame has to be placed in this call.
-        mask_at_end: whether a mask with fewer rows than the call has tokens is about the last tokens; else about the
-            first.
+        mask_at_end: whether a mask with fewer rows than the call has tokens covers the last tokens; otherwise it
+            covers the first ones.
 
     Raises:
         ValueError: for shapes and counts that do not fit each other.
@@ -161,7 +162,7 @@ def read_request(
         raise ValueError(f"The call has {rows} text rows; expected {len(state.row_sample)}, as many as the cache.")
     if media and text.ndim != 2:
         raise ValueError(
-            "`grid_thw` came with `inputs_embeds` alone; expected `input_ids` beside it, to place the frames."
+            "`grid_thw` came with `inputs_embeds` alone; expected `input_ids` as well, to place the frames."
         )
     if prompt_length is not None:
         whole_prompt = past_length + length >= prompt_length
@@ -193,7 +194,7 @@ def read_text(
     rows, length = text.shape[:2]
     is_token, padding = read_padding(state, past_length, text, attention_mask)
     in_prompt = length if prompt_length is None else min(length, max(prompt_length - past_length, 0))
-    # If no frame waits in the cache, a single new token is text that the model wrote, whatever its id is.
+    # A single new token after the prompt is a generated one, and places no frame, unless a frame can still be placed.
     expects_frames = has_media or state.is_waiting() or any(state.unplaced)
     is_written = past_length > 0 and length == 1 and not expects_frames
     is_frame, pads = torch.zeros_like(is_token), [0] * len(state.grids)
@@ -206,7 +207,7 @@ def read_text(
 def read_padding(
     state: VisionState, past_length: int, text: torch.Tensor, attention_mask: Optional[torch.Tensor]
 ) -> tuple[torch.Tensor, Padding]:
-    """bool [B, T], False at padding; and the padding. A 4D mask does not mark padding.
+    """Where the call has tokens, bool [B, T], False at padding; and the padding. A 4D mask does not mark padding.
 
     Raises:
         ValueError: if the mask is not [B, S].
@@ -226,7 +227,7 @@ def read_padding(
     is_token = is_real[:, past_length:]
     before = past_length if state.token_counts is None else state.token_counts.to(text.device)
     dropped = (before - is_real[:, :past_length].sum(1)).clamp(min=0)
-    # One tensor for three answers: the host waits for the device once.
+    # Three flags in one number, so that the host waits for the device once.
     bits = int(is_token.all() + 2 * is_real.all() + 4 * (dropped > 0).any())
     padding = Padding(
         in_call=not bits & 1,
@@ -261,13 +262,12 @@ def pads_of_samples(state: VisionState, pads_of_rows: list[int]) -> list[int]:
 def read_frame_mask(
     mask: torch.Tensor, rows: int, past_length: int, length: int, media: Media, *, whole_prompt: bool, at_end: bool
 ) -> FrameMask:
-    """The part of `cross_attention_mask` [B, 1, M, F] that is about the tokens of this call, inverted to True = may be
-    seen.
+    """The rows of `cross_attention_mask` [B, 1, M, F] for the tokens of this call, inverted to True = may be seen.
 
-    On a filled cache a mask with at most as many rows as the call has tokens is about this call. Its columns are then
-    the frames that come with the call, if it has as many columns as these; else all frames of the conversation. A mask
-    with more rows begins with the conversation. Tokens after the last row (a completion was appended after the
-    processor) see every frame placed at or before them.
+    On a filled cache, a mask of at most T rows covers tokens of this call. Its columns are the frames that come with
+    the call if their numbers are equal, otherwise all frames of the conversation. A mask of more rows begins with the
+    first token of the conversation. Tokens after the last row see every frame placed at or before them: a caller may
+    append a completion after the processor made the mask.
 
     Raises:
         ValueError: if shape or dtype do not fit.
@@ -281,7 +281,7 @@ def read_frame_mask(
     ):
         raise ValueError(
             f"`cross_attention_mask` has shape {list(mask.shape)} and dtype {mask.dtype}; expected bool [{rows}, 1, "
-            f"{length}, frames], True = hidden, a row for each token of this call, or {known} rows with those of the "
+            f"{length}, frames], True = hidden, a row per token of this call; or {known} rows, with those of the "
             "cache."
         )
     of_call = past_length > 0 and mask.shape[2] <= length
@@ -306,10 +306,11 @@ def match_media(
     mask: Optional[FrameMask],
     whole_prompt: bool,
 ) -> VisionRequest:
-    """The request, after blank media are set aside and media of zeros that the text places are recalled.
+    """The request, with blank media removed from the new frames.
 
-    A single frame of zeros for a text without `image_pad` is the processor's blank medium, or an image of zeros whose
-    text comes later. It is kept in `unplaced` until a text asks for more frames than came.
+    A text without `image_pad` may come with one frame of zeros: the processor's blank medium, or an image of zeros
+    whose text comes later. It is kept in `unplaced`. If a later text places more frames than come with it, unplaced
+    media are used again.
     """
     frames, unplaced = media.frames(), list(state.unplaced)
     recalled: list[list[Media]] = [[] for _ in frames]
@@ -333,18 +334,18 @@ def match_media(
 
 
 def keep_medium(earlier: list[Media], medium: Media) -> Media:
-    """The medium of zeros to keep: one of the earlier ones if it has the same form, else a copy."""
+    """The medium of zeros to keep: an earlier one with the same grid and fields if there is one, else a copy."""
     return next((other for other in earlier if other.has_form_of(medium)), None) or medium.clone()
 
 
 def recall_media(
     state: VisionState, sample: int, missing: int, unplaced: list[Media]
 ) -> tuple[list[Media], list[Media]]:
-    """Divides media of zeros into those that the text of a call places, and those that stay unplaced. If the other
-    frames suffice, all of them were blank, and none stays.
+    """Divides unplaced media of a sample into those that the text of a call places, and those that stay unplaced. If
+    enough other frames are there, all unplaced media were blank, and none stays.
 
     Args:
-        missing: `image_pad` tokens of the call for which no medium comes with it.
+        missing: number of `image_pad` tokens of the call beyond the frames that come with it.
 
     Raises:
         ValueError: if the text does not determine which of them it places.
@@ -355,10 +356,9 @@ def recall_media(
     sizes = {medium.grid[0] for medium in unplaced}
     if waiting or (len(sizes) > 1 and missing != len(unplaced)):
         raise ValueError(
-            f"Sample {sample} has {len(unplaced)} media of zeros that came before any `image_pad` for them: they may "
-            f"be images, or the processor's blank medium of a text without any. Its text now needs {missing} "
-            f"frames that came before, of which {waiting} wait. Leave blank media out, or give images with the text "
-            "that places them."
+            f"Sample {sample} has {len(unplaced)} media of zeros that came without an `image_pad`: images, or blank "
+            f"media of the processor. Its text now needs {missing} frames of earlier calls, of which {waiting} wait. "
+            "Leave blank media out, or give images with the text that places them."
         )
     return unplaced[:missing], unplaced[missing:]
 
@@ -380,8 +380,8 @@ def check_frame_counts(request: VisionRequest, whole_prompt: bool) -> None:
 
 
 def media_of_new_turn(state: VisionState, media: Media, pads: list[int]) -> Media:
-    """The media that the cache does not hold yet. A later turn may bring the media of the whole conversation, or its
-    new ones.
+    """The media that the cache does not hold yet. The caller may give the media of the whole conversation, or only
+    those of the new turn.
 
     Args:
         pads: `image_pad` tokens of each sample in the text of the new turn.
@@ -395,7 +395,7 @@ def media_of_new_turn(state: VisionState, media: Media, pads: list[int]) -> Medi
         missing = max(0, asked - (known - state.placed[sample]))
         if missing and frames not in (missing, known + missing):
             raise ValueError(
-                f"The new text of sample {sample} asks for {missing} frames beyond the cache, but its media have "
+                f"The new text of sample {sample} places {missing} frames beyond the cache, but its media have "
                 f"{frames}; expected {missing}, or {known + missing} with those of the earlier turns."
             )
         new = [number for number in numbers if sum(t for t, _, _ in media.grid[number + 1 : numbers.stop]) < missing]

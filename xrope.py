@@ -17,9 +17,10 @@ def walk_text(
     text_starts: torch.Tensor | None = None,
     first_positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Walks the text rows with a counter p, from which all positions follow. A token takes p and advances p by 1. A
-    frame of merged grid H x W starts at p; its `image_pad` token takes p + max(H, W), and p advances past that.
-    Padding leaves p as it is. An example row, with frames of 2 x 3 and 1 x 2 (`I` is an `image_pad`):
+    """Walks along each row with a counter p, from which all positions follow. A text token takes position p, then p
+    grows by 1. A frame of merged grid H x W starts at p; its `image_pad` takes position p + max(H, W), then p
+    continues one after that position. Padding does not change p. An example row, with frames of 2 x 3 and 1 x 2 (`I`
+    is an `image_pad`):
 
         token        a    I    b    I    c
         p before     0    1    5    6    9
@@ -33,9 +34,8 @@ def walk_text(
         is_frame: bool [B, T], True at the `image_pad` of a frame.
         extents: long [N], max(H, W) of the frames, in the row-major order of `is_frame`.
         start: long [B], p before the first token of each row.
-        text_starts: bool [B, T], True at the first token of each packed text. There p restarts, so that the token has
-            its position in `first_positions` [B, T]. If that is 0 at an `image_pad`, its frame starts at p = 0
-            instead.
+        text_starts: bool [B, T], True at the first token of each packed text. There p restarts, so that this token
+            gets its position from `first_positions` [B, T]. If that is 0 at an `image_pad`, its frame starts at p = 0.
 
     Returns:
         Text positions [B, T] (equal on all three axes, 0 at padding), p at each frame [N], and p after each row [B].
@@ -64,8 +64,8 @@ def count_tokens(is_token: torch.Tensor, text_starts: torch.Tensor, first_positi
 
 
 def find_text_starts(positions: torch.Tensor, begins: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
-    """Finds the first token of each text in rows that may pack several: bool [B, T], True at the first token of each
-    row, and where `begins` [B, T] is not above the position [B, T] of the previous token. Padding is skipped."""
+    """The first token of each text in rows that may pack several texts: bool [B, T], True at the first token of each
+    row, and at tokens whose `begins` [B, T] is not above the position of the previous token. Padding is skipped."""
     column = torch.arange(positions.shape[1], device=positions.device)
     # [B, T], the column of the token before each one, or -1
     previous = torch.where(is_token, column, -1).cummax(1).values.roll(1, dims=1)
@@ -101,8 +101,8 @@ def xrope_rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rotary of text and vision tokens, computed in float32 and cast at the end.
 
-    Frequency j of the d/2 is theta^(-2j/d). It is multiplied by the position on axis h if j % 3 == 1 and j < 3 *
-    section[1], on axis w if j % 3 == 2 and j < 3 * section[2], and else on axis t: t h w t h w ... t t t.
+    Frequency j of d/2 is theta^(-2j/d). It is multiplied by the position on one axis: on h if j % 3 == 1 and j < 3 *
+    section[1], on w if j % 3 == 2 and j < 3 * section[2], otherwise on t. The order is t h w t h w ... t t t.
 
     Args:
         positions: [3, ...].
@@ -136,7 +136,7 @@ def grid_rotary(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tup
 
 
 def cos_sin(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Angles [..., d / 2] -> (cos, sin), each [..., d], the sines with the signs that `rotate` needs."""
+    """Angles [..., d / 2] -> (cos, sin), each [..., d]. The first half of the sines is negated, as `rotate` needs."""
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     # [c0 c1] -> [c0 c1 c0 c1] and [s0 s1] -> [-s0 -s1 s0 s1]
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

@@ -94,7 +94,7 @@ def test_rows_of_one_sample_with_different_text_cannot_place_frames(model):
     ):
         model(torch.tensor([[IMAGE_PAD], [7]]), past_key_values=cache, **visual)
     with pytest.raises(
-        ValueError, match="Text rows 0 and 1 share the frames of sample 0, but have them at different positions"
+        ValueError, match="Text rows 0 and 1 share the frames of sample 0, but place them at different positions"
     ):
         model(torch.tensor([[IMAGE_PAD, 7], [7, IMAGE_PAD]]), past_key_values=cache, **visual)
 
@@ -147,12 +147,12 @@ def test_a_cache_half_filled_by_a_failed_call(model, oracle, layer):
         with pytest.raises(RuntimeError):
             model(**(sample.inputs() if not length else {"input_ids": torch.tensor([[7]])}), past_key_values=cache)
         hook.remove()
-        with pytest.raises(ValueError, match="a call failed half-way|but not their vision sequence"):
+        with pytest.raises(ValueError, match="a call failed before its end|but not their vision sequence"):
             model(torch.tensor([[7]]), past_key_values=cache)
         if length:
             crop(cache, length)  # in transformers 5 this takes a token from the layers that lack it, too
             if V5:
-                with pytest.raises(ValueError, match="a call failed half-way"):
+                with pytest.raises(ValueError, match="a call failed before its end"):
                     model(torch.tensor([[7]]), past_key_values=cache)
             else:
                 close(

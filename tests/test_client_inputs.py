@@ -157,7 +157,7 @@ def test_refused_options_may_be_none(model, processor, pictures, calls):
         (
             "images",
             ["a.png"],
-            "message 0 has 'images' beside its content, .*'a.png'.*; put each medium into the content, as a part "
+            "message 0 has 'images' outside its content, .*'a.png'.*; put each medium into the content, as a part "
             ".*'image'",
         ),
         ("image", "a.png", "message 0 has 'image'"),
@@ -299,7 +299,7 @@ def test_segments_may_be_named_again_as_one_video(model, processor, calls, tmp_p
             "videos names 1 videos whose segments are 2 parts of the messages, and gives them max_frames",
         ),
         ([clip((0, 2), (3.5,), (4,))], "but videos holds 1"),
-        ([{**clip((0, 2), (3.5,)), "video_path": VIDEO}], "in its place"),
+        ([{**clip((0, 2), (3.5,)), "video_path": VIDEO}], "at the same index"),
     ],
 )
 def test_other_segments_beside_messages_are_an_error(model, processor, nothing_is_encoded, again, message):

@@ -116,18 +116,16 @@ def test_queries_with_media_named_again_are_not_changed(model, processor, pictur
 
 
 NOT_THE_SAME = [
-    (["b"], {}, r"image 0 of the messages is '.*64x64.png', but images has '.*128x64.png' in its place"),
+    (["b"], {}, r"image 0 of the messages is '.*64x64.png', but images has '.*128x64.png' at the same index"),
     (
         ["a", "b"],
         {},
-        "leave placeholders for 0 images, and have 1 of their own .images may also name all 1 again., but images "
-        "holds 2",
+        "leave placeholders for 0 images, and hold 1 .images may also list all 1 again., but images holds 2",
     ),
     (
         ["a"],
         {"extra": 2},
-        "leave placeholders for 2 images, and have 1 of their own .images may also name all 3 again., but images "
-        "holds 1",
+        "leave placeholders for 2 images, and hold 1 .images may also list all 3 again., but images holds 1",
     ),
     (
         [{"image": "a", "max_pixels": 5000}],
@@ -172,7 +170,7 @@ def test_segments_may_have_a_placeholder_each(model, processor, calls):
         and one["text"] == each["text"]
         and calls[0]["grid_thw"][:, 0].tolist() == [2, 1]
     )
-    with pytest.raises(ValueError, match="segments of .* stand apart"):
+    with pytest.raises(ValueError, match="segments of .* are not consecutive"):
         batch(model, processor, query_of(messages=[{"role": "user", "content": "<|video|>a<|video|>"}], videos=[clip]))
 
 
@@ -323,7 +321,7 @@ def test_options_have_aliases(model, processor, calls):
     for media in ({"fps": 2}, {"nframes": 4}, {"total_pixels": 5 * 16384}, {"longest_edge": 16384}):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media=media))
     assert [call["grid_thw"].tolist() for call in calls] == [[[10, 16, 20]], [[4, 16, 20]], [[5, 6, 8]], [[5, 6, 8]]]
-    with pytest.raises(ValueError, match="video_fps is another name of fps, the same option"):
+    with pytest.raises(ValueError, match="video_fps and fps are names of the same option"):
         batch(model, processor, query_of("a", videos=LONGER_VIDEO, media={"fps": 2, "video_fps": 2}))
 
 
@@ -356,16 +354,16 @@ def test_a_given_option_must_not_contradict_another(model, processor, pictures, 
     for arguments, message in (
         (dict(num_frames=8, video_fps=1.0), "video_fps 1.0 and num_frames 8"),
         (dict(num_frames=8, fps=1), "video_fps 1 and num_frames 8"),
-        (dict(shortest_edge=4096, min_pixels=5000), "min_pixels is another name of shortest_edge"),
-        (dict(shortest_edge=4096, min_pixels=4096), "min_pixels is another name of shortest_edge"),
+        (dict(shortest_edge=4096, min_pixels=5000), "min_pixels and shortest_edge are names of the same option"),
+        (dict(shortest_edge=4096, min_pixels=4096), "min_pixels and shortest_edge are names of the same option"),
         (
             dict(num_extract_threads=4, frame_extract_num_threads=2),
-            "frame_extract_num_threads is another name of num_extract_threads",
+            "frame_extract_num_threads and num_extract_threads are names of the same option",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             model.offline_video_generate(processor, "a", VIDEO, **arguments)
-    with pytest.raises(ValueError, match="max_pixels is another name of longest_edge"):
+    with pytest.raises(ValueError, match="max_pixels and longest_edge are names of the same option"):
         model.offline_image_generate(processor, "a", pictures[0], longest_edge=16777216, max_pixels=5000)
 
 

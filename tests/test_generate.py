@@ -155,7 +155,7 @@ def test_embeddings_in_place_of_ids(model):
     assert run(model, {"inputs_embeds": embed(text.ids[None])}).tolist() == [plain_greedy(model, text)]
     both = sample.inputs() | {"inputs_embeds": embed(sample.ids[None])}
     assert continuation(model, both) == [plain_greedy(model, sample)]
-    with pytest.raises(ValueError, match="`input_ids` beside it"):
+    with pytest.raises(ValueError, match="`input_ids` as well"):
         run(model, {name: value for name, value in both.items() if name != "input_ids"})
 
 
@@ -432,7 +432,7 @@ def test_outputs_of_generate(model):
         ({"grid_thw": torch.tensor([[1, 2, 8], [1, 4, 4]])}, r"expected \[32, 48\]"),
         ({"grid_thw": torch.tensor([[1, 1, 16]])}, r"the row \[1, 1, 16\]; expected .* multiples of the merge size 2"),
         ({"grid_thw": None}, "`pixel_values` came without `grid_thw`"),
-        ({"image_features": torch.zeros(4, 64)}, "`image_features` came beside `pixel_values`; expected one of them"),
+        ({"image_features": torch.zeros(4, 64)}, "`image_features` and `pixel_values` were both given; expected one"),
         (
             {"image_features": torch.zeros(4, 64), "pixel_values": None, "grid_thw": None},
             "`image_features` came without `grid_thw`",

@@ -255,7 +255,7 @@ def test_images_of_zeros_of_several_sizes_that_wait(model, oracle):
             got = model(torch.tensor([text]), past_key_values=cache).logits[0]
             close(got, oracle.logits([5, 5, *text], frames_of(oracle, *frames))[2:])
         else:
-            with pytest.raises(ValueError, match="has 2 media of zeros that came before any `image_pad`"):
+            with pytest.raises(ValueError, match="has 2 media of zeros that came without an `image_pad`"):
                 model(torch.tensor([text]), past_key_values=cache)
 
 

@@ -53,7 +53,7 @@ def test_forward_passes_each_argument_of_the_inner_model_under_its_name(model, m
     def receive(**given):
         raise InterruptedError(given)
 
-    names = {name for name in inspect.signature(model.model.forward).parameters}
+    names = inspect.signature(model.model.forward).parameters
     arguments = {name: f"the value of {name}" for name in names} | {"input_ids": torch.ones(1, 2)}
     monkeypatch.setattr(model.model, "forward", receive)
     with pytest.raises(InterruptedError) as raised:

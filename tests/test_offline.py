@@ -387,7 +387,7 @@ def test_wrong_calls_are_errors(model, processor, pictures, nothing_is_encoded):
         (dict(vision_chunked_length=0), "vision_chunked_length must be a whole number"),
         (dict(image=[]), "image must be one image or a list"),
         (dict(image="nowhere.png"), "nowhere.png"),
-        (dict(longest_edge=5000, max_pixels=6000), "max_pixels is another name of"),
+        (dict(longest_edge=5000, max_pixels=6000), "max_pixels and longest_edge are names of"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             model.offline_image_generate(processor, "a", **{"image": pictures[0], **arguments})

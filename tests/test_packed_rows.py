@@ -132,9 +132,9 @@ def test_loss_and_gradients_of_packed_rows():
 
 def test_packed_rows_refuse_a_cache_and_partial_masks():
     model, inputs = make_model(), packed()
-    with pytest.raises(ValueError, match="the row holds several texts, and a cache was asked for"):
+    with pytest.raises(ValueError, match="the row holds several texts, and a cache is used"):
         model(**inputs, use_cache=True)
-    with pytest.raises(ValueError, match="neither counts of tokens .* nor XRoPE's positions"):
+    with pytest.raises(ValueError, match="neither token counts .* nor XRoPE's positions"):
         model(**inputs | {"position_ids": inputs["position_ids"] * 2 + 1})
     length, frames = inputs["input_ids"].shape[1], 5
     mask = torch.ones(1, 1, length, frames, dtype=torch.bool)

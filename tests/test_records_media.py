@@ -82,11 +82,11 @@ def test_media_that_are_listed_again(folder):  # noqa: F811
         (asked(image) | {"images": ["b.png"]}, "image 0 of the messages is .*a.png.*, but images has .*b.png"),
         (
             asked(image) | {"images": ["a.png", "b.png"]},
-            "placeholders for 0 images, and have 1 of their own .images may also name all 1.*but images holds 2",
+            "placeholders for 0 images, and hold 1 .images may also list all 1.*but images holds 2",
         ),
         (
             asked(image, {"type": "image"}, {"type": "image"}) | {"images": ["a.png"]},
-            r"placeholders for 2 images, and have 1 of their own .images may also name all 3.*but images holds 1",
+            r"placeholders for 2 images, and hold 1 .images may also list all 3.*but images holds 1",
         ),
     ):
         with pytest.raises(ValueError, match=message):
