@@ -1,4 +1,4 @@
-"""Checks of arguments: numbers, flags, choices, misspelled names; and values as messages quote them."""
+"""Checks of arguments: numbers, flags, choices, misspelled names. `shorten` writes values for error messages."""
 
 import difflib
 import math
@@ -9,9 +9,9 @@ from fractions import Fraction
 import numpy as np
 
 
-# Least similarity by difflib at which an unknown name is
-TYPO_SIMILARITY = 0.85  # an error: "generation_kwargs" is near "generate_kwargs", "prompt_id" is not near "prompt"
-HINT_SIMILARITY = 0.7  # answered with a hint, in a message that is raised anyway: "seed" is not near "streamer"
+# Least similarity, by difflib, of an unknown name and a known one
+TYPO_SIMILARITY = 0.85  # for an error: "generation_kwargs" is near "generate_kwargs", "prompt_id" is not near "prompt"
+HINT_SIMILARITY = 0.7  # for a hint in another error: "seed" is not near "streamer"
 
 
 def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
@@ -111,7 +111,7 @@ def is_flag(value) -> bool:
 
 
 def flag_or(name: str, value, default: bool | None) -> bool | None:
-    """`value` as a bool, `default` for None, else a ValueError that names it."""
+    """`value` as a bool, `default` for None. Raises ValueError for anything else."""
     if value is not None and not is_flag(value):
         expected = "True, False or None" if default is None else "True or False"
         raise ValueError(f"{name} must be {expected}, got {shorten(value)}")
@@ -119,7 +119,7 @@ def flag_or(name: str, value, default: bool | None) -> bool | None:
 
 
 def check_choice(what: str, value, known) -> None:
-    """ValueError unless `value` is None or one of the `known` strings."""
+    """Raises ValueError unless `value` is None or one of the `known` strings."""
     if value is not None and (not isinstance(value, str) or value not in known):
         raise ValueError(f"{what}: unknown value {shorten(value)}; {name_hint(value, known)}")
 
@@ -131,10 +131,10 @@ def name_hint(name, known) -> str:
 
 
 def check_misspelled(what: str, value: Mapping, known, elsewhere=()) -> None:
-    """ValueError for a key of `value` that is probably a misspelled `known` key, or a key that belongs `elsewhere`.
+    """Raises ValueError for a key of `value` that is probably a misspelling of a key in `known` or `elsewhere`.
 
-    Other unknown keys are left to the caller. Keys with a digit are never misspellings: no known name has one, and
-    "prompt_2" is one of a series.
+    Other unknown keys are left to the caller. Keys with a digit are never taken for misspellings: no known name has a
+    digit, and "prompt_2" is one of a series.
     """
     for name in value.keys() - known:
         spelled = str(name).lower().replace("-", "_").replace(" ", "_")

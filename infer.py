@@ -25,18 +25,17 @@ Images and videos are paths, file: or data: URLs, or, with --allow-http, http(s)
 
 queries.jsonl has a JSON object per line, or is a JSON list of such objects. The keys are those of a query of
 `offline_batch_generate` (prompt or messages, images, videos, media_kwargs, generate_kwargs, ...), and
-  "media": ["a.jpg", "b.mp4"]   in place of images and videos: files of any kind, in their order
+  "media": ["a.jpg", "b.mp4"]   in place of images and videos: images and videos mixed, in order
 Any other key ("id", "label", ...) is copied into the result. Training records are queries, too: their `conversations`
 are the messages, and the turns of the assistant at the end are left out.
-All relative paths start at the folder of queries.jsonl. The options of the command line hold for every line that does
-not set them itself.
+Relative paths start at the folder of queries.jsonl. A line overrides the options of the command line.
 results.jsonl gets a line per query, in the order of the queries: {"index": 0, "id": ..., "text": ...}, or "error" in
-place of "text". An interrupted run continues after the lines that are there already; to repeat failed queries, give
-another --out.
+place of "text". The same command continues an interrupted run after its last complete line. To repeat failed queries,
+give another --out.
 
 exit codes: 0 all answered, 1 some queries of a batch failed, 2 wrong usage or input, 130 interrupted
 """
-# None: if they are not given, the settings of the checkpoint hold, not the defaults of the offline methods.
+# Options given as None take the checkpoint's settings; if left out, they would take defaults of the offline methods.
 CHECKPOINT_OPTIONS = dict.fromkeys(
     (
         "min_pixels",
@@ -59,7 +58,7 @@ def main(argv=None) -> int:
     try:
         return answer_many(args) if args.batch is not None else answer_one(args)
     except KeyboardInterrupt:
-        return fail("interrupted" if args.batch is None else "interrupted; the same command goes on from here", 130)
+        return fail("interrupted" if args.batch is None else "interrupted; run the same command to continue", 130)
     except BrokenPipeError:  # the reader of stdout is gone; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -96,7 +95,7 @@ def parse(argv) -> argparse.Namespace:
 
 def _add_question(parser) -> None:
     parser.add_argument("media", nargs="*", help="images and videos, in the order in which the model gets them")
-    parser.add_argument("-p", "--prompt", help="question about them (default: empty, the model just continues)")
+    parser.add_argument("-p", "--prompt", help="question about them (default: empty)")
     parser.add_argument(
         "--checkpoint",
         default=str(NANO),
@@ -240,9 +239,11 @@ def sampling_options(args) -> dict:
 
 
 def frame_options(args, query: dict, given: dict, settings) -> dict:
-    """The number of frames by --frames and --fps, within the bounds that the query's `given` media options set.
+    """The media options for --frames and --fps.
 
-    `settings`: the video processor. Its bounds must not contradict --frames.
+    Args:
+        given: the media options of the query. Their bounds limit --frames.
+        settings: the video processor. Its bounds are changed where they contradict --frames.
     """
     if any(name in given for name in FRAME_OPTIONS):
         return {}
@@ -257,7 +258,7 @@ def frame_options(args, query: dict, given: dict, settings) -> dict:
 
 
 def fit_videos(options: dict, query: dict) -> dict:
-    """The query with videos whose frame bounds do not contradict the media `options` of the command line."""
+    """The query, with the options of its videos completed so that they do not contradict those of the command line."""
 
     def fit(medium):
         source, of_video = read_medium("video", medium)
@@ -280,13 +281,13 @@ def fit_videos(options: dict, query: dict) -> dict:
 
 
 def frame_bounds(options: dict) -> tuple[int | None, int | None]:
-    """(min_frames, max_frames) of options; None for one that is absent or no number, which the processor reports."""
+    """(min_frames, max_frames) of options. None if it is absent, or wrong: the processor reports that."""
     low, high = (options[name] if is_count(options.get(name)) else None for name in ("min_frames", "max_frames"))
     return low, high
 
 
 def clamp(number: int, low: int | None, high: int | None) -> int:
-    """The number, moved into [low, high]; None bounds nothing."""
+    """The number, limited to [low, high]; None means no limit."""
     number = number if low is None else max(number, low)
     return number if high is None else min(number, high)
 
@@ -296,7 +297,7 @@ def is_count(value) -> bool:
 
 
 def count_videos(query: dict) -> int:
-    """An upper bound of the number of videos: those that a query names twice are counted twice."""
+    """An upper bound of the number of videos. Videos that a query lists twice are counted twice."""
     videos = query.get("videos")
     listed = len(videos) if isinstance(videos, list) else int(videos is not None)
     return listed + len(collect_media(query.get("messages") or (), "video"))
@@ -341,9 +342,11 @@ def load(args):
 
 
 def check_caches(cause: OSError, downloads: bool) -> None:
-    """Raises OSError if loading failed because a cache folder cannot be written to; it names the variable to set.
+    """Raises OSError, with the variable to set, if loading failed because a cache folder cannot be written to.
 
-    `downloads`: whether the checkpoint comes from a hub.
+    Args:
+        cause: the error of loading.
+        downloads: whether the checkpoint comes from a hub.
     """
     import tempfile
 
@@ -389,7 +392,7 @@ def answer(processor, model, query: dict, seed: int | None) -> str:
 
 
 def answer_many(args) -> int:
-    """Answers the lines of `args.batch` one by one into `args.out`, after the results that are there."""
+    """Answers the lines of `args.batch` one by one, and appends the results to `args.out`."""
     lines = read_lines(args.batch)
     if args.out.resolve() == args.batch.resolve():
         raise ValueError(f"--out is the file of the queries, {args.batch}; name another one")
@@ -428,7 +431,7 @@ def answer_line(args, processor, model, index: int, line: str) -> dict:
         query = prepare_query(parsed, args.batch.parent, args.allow_http, args.prompt)
         seed = None if args.seed is None else args.seed + index
         result["text"] = answer(processor, model, add_arguments(args, query, processor), seed)
-    except Exception as error:  # an error of one query must not end the run
+    except Exception as error:  # an error in one query must not end the run
         result["error"] = message_of(error)
     return result
 

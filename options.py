@@ -1,7 +1,7 @@
-"""The options of text, images and videos, for calls, parts of messages, media and settings files.
+"""The options of text, images and videos, in calls, parts of messages, media and settings files.
 
-`OPTIONS` is the one table. An option has one canonical name, and aliases that other software uses. None means the
-default, everywhere.
+`OPTIONS` is the table of all options. An option has a canonical name, and aliases that other software uses. The value
+None always means the default.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from .checks import nearest_name, shorten
 
 
 def reject_unknown(given, known, what: str) -> None:
-    """ValueError for the first name of `given` that is not in `known`, with the nearest known name."""
+    """Raises ValueError for the first name of `given` that is not in `known`, with the nearest known name."""
     for name in given:
         if name not in known:
             changeable = set(known) - FIXED.keys() - FIXED_TEXT.keys()
@@ -31,14 +31,14 @@ class Option:
     """One option.
 
     Attributes:
-        name: its canonical name, which this code uses.
+        name: the canonical name.
         takers: who takes it: "text", "image", "video", or "call" (the processor itself).
-        meaning: what it does, in one clause.
+        meaning: what the option does.
         aliases: other names of the same option, as other software calls it.
-        per_medium: True if a single medium may have it, as a key of its part of a message or of its dict.
-        stored: True if it is also a setting of the image or video processor, so that settings files have it.
-        trusted: True if only `from_pretrained` and the constructors take it, and no settings file: a downloaded
-            checkpoint must not decide it for its user.
+        per_medium: True if a single medium can have it, as a key of its dict or of its part of a message.
+        stored: True if it is also a setting of the image or video processor, and so part of settings files.
+        trusted: True if calls, constructors and `from_pretrained` take it, but settings files must not have it: a
+            downloaded checkpoint must not decide it for its user.
     """
 
     name: str
@@ -57,7 +57,7 @@ OPTIONS = (
     Option("padding_side", ("text",), "'left' or 'right'"),
     Option("truncation", ("text",), "True, 'longest_first' or 'only_first'; False or 'do_not_truncate'"),
     Option("max_length", ("text",), "tokens after truncation, or after padding='max_length'"),
-    Option("pad_to_multiple_of", ("text",), "pads to a length that is a multiple of it"),
+    Option("pad_to_multiple_of", ("text",), "pads to a multiple of this length"),
     Option("add_special_tokens", ("text",), "whether the tokenizer adds its special tokens"),
     Option("return_attention_mask", ("text",), "False leaves `attention_mask` out"),
     Option("return_token_type_ids", ("text",), "True adds `token_type_ids`, all 0"),
@@ -173,8 +173,8 @@ OPTIONS = (
     Option("video_backend", ("video",), "'pyav' or 'decord'", aliases=("video_load_backend",), stored=True),
 )
 
-# Groups of options that exclude each other. If a more specific level (a medium, a call) sets one of a group, it
-# overrides the whole group of the more general level (a call, a settings file).
+# Groups of options that exclude each other. If a more specific level (a medium, a call) sets an option of a group, all
+# options of this group from a more general level (a call, a settings file) are dropped.
 ALTERNATIVES = (
     ("video_fps", "num_frames", "do_sample_frames"),
     ("video_start", "video_end", "segments"),
@@ -183,8 +183,8 @@ ALTERNATIVES = (
 # They replace the limits `min_pixels` and `max_pixels`.
 FIXED_SIZE = ("resized_height", "resized_width")
 
-# Arguments with only one possible value: steps of preprocessing that are always (or never) done, and arguments of
-# transformers' tokenizers that do not fit a processor. A caller may give them with this value.
+# Arguments with only one allowed value, which a caller may give: steps of preprocessing that are always (or never)
+# done, and arguments of transformers' tokenizers that do not fit a processor.
 FIXED = {
     "do_resize": True,
     "do_rescale": True,
@@ -206,7 +206,7 @@ FIXED_TEXT = {
 }
 # Arguments of transformers' `apply_chat_template` for features that do not exist here.
 FIXED_TEMPLATE = {"load_audio_from_video": False, "sanitize_control_tokens": False}
-# Names that have another meaning in other software, or no meaning here, and what to write instead.
+# Names of other software that are errors here, and what to write instead.
 REFUSED = {
     "raw_fps": "times follow from sample_fps or video_metadata; leave it out",
     "max_num_frames": "write max_frames",
@@ -223,14 +223,14 @@ REFUSED = {
 
 
 def canonical(name: str) -> str:
-    """The canonical name of an option; an unknown name as it is."""
+    """The canonical name of an option; an unknown name unchanged."""
     return _CANONICAL.get(name, name)
 
 
 def names_of(taker: str | None = None, **having: bool) -> tuple[str, ...]:
-    """All names, with aliases, of the options that `taker` takes (None: anyone).
+    """All names, with aliases, of the options that `taker` takes (None: any taker).
 
-    `per_medium=True`, `stored=True` or `trusted=True` chooses only options with this attribute.
+    `per_medium=True`, `stored=True` or `trusted=True` selects the options with this attribute.
     """
     attributes = [name for name, wanted in having.items() if wanted]
     chosen = [
@@ -249,7 +249,7 @@ def read_options(given: Mapping, known: Iterable[str], what: str) -> dict:
 
     Args:
         known: the names that are allowed.
-        what: names the place in messages.
+        what: where the options were given, for error messages.
 
     Raises:
         ValueError: for any other name (with the nearest known one), and for two names of one option with different
@@ -296,7 +296,7 @@ def layered(general: Mapping, specific: Mapping) -> dict:
 
 
 def drop_fixed(kwargs: Mapping, what: str, fixed: Mapping = FIXED) -> dict:
-    """`kwargs` without the arguments of `fixed`. ValueError if one of these has another value than its only one."""
+    """`kwargs` without the arguments of `fixed`. Raises ValueError if one of these has another value than allowed."""
     for name in fixed.keys() & kwargs.keys():
         value = getattr(kwargs[name], "value", kwargs[name])
         if value is not None and value != fixed[name]:

@@ -43,9 +43,8 @@ class MossVLPreTrainedModel(PreTrainedModel):
     def __init__(self, config: PretrainedConfig, cross_attention_implementation: Optional[str] = None):
         """
         Args:
-            cross_attention_implementation: an attention implementation for the cross-attention layers alone, from
-                `from_pretrained` or `from_config`; default: that of the config, which is None for the same as all
-                layers.
+            cross_attention_implementation: attention implementation of the cross-attention layers alone. Default: that
+                of the config; None there means that of the other layers.
         """
         super().__init__(config)
         text = getattr(config, "text_config", config)
@@ -57,7 +56,7 @@ class MossVLPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # transformers initialises parameters of known module classes; these are parameters of MOSS-VL's classes.
+        # transformers initialises the parameters of known classes only, and these belong to classes of MOSS-VL.
         for name in ("cross_attn_attn_gate", "cross_attn_mlp_gate", "separator_token"):
             if name in module._parameters:
                 nn.init.zeros_(module._parameters[name])
@@ -66,7 +65,7 @@ class MossVLPreTrainedModel(PreTrainedModel):
 
     def enable_input_require_grads(self) -> None:
         """Makes the embeddings of text and patches require gradients, so that adapters after frozen layers get
-        gradients through reentrant checkpointing. transformers 4 does so for the text only."""
+        gradients through reentrant checkpointing. transformers 4 does this for the text only."""
         models = [module for module in self.modules() if isinstance(module, MossVLPreTrainedModel)]
         embeddings = {id(embedding): embedding for embedding in (model.get_input_embeddings() for model in models)}
         self.disable_input_require_grads()
@@ -96,13 +95,13 @@ class MossVLPreTrainedModel(PreTrainedModel):
     #   _can_set_attn_implementation           whether names can be changed after construction
     #   _check_and_adjust_attn_implementation  the name of a model, at construction and later; may load a kernel
     #   get_correct_attn_implementation        called by the former, and for each part in `set_attn_implementation`
-    # The overrides change two things: a name that MOSS-VL cannot use is an error (`attention_kind`), and a version of
-    # flash-attention that is not installed falls back to sdpa with a warning, for which transformers raises an error.
+    # The overrides change two things. A name that MOSS-VL cannot use is an error (`attention_kind`). For a version of
+    # flash-attention that is not installed, sdpa is used with a warning, while transformers raises an error.
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """transformers searches the source file for a pattern, which attention.py does not contain. Names can always
-        be changed, because each call reads them from the config."""
+        """True, as each call reads the names from the config. transformers would search the source file for a pattern
+        that it does not contain."""
         return True
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: Optional[str], *args, **kwargs) -> str:
@@ -132,7 +131,7 @@ class MossVLPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _or_sdpa(check: Callable, name: Optional[str], *args, **kwargs) -> str:
-        """`check(name)`; if that is an error for a version of flash-attention, warns and checks sdpa instead."""
+        """`check(name)`. If it raises an error for a version of flash-attention, warns and checks sdpa instead."""
         try:
             return check(name, *args, **kwargs)
         except (ImportError, ValueError) as error:
@@ -153,8 +152,8 @@ class MossVLPreTrainedModel(PreTrainedModel):
 
         Args:
             attn_implementation: a name, or {"text_config": name, "vision_config": name}.
-            cross_attention_implementation: another name for the cross-attention layers alone. Without it, they follow
-                a name for the whole model, and keep theirs if a dict is given.
+            cross_attention_implementation: a name for the cross-attention layers alone. Without it, a name for the
+                whole model holds for these layers as well, and a dict does not change them.
 
         Raises:
             ValueError: if a name is not allowed.

@@ -364,7 +364,7 @@ def test_errors_are_reported_before_the_model_is_loaded(checkpoint, data, tmp_pa
             [checkpoint, data, new, "--lora-rank", "2", "--lora-targets", "q_prj"],
             "'q_prj' is no linear layer of merger, cross",
         ),
-        ([tied, data, new, "--train", "head"], "the head of this checkpoint is its embeddings"),
+        ([tied, data, new, "--train", "head"], "this checkpoint ties its head to the embeddings"),
     ):
         assert run(*options) == 2, reason
         assert reason in capsys.readouterr().err

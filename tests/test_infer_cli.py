@@ -366,7 +366,7 @@ def test_ctrl_c_in_a_batch_keeps_the_results(run, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     done = rows(out)
-    assert process.returncode == 130 and "the same command goes on from here" in err and "Traceback" not in err, err
+    assert process.returncode == 130 and "run the same command to continue" in err and "Traceback" not in err, err
     assert 1 <= len(done) < 5
     code, _, err = run(*arguments)
     assert code == 0, err

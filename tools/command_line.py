@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments for argparse, and errors as one line."""
+"""Shared by the commands: types of arguments for argparse, and errors as one line."""
 
 import argparse
 from collections.abc import Callable
@@ -37,6 +37,6 @@ above_0.__name__ = share.__name__ = "number"  # argparse puts it into messages
 
 
 def message_of(error: Exception) -> str:
-    """An exception as one line; with its type, unless the message is meant for users."""
+    """An exception as one line. Its type is added unless the message is meant for users."""
     words = " ".join(str(error).removeprefix("query 0: ").split())
     return words if isinstance(error, (ValueError, OSError)) and words else f"{type(error).__name__}: {words}"

@@ -1,8 +1,8 @@
-"""Draws an answer beside the frames it is about.
+"""Draws the frames of a video that an answer names, with the answer below them.
 
     python tools/draw_answer.py data/sample_b.mp4 -p "What happens?" -o docs/answer.png
 
-The answer names times; the frames on screen at these times are drawn side by side, each above its part of the answer.
+The answer names times. The frames on screen at these times are drawn side by side, each above its part of the answer.
 """
 
 import argparse

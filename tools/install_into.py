@@ -2,8 +2,8 @@
 """Installs the MOSS-VL code files into a checkpoint folder: python tools/install_into.py CHECKPOINT
 
 Code files are added or replaced, missing `auto_map` entries are added to the JSON files, and replaced files are kept
-in a backup folder. Weights, tokenizer and settings are not changed. Then the folder is loaded with the model on the
-meta device, so that 22 GB of weights need not be read. If loading fails, all changes are undone.
+in a backup folder. Weights, tokenizer and settings are not changed. Then the folder is loaded, with the model on the
+meta device: the weights, 22 GB for the 11B model, are not read. If loading fails, all changes are undone.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Change:
 def code_files() -> list[str]:
     """The project's .py files that a checkpoint needs: those that auto_map names, and all that they import relatively.
 
-    Imports for type checkers count, too, because transformers copies these files as well.
+    Imports for type checkers count as well, because transformers copies these files too.
     """
     files = sorted(
         {
@@ -195,7 +195,7 @@ class Transaction:
     def __init__(self, folder):
         self.folder = folder
         self.backup = None
-        self.done = []  # (name, was there, its link target or None)
+        self.done = []  # (name, whether it existed, its link target or None)
 
     def apply(self, changes):
         replaced = [change.name for change in changes if os.path.lexists(self.folder / change.name)]
@@ -208,8 +208,8 @@ class Transaction:
             shutil.copy2(old, self.backup / name, follow_symlinks=old.exists())  # a broken link is kept as a link
         for change in changes:
             path = self.folder / change.name
-            was_there = os.path.lexists(path)
-            self.done.append((change.name, was_there, os.readlink(path) if path.is_symlink() else None))
+            existed = os.path.lexists(path)
+            self.done.append((change.name, existed, os.readlink(path) if path.is_symlink() else None))
             put(path, change.content, change.link)
 
     def undo(self):
@@ -217,9 +217,9 @@ class Transaction:
             self._undo()
 
     def _undo(self):
-        for name, was_there, link in reversed(self.done):
+        for name, existed, link in reversed(self.done):
             path = self.folder / name
-            if not was_there:
+            if not existed:
                 path.unlink(missing_ok=True)
             elif link is not None:
                 put(path, b"", link)
@@ -267,7 +267,7 @@ def check_folder(folder: Path) -> list[str]:
     Raises InstallError if something does not load or does not fit the weights.
     """
     with tempfile.TemporaryDirectory() as cache:
-        # transformers reads it when imported; the user's cache is not touched
+        # transformers reads the variable when it is imported. The user's cache is not changed.
         os.environ["HF_MODULES_CACHE"] = cache
         try:
             import torch

@@ -28,7 +28,7 @@ def read_lines(file: Path) -> list[str]:
     """The queries of a file as lines of JSON. The file has a query per line, or is a JSON list, or is one query.
 
     Raises:
-        ValueError: for a file that is not UTF-8, or is no JSON although its name and first character say so.
+        ValueError: for a file that is not UTF-8, or that ends in .json, begins like JSON and is not JSON.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -58,7 +58,7 @@ def _is_json(text: str) -> bool:
 
 
 def parse_line(line: str) -> dict:
-    """The JSON object of a line. ValueError for anything else."""
+    """The JSON object of a line. Raises ValueError for anything else."""
     try:
         query = json.loads(line)
     except json.JSONDecodeError as error:
@@ -69,9 +69,9 @@ def parse_line(line: str) -> dict:
 
 
 def count_results(out: Path, lines: list[str]) -> tuple[int, int]:
-    """(results, failed ones among them) that an earlier run wrote to `out` for these queries.
+    """(number of results, number of failed ones) that an earlier run wrote to `out` for these queries.
 
-    Cuts off the incomplete last line that a killed run leaves.
+    Removes an incomplete last line, which a killed run leaves.
 
     Raises:
         ValueError: for a line that is no result of these queries.
@@ -108,7 +108,7 @@ def _read_result(row: bytes, index: int, lines: list[str]) -> dict | None:
 
 
 def extra_keys(query: dict) -> dict:
-    """The items of a line that are not part of its query; they are copied into its result."""
+    """The items of a line that are copied into its result, as they are no part of its query."""
     from moss_vl.generation_queries import QUEUE_KEYS  # imports torch and transformers
 
     known = {*QUEUE_KEYS, "media", "conversations", "index", "text", "error"}
@@ -131,7 +131,7 @@ class MediaReader:
     folder: Path | None = None
 
     def resolve(self, kind: str, medium):
-        """The medium with paths below `folder`. ValueError for a URL that may not be downloaded."""
+        """The medium, relative paths joined to `folder`. Raises ValueError for a URL that must not be downloaded."""
         if self.folder is not None:
             medium = locate(kind, medium, self.folder)
         source, _ = read_medium(kind, medium)
@@ -143,10 +143,10 @@ class MediaReader:
     def identify(self, medium) -> tuple:
         """(kind, medium) of a medium that may be an image or a video.
 
-        Files and URLs are probed; of a URL that was downloaded for this, the medium has the bytes.
+        Files and URLs are probed. If a URL was downloaded for this, the returned medium is its bytes.
 
         Raises:
-            ValueError: for a wrong type, an empty file, or a URL that may not be downloaded.
+            ValueError: for a wrong type, an empty file, or a URL that must not be downloaded.
             FileNotFoundError: for a missing file.
         """
         kind = "video" if isinstance(medium, list) else medium_kind(medium) if isinstance(medium, dict) else None
@@ -192,7 +192,7 @@ def probe_file(path: str) -> str:
 
 
 def _probe(source, mime: str | None) -> str:
-    """ "video" for animated GIFs, and for what Pillow cannot open unless `mime` is an image type; else "image"."""
+    """ "image" for still images that Pillow opens, and for unreadable ones of an image type; else "video"."""
     from PIL import Image
 
     try:
@@ -213,8 +213,8 @@ def prepare_query(line: dict, folder: Path, allow_http: bool, prompt: str | None
     Args:
         line: the JSON object of a line of a query file; not changed.
         folder: where relative paths start.
-        allow_http: whether URLs may be downloaded; a line can allow it for itself in its media_kwargs.
-        prompt: for lines without a prompt and messages.
+        allow_http: whether URLs may be downloaded. A line can allow it as well, in its media_kwargs.
+        prompt: the prompt of lines that have neither prompt nor messages.
 
     Raises:
         ValueError: for keys that exclude each other, messages without a question, or wrong media.

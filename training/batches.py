@@ -18,18 +18,19 @@ IGNORED = -100  # label of tokens without a loss
 
 
 class BadRecord(ValueError):
-    """A record that only encoding showed to be bad; the message names it."""
+    """A record whose error was found only when it was encoded. The message names the record."""
 
 
 def render(record: Record, processor, template: bool = True) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and the [start, end) characters of each assistant turn with the token that ends it.
 
     Args:
-        template: render the chat template. Without it, the contents are concatenated, and `eos_token` ends the
-            assistant's.
+        template: whether to render the chat template. Without it, contents are concatenated, and `eos_token` ends
+            those of the assistant.
 
-    Raises ValueError if the template does not accept the conversation or renders a turn differently when others
-    follow; without a template, for a system turn.
+    Raises:
+        ValueError: if the template does not accept the conversation, or renders a turn differently when others follow;
+            without a template, for a system turn.
     """
     if not template:
         return _concatenate(record.messages, processor.tokenizer.eos_token)
@@ -79,8 +80,14 @@ def encode(
 ) -> dict:
     """One sample: `input_ids` and `labels` [T], `pixel_values` [P, 3 * t * p * p] and `grid_thw` [media, 3].
 
-    A record without media gets the processor's blank medium. `options` are the processor's, for images and videos.
-    Raises what the processor raises, and ValueError for more than `max_length` tokens.
+    A record without media gets a blank medium.
+
+    Args:
+        options: options of the processor for images and videos.
+
+    Raises:
+        ValueError: for more than `max_length` tokens.
+        Errors of the processor.
     """
     text, spans = render(record, processor, template)
     tokenizer = processor.tokenizer
@@ -101,7 +108,7 @@ def encode(
     ids, labels = ids[kept], labels[kept]
     if max_length is not None and len(ids) > max_length:
         raise ValueError(f"{len(ids)} tokens are more than --max-length {max_length}")
-    labels[0] = IGNORED  # no token predicts the first one, so it must not count in the mean
+    labels[0] = IGNORED  # no token predicts the first one, so the mean must not count it
     return {
         "input_ids": ids,
         "labels": labels,
@@ -111,10 +118,13 @@ def encode(
 
 
 def _separate(text: str, spans, separator: str) -> tuple[str, list[tuple[int, int]], list[int]]:
-    """The text with `separator` before each span, the spans in it, and the index of each one among all separators.
+    """Puts `separator`, a special token, before each span, so that no token crosses the start of a span.
 
-    Generation tokenizes a response separately from its prompt, so training must, too: "?" and "blue" must not become
-    one token. The caller removes the separators, a special token, after tokenization.
+    Generation tokenizes a response separately from its prompt, so training must do the same: "?" and "blue" must not
+    become one token. The caller removes the separators after tokenization.
+
+    Returns:
+        The text, the spans in it, and for each added separator its index among all separators of the text.
     """
     pieces, moved, indices, end = [], [], [], 0
     for count, (start, stop) in enumerate(spans, start=1):
@@ -137,7 +147,7 @@ class RecordDataset(torch.utils.data.Dataset):
 
     def __init__(self, records: list[Record], processor, skip_bad: bool = False, **options):
         self.records, self.processor, self.skip_bad, self.options = records, processor, skip_bad, options
-        self.bad = set()  # indices that this process found to be bad: warned of once, not tried again
+        self.bad = set()  # indices of records that failed in this process; they are not tried again
 
     def __len__(self) -> int:
         return len(self.records)

@@ -65,7 +65,7 @@ def fail(message: str, code: int) -> int:
 
 
 def error_text(error: Exception) -> str:
-    """The message of an exception. A BadRecord from a data-loader worker has it after the worker's traceback."""
+    """The message of an exception. In a BadRecord from a data-loader worker, it follows the worker's traceback."""
     if isinstance(error, BadRecord):
         return str(error).rstrip().rsplit("BadRecord: ", 1)[-1]
     return str(error) if isinstance(error, ValueError) and str(error) else message_of(error)
@@ -80,15 +80,16 @@ def is_main() -> bool:
 
 
 def check_output(args) -> str | None:
-    """The checkpoint folder to resume from, None for a new run.
+    """The checkpoint folder to resume from; None for a new run.
 
-    Raises ValueError if the folder holds something else, or a run with other settings.
+    Raises:
+        ValueError: if the output folder holds anything but a run with the same settings.
     """
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; expected a folder")
     if not args.output.exists() or not any(args.output.iterdir()):
         return None
-    if is_main():  # the other processes may find files that the main process has begun to write
+    if is_main():  # other processes may find files that the main process is already writing
         if not args.resume:
             raise ValueError(f"--output {args.output} is not empty; name another folder, or give --resume")
         check_same_settings(args)
@@ -99,7 +100,7 @@ def check_output(args) -> str | None:
 
 
 def check_same_settings(args) -> None:
-    """Raises ValueError if the run in the output folder had other settings that must not change."""
+    """Raises ValueError if the run in the output folder has another value for a setting that must not change."""
     file = args.output / SETTINGS_FILE
     if not file.is_file():
         raise ValueError(
@@ -119,7 +120,7 @@ def write_settings(args, folder: Path) -> None:
 
 
 def settings_of(args) -> dict:
-    """The options, as values that JSON can hold."""
+    """The options, as JSON values."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
@@ -127,7 +128,7 @@ def settings_of(args) -> dict:
 
 
 def part_of(name: str, config) -> str:
-    """The part, one of `tuning_options.PARTS`, that a parameter or module of the model belongs to by its name."""
+    """The part (one of `tuning_options.PARTS`) of the parameter or module with this name."""
     if name.startswith("model.visual.merger.") or name == "model.separator_token":
         return "merger"
     if name.startswith("model.visual."):
@@ -151,9 +152,10 @@ def linear_layers(model, parts) -> list[str]:
 
 
 def lora_targets(model, parts, wanted=None) -> list[str]:
-    """The linear layers of these parts whose last name is in `wanted` (None: all).
+    """The linear layers of these parts whose last name, such as `q_proj`, is in `wanted` (None: all).
 
-    Raises ValueError for a name that no layer has.
+    Raises:
+        ValueError: for a name that no layer has.
     """
     layers = linear_layers(model, parts)
     known = {name.rsplit(".", 1)[-1] for name in layers}
@@ -174,7 +176,7 @@ def check_model(args) -> None:
         raise ValueError(f"--checkpoint {args.checkpoint} is a {config.model_type}; expected moss_vl")
     if config.tie_word_embeddings and "head" in args.train:
         raise ValueError(
-            "--train head: the head of this checkpoint is its embeddings (tie_word_embeddings); choose language"
+            "--train head: this checkpoint ties its head to the embeddings (tie_word_embeddings); give language"
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -231,10 +233,11 @@ def merge_adapter(adapter, output, checkpoint=None, dtype=None) -> None:
 
     Args:
         adapter: a folder written by a run with `--lora-rank`.
-        checkpoint: the base; by default the one that the adapter's config names.
-        dtype: "float32" or "bfloat16"; by default that of the adapter's run if known, else the base's.
+        checkpoint: the base checkpoint; default: the one that the adapter's config names.
+        dtype: "float32" or "bfloat16"; default: that of the adapter's run if known, else that of the base.
 
-    Raises ValueError if `adapter` is not an adapter's folder.
+    Raises:
+        ValueError: if `adapter` is not the folder of an adapter.
     """
     require("peft", "--merge")
     from peft import PeftModel
@@ -337,7 +340,7 @@ def finetune(args) -> int:
         trainer, processor, last = prepare(args)
     except (ValueError, OSError, ImportError) as error:
         return fail(error_text(error), 2)
-    gc.collect()  # a forked worker that collected a frame decoded by this process would wait for its threads forever
+    gc.collect()  # a forked worker that freed a frame of this process would wait for the decoder's threads forever
     trainer.train(resume_from_checkpoint=last)
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
     # transformers 5 evaluates after the last step, transformers 4 does not
@@ -349,9 +352,13 @@ def finetune(args) -> int:
 
 
 def prepare(args) -> tuple:
-    """Trainer, processor, and the checkpoint folder to resume from or None.
+    """Checks options and data, then loads the model.
 
-    Raises ValueError, OSError or ImportError for wrong options or data, before the model is loaded.
+    Returns:
+        Trainer, processor, and the checkpoint folder to resume from or None.
+
+    Raises:
+        ValueError, OSError, ImportError: for wrong options or data, before the model is loaded.
     """
     check_requirements(args)
     last = check_output(args)
@@ -385,16 +392,15 @@ def prepare(args) -> tuple:
 
 
 def check_requirements(args) -> None:
-    """Raises for packages and files that are missing, and makes the checkpoint's path absolute."""
+    """Raises an error for a missing package or file, and makes the path of the checkpoint absolute."""
     if args.lora_rank:
         require("peft", "--lora-rank")
     if args.deepspeed is not None:
         require("deepspeed", "--deepspeed")
         read_json(args.deepspeed)
     if Path(args.checkpoint).exists():
-        args.checkpoint = str(
-            Path(args.checkpoint).resolve()
-        )  # an adapter stores the path and may be loaded elsewhere
+        # An adapter stores the path, and may be loaded from another working directory.
+        args.checkpoint = str(Path(args.checkpoint).resolve())
     elif args.checkpoint.count("/") != 1:
         raise FileNotFoundError(f"no such checkpoint folder: {args.checkpoint}")
 
@@ -431,9 +437,7 @@ def training_arguments(args) -> TrainingArguments:
         **renamed_arguments(args),
     )
     if arguments.n_gpu > 1:  # Trainer would split the packed patches among the GPUs as if they were samples
-        logger.warning(
-            "one of the %d GPUs is used; to use all, start with torchrun or accelerate launch", arguments.n_gpu
-        )
+        logger.warning("one of %d GPUs is used; start with torchrun or accelerate launch to use all", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
 
@@ -474,7 +478,7 @@ def save(args, trainer, processor) -> None:
     if args.merge:
         write_settings(args, folder)
         trainer.model = trainer.model_wrapped = trainer.optimizer = None
-        gc.collect()  # `merge_adapter` loads the base again, so that both ways to merge write the same
+        gc.collect()  # frees the model: `merge_adapter` loads the base again, so that a later --merge writes the same
         merge_adapter(folder, args.output, dtype=args.save_dtype)
     logger.info("done: %s", args.output)
 

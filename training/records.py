@@ -1,4 +1,4 @@
-"""Reads training records, JSON lists and JSONL files, into conversations whose media were probed but not decoded.
+"""Reads training records from JSON lists and JSONL files. Media are probed, not decoded.
 
 A record is an object of one of two forms:
 
@@ -54,9 +54,9 @@ PAIR_KEYS = ("prompt", "response")
 CHAT_KEYS = ("messages", "conversations")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # inside a text they would end its turn
-PROBE_THREADS = 8  # probing waits for the disk
-NAMED_RECORDS = 20  # bad records that a message lists
-# Processors without limits of their own: media that they reject are bad for every checkpoint.
+PROBE_THREADS = 8  # more than cores, as probing waits for the disk
+NAMED_RECORDS = 20  # most bad records that a message lists
+# Processors without limits: media that they reject are bad for every checkpoint.
 UNLIMITED_IMAGES = MossVLImageProcessor(size=ANY_SIZE)
 UNLIMITED_VIDEOS = MossVLVideoProcessor(size=ANY_SIZE, video_max_pixels=ANY_SIZE["longest_edge"], max_frames=2**31)
 
@@ -81,7 +81,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Row:
-    """A record as it stands in a data file."""
+    """A record as a data file has it."""
 
     where: str  # file and index
     folder: Path  # of the file
@@ -250,7 +250,7 @@ def _read_pair(given: dict, media: dict) -> list[tuple[str, list]]:
             raise ValueError(f"{name} must be a string, got {text!r:.60}")
         if found := PLACEHOLDER.search(text):
             raise ValueError(
-                f"{name} holds {found[0]!r}, but media come before a prompt by themselves; "
+                f"{name} holds {found[0]!r}, but its media come before the prompt automatically; "
                 "for another order use 'messages'"
             )
     media_parts = [{"type": kind, kind: medium} for kind in SOURCE_KEYS for medium in media[kind]]
@@ -283,7 +283,7 @@ def _read_turns(messages, name: str, folder: Path) -> list[tuple[str, list]]:
 
 
 def _read_parts(what: str, content, folder: Path) -> list[dict]:
-    """Plain parts of a content: placeholders are parts of their own, and relative paths are taken from `folder`."""
+    """The plain parts of a content. Placeholders become separate parts, and relative paths start at `folder`."""
     if not isinstance(content, (str, list)):
         raise ValueError(f"{what}: content must be a string or a list of parts, got {content!r:.60}")
     parts = []
@@ -307,15 +307,15 @@ def _check_roles(roles: list[str]) -> None:
     if roles[0 if roles[0] != "system" else 1] != "user":
         raise ValueError("the conversation begins with the assistant; expected a user turn, which may be empty")
     if roles[-1] != "assistant":
-        raise ValueError("the last turn is the user's, and nothing answers it; expected an assistant turn at the end")
+        raise ValueError("the last turn is the user's; expected an assistant turn at the end")
 
 
 def _assign_media(kind: str, messages: list, media: list) -> list:
-    """Gives the `media` of a record to the parts of `kind`; returns all media of the kind in the order of the text."""
+    """Assigns the `media` of a record to the parts of a kind. Returns all media of the kind, in text order."""
     parts = [part for message in messages for part in message["content"] if part["type"] == kind]
     empty = [part for part in parts if kind not in part]
     if len(empty) == len(parts) == sum(count_placeholders(kind, medium) for medium in media) != len(media):
-        return media  # one placeholder per segment, also apart from each other
+        return media  # one placeholder per segment; the placeholders need not be consecutive
     try:
         fill_placeholders(kind, messages, media)
     except ValueError as error:
@@ -346,12 +346,12 @@ def _check_text(what: str, text) -> str:
         raise ValueError(f"{what}: a text must be a string, got {text!r:.60}")
     for token in TURN_TOKENS:
         if token in text:
-            raise ValueError(f"{what} holds {token!r}, which training adds by itself; leave it out")
+            raise ValueError(f"{what} holds {token!r}, which training adds automatically; leave it out")
     return text
 
 
 def _read_media(kind: str, given, folder: Path) -> list:
-    """The plain media of `images` or `videos`: a list, or one medium."""
+    """The plain media of `images` or `videos`, which may be a list or one medium."""
     if given is None:
         return []
     several = isinstance(given, list) and not (kind == "video" and is_frames(given))
