@@ -104,8 +104,8 @@ class Media:
             self,
             grid=Grid(self.grid[number] for number in numbers),
             per_sample=[len(numbers)],
-            pixel_values=take_rows(self.pixel_values, patches, numbers),
-            image_features=take_rows(self.image_features, tokens, numbers),
+            pixel_values=take_parts(self.pixel_values, patches, numbers),
+            image_features=take_parts(self.image_features, tokens, numbers),
             image_mean=None if self.image_mean is None else [self.image_mean[number] for number in numbers],
             image_std=None if self.image_std is None else [self.image_std[number] for number in numbers],
         )
@@ -253,7 +253,7 @@ def choose_grid(grid_thw, image_grid_thw):
     return image_grid_thw if grid_thw is None else grid_thw
 
 
-def take_rows(rows: Optional[torch.Tensor], sizes: list[int], numbers) -> Optional[torch.Tensor]:
+def take_parts(rows: Optional[torch.Tensor], sizes: list[int], numbers) -> Optional[torch.Tensor]:
     """Splits `rows` into parts of these sizes and joins those with the indices `numbers`; a view for one part."""
     if rows is None:
         return None
