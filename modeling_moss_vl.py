@@ -187,8 +187,8 @@ class MossVLModel(MossVLPreTrainedModel):
         state_layer = None if cache is None else install_layers(cache, config.text_config)
         masks_tokens = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
         outputs = self.language_model(
-            input_ids if inputs_embeds is None else None,  # embedded there, where FSDP gathers the sharded weights
-            attention_mask=attention_mask if masks_tokens else None,
+            input_ids if inputs_embeds is None else None,  # not embedded here: FSDP gathers the weights in that call
+            attention_mask=attention_mask if masks_tokens else None,  # kernels are faster without a mask
             position_ids=positions.text,
             cache=cache,
             inputs_embeds=inputs_embeds,

@@ -20,7 +20,7 @@ from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.options import names_of
 from moss_vl.processing_moss_vl import MossVLProcessor
 from moss_vl.training import finetune
-from moss_vl.training.records import check_options
+from moss_vl.training.records import check_media_options
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
@@ -462,9 +462,9 @@ def test_options_of_records_are_checked_with_those_of_the_command(folder, proces
         (record(image="a.png", max_pixels=60000), {"min_pixels": 62000}, "62000 is above longest_edge"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_options(one, *parts, **options)
-    check_options(many, *parts, max_frames=300)
-    check_options(small, *parts, min_pixels=1024, video_fps=2.0, num_extract_threads=1)
+            check_media_options(one, *parts, **options)
+    check_media_options(many, *parts, max_frames=300)
+    check_media_options(small, *parts, min_pixels=1024, video_fps=2.0, num_extract_threads=1)
 
 
 @pytest.mark.parametrize(

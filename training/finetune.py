@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.tools.command_line import message_of
 from moss_vl.training.batches import BadRecord, Collator, RecordDataset, render
-from moss_vl.training.records import check_options, read_records
+from moss_vl.training.records import check_media_options, read_records
 from moss_vl.training.tuning_options import FIXED_ON_RESUME, PROCESSOR_OPTIONS, parse
 
 
@@ -279,7 +279,7 @@ def make_datasets(args, processor) -> tuple[RecordDataset, RecordDataset | None]
 
     def check(record):
         render(record, processor, template)
-        check_options(record, processor.image_processor, processor.video_processor, **options)
+        check_media_options(record, processor.image_processor, processor.video_processor, **options)
 
     def read(files):
         return read_records(files, args.skip_bad, check=check)

@@ -138,7 +138,7 @@ def _read_record(row: Row, seconds: dict) -> Record:
             _probe(kind, medium, seconds)
     sources = [read_medium("video", video)[0] for video in record.videos]
     durations = [None if isinstance(source, list) else seconds["video", source] for source in sources]
-    check_options(record, UNLIMITED_IMAGES, UNLIMITED_VIDEOS, durations)
+    check_media_options(record, UNLIMITED_IMAGES, UNLIMITED_VIDEOS, durations)
     return record
 
 
@@ -152,7 +152,7 @@ def _report_bad(bad: list[str], total: int, skip_bad: bool) -> None:
     logger.warning("%s", "\n  ".join([*lines, "They are skipped."]))
 
 
-def check_options(record: Record, images, videos, seconds=None, **options) -> None:
+def check_media_options(record: Record, images, videos, seconds=None, **options) -> None:
     """Raises ValueError for options of a record's media that are wrong, or contradict each other or other settings.
 
     Args:
