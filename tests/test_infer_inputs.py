@@ -301,7 +301,7 @@ def test_options_of_a_line_override_the_command_line_under_any_alias(batch, grid
         {"videos": "b.mp4", "media_kwargs": {"longest_edge": 9000}},
         {"videos": "b.mp4", "media_kwargs": {"fps": 1, "video_fps": 1}},
     )
-    assert code == 1 and "another name of" in results[4]["error"], results
+    assert code == 1 and "names of the same option" in results[4]["error"], results
     assert grids == [[2], [3], [5], [2]]
     assert batch({"videos": "b.mp4", "media_kwargs": {"nframes": 3}}, options=("--fps", 1))[0] == 0 and grids[-1] == [
         3

@@ -115,7 +115,7 @@ BAD = [
     (CALL | {"response": " \n"}, "the response is empty"),
     (CALL | {"response": 3}, "response must be a string, got 3"),
     (CALL | {"response": "x<|im_end|>"}, "response holds '<|im_end|>'"),
-    ({"prompt": "<|image|>What?", "response": "x", "images": "a.png"}, "media come before a prompt by themselves"),
+    ({"prompt": "<|image|>What?", "response": "x", "images": "a.png"}, "media come before the prompt automatically"),
     (CALL | {"response": "x", "system_prompt": ["be short"]}, "system_prompt must be a string"),
     (CALL | {"response": "x", "messages": turns("a", "b")}, "got prompt, response, messages"),
     ({"messages": turns("a", "b"), "conversations": turns("a", "b")}, "got messages, conversations"),
