@@ -14,7 +14,9 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from .checks import flag, positive_int, positive_number, tensor_format, three_floats
 from .clip_decoding import Clip, ClipMetadata, Encoder, decode_clips  # noqa: F401
+from .coded_pictures import PictureReader  # noqa: F401
 from .conversation import is_frames
+from .decord_video import open_decord  # noqa: F401
 from .image_processing_moss_vl import to_format, wants_uint8
 from .image_reading import split_array
 from .options import drop_fixed, names_of, read_options, reject_unknown
@@ -30,6 +32,7 @@ from .processor_settings import (
 from .resizing import ANY_SIZE, DEFAULT_SIZE, pixel_limits, read_fixed_size
 from .threads import in_threads
 from .video_files import Video
+from .video_packets import FrameIndex  # noqa: F401
 from .video_reading import is_decoded, is_pair, open_video, read_frame_times
 from .video_sampling import (
     ClipPlan,
