@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .patches import patchify
 from .resizing import resize_uint8
-from .threads import Stopped, in_threads, stoppable
+from .threads import in_threads, stoppable
 from .video_files import UntrueKeyframes, Video
 from .video_sampling import ClipPlan
 
@@ -156,10 +156,6 @@ def _encode_during(decode: Callable[[], None], ready: SimpleQueue, stop: threadi
             future = pool.submit(stoppable(run, stop))
             while (group := ready.get()) is not None:
                 group.builder.encode(group.frames)
-        except BaseException:
-            stop.set()
-            raise
-        try:
             future.result()
         except BaseException:
             stop.set()

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .threads import check_stop
 from .video_files import PyAVVideo, Video
-from .video_packets import VideoLimits
+from .video_packets import DEFAULT_LIMITS, VideoLimits
 
 
 logger = logging.get_logger(__name__)
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 TOLERANCE = 2e-3  # seconds between the times of PyAV and of decord
 
 
-def open_decord(file: str | io.BytesIO, name: str, limits: VideoLimits = VideoLimits()) -> Video:
+def open_decord(file: str | io.BytesIO, name: str, limits: VideoLimits = DEFAULT_LIMITS) -> Video:
     """The video read with decord, or with PyAV and one warning if decord would get it wrong.
 
     decord cannot be limited to formats of FFmpeg, so that PyAV has to recognise the file first. It also gives the

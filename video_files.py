@@ -12,6 +12,7 @@ import numpy as np
 
 from .image_reading import check_aspect, load_image
 from .video_packets import (
+    DEFAULT_LIMITS,
     DISCARDED,
     KEY,
     MAX_CHANGES,
@@ -122,7 +123,7 @@ class PyAVVideo(Video):
     (AVI with B-frames, raw streams), frames are counted from the start of the file.
     """
 
-    def __init__(self, file: str | io.BytesIO, name: str, limits: VideoLimits = VideoLimits()):
+    def __init__(self, file: str | io.BytesIO, name: str, limits: VideoLimits = DEFAULT_LIMITS):
         import av
 
         self._av, self._file, self.name, self.limits = av, file, name, limits
@@ -161,7 +162,8 @@ class PyAVVideo(Video):
         super().__init__(name, index.times, index.duration, *size, problems)
 
     def _refuse_packets(self, count: int):
-        raise ValueError(f"{self.name} has {count} video packets, over max_video_packets={self.limits.max_video_packets}")
+        limit = self.limits.max_video_packets
+        raise ValueError(f"{self.name} has {count} video packets, over max_video_packets={limit}")
 
     def _check_canvas(self, height: int, width: int) -> None:
         if height * width > self.limits.max_source_pixels:

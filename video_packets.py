@@ -51,6 +51,9 @@ class VideoLimits:
     max_animation_pixels: int = 2**34
 
 
+DEFAULT_LIMITS = VideoLimits()
+
+
 # opening
 
 
@@ -249,7 +252,7 @@ class PacketScan:
         reader = PictureReader(context.name, context.extradata)
         most_bytes = 4 * file_bytes + 2**20
         probing, may_expand = True, "matroska" in container.format.name
-        has_b_frames = context.has_b_frames
+        has_b_frames = bool(context.has_b_frames)
         for packet in read_packets(av, container, stream, problems):
             number = len(scan)
             if number >= limits.max_video_packets:
@@ -269,12 +272,12 @@ class PacketScan:
                 scan._add_frames(decode(av, context, packet, problems))
                 probed = len(scan.probed)
                 if probed:
-                    probing = not (has_b_frames or scan.reordered) and probed < PROBE_FRAMES
+                    probing = has_b_frames and not scan.reordered and probed < PROBE_FRAMES
                 else:
                     probing = number < MAX_UNDECODABLE
         if not scan.probed:
             scan._add_frames(decode(av, context, None, problems))
-        scan.reordered = scan.reordered or bool(has_b_frames)
+        scan.reordered = scan.reordered or has_b_frames
         return scan
 
     def _add(self, packet, reader: PictureReader) -> None:
@@ -282,9 +285,7 @@ class PacketScan:
         self.pts.append(NO_STAMP if pts is None else pts)
         self.dts.append(NO_STAMP if dts is None else dts)
         self.durations.append(max(0, packet.duration or 0))
-        side_data = None
-        if packet.has_sidedata("new_extradata") or packet.has_sidedata("palette") or packet.has_sidedata("param_change"):
-            side_data = [packet.get_sidedata(kind) for kind in CONFIGURATION if packet.has_sidedata(kind)]
+        if side_data := [packet.get_sidedata(kind) for kind in CONFIGURATION if packet.has_sidedata(kind)]:
             if len(self.changes) <= MAX_CHANGES:
                 self.changes.append((len(self), side_data))
             for item in side_data:

@@ -17,7 +17,7 @@ from .decord_video import open_decord
 from .image_reading import float_unit, open_source, probe_image
 from .options import reject_unknown
 from .video_files import PyAVVideo, Video
-from .video_packets import VideoLimits
+from .video_packets import DEFAULT_LIMITS, VideoLimits
 
 
 logger = logging.get_logger(__name__)
@@ -174,7 +174,7 @@ def open_video(
     name: str = "video",
     backend: str | None = None,
     allow_http: bool = False,
-    limits: VideoLimits = VideoLimits(),
+    limits: VideoLimits = DEFAULT_LIMITS,
 ) -> Video:
     """Reads size and times of a video and checks them, decoding at most its first frames.
 
