@@ -221,7 +221,7 @@ class PyAVVideo(Video):
             raise ValueError(f"{self.name}: no decoder for its video")
         self._check_canvas(context.height, context.width)
         context.thread_count = 1
-        context.options = {**context.options, "max_pixels": str(self.limits.max_source_pixels)}
+        context.options = {**context.options, "max_pixels": str(self.limits.allocated_pixels)}
         return stream
 
     @staticmethod

@@ -4,6 +4,7 @@ Axes: K packets of a stream in file order, N frames in the order of showing.
 """
 
 import io
+import math
 import os
 from array import array
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from .coded_pictures import PictureReader
+from .image_reading import MAX_ASPECT
 from .threads import check_stop
 
 
@@ -49,6 +51,11 @@ class VideoLimits:
     max_source_pixels: int = 2**26
     max_video_packets: int = 5_000_000
     max_animation_pixels: int = 2**34
+
+    @property
+    def allocated_pixels(self) -> int:
+        """What FFmpeg may allocate for a frame: it rounds sides up to multiples of at most 128."""
+        return self.max_source_pixels + 128 * math.isqrt(MAX_ASPECT * self.max_source_pixels) + 128**2
 
 
 DEFAULT_LIMITS = VideoLimits()
@@ -93,7 +100,7 @@ def open_container(file: str | io.BytesIO, name: str, limits: VideoLimits):
     try:
         return av.open(
             file,
-            options={"max_pixels": str(limits.max_source_pixels)},
+            options={"max_pixels": str(limits.allocated_pixels)},
             container_options={"format_whitelist": DEMUXERS, "protocol_whitelist": protocol},
             metadata_errors="ignore",
         )
