@@ -449,8 +449,8 @@ def _repaired_stamps(scan: PacketScan, flags, facts: StreamFacts, problems: list
 
 
 def _spikes(stamps: np.ndarray) -> np.ndarray:
-    """Positions of single stamps that are far outside all of their neighbours, and before or after which time goes on
-    as if they were not there."""
+    """Positions of single stamps that are outside those of all their neighbours, which go on as if they were not
+    there."""
     count = len(stamps)
     if count < 2 * MAX_REORDER:
         return np.zeros(0, np.intp)
@@ -464,9 +464,8 @@ def _spikes(stamps: np.ndarray) -> np.ndarray:
         others = np.concatenate([left, right])
         low, high = int(others.min()), int(others.max())
         value = int(stamps[k])
-        far = max(low - value, value - high) > high - low
         returns = (value > high and len(right) > MAX_REORDER) or (value < low and len(left) > MAX_REORDER)
-        if far and returns:
+        if returns:  # `MAX_REORDER` packets later, a true stamp cannot be outside of those around it
             found.append(k)
     return np.array(found, np.intp)
 
