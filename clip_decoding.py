@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .patches import patchify
 from .resizing import resize_uint8
-from .threads import in_threads
+from .threads import in_threads, stoppable
 from .video_files import UntrueKeyframes, Video
 from .video_sampling import ClipPlan
 
@@ -144,24 +144,22 @@ def _read_videos(readers: list[_VideoReader], threads: int) -> None:
 
 def _encode_during(decode: Callable[[], None], ready: SimpleQueue, stop: threading.Event) -> None:
     """Runs `decode` on another thread and encodes the frame groups that it puts on `ready`. An error sets `stop`."""
-    inference = torch.is_inference_mode_enabled()  # not inherited by the thread
 
     def run():
         try:
-            with torch.inference_mode(inference):
-                decode()
+            decode()
         finally:
             ready.put(None)
 
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(run)
         try:
+            future = pool.submit(stoppable(run, stop))
             while (group := ready.get()) is not None:
                 group.builder.encode(group.frames)
+            future.result()
         except BaseException:
             stop.set()
             raise
-        future.result()
 
 
 def _report(reader: _VideoReader, clips: list[Clip | None]) -> None:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from .call_positions import CallPositions  # noqa: F401
     from .checks import nearest_name  # noqa: F401
     from .clip_decoding import decode_clips  # noqa: F401
+    from .coded_pictures import PictureReader  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
     from .decoder import MossVLTextModel  # noqa: F401
+    from .decord_video import open_decord  # noqa: F401
     from .generation_batches import answer_turns  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .text_rows import token_rows  # noqa: F401
     from .threads import in_threads  # noqa: F401
     from .video_files import Video  # noqa: F401
+    from .video_packets import FrameIndex  # noqa: F401
     from .video_processing_moss_vl import MossVLVideoProcessor  # noqa: F401
     from .video_reading import open_video  # noqa: F401
     from .video_sampling import ClipPlan  # noqa: F401

@@ -170,6 +170,14 @@ OPTIONS = (
         aliases=("frame_extract_num_threads",),
         stored=True,
     ),
+    Option("max_source_pixels", ("video",), "most pixels of a frame of a video file before the resize", trusted=True),
+    Option("max_video_packets", ("video",), "most packets of the video stream of a file", trusted=True),
+    Option(
+        "max_animation_pixels",
+        ("video",),
+        "most pixels of all frames of a GIF or animated PNG, before the resize",
+        trusted=True,
+    ),
     Option("video_backend", ("video",), "'pyav' or 'decord'", aliases=("video_load_backend",), stored=True),
 )
 

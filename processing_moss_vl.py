@@ -15,7 +15,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .checks import flag, tensor_format
 from .clip_decoding import Encoder
+from .coded_pictures import PictureReader  # noqa: F401
 from .conversation import collect_media, for_template, read_messages
+from .decord_video import open_decord  # noqa: F401
 from .image_processing_moss_vl import (
     ImageOptions,
     MossVLImageProcessor,
@@ -52,6 +54,7 @@ from .text_rows import (
 )
 from .threads import in_threads  # noqa: F401
 from .video_files import Video  # noqa: F401
+from .video_packets import FrameIndex  # noqa: F401
 from .video_processing_moss_vl import MossVLVideoProcessor
 from .video_reading import open_video  # noqa: F401
 from .video_sampling import ClipPlan  # noqa: F401

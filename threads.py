@@ -1,30 +1,63 @@
-"""A parallel `map` that keeps torch's inference mode."""
+"""A parallel `map` that keeps torch's inference mode, and stops its threads if one of them or the caller fails."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 
+class Stopped(Exception):
+    """The work of this thread is no longer needed."""
+
+
+class _Current(threading.local):
+    stops = ()  # the events that end the work of this thread
+
+
+_current = _Current()
+
+
+def check_stop() -> None:
+    """Raises Stopped if the work of this thread is no longer needed. Long loops call it."""
+    for stop in _current.stops:
+        if stop.is_set():
+            raise Stopped
+
+
+def stoppable(function: Callable, stop: threading.Event) -> Callable:
+    """`function` for another thread: `check_stop` looks at `stop` and at the events of this thread, and torch's
+    inference mode is the one of this thread."""
+    stops, inference = (*_current.stops, stop), torch.is_inference_mode_enabled()
+
+    def run(*args):
+        before, _current.stops = _current.stops, stops
+        try:
+            with torch.inference_mode(inference):  # not inherited by threads, which write into tensors made here
+                return function(*args)
+        finally:
+            _current.stops = before
+
+    return run
+
+
 def in_threads(threads: int, function: Callable, *columns) -> list:
     """`list(map(function, *columns))` on up to `threads` threads.
 
-    Raises the error of the first item that failed, in the order of the items; items that have not started are
-    cancelled.
+    Raises the error of the first item that failed, in the order of the items. Items that have not started are then
+    cancelled, and those that run are stopped (`check_stop`), also by Ctrl-C.
     """
     rows = list(zip(*columns, strict=True))
     if threads == 1 or len(rows) < 2:
         return [function(*row) for row in rows]
-    inference = torch.is_inference_mode_enabled()  # not inherited by threads, which write into tensors made here
-
-    def run(row):
-        with torch.inference_mode(inference):
-            return function(*row)
-
+    stop = threading.Event()
+    run = stoppable(function, stop)
     with ThreadPoolExecutor(min(threads, len(rows))) as pool:
-        futures = [pool.submit(run, row) for row in rows]
+        futures = []
         try:
+            futures += [pool.submit(run, *row) for row in rows]
             return [future.result() for future in futures]
         finally:
+            stop.set()
             for future in futures:
                 future.cancel()

@@ -1,25 +1,42 @@
-"""Video files as numbered frames with exact times, by PyAV or decord. No sampling, no target sizes, no patches.
+"""Video files as numbered frames with exact times, by PyAV. No sampling, no target sizes, no patches.
 
 Axes: N frames of a video, h rows, w columns. Times are in seconds from the first frame shown.
 """
 
-import bisect
 import io
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from fractions import Fraction
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 
-from .image_reading import MAX_SOURCE_PIXELS, check_aspect, load_image
+from .image_reading import check_aspect, load_image
+from .video_packets import (
+    DEFAULT_LIMITS,
+    DISCARDED,
+    KEY,
+    MAX_CHANGES,
+    MAX_REORDER,
+    REDRAWN,
+    SHOWN,
+    FrameIndex,
+    PacketScan,
+    Problems,
+    StreamFacts,
+    VideoLimits,
+    check_sample_counts,
+    decode,
+    open_container,
+    read_packets,
+    size_of,
+)
 
 
 SEEK_PACKETS = 200  # shorter jumps read through the packets in between
-MAX_REORDER = 16  # upper limit of frames that a decoder delays to put them in order
-PROBE_FRAMES = 16  # decoded to check that time stamps follow the order of frames, if the stream does not say so
-MAX_FAILURES = 16  # consecutive unreadable packets after which a file is given up
+
+
+DECORD_FORMATS = ("mov", "matroska", "avi")
+DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg")
 
 
 class Video:
@@ -37,8 +54,6 @@ class Video:
     given_times = False
 
     def __init__(self, name: str, times: np.ndarray, duration: float, height: int, width: int, problems=()):
-        if height * width > MAX_SOURCE_PIXELS:
-            raise ValueError(f"{name} has frames of {width} x {height} pixels, over the limit of {MAX_SOURCE_PIXELS}")
         check_aspect(height, width, name)
         self.name, self.times, self.duration = name, times, duration
         self.height, self.width, self.problems = height, width, list(problems)
@@ -74,111 +89,6 @@ class Video:
         raise NotImplementedError
 
 
-def seconds_of(times: np.ndarray, last_length: float, rate: Fraction | None, tick: float) -> float:
-    """Seconds from the first frame to the end of the last.
-
-    N / rate if `times` are multiples of 1 / rate rounded to ticks, which avoids the rounding; else the last time +
-    `last_length`.
-    """
-    if rate and np.abs(times - np.arange(len(times)) / float(rate)).max() <= 1.001 * tick:
-        return float(len(times) / rate)
-    return float(times[-1] + last_length)
-
-
-# PyAV
-
-
-def open_container(file: str | io.BytesIO, name: str):
-    """Opens a file that `open_source` returned, with PyAV. Raises ValueError if PyAV cannot read it.
-
-    A playlist inside the file cannot open other protocols: the whitelist holds only the one that the file itself
-    needs.
-    """
-    import av
-
-    if isinstance(file, str):
-        file, protocol = "file:" + file, "file"  # the prefix keeps a path like "concat:a" from naming a protocol
-    else:
-        file, protocol = io.BytesIO(file.getvalue()), "data"  # threads must not share a position
-    try:
-        return av.open(file, container_options={"protocol_whitelist": protocol}, metadata_errors="ignore")
-    except (av.error.FFmpegError, UnicodeError) as error:
-        reason = getattr(error, "strerror", error)
-        raise ValueError(f"{name} is not a video that PyAV can read: {reason}") from error
-
-
-@dataclass
-class _PacketScan:
-    """One pass over all packets of a stream, in file order, with the first frames decoded."""
-
-    pts: list[int | None] = field(default_factory=list)  # presentation time stamps, in ticks
-    dts: list[int | None] = field(default_factory=list)  # decoding time stamps, in ticks
-    durations: list[int] = field(default_factory=list)  # in ticks, 0 if unknown
-    is_key: list[bool] = field(default_factory=list)
-    is_discarded: list[bool] = field(default_factory=list)
-    probed_pts: list[int | None] = field(default_factory=list)  # of the frames decoded so far
-    first_frame: object = None
-
-    def add_packet(self, packet) -> None:
-        self.pts.append(packet.pts)
-        self.dts.append(packet.dts)
-        self.durations.append(max(0, packet.duration or 0))
-        self.is_key.append(packet.is_keyframe)
-        self.is_discarded.append(packet.is_discard)
-
-    def add_frames(self, frames) -> None:
-        for frame in frames:
-            if self.first_frame is None:
-                self.first_frame = frame
-            self.probed_pts.append(frame.pts)
-
-    def has_steady_stamps(self) -> bool:
-        """Whether packets have complete and distinct time stamps, and ascending decoding times."""
-        if None in self.pts:
-            return False
-        stamps = np.array(self.pts, np.int64)[~np.array(self.is_discarded)]
-        dts = [x for x in self.dts if x is not None]
-        return len(np.unique(stamps)) == len(stamps) and bool(np.all(np.diff(dts) >= 0))
-
-    def frames_follow_stamps(self) -> bool:
-        """Whether the time stamps of decoded frames ascend."""
-        return None not in self.probed_pts and all(a < b for a, b in pairwise(self.probed_pts))
-
-
-@dataclass(frozen=True)
-class _StreamFacts:
-    """Facts about a video stream from the header of its container."""
-
-    codec: str
-    time_base: Fraction  # seconds per tick
-    rate: Fraction | None  # nominal frames per second
-    listed_packets: int  # entries of an index of all packets (mov, mp4); 0 without one
-    announced: float  # seconds of the container
-    has_other_streams: bool
-
-    @classmethod
-    def read(cls, av, container, stream) -> "_StreamFacts":
-        has_index = container.format.name.startswith("mov")
-        start = max(0, container.start_time or 0) / av.time_base
-        return cls(
-            codec=stream.codec_context.name,
-            time_base=stream.time_base,
-            rate=stream.average_rate,
-            listed_packets=len(getattr(stream, "index_entries", ())) if has_index else 0,
-            announced=(container.duration or 0) / av.time_base - start,
-            has_other_streams=len(container.streams) > 1,
-        )
-
-    def ends_early(self, packets: int, frames: int, duration: float) -> str | None:
-        """What is missing if the header announces more than the file holds. `duration`: seconds of its frames."""
-        slack = 1.0 + 0.1 * self.announced if self.has_other_streams else 0.0
-        longest = duration + slack + 1.5 * duration / frames
-        if self.listed_packets <= packets and (self.listed_packets or self.announced <= longest):
-            return None
-        of = f" of {self.announced:.1f}" if self.announced > duration else ""
-        return f"it ends early, after {duration:.1f} s{of}"
-
-
 @dataclass(frozen=True)
 class _DecodeRange:
     """Frames that are decoded in one go, from a keyframe on."""
@@ -207,92 +117,101 @@ class UntrueKeyframes(Exception):
 class PyAVVideo(Video):
     """A file that PyAV reads through an index of its packets. Nothing stays open between calls.
 
-    A frame is identified by its time stamp and decoded from the keyframe before it, on one thread: the result does not
-    depend on what else is decoded. If time stamps are missing or do not follow the order of frames (AVI with B-frames,
-    raw streams), frames are counted from the start of the file.
+    A frame is identified by its packet and decoded from the keyframe before it, on one thread: the result does not
+    depend on what else is decoded. Exception: in a damaged part, a decoder fills what is missing from its memory, so
+    that a damaged frame may differ between numbers of threads. If the order of frames does not follow from the packets
+    (AVI with B-frames, raw streams), frames are counted from the start of the file.
     """
 
-    def __init__(self, file: str | io.BytesIO, name: str):
+    def __init__(self, file: str | io.BytesIO, name: str, limits: VideoLimits = DEFAULT_LIMITS):
         import av
 
-        self._av, self._file, self.name = av, file, name
-        problems = []
-        with open_container(file, name) as container:
+        self._av, self._file, self.name, self.limits = av, file, name, limits
+        problems = Problems()
+        check_sample_counts(file, name)
+        with open_container(file, name, limits) as container:
             stream = self._stream(container)
-            scan = self._scan(container, stream, problems)
-            facts = _StreamFacts.read(av, container, stream)
+            facts = StreamFacts.read(av, container, stream)
+            if facts.listed_packets > limits.max_video_packets:
+                self._refuse_packets(facts.listed_packets)
+            scan = PacketScan.read(av, container, stream, size_of(file), limits, name, problems)
         if scan.first_frame is None:
             details = "; ".join([facts.codec, *problems[:1]])
-            raise ValueError(f"{name}: none of its {len(scan.pts)} video packets can be decoded ({details})")
-        steady = scan.has_steady_stamps()
-        self._index(scan, by_stamp=steady and scan.frames_follow_stamps())
-        times, duration = self._times(scan, facts, steady)
-        if ends_early := facts.ends_early(len(scan.pts), len(times), duration):
+            raise ValueError(
+                f"{name}: none of its {len(scan)} video packets can be decoded ({details}); frames over "
+                f"max_source_pixels={limits.max_source_pixels} are not decoded"
+            )
+        self.facts, self._changes = facts, scan.changes
+        self.index = index = FrameIndex.of(scan, facts, problems)
+        self._keys = self._trusted_keys()
+        if ends_early := facts.ends_early(len(scan), len(index.times), index.duration):
             problems.insert(0, ends_early)
         # Read the side data of one frame only: it makes a reference cycle that keeps the frame until garbage is
         # collected.
         self._matrix = self._display_matrix(scan.first_frame)
         size = scan.first_frame.height, scan.first_frame.width
+        pixels = size[0] * size[1]
+        self._check_canvas(*size)
+        if facts.codec in REDRAWN and len(index.shown) * pixels > limits.max_animation_pixels:
+            raise ValueError(
+                f"{name} has {len(index.shown)} frames of {size[1]} x {size[0]}, over "
+                f"max_animation_pixels={limits.max_animation_pixels} in all"
+            )
         if self._matrix is not None and self._matrix[0] == self._matrix[3] == 0:  # a quarter turn
             size = size[::-1]
-        super().__init__(name, times, duration, *size, problems)
+        super().__init__(name, index.times, index.duration, *size, problems)
 
-    def _scan(self, container, stream, problems: list[str]) -> _PacketScan:
-        """Reads all packets and decodes the first frames.
+    def _refuse_packets(self, count: int):
+        limit = self.limits.max_video_packets
+        raise ValueError(f"{self.name} has {count} video packets, over max_video_packets={limit}")
 
-        One frame is enough if packets show whether frames are reordered; else up to `PROBE_FRAMES`.
-        """
-        scan, context = _PacketScan(), stream.codec_context
-        newest, reordered = None, not context.has_b_frames
-        for packet in self._packets(container, stream, problems):
-            scan.add_packet(packet)
-            reordered = reordered or (newest is not None and packet.pts is not None and packet.pts < newest)
-            newest = packet.pts if packet.pts is not None else newest
-            if packet.is_corrupt:
-                problems.append("a packet is cut short")
-            probed = len(scan.probed_pts)
-            if probed == 0 or (not reordered and probed < PROBE_FRAMES):
-                scan.add_frames(self._decode(context, packet, problems))
-        if not scan.probed_pts:
-            scan.add_frames(self._decode(context, None, problems))
-        return scan
+    def _check_canvas(self, height: int, width: int) -> None:
+        if height * width > self.limits.max_source_pixels:
+            raise ValueError(
+                f"{self.name} has frames of {width} x {height} pixels, over "
+                f"max_source_pixels={self.limits.max_source_pixels}; make it smaller first, or raise the limit"
+            )
 
-    def _index(self, scan: _PacketScan, by_stamp: bool) -> None:
-        """Sets the index of packets (file order) and of frames (order of showing):
+    def _trusted_keys(self) -> np.ndarray:
+        """Packets that start with a keyframe. Only the first one if the decoder's configuration changes too often."""
+        keys = np.flatnonzero(self.index.flags & KEY)
+        return keys if len(self._changes) <= MAX_CHANGES else keys[:1]
 
-        _stamps: [packets], time stamps, or positions in the file if one is missing
-        _discard: [packets], whether a packet is decoded and not shown
-        _keys: packets that start with a keyframe
-        _shown: [N], the packet of each frame
-        _pts: [N], the time stamp of each frame; None unless `by_stamp`: then frames are counted
-        """
-        self._stamps = np.array(range(len(scan.pts)) if None in scan.pts else scan.pts, np.int64)
-        self._discard, self._keys = scan.is_discarded, np.flatnonzero(scan.is_key)
-        shown = np.flatnonzero(~np.array(scan.is_discarded))
-        if by_stamp:  # frames that refer to frames before the start of the file are never shown
-            shown = shown[self._stamps[shown] >= scan.probed_pts[0]]
-        self._shown = shown[np.argsort(self._stamps[shown], kind="stable")]
-        self._pts = self._stamps[self._shown].tolist() if by_stamp else None
+    def configuration(self, packet: int) -> list:
+        """Side data that a decoder needs before it starts at a packet, of the packets up to this one."""
+        latest = {}
+        for number, side_data in self._changes:
+            if number > packet:
+                break
+            latest.update((item.data_type, item) for item in side_data)
+        return list(latest.values())
 
-    def _times(self, scan: _PacketScan, facts: _StreamFacts, steady: bool) -> tuple[np.ndarray, float]:
-        """(float64 [N], duration): by time stamps if they are steady, else at the nominal rate (25 without one)."""
-        tick, frame_seconds = float(facts.time_base), 1 / float(facts.rate or 25)
-        if not steady:
-            times, last_length = np.arange(len(self._shown)) * frame_seconds, frame_seconds
-        else:
-            times = (self._stamps[self._shown] - self._stamps[self._shown[0]]) * tick
-            last_length = scan.durations[self._shown[-1]] * tick
-            if not last_length:
-                last_length = float(np.median(np.diff(times))) if len(times) > 1 else frame_seconds
-        return times, seconds_of(times, last_length, facts.rate, tick)
+    def needs_pyav(self) -> str | None:
+        """Why decord would get this file wrong; None if it is right."""
+        index, facts = self.index, self.facts
+        if not facts.format.startswith(DECORD_FORMATS) or facts.codec not in DECORD_CODECS:
+            return f"decord does not read {facts.codec} in {facts.format} reliably"
+        if self.problems:
+            return f"it is damaged ({self.problems[0]})"
+        if not (index.is_steady and index.is_ordered and (index.flags & SHOWN).all()) or self._changes:
+            return "its packets are not one frame each, with a time stamp and one configuration"
+        newest_key = np.maximum.accumulate(np.where(index.flags & KEY, index.stamps, index.stamps.min()))
+        if (index.stamps < newest_key).any():
+            return "frames refer to frames before their keyframe (open GOP)"
+        if isinstance(self._file, str) and "%" in self._file:
+            return "FFmpeg may take its name for a pattern"
+        return None
 
     # packets and frames
+
+    def open(self):
+        return open_container(self._file, self.name, self.limits)
 
     def _stream(self, container):
         """The best video stream that is not a cover picture, with a decoder of one thread."""
         cover = self._av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams or container.format.name == "tty":
+        if not streams:
             kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
             raise ValueError(f"{self.name} has no video in it: {container.format.long_name} with {kinds}")
         best = container.streams.best("video")
@@ -300,31 +219,10 @@ class PyAVVideo(Video):
         context = stream.codec_context
         if context is None:
             raise ValueError(f"{self.name}: no decoder for its video")
+        self._check_canvas(context.height, context.width)
         context.thread_count = 1
-        context.options = {**context.options, "max_pixels": str(MAX_SOURCE_PIXELS)}
+        context.options = {**context.options, "max_pixels": str(self.limits.allocated_pixels)}
         return stream
-
-    def _packets(self, container, stream, problems: list[str]):
-        """Yields the packets of a stream. Continues after damaged data."""
-        failures = 0
-        while failures < MAX_FAILURES:
-            try:
-                for packet in container.demux(stream):
-                    if packet.size:
-                        failures = 0
-                        yield packet
-                return
-            except self._av.error.FFmpegError as error:
-                failures += 1
-                problems.append(f"unreadable data: {error.strerror}")
-
-    def _decode(self, context, packet, problems: list[str]) -> list:
-        """The frames that a packet completes (None: those still in the decoder); none if it is damaged."""
-        try:
-            return context.decode(packet)
-        except self._av.error.FFmpegError as error:
-            problems.append(f"undecodable packet: {error.strerror}")
-            return []
 
     @staticmethod
     def _display_matrix(frame) -> list[int] | None:
@@ -332,7 +230,11 @@ class PyAVVideo(Video):
 
         Reduced to quarter turns and mirror images: either b and c or a and d are 0.
         """
-        data = frame.side_data.get("DISPLAYMATRIX")
+        try:
+            data = frame.side_data.get("DISPLAYMATRIX")
+        except ValueError:  # PyAV: another side data type of this frame is unknown to it
+            turn = {90: [0, -1, 1, 0], 180: [-1, 0, 0, -1], 270: [0, 1, -1, 0]}
+            return turn.get(round(frame.rotation / 90) * 90 % 360)
         if data is None:
             return None
         a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
@@ -352,20 +254,32 @@ class PyAVVideo(Video):
             array = array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
         return array
 
+    def _convert(self, frame) -> np.ndarray:
+        try:
+            return self._rgb(frame)
+        except (OSError, ValueError) as error:  # FFmpeg cannot convert some formats of pixels
+            raise ValueError(
+                f"{self.name}: a frame of {frame.width} x {frame.height} in the pixel format {frame.format.name} "
+                f"cannot be converted to RGB: {getattr(error, 'strerror', None) or error}"
+            ) from error
+
     # frames by number
 
     def _ranges(self, wanted: list[int]) -> list[_DecodeRange]:
         """`wanted` as ranges that do not overlap in the file, each from the last keyframe before its first frame."""
-        if self._pts is None or not len(self._keys):
+        stamps, shown = self.index.stamps, self.index.shown
+        if not self.index.is_ordered or not len(self._keys):
             return [_DecodeRange(0, wanted)]
-        key_stamps = self._stamps[self._keys]
+        key_stamps = stamps[self._keys]
         order = np.argsort(key_stamps, kind="stable")
         key_stamps, keys = key_stamps[order], self._keys[order]
         ranges, last_packet = [], -1  # last_packet: of the ranges so far
         for number in wanted:
-            packet = int(self._shown[number])
-            key = int(np.searchsorted(key_stamps, self._pts[number], side="right")) - 1
-            start = int(keys[key]) if key >= 0 and keys[key] <= packet else 0
+            packet = int(shown[number])
+            key = int(np.searchsorted(key_stamps, stamps[packet], side="right")) - 1
+            while key >= 0 and keys[key] > packet:
+                key -= 1
+            start = int(keys[key]) if key >= 0 else 0
             if ranges and start <= last_packet:
                 ranges[-1].numbers.append(number)
             else:
@@ -375,7 +289,7 @@ class PyAVVideo(Video):
 
     def chunks(self, wanted, parts):
         ranges = self._ranges(wanted)
-        packets = np.cumsum([int(self._shown[r.numbers].max()) - r.first_packet + 1 for r in ranges])
+        packets = np.cumsum([int(self.index.shown[r.numbers].max()) - r.first_packet + 1 for r in ranges])
         out = [[] for _ in range(parts)]
         for one, end in zip(ranges, packets, strict=True):
             out[int(min(parts - 1, (end - 1) * parts // packets[-1]))] += one.numbers
@@ -420,45 +334,52 @@ class PyAVVideo(Video):
         for number, frame in self._numbered_frames(reader, first_packet, numbers, problems):
             if number in late:
                 del late[number]
-                yield number, number, self._rgb(frame)
+                yield number, number, self._convert(frame)
             if newest is not None and number <= newest.number:
                 continue
             while todo and todo[0] < number:
                 late[todo.popleft()] = newest
             yield from replace_late(number - MAX_REORDER)
-            newest = _DecodedFrame(number, frame, self._rgb)
+            newest = _DecodedFrame(number, frame, self._convert)
             if todo and todo[0] == number:
                 yield todo.popleft(), number, newest.rgb()
             if not todo and not late:
                 return
         late.update((number, newest) for number in todo)
-        yield from replace_late(len(self._shown))
+        yield from replace_late(len(self.times))
 
     def _numbered_frames(self, reader, first_packet: int, numbers: list[int], problems: list[str]):
         """Yields (number, frame) of what is decoded from `first_packet` to the last packet that `numbers` need.
 
         Raises UntrueKeyframes, before it yields anything, if `first_packet` does not decode to a keyframe.
         """
-        start_pts = self._stamps[first_packet] if first_packet else self._stamps.min()
-        trusted = first_packet == 0 or self._discard[first_packet]
-        last_packet = len(self._stamps) - 1 if self._pts is None else int(self._shown[numbers].max())
+        index = self.index
+        stamps, number_of = index.stamps, index.number_of
+        start_stamp = stamps[first_packet] if first_packet else stamps.min()
+        trusted = first_packet == 0 or bool(index.flags[first_packet] & DISCARDED)
+        last_packet = self._last_packet(numbers) if index.is_ordered else len(stamps) - 1
         for count, frame in enumerate(reader.decode(first_packet, last_packet, problems)):
-            if self._pts is None:
+            if not index.is_ordered:
                 number = count
-            elif frame.pts is None or frame.pts < start_pts:  # refers to frames before the keyframe
+            elif frame.pts is None or stamps[frame.pts] < start_stamp:  # refers to frames before the keyframe
                 continue
             else:
-                trusted = trusted or (frame.key_frame and frame.pts == start_pts)
+                trusted = trusted or (frame.key_frame and frame.pts == first_packet)
                 if not trusted:
                     break
-                number = bisect.bisect_left(self._pts, frame.pts)
-                if number == len(self._pts) or self._pts[number] != frame.pts:
-                    continue
+                number = int(number_of[frame.pts])
+            if not 0 <= number < len(self.times):
+                continue
             if frame.is_corrupt:
                 problems.append("a frame is damaged")
             yield number, frame
         if not trusted:
             raise UntrueKeyframes(self.name)
+
+    def _last_packet(self, numbers: list[int]) -> int:
+        """The last packet that completes one of these frames: with fields, the one after it."""
+        flags, last = self.index.flags, int(self.index.shown[numbers].max())
+        return last + 1 if last + 1 < len(flags) and not flags[last + 1] else last
 
 
 class _PacketReader:
@@ -466,15 +387,19 @@ class _PacketReader:
 
     def __init__(self, video: PyAVVideo):
         self._video = video
-        self._container, self._can_seek = None, video._pts is not None
+        self._container, self._can_seek = None, video.index.is_steady and video.index.is_ordered
 
     def close(self):
         if self._container is not None:
             self._container.close()
 
     def decode(self, first: int, last: int, problems: list[str]):
-        """Yields the frames of the packets first..last, decoded without earlier packets."""
-        video = self._video
+        """Yields the frames of the packets first..last, decoded without earlier packets.
+
+        The time stamp of a frame is the number of its packet. The first packet gets the configuration of the decoder
+        that is valid there.
+        """
+        video, stamps = self._video, self._video.index.stamps
         if self._container is None or first < self._next:
             self._rewind(problems)
         if first - self._next > SEEK_PACKETS and self._can_seek and not self._seek(first, problems):
@@ -486,19 +411,23 @@ class _PacketReader:
             self._context.flush_buffers()
         self._used = True
         while self._next <= last:
-            packet = self._read()
+            number, packet = self._next, self._read()
             if packet is None:
                 break
-            is_leading = first > 0 and packet.pts < video._stamps[first]  # its errors are expected
-            yield from video._decode(self._context, packet, [] if is_leading else problems)
-        yield from video._decode(self._context, None, problems)
+            if number == first:
+                for side_data in video.configuration(first):
+                    packet.set_sidedata(side_data)
+            packet.pts = packet.dts = number
+            is_leading = first > 0 and stamps[number] < stamps[first]  # its errors are expected
+            yield from decode(video._av, self._context, packet, [] if is_leading else problems)
+        yield from decode(video._av, self._context, None, problems)
 
     def _rewind(self, problems: list[str]):
         self.close()
-        self._container = open_container(self._video._file, self._video.name)
+        self._container = self._video.open()
         self._stream = self._video._stream(self._container)
         self._context = self._stream.codec_context
-        self._packets = self._video._packets(self._container, self._stream, problems)
+        self._packets = read_packets(self._video._av, self._container, self._stream, problems)
         self._next, self._held, self._used = 0, None, False
 
     def _read(self):
@@ -508,12 +437,12 @@ class _PacketReader:
 
     def _seek(self, number: int, problems: list[str]) -> bool:
         """Seeks to the keyframe in packet `number`. False if the container lands after it or before `_next`."""
-        target, here = self._video._stamps[number], self._video._stamps[self._next]
+        target, here = self._video.index.stamps[number], self._video.index.stamps[self._next]
         try:
             self._container.seek(int(target), stream=self._stream)
         except self._video._av.error.FFmpegError:
             return False
-        self._packets = self._video._packets(self._container, self._stream, problems)
+        self._packets = read_packets(self._video._av, self._container, self._stream, problems)
         for count, packet in enumerate(self._packets):
             if packet.is_keyframe and packet.pts == target:
                 self._next, self._held = number, packet
@@ -525,46 +454,3 @@ class _PacketReader:
             ):
                 return False
         return False
-
-
-# decord
-
-
-class DecordVideo(Video):
-    """A file that decord reads. decord silently returns wrong frames for open GOPs, edit lists and MPEG-TS."""
-
-    def __init__(self, file: str | io.BytesIO, name: str):
-        import decord
-
-        self._decord, self._file, self.name = decord, file, name
-        try:
-            reader = self._open()
-            total, rate = len(reader), float(reader.get_avg_fps())
-            height, width = reader[0].shape[:2]
-            stamps = np.array(reader.get_frame_timestamp(range(total)), np.float64)  # [N, 2]: start, end
-        except Exception as error:  # DECORDError is not a RuntimeError; both occur
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"{name} is not a video that decord can read: {reason}") from error
-        times = stamps[:, 0] - stamps[0, 0]
-        if not np.all(np.diff(times) > 0):
-            times = np.arange(total) / rate
-        last_length = max(float(stamps[-1, 1] - stamps[-1, 0]), 0.0) or 1 / rate
-        nominal = Fraction(rate).limit_denominator(1001)
-        super().__init__(name, times, seconds_of(times, last_length, nominal, 1e-3), height, width)
-
-    def _open(self):
-        file = self._file if isinstance(self._file, str) else io.BytesIO(self._file.getvalue())
-        return self._decord.VideoReader(file, num_threads=1)  # VP9 fails with more than 2; each thread opens a reader
-
-    def chunks(self, wanted, parts):
-        return [wanted]
-
-    def frames(self, wanted, problems, from_start=False):
-        reader = self._open()
-        for number in wanted:
-            try:
-                frame = reader[number]
-            except Exception as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise ValueError(f"{self.name}: decord cannot decode frame {number}: {reason}") from error
-            yield number, number, frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)

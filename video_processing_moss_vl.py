@@ -5,6 +5,7 @@ clip_decoding.py.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from .checks import flag, positive_int, positive_number, tensor_format, three_floats
 from .clip_decoding import Clip, ClipMetadata, Encoder, decode_clips  # noqa: F401
+from .coded_pictures import PictureReader  # noqa: F401
 from .conversation import is_frames
+from .decord_video import open_decord  # noqa: F401
 from .image_processing_moss_vl import to_format, wants_uint8
 from .image_reading import split_array
 from .options import drop_fixed, names_of, read_options, reject_unknown
@@ -30,6 +33,7 @@ from .processor_settings import (
 from .resizing import ANY_SIZE, DEFAULT_SIZE, pixel_limits, read_fixed_size
 from .threads import in_threads
 from .video_files import Video
+from .video_packets import DEFAULT_LIMITS, VideoLimits
 from .video_reading import is_decoded, is_pair, open_video, read_frame_times
 from .video_sampling import (
     ClipPlan,
@@ -61,6 +65,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         merge_size.
         image_mean, image_std: three numbers each, for pixel values scaled to 0..1.
         allow_http: True allows downloads from http(s) URLs. It is not saved, and ignored in a file.
+        max_source_pixels, max_video_packets, max_animation_pixels: limits of a file, None for those of `VideoLimits`.
+            They are not saved, and ignored in a file.
     """
 
     _auto_class = "AutoVideoProcessor"  # save_pretrained copies the code
@@ -87,6 +93,9 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         min_pixels=None,
         max_pixels=None,
         allow_http=None,
+        max_source_pixels=None,
+        max_video_packets=None,
+        max_animation_pixels=None,
         **kwargs,
     ):
         class_name = type(self).__name__
@@ -121,6 +130,9 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.image_std = list(three_floats("image_std", image_std))
         self.video_backend = named.get("video_backend")
         self.allow_http = flag("allow_http", allow_http)
+        self.max_source_pixels = max_source_pixels
+        self.max_video_packets = max_video_packets
+        self.max_animation_pixels = max_animation_pixels
         self.resolve({})
 
     @classmethod
@@ -133,7 +145,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         return super().from_dict(merge_settings(settings, given), **kwargs)
 
     def to_dict(self):
-        return {name: value for name, value in super().to_dict().items() if name != "allow_http"}
+        trusted = names_of("video", trusted=True)
+        return {name: value for name, value in super().to_dict().items() if name not in trusted}
 
     min_pixels, max_pixels = size_edge("shortest_edge"), size_edge("longest_edge")
 
@@ -184,6 +197,12 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             **{name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")},
             video_backend=backend,
             allow_http=flag("allow_http", pick("allow_http")),
+            limits=VideoLimits(
+                **{
+                    name: positive_int(name, default if pick(name) is None else pick(name))
+                    for name, default in asdict(DEFAULT_LIMITS).items()
+                }
+            ),
         )
 
     def _resolve_count(self, options: dict, min_frames: int, max_frames: int) -> tuple[float | None, int | None]:
@@ -262,7 +281,14 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
         def open_one(request: VideoRequest, name: str) -> Video:
             backend, allow_http = call_options.video_backend, call_options.allow_http
-            return open_video(request.source, request.metadata, name=name, backend=backend, allow_http=allow_http)
+            return open_video(
+                request.source,
+                request.metadata,
+                name=name,
+                backend=backend,
+                allow_http=allow_http,
+                limits=call_options.limits,
+            )
 
         opened = in_threads(call_options.num_extract_threads, open_one, requests, names)
         return plan_clips(requests, opened, call_options.max_frames)

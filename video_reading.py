@@ -5,7 +5,7 @@ Axes: N frames of a video, h rows, w columns. Times are in seconds from the firs
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,11 @@ import torch
 from transformers.utils import logging
 
 from .checks import positive_int, positive_number, shorten
+from .decord_video import open_decord
 from .image_reading import float_unit, open_source, probe_image
 from .options import reject_unknown
-from .video_files import DecordVideo, PyAVVideo, Video
+from .video_files import PyAVVideo, Video
+from .video_packets import DEFAULT_LIMITS, VideoLimits
 
 
 logger = logging.get_logger(__name__)
@@ -172,6 +174,7 @@ def open_video(
     name: str = "video",
     backend: str | None = None,
     allow_http: bool = False,
+    limits: VideoLimits = DEFAULT_LIMITS,
 ) -> Video:
     """Reads size and times of a video and checks them, decoding at most its first frames.
 
@@ -180,11 +183,12 @@ def open_video(
             [n, h, w, 3] or [n, 3, h, w].
         metadata: for decoded frames, a mapping with "fps" (frames per second) or "timestamps" (seconds).
         name: what decoded frames are called in messages.
-        backend: "pyav" or "decord"; None takes PyAV if it is installed.
+        backend: "pyav" or "decord"; None takes PyAV. decord needs PyAV too, which recognises files for it.
         allow_http: True allows downloads.
+        limits: of a file.
 
-    Raises FileNotFoundError; ValueError if the source is not a video or cannot be decoded at all; ImportError without
-    a decoder.
+    Raises FileNotFoundError; ValueError if the source is not a video, cannot be decoded at all or is over a limit;
+    ImportError without PyAV, or without decord if that is asked for.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim != 4:
         raise ValueError(f"{name} is an array of shape {tuple(source.shape)}; expected [frames, height, width, 3]")
@@ -194,7 +198,7 @@ def open_video(
         raise ValueError(
             f"{name} is a file, which holds the times of its frames; video_metadata is for decoded frames"
         )
-    video_class = _video_class(backend)
+    open_file = _file_opener(backend)
     file, name = open_source(
         _path_of_open_file(source),
         what="video",
@@ -202,7 +206,7 @@ def open_video(
         max_bytes=MAX_VIDEO_BYTES,
         timeout=DOWNLOAD_SECONDS,
     )
-    return video_class(file, name)
+    return open_file(file, name, limits)
 
 
 def _path_of_open_file(source):
@@ -218,26 +222,18 @@ def _path_of_open_file(source):
     return source
 
 
-def _video_class(backend: str | None) -> type[Video]:
-    """The class for a `video_backend`; None: PyAV, else decord. Raises ImportError if it is not installed."""
+def _file_opener(backend: str | None) -> Callable[..., Video]:
+    """What opens a file for a `video_backend`. Raises ImportError if a package is not installed."""
     if backend not in (None, "pyav", "decord"):
         raise ValueError(f"video_backend must be 'pyav' or 'decord', got {backend!r}")
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        raise ImportError("reading a video needs PyAV, with decord too: pip install av") from error
     if backend != "decord":
-        try:
-            import av  # noqa: F401
-
-            return PyAVVideo
-        except ImportError as error:
-            if backend == "pyav":
-                raise ImportError("video_backend='pyav' needs PyAV: pip install av") from error
+        return PyAVVideo
     try:
         import decord  # noqa: F401
     except ImportError as error:
-        if backend == "decord":
-            raise ImportError("video_backend='decord' needs decord: pip install decord") from error
-        raise ImportError("reading a video needs PyAV: pip install av") from error
-    if backend is None:
-        logger.warning_once(
-            "PyAV is not installed, videos are read with decord, which gets some files wrong: pip install av"
-        )
-    return DecordVideo
+        raise ImportError("video_backend='decord' needs decord: pip install decord") from error
+    return open_decord

@@ -20,6 +20,7 @@ from .conversation import SOURCE_KEYS, read_medium
 from .options import layered
 from .resizing import fit_video_size
 from .video_files import Video
+from .video_packets import VideoLimits
 from .video_reading import is_decoded, is_pair
 
 
@@ -50,6 +51,7 @@ class VideoOptions:
     image_std: tuple[float, float, float]
     video_backend: str | None
     allow_http: bool
+    limits: VideoLimits
 
     @property
     def factor(self) -> int:

@@ -22,7 +22,7 @@ from make_media import (
 from PIL import Image
 from video_kinds import CLIP, KINDS, SMALL, make, processor  # noqa: F401
 
-from moss_vl import video_files
+from moss_vl import decord_video, video_files
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 from moss_vl.video_reading import open_video
 from moss_vl.video_sampling import sample_indices
@@ -107,10 +107,10 @@ def test_distant_frames_are_reached_by_seeking(codec, options, suffix, tmp_path,
     path = write_video(tmp_path / "source.mp4", count=900, codec=codec, options=options)
     path = path if suffix == "mp4" else copy_packets(path, tmp_path / f"long.{suffix}")
     jumps, fed = [], []
-    seek, decode = video_files._PacketReader._seek, video_files.PyAVVideo._decode
+    seek, decode = video_files._PacketReader._seek, video_files.decode
     monkeypatch.setattr(video_files._PacketReader, "_seek", lambda *args: jumps.append(seek(*args)) or jumps[-1])
     video = open_video(path)
-    monkeypatch.setattr(video_files.PyAVVideo, "_decode", lambda *args: fed.append(args[2]) or decode(*args))
+    monkeypatch.setattr(video_files, "decode", lambda *args: fed.append(args[2]) or decode(*args))
     wanted = [0, 62, 419, 420, 421, 899]
     problems = []
     assert [read_number(image) for _, _, image in video.frames(wanted, problems)] == wanted
@@ -277,12 +277,12 @@ def test_decord_reads_the_same_frames(name, make):
 
 def test_choice_of_the_decoder(monkeypatch, make):
     assert isinstance(open_video(make("h264.mp4")), video_files.PyAVVideo)
+    assert isinstance(open_video(make("h264.mp4"), backend="decord"), decord_video.DecordVideo)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "decord", None)
+        with pytest.raises(ImportError, match="pip install decord"):
+            open_video(make("h264.mp4"), backend="decord")
     monkeypatch.setitem(sys.modules, "av", None)
-    assert isinstance(open_video(make("h264.mp4")), video_files.DecordVideo)
-    with pytest.raises(ImportError, match="pip install av"):
-        open_video(make("h264.mp4"), backend="pyav")
-    monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(ImportError, match="pip install av"):
-        open_video(make("h264.mp4"))
-    with pytest.raises(ImportError, match="pip install decord"):
-        open_video(make("h264.mp4"), backend="decord")
+    for backend in (None, "pyav", "decord"):  # decord needs PyAV to recognise files for it
+        with pytest.raises(ImportError, match="pip install av"):
+            open_video(make("h264.mp4"), backend=backend)

@@ -1,0 +1,1 @@
+../../coded_pictures.py

@@ -1,0 +1,1 @@
+../../decord_video.py
