@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from .clip_decoding import decode_clips  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
     from .decoder import MossVLTextModel  # noqa: F401
+    from .downloads import download  # noqa: F401
     from .generation_batches import answer_turns  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
     from .generation_queries import Turn  # noqa: F401
     from .generation_queue import QueueServer  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
+    from .image_files import open_image  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .image_reading import probe_image  # noqa: F401
     from .media import Media  # noqa: F401

@@ -115,9 +115,22 @@ OPTIONS = (
     Option("image_mean", IMAGE_AND_VIDEO, "three numbers, for pixels in 0..1", stored=True),
     Option("image_std", IMAGE_AND_VIDEO, "three numbers, for pixels in 0..1", stored=True),
     Option("allow_http", IMAGE_AND_VIDEO, "True allows downloads from http(s) URLs", trusted=True),
+    Option(
+        "allow_private_hosts",
+        IMAGE_AND_VIDEO,
+        "True allows downloads from private, loopback, link-local and reserved addresses too",
+        trusted=True,
+    ),
     # ---- images
     Option(
         "multi_image_max_pixels", ("image",), "most pixels of all images of a sample", per_medium=True, stored=True
+    ),
+    Option(
+        "max_source_pixels",
+        ("image",),
+        "most pixels of an image before the resize, and of all images of a sample that are decoded at once; two "
+        "thirds of it with a palette or transparency",
+        trusted=True,
     ),
     # ---- videos
     Option(

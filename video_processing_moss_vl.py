@@ -61,6 +61,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         merge_size.
         image_mean, image_std: three numbers each, for pixel values scaled to 0..1.
         allow_http: True allows downloads from http(s) URLs. It is not saved, and ignored in a file.
+        allow_private_hosts: True allows downloads from private addresses too. Also not saved.
     """
 
     _auto_class = "AutoVideoProcessor"  # save_pretrained copies the code
@@ -87,6 +88,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         min_pixels=None,
         max_pixels=None,
         allow_http=None,
+        allow_private_hosts=None,
         **kwargs,
     ):
         class_name = type(self).__name__
@@ -121,6 +123,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.image_std = list(three_floats("image_std", image_std))
         self.video_backend = named.get("video_backend")
         self.allow_http = flag("allow_http", allow_http)
+        self.allow_private_hosts = flag("allow_private_hosts", allow_private_hosts)
         self.resolve({})
 
     @classmethod
@@ -133,7 +136,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         return super().from_dict(merge_settings(settings, given), **kwargs)
 
     def to_dict(self):
-        return {name: value for name, value in super().to_dict().items() if name != "allow_http"}
+        trusted = names_of("video", trusted=True)
+        return {name: value for name, value in super().to_dict().items() if name not in trusted}
 
     min_pixels, max_pixels = size_edge("shortest_edge"), size_edge("longest_edge")
 
@@ -184,6 +188,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             **{name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")},
             video_backend=backend,
             allow_http=flag("allow_http", pick("allow_http")),
+            allow_private_hosts=flag("allow_private_hosts", pick("allow_private_hosts")),
         )
 
     def _resolve_count(self, options: dict, min_frames: int, max_frames: int) -> tuple[float | None, int | None]:
@@ -261,8 +266,14 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         names = ["the video" if len(requests) == 1 else f"video {i}" for i in range(len(requests))]
 
         def open_one(request: VideoRequest, name: str) -> Video:
-            backend, allow_http = call_options.video_backend, call_options.allow_http
-            return open_video(request.source, request.metadata, name=name, backend=backend, allow_http=allow_http)
+            return open_video(
+                request.source,
+                request.metadata,
+                name=name,
+                backend=call_options.video_backend,
+                allow_http=call_options.allow_http,
+                allow_private_hosts=call_options.allow_private_hosts,
+            )
 
         opened = in_threads(call_options.num_extract_threads, open_one, requests, names)
         return plan_clips(requests, opened, call_options.max_frames)

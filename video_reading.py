@@ -55,10 +55,10 @@ class GivenFrames(Video):
     All frames share one scale of floats: 0..1 if no value of any frame is above 1.
     """
 
-    def __init__(self, frames, metadata: Mapping | None, name: str, allow_http: bool = False):
+    def __init__(self, frames, metadata: Mapping | None, name: str, **downloads):
         if len(frames) == 0:
             raise ValueError(f"{name} has no frames")
-        self._frames, self._reading = frames, {"allow_http": allow_http, "unit": float_unit(frames)}
+        self._frames, self._reading = frames, {**downloads, "unit": float_unit(frames)}
         first = probe_image(frames[0], what=f"frame 0 of {name}", **self._reading)
         is_array = isinstance(frames, (np.ndarray, torch.Tensor))
         height, width = (first.height, first.width) if is_array else first.read().shape[:2]  # EXIF may turn an image
@@ -172,6 +172,7 @@ def open_video(
     name: str = "video",
     backend: str | None = None,
     allow_http: bool = False,
+    allow_private_hosts: bool = False,
 ) -> Video:
     """Reads size and times of a video and checks them, decoding at most its first frames.
 
@@ -182,14 +183,16 @@ def open_video(
         name: what decoded frames are called in messages.
         backend: "pyav" or "decord"; None takes PyAV if it is installed.
         allow_http: True allows downloads.
+        allow_private_hosts: True allows downloads from private addresses too.
 
     Raises FileNotFoundError; ValueError if the source is not a video or cannot be decoded at all; ImportError without
     a decoder.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim != 4:
         raise ValueError(f"{name} is an array of shape {tuple(source.shape)}; expected [frames, height, width, 3]")
+    downloads = {"allow_http": allow_http, "allow_private_hosts": allow_private_hosts}
     if is_decoded(source):
-        return GivenFrames(source, metadata, name, allow_http)
+        return GivenFrames(source, metadata, name, **downloads)
     if metadata is not None:
         raise ValueError(
             f"{name} is a file, which holds the times of its frames; video_metadata is for decoded frames"
@@ -198,7 +201,7 @@ def open_video(
     file, name = open_source(
         _path_of_open_file(source),
         what="video",
-        allow_http=allow_http,
+        **downloads,
         max_bytes=MAX_VIDEO_BYTES,
         timeout=DOWNLOAD_SECONDS,
     )
