@@ -458,7 +458,7 @@ def float_unit(images) -> bool | None:
                 return bool(images.getextrema()[1] <= 1)
         except Exception:  # damaged files raise all kinds of errors
             return None
-    if isinstance(images, torch.Tensor) and not _is_float(images):
+    if isinstance(images, torch.Tensor) and (images.is_nested or not _is_float(images)):
         return None
     if isinstance(images, torch.Tensor) and images.layout == torch.strided and images.ndim > 3:
         return float_unit(list(images))  # half-precision formats are converted image by image
@@ -503,6 +503,8 @@ def split_array(array) -> list:
     Floats become uint8 before the split, so that all parts share one scale. Floats out of range stay, for the error of
     `probe_image`.
     """
+    if getattr(array, "is_nested", False):
+        raise ValueError("images or videos are a nested tensor; expected a list, or an array of one size")
     if isinstance(array, torch.Tensor) and (array.layout != torch.strided or array.is_quantized):
         array = plain_array(array, f"a Tensor of shape {tuple(array.shape)}")
     unit = float_unit(array)
