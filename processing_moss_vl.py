@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .checks import flag, tensor_format
 from .clip_decoding import Encoder
 from .conversation import collect_media, for_template, read_messages
+from .downloads import download  # noqa: F401
 from .image_files import open_image  # noqa: F401
 from .image_processing_moss_vl import (
     ImageOptions,

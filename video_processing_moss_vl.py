@@ -15,6 +15,8 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from .checks import flag, positive_int, positive_number, tensor_format, three_floats
 from .clip_decoding import Clip, ClipMetadata, Encoder, decode_clips  # noqa: F401
 from .conversation import is_frames
+from .downloads import download  # noqa: F401
+from .image_files import open_image  # noqa: F401
 from .image_processing_moss_vl import to_format, wants_uint8
 from .image_reading import split_array
 from .options import drop_fixed, names_of, read_options, reject_unknown
