@@ -3,6 +3,7 @@
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -12,6 +13,10 @@ import numpy as np
 # Least similarity, by difflib, of an unknown name and a known one
 TYPO_SIMILARITY = 0.85  # for an error: "generation_kwargs" is near "generate_kwargs", "prompt_id" is not near "prompt"
 HINT_SIMILARITY = 0.7  # for a hint in another error: "seed" is not near "streamer"
+# The user and password of a URL. A password may hold "/", "?" or "#", against the standard; a port has digits alone.
+URL_LOGIN = re.compile(
+    r"^(\s*(?:https?:[/\\]*|[a-z][a-z0-9+.-]*://))(?:[^/?#\\]*|[^/?#\\:\[]*:(?!\d*(?:[/?#]|$))[^@]*)@", re.IGNORECASE
+)
 
 
 def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
@@ -20,8 +25,10 @@ def nearest_name(name: str, known, cutoff: float = 0.5) -> str | None:
 
 
 def shorten(value, length: int = 100) -> str:
-    """A short `repr` for messages: strings, such as base64 data, are cut after `length` characters."""
+    """A short `repr` for messages: strings, such as base64 data, are cut after `length` characters, and URLs have no
+    user and password."""
     if isinstance(value, str):
+        value = without_login(value)
         return repr(value) if len(value) <= length else f"{value[:length]!r}... ({len(value)} characters)"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"{len(value)} bytes"
@@ -32,6 +39,11 @@ def shorten(value, length: int = 100) -> str:
         return "[" + ", ".join(shorten(x, length) for x in value[:4]) + rest + "]"
     text = repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
     return text[:length]
+
+
+def without_login(text: str) -> str:
+    """A URL without its user and password; any other text unchanged."""
+    return URL_LOGIN.sub(r"\1", text, count=1) if "@" in text[:4096] else text
 
 
 def positive_int(name: str, value) -> int:

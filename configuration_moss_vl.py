@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from .conversation import PLACEHOLDERS  # noqa: F401
     from .decoder import MossVLTextModel  # noqa: F401
     from .decord_video import open_decord  # noqa: F401
+    from .downloads import download  # noqa: F401
     from .generation_batches import answer_turns  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
     from .generation_queries import Turn  # noqa: F401
     from .generation_queue import QueueServer  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
+    from .image_files import open_image  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .image_reading import probe_image  # noqa: F401
     from .media import Media  # noqa: F401

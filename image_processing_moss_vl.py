@@ -12,7 +12,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .checks import flag, positive_int, shorten, tensor_format, three_floats
 from .conversation import SOURCE_KEYS, read_medium
-from .image_reading import ProbedImage, probe_image, split_array
+from .downloads import download  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
+from .image_files import open_image  # noqa: F401
+from .image_reading import MAX_SOURCE_PIXELS, ProbedImage, probe_image, split_array
 from .options import drop_fixed, layered, names_of, read_options, reject_unknown
 from .patches import join_patches, patchify
 from .processor_settings import (
@@ -23,8 +25,8 @@ from .processor_settings import (
     size_edge,
     split_keywords,
 )
-from .resizing import ANY_SIZE, DEFAULT_SIZE, fit_size, pixel_limits, read_fixed_size, resize_uint8
-from .threads import in_threads
+from .resizing import ANY_SIZE, DEFAULT_SIZE, fit_size, pixel_limits, read_fixed_size, resize_rows
+from .threads import PixelBudget, in_threads
 
 
 IMAGE_THREADS = 4  # upper limit of threads that decode and resize the images of a sample
@@ -44,6 +46,8 @@ class ImageOptions:
     image_std: tuple[float, float, float]
     fixed_size: tuple[int, int] | None  # (h, w) after the resize
     allow_http: bool
+    allow_private_hosts: bool
+    max_source_pixels: int
 
     @property
     def factor(self) -> int:
@@ -61,7 +65,12 @@ class MossVLImageProcessor(BaseImageProcessor):
         patch_size, temporal_patch_size, merge_size: as in the model; sides become multiples of patch_size *
             merge_size.
         image_mean, image_std: three numbers each, for pixel values scaled to 0..1.
-        allow_http: True allows downloads from http(s) URLs. It is not saved, and ignored in a file.
+        allow_http: True allows downloads from http(s) URLs.
+        allow_private_hosts: True allows downloads from private, loopback, link-local and reserved addresses too.
+        max_source_pixels: maximum pixels of an image before the resize, and of the images of a sample that are
+            decoded at once; two thirds of it for one image with a palette or transparency.
+
+    The last three are not saved, and ignored in a file: a downloaded checkpoint must not decide them.
     """
 
     _auto_class = "AutoImageProcessor"  # save_pretrained copies the code
@@ -84,6 +93,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         shortest_edge=None,
         longest_edge=None,
         allow_http=None,
+        allow_private_hosts=None,
+        max_source_pixels=MAX_SOURCE_PIXELS,
         **kwargs,
     ):
         class_name = type(self).__name__
@@ -102,6 +113,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         self.image_mean = list(three_floats("image_mean", image_mean))
         self.image_std = list(three_floats("image_std", image_std))
         self.allow_http = flag("allow_http", allow_http)
+        self.allow_private_hosts = flag("allow_private_hosts", allow_private_hosts)
+        self.max_source_pixels = MAX_SOURCE_PIXELS if max_source_pixels is None else max_source_pixels
         self.resolve({})
 
     @classmethod
@@ -111,7 +124,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         return super().from_dict(merge_settings(known_settings(image_processor_dict, cls), given), **kwargs)
 
     def to_dict(self):
-        return {name: value for name, value in super().to_dict().items() if name != "allow_http"}
+        trusted = names_of("image", trusted=True)
+        return {name: value for name, value in super().to_dict().items() if name not in trusted}
 
     min_pixels, max_pixels = size_edge("shortest_edge"), size_edge("longest_edge")
 
@@ -130,7 +144,13 @@ class MossVLImageProcessor(BaseImageProcessor):
 
         limits = {name: options.get(name) for name in ("size", "min_pixels", "max_pixels")}
         low, high = pixel_limits(self.size if used else ANY_SIZE, **limits)
-        count_names = ("multi_image_max_pixels", "patch_size", "temporal_patch_size", "merge_size")
+        count_names = (
+            "multi_image_max_pixels",
+            "patch_size",
+            "temporal_patch_size",
+            "merge_size",
+            "max_source_pixels",
+        )
         counts = {name: positive_int(name, pick(name)) for name in count_names}
         return ImageOptions(
             low,
@@ -139,6 +159,7 @@ class MossVLImageProcessor(BaseImageProcessor):
             **{name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")},
             fixed_size=read_fixed_size(options, counts["patch_size"] * counts["merge_size"], class_name),
             allow_http=flag("allow_http", pick("allow_http")),
+            allow_private_hosts=flag("allow_private_hosts", pick("allow_private_hosts")),
         )
 
     def check(self, images, **options) -> None:
@@ -163,7 +184,12 @@ class MossVLImageProcessor(BaseImageProcessor):
             keys = " or ".join(SOURCE_KEYS["image"])
             raise ValueError(f"an image given as a dict holds its source under {keys}; got {shorten(image)}")
         resolved = self.resolve(layered(options, image_options))
-        probed = probe_image(source, allow_http=resolved.allow_http)
+        probed = probe_image(
+            source,
+            allow_http=resolved.allow_http,
+            allow_private_hosts=resolved.allow_private_hosts,
+            max_source_pixels=resolved.max_source_pixels,
+        )
         return replace(probed, options=image_options) if image_options else probed
 
     def extract(self, images, **options) -> list[tuple[torch.Tensor, list[int]]]:
@@ -175,21 +201,27 @@ class MossVLImageProcessor(BaseImageProcessor):
         probed = self.probe(images, **options)
         area = sum(image.height * image.width for image in probed)
 
+        budget = PixelBudget(self.resolve(options).max_source_pixels)
+
         def extract_one(image: ProbedImage):
-            return self._patches_of(image, self.resolve(layered(options, image.options)), area)
+            with budget.taken(image.height * image.width):
+                return self._patches_of(image, self.resolve(layered(options, image.options)), area)
 
         return in_threads(min(IMAGE_THREADS, torch.get_num_threads()), extract_one, probed)
 
     def _patches_of(self, image: ProbedImage, options: ImageOptions, area: int) -> tuple[torch.Tensor, list[int]]:
         """`area`: h * w of all images of the sample, before the resize."""
-        pixels = image.read()  # [h, w, 3]
-        height, width = pixels.shape[:2]
-        max_pixels = options.multi_image_max_pixels
-        if "multi_image_max_pixels" not in image.options:
-            max_pixels *= height * width / area
-        max_pixels = min(max(max_pixels, options.min_pixels), options.max_pixels)
-        height, width = options.fixed_size or fit_size(height, width, options.factor, options.min_pixels, max_pixels)
-        frame = resize_uint8(pixels, height, width)[None]
+
+        def fit(height: int, width: int) -> tuple[int, int]:
+            max_pixels = options.multi_image_max_pixels
+            if "multi_image_max_pixels" not in image.options:
+                max_pixels *= height * width / area
+            max_pixels = min(max(max_pixels, options.min_pixels), options.max_pixels)
+            return options.fixed_size or fit_size(height, width, options.factor, options.min_pixels, max_pixels)
+
+        rows = image.decode(fit)
+        height, width = fit(*rows.full_size)
+        frame = resize_rows(rows, height, width)[None]
         patches = patchify(frame, options.patch_size, options.merge_size, options.temporal_patch_size)
         return patches, [1, height // options.patch_size, width // options.patch_size]
 

@@ -133,6 +133,11 @@ def _add_media(group) -> None:
     group.add_argument(
         "--allow-http", action="store_true", help="download images and videos from http: and https: URLs"
     )
+    group.add_argument(
+        "--allow-private-hosts",
+        action="store_true",
+        help="download from private, loopback, link-local and reserved addresses too",
+    )
 
 
 def _add_answering(group) -> None:
@@ -211,8 +216,9 @@ def add_arguments(args, query: dict, processor) -> dict:
     if "size" not in given:
         options |= {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     options |= frame_options(args, query, given, processor.video_processor)
-    if args.allow_http:
-        options["allow_http"] = True
+    for name in ("allow_http", "allow_private_hosts"):
+        if getattr(args, name):
+            options[name] = True
     options = {name: value for name, value in options.items() if name not in given}
     query = {
         "use_template": args.template,
@@ -369,7 +375,9 @@ def check_caches(cause: OSError, downloads: bool) -> None:
 
 def answer_one(args) -> int:
     """Prints the answer while it is generated."""
-    messages = MediaReader(args.allow_http).user_turn(args.media, args.prompt)
+    messages = MediaReader(args.allow_http, allow_private_hosts=args.allow_private_hosts).user_turn(
+        args.media, args.prompt
+    )
     processor, model = load(args)
     query = add_arguments(args, {"messages": messages}, processor)
     from transformers import TextStreamer
@@ -428,7 +436,7 @@ def answer_line(args, processor, model, index: int, line: str) -> dict:
     try:
         parsed = parse_line(line)
         result |= extra_keys(parsed)
-        query = prepare_query(parsed, args.batch.parent, args.allow_http, args.prompt)
+        query = prepare_query(parsed, args.batch.parent, args.allow_http, args.prompt, args.allow_private_hosts)
         seed = None if args.seed is None else args.seed + index
         result["text"] = answer(processor, model, add_arguments(args, query, processor), seed)
     except Exception as error:  # an error in one query must not end the run

@@ -115,6 +115,19 @@ OPTIONS = (
     Option("image_mean", IMAGE_AND_VIDEO, "three numbers, for pixels in 0..1", stored=True),
     Option("image_std", IMAGE_AND_VIDEO, "three numbers, for pixels in 0..1", stored=True),
     Option("allow_http", IMAGE_AND_VIDEO, "True allows downloads from http(s) URLs", trusted=True),
+    Option(
+        "allow_private_hosts",
+        IMAGE_AND_VIDEO,
+        "True allows downloads from private, loopback, link-local and reserved addresses too",
+        trusted=True,
+    ),
+    Option(
+        "max_source_pixels",
+        IMAGE_AND_VIDEO,
+        "most pixels of an image before the resize, and of all images of a sample that are decoded at once; two "
+        "thirds of it with a palette or transparency, three eighths for a frame of a video file",
+        trusted=True,
+    ),
     # ---- images
     Option(
         "multi_image_max_pixels", ("image",), "most pixels of all images of a sample", per_medium=True, stored=True
@@ -170,7 +183,6 @@ OPTIONS = (
         aliases=("frame_extract_num_threads",),
         stored=True,
     ),
-    Option("max_source_pixels", ("video",), "most pixels of a frame of a video file before the resize", trusted=True),
     Option("max_video_packets", ("video",), "most packets of the video stream of a file", trusted=True),
     Option(
         "max_animation_pixels",

@@ -18,6 +18,8 @@ from .clip_decoding import Encoder
 from .coded_pictures import PictureReader  # noqa: F401
 from .conversation import collect_media, for_template, read_messages
 from .decord_video import open_decord  # noqa: F401
+from .downloads import download  # noqa: F401
+from .image_files import open_image  # noqa: F401
 from .image_processing_moss_vl import (
     ImageOptions,
     MossVLImageProcessor,

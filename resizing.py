@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .checks import positive_int
-from .image_reading import MAX_SOURCE_PIXELS, check_aspect
+from .image_reading import MAX_SOURCE_PIXELS, Rows, check_aspect
 from .options import FIXED_SIZE, reject_unknown
 
 
@@ -133,3 +133,17 @@ def resize_uint8(frame: np.ndarray | torch.Tensor, height: int, width: int) -> t
     if frame.shape[1:] == (height, width):
         return frame
     return torch.nn.functional.interpolate(frame[None], size=(height, width), mode="bicubic", antialias=True)[0]
+
+
+def resize_rows(rows: Rows, height: int, width: int) -> torch.Tensor:
+    """A decoded image -> uint8 [3, height, width], the values of `resize_uint8`.
+
+    `resize_uint8` resizes rows first and columns then, with uint8 between. Here the rows are resized strip by strip,
+    so that the image is never in memory as RGB.
+    """
+    if rows.width == width:
+        return resize_uint8(rows.array(), height, width)
+    narrow = torch.empty(rows.height, width, 3, dtype=torch.uint8)
+    for first, strip in rows.strips():
+        narrow[first : first + len(strip)] = resize_uint8(strip, len(strip), width).permute(1, 2, 0)
+    return resize_uint8(narrow, height, width)

@@ -1,5 +1,7 @@
-"""A parallel `map` that keeps torch's inference mode, and stops its threads if one of them or the caller fails."""
+"""A parallel `map` that keeps torch's inference mode and stops its threads if one of them or the caller fails; a pixel
+budget that its threads share."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,3 +63,26 @@ def in_threads(threads: int, function: Callable, *columns) -> list:
             stop.set()
             for future in futures:
                 future.cancel()
+
+
+class PixelBudget:
+    """The pixels that the threads of one call may hold at once.
+
+    A thread waits until its share is free. A share above the whole budget is reduced to it, so that it is taken alone.
+    """
+
+    def __init__(self, pixels: int):
+        self._pixels, self._free, self._changed = pixels, pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int):
+        pixels = min(pixels, self._pixels)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()

@@ -139,7 +139,7 @@ class PyAVVideo(Video):
             details = "; ".join([facts.codec, *problems[:1]])
             raise ValueError(
                 f"{name}: none of its {len(scan)} video packets can be decoded ({details}); frames over "
-                f"max_source_pixels={limits.max_source_pixels} are not decoded"
+                f"{limits.frame_pixels} pixels are not decoded, see max_source_pixels"
             )
         self.facts, self._changes = facts, scan.changes
         self.index = index = FrameIndex.of(scan, facts, problems)
@@ -166,10 +166,10 @@ class PyAVVideo(Video):
         raise ValueError(f"{self.name} has {count} video packets, over max_video_packets={limit}")
 
     def _check_canvas(self, height: int, width: int) -> None:
-        if height * width > self.limits.max_source_pixels:
+        if height * width > self.limits.frame_pixels:
             raise ValueError(
-                f"{self.name} has frames of {width} x {height} pixels, over "
-                f"max_source_pixels={self.limits.max_source_pixels}; make it smaller first, or raise the limit"
+                f"{self.name} has frames of {width} x {height} pixels, over the limit of {self.limits.frame_pixels}; "
+                f"make it smaller first, or pass a larger max_source_pixels (now {self.limits.max_source_pixels})"
             )
 
     def _trusted_keys(self) -> np.ndarray:

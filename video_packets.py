@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from .coded_pictures import PictureReader
-from .image_reading import MAX_ASPECT
+from .image_reading import MAX_ASPECT, MAX_SOURCE_PIXELS
 from .threads import check_stop
 
 
@@ -43,19 +43,24 @@ class VideoLimits:
     """Limits of a file. The defaults pass 12 hours at 60 frames per second, and 8192 x 8192 pixels.
 
     Attributes:
-        max_source_pixels: height * width of a frame before the resize.
+        max_source_pixels: height * width of an image before the resize; a frame may have three eighths of it.
         max_video_packets: packets of the video stream.
         max_animation_pixels: frames * height * width of a GIF or animated PNG, whose frames all redraw the canvas.
     """
 
-    max_source_pixels: int = 2**26
+    max_source_pixels: int = MAX_SOURCE_PIXELS
     max_video_packets: int = 5_000_000
     max_animation_pixels: int = 2**34
 
     @property
+    def frame_pixels(self) -> int:
+        """Most pixels of a frame. A decoder holds several frames, so that the limit is lower than that of images."""
+        return -(-3 * self.max_source_pixels // 8)
+
+    @property
     def allocated_pixels(self) -> int:
         """What FFmpeg may allocate for a frame: it rounds sides up to multiples of at most 128."""
-        return self.max_source_pixels + 128 * math.isqrt(MAX_ASPECT * self.max_source_pixels) + 128**2
+        return self.frame_pixels + 128 * math.isqrt(MAX_ASPECT * self.frame_pixels) + 128**2
 
 
 DEFAULT_LIMITS = VideoLimits()

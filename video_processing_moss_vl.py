@@ -18,6 +18,8 @@ from .clip_decoding import Clip, ClipMetadata, Encoder, decode_clips  # noqa: F4
 from .coded_pictures import PictureReader  # noqa: F401
 from .conversation import is_frames
 from .decord_video import open_decord  # noqa: F401
+from .downloads import download  # noqa: F401
+from .image_files import open_image  # noqa: F401
 from .image_processing_moss_vl import to_format, wants_uint8
 from .image_reading import split_array
 from .options import drop_fixed, names_of, read_options, reject_unknown
@@ -65,6 +67,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         merge_size.
         image_mean, image_std: three numbers each, for pixel values scaled to 0..1.
         allow_http: True allows downloads from http(s) URLs. It is not saved, and ignored in a file.
+        allow_private_hosts: True allows downloads from private addresses too. Also not saved.
         max_source_pixels, max_video_packets, max_animation_pixels: limits of a file, None for those of `VideoLimits`.
             They are not saved, and ignored in a file.
     """
@@ -93,6 +96,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         min_pixels=None,
         max_pixels=None,
         allow_http=None,
+        allow_private_hosts=None,
         max_source_pixels=None,
         max_video_packets=None,
         max_animation_pixels=None,
@@ -130,6 +134,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.image_std = list(three_floats("image_std", image_std))
         self.video_backend = named.get("video_backend")
         self.allow_http = flag("allow_http", allow_http)
+        self.allow_private_hosts = flag("allow_private_hosts", allow_private_hosts)
         self.max_source_pixels = max_source_pixels
         self.max_video_packets = max_video_packets
         self.max_animation_pixels = max_animation_pixels
@@ -197,6 +202,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             **{name: three_floats(name, pick(name)) for name in ("image_mean", "image_std")},
             video_backend=backend,
             allow_http=flag("allow_http", pick("allow_http")),
+            allow_private_hosts=flag("allow_private_hosts", pick("allow_private_hosts")),
             limits=VideoLimits(
                 **{
                     name: positive_int(name, default if pick(name) is None else pick(name))
@@ -280,13 +286,13 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         names = ["the video" if len(requests) == 1 else f"video {i}" for i in range(len(requests))]
 
         def open_one(request: VideoRequest, name: str) -> Video:
-            backend, allow_http = call_options.video_backend, call_options.allow_http
             return open_video(
                 request.source,
                 request.metadata,
                 name=name,
-                backend=backend,
-                allow_http=allow_http,
+                backend=call_options.video_backend,
+                allow_http=call_options.allow_http,
+                allow_private_hosts=call_options.allow_private_hosts,
                 limits=call_options.limits,
             )
 

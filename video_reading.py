@@ -57,10 +57,10 @@ class GivenFrames(Video):
     All frames share one scale of floats: 0..1 if no value of any frame is above 1.
     """
 
-    def __init__(self, frames, metadata: Mapping | None, name: str, allow_http: bool = False):
+    def __init__(self, frames, metadata: Mapping | None, name: str, **reading):
         if len(frames) == 0:
             raise ValueError(f"{name} has no frames")
-        self._frames, self._reading = frames, {"allow_http": allow_http, "unit": float_unit(frames)}
+        self._frames, self._reading = frames, {**reading, "unit": float_unit(frames)}
         first = probe_image(frames[0], what=f"frame 0 of {name}", **self._reading)
         is_array = isinstance(frames, (np.ndarray, torch.Tensor))
         height, width = (first.height, first.width) if is_array else first.read().shape[:2]  # EXIF may turn an image
@@ -174,6 +174,7 @@ def open_video(
     name: str = "video",
     backend: str | None = None,
     allow_http: bool = False,
+    allow_private_hosts: bool = False,
     limits: VideoLimits = DEFAULT_LIMITS,
 ) -> Video:
     """Reads size and times of a video and checks them, decoding at most its first frames.
@@ -185,6 +186,7 @@ def open_video(
         name: what decoded frames are called in messages.
         backend: "pyav" or "decord"; None takes PyAV. decord needs PyAV too, which recognises files for it.
         allow_http: True allows downloads.
+        allow_private_hosts: True allows downloads from private addresses too.
         limits: of a file.
 
     Raises FileNotFoundError; ValueError if the source is not a video, cannot be decoded at all or is over a limit;
@@ -192,8 +194,9 @@ def open_video(
     """
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim != 4:
         raise ValueError(f"{name} is an array of shape {tuple(source.shape)}; expected [frames, height, width, 3]")
+    downloads = {"allow_http": allow_http, "allow_private_hosts": allow_private_hosts}
     if is_decoded(source):
-        return GivenFrames(source, metadata, name, allow_http)
+        return GivenFrames(source, metadata, name, **downloads, max_source_pixels=limits.max_source_pixels)
     if metadata is not None:
         raise ValueError(
             f"{name} is a file, which holds the times of its frames; video_metadata is for decoded frames"
@@ -202,7 +205,7 @@ def open_video(
     file, name = open_source(
         _path_of_open_file(source),
         what="video",
-        allow_http=allow_http,
+        **downloads,
         max_bytes=MAX_VIDEO_BYTES,
         timeout=DOWNLOAD_SECONDS,
     )

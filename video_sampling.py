@@ -51,6 +51,7 @@ class VideoOptions:
     image_std: tuple[float, float, float]
     video_backend: str | None
     allow_http: bool
+    allow_private_hosts: bool
     limits: VideoLimits
 
     @property

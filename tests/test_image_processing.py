@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -17,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from moss_vl import image_processing_moss_vl, image_reading
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor, MossVLImageProcessorFast
-from moss_vl.image_reading import load_image, open_source
+from moss_vl.image_reading import load_image
 from moss_vl.patches import normalise, patchify
 from moss_vl.resizing import fit_size, resize_uint8
 
@@ -219,7 +218,7 @@ def test_all_sources_give_the_same_pixels(pixels, tmp_path):
 @pytest.mark.parametrize("strip", [1, 32, 48, 1000])
 def test_pixels_are_copied_in_strips(monkeypatch, pixels, strip):
     monkeypatch.setattr(image_reading, "STRIP", strip)
-    assert np.array_equal(image_reading._pixels(Image.fromarray(pixels)), pixels)
+    assert np.array_equal(image_reading.probe_image(Image.fromarray(pixels)).read(), pixels)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -374,65 +373,13 @@ def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch):
 
 
 def test_nothing_is_decoded_if_a_later_image_is_missing(processor, monkeypatch):
-    monkeypatch.setattr(image_reading, "_pil_rgb", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(image_reading, "_pil_rows", lambda *_: pytest.fail("decoded"))
     with pytest.raises(FileNotFoundError):
         processor([PHOTO, "gone.png"])
 
 
 def test_200_to_1_is_accepted(processor):
     assert processor(np.zeros((8, 1600, 3), np.uint8))["image_grid_thw"].tolist() == [[1, 2, 58]]
-
-
-# downloads
-
-
-@pytest.fixture
-def server():
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/moved":
-                self.send_response(302)
-                self.send_header("Location", "ftp://localhost/a.png")
-                self.end_headers()
-                return
-            self.send_response(404 if self.path == "/gone" else 200)
-            self.end_headers()  # no Content-Length
-            try:
-                if self.path == "/endless":
-                    while True:
-                        self.wfile.write(b"x" * 65536)
-                if self.path == "/slow":
-                    while True:
-                        self.wfile.write(b"x")
-                        stop.wait(0.05)
-                self.wfile.write(PHOTO.read_bytes())
-            except OSError:
-                pass
-
-        def log_message(self, *_):
-            pass
-
-    stop = threading.Event()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    stop.set()
-    server.shutdown()
-    server.server_close()
-
-
-def test_download(server, processor):
-    assert torch.equal(processor(f"{server}/a.png", allow_http=True)["pixel_values"], processor(PHOTO)["pixel_values"])
-    with pytest.raises(ValueError, match="allow_http=True"):
-        processor(f"{server}/a.png")
-    with pytest.raises(ValueError, match="cannot be downloaded.*404"):
-        processor(f"{server}/gone", allow_http=True)
-    with pytest.raises(ValueError, match="cannot be downloaded"):
-        processor(f"{server}/moved", allow_http=True)
-    with pytest.raises(ValueError, match="over the limit of 1000000"):
-        open_source(f"{server}/endless", what="image", allow_http=True, max_bytes=1000000)
-    with pytest.raises(ValueError, match="longer than 0.3 seconds"):
-        open_source(f"{server}/slow", what="image", allow_http=True, timeout=0.3)
 
 
 # options

@@ -62,11 +62,20 @@ def test_urls_are_read_like_paths(run, web, asked, monkeypatch):
     said = run(IMAGE, "-p", "What color is the star?", *SHORT)
     for source in (IMAGE.as_uri(), data_url(IMAGE, "image/jpeg"), "~/example_image.jpg"):
         assert run(source, "-p", "What color is the star?", *SHORT) == said, source[:50]
-    assert run(f"{url}/picture", "-p", "What color is the star?", "--allow-http", *SHORT) == said
+    assert (
+        run(f"{url}/picture", "-p", "What color is the star?", "--allow-http", "--allow-private-hosts", *SHORT) == said
+    )
     assert said[0] == 0 and said[1].strip() and [parts_of(query) for query in asked] == [["image", "text"]] * 5
     assert paths == ["/picture"], "one download"
     code, _, err = run(
-        f"{url}/clip", data_url(VIDEO, "video/mp4"), VIDEO.as_uri(), "--frames", 2, "--allow-http", *SHORT
+        f"{url}/clip",
+        data_url(VIDEO, "video/mp4"),
+        VIDEO.as_uri(),
+        "--frames",
+        2,
+        "--allow-http",
+        "--allow-private-hosts",
+        *SHORT,
     )
     assert code == 0 and parts_of(asked[-1]) == ["video"] * 3 + ["text"], err
     assert paths == ["/picture", "/clip"]
@@ -287,9 +296,11 @@ def test_urls_in_lines_need_permission(batch, web):
         user({"type": "image", "image_url": {"url": f"{url}/picture"}}),
         {"media": f"{url}/clip"},
     ]
-    code, _, results, _ = batch(*queries, options=("--allow-http",))
+    code, _, results, _ = batch(*queries, options=("--allow-http", "--allow-private-hosts"))
     assert code == 0 and paths == ["/picture", "/picture", "/clip"], results
-    code, _, results, _ = batch({"images": [f"{url}/picture"], "media_kwargs": {"allow_http": True}})
+    code, _, results, _ = batch(
+        {"images": [f"{url}/picture"], "media_kwargs": {"allow_http": True, "allow_private_hosts": True}}
+    )
     assert code == 0, results
 
 

@@ -123,7 +123,7 @@ def test_a_processor_that_may_download_does_so_in_a_pipeline(model, tmp_path):
     try:
         for allowed in (False, True):
             loaded = AutoProcessor.from_pretrained(
-                NANO, trust_remote_code=True, **({"allow_http": True} if allowed else {})
+                NANO, trust_remote_code=True, **({"allow_http": True, "allow_private_hosts": True} if allowed else {})
             )
             pipe = pipeline("image-text-to-text", model=model, processor=loaded, device="cpu")
             if allowed:

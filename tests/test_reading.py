@@ -10,7 +10,7 @@ from PIL import Image
 
 from moss_vl import image_processing_moss_vl
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
-from moss_vl.image_reading import ProbedImage
+from moss_vl.image_reading import ProbedImage, Rows
 from moss_vl.threads import in_threads
 
 
@@ -67,7 +67,9 @@ def test_images_are_read_in_parallel(threads):
         meeting.wait()
         return picture(value)
 
-    probed = [ProbedImage(str(value), 64, 64, lambda value=value: read(value)) for value in (10, 20, 30)]
+    probed = [
+        ProbedImage(str(value), 64, 64, lambda _, value=value: Rows.of_array(read(value))) for value in (10, 20, 30)
+    ]
     found = MossVLImageProcessor().extract(probed)
     assert [int(patches[0, 0]) for patches, _ in found] == [10, 20, 30]
 
@@ -81,7 +83,7 @@ def test_neither_limit_of_threads_is_exceeded(threads, limit, torch_threads, mos
         with watch:
             return picture(7)
 
-    MossVLImageProcessor().extract([ProbedImage("x", 64, 64, read) for _ in range(8)])
+    MossVLImageProcessor().extract([ProbedImage("x", 64, 64, lambda _: Rows.of_array(read())) for _ in range(8)])
     assert watch.most <= most
 
 

@@ -303,7 +303,7 @@ def test_limits_are_options(make, tmp_path):
     path = make("h264.mp4")
     for options, message in (
         ({"max_video_packets": 39}, "40 video packets, over max_video_packets=39"),
-        ({"max_source_pixels": 96 * 64 - 1}, "max_source_pixels=6143"),
+        ({"max_source_pixels": 96 * 64 * 8 // 3 - 3}, "96 x 64 pixels, over the limit of 6143.*max_source_pixels"),
     ):
         with pytest.raises(ValueError, match=message):
             MossVLVideoProcessor(**options).plan(path)
@@ -315,14 +315,14 @@ def test_limits_are_options(make, tmp_path):
         MossVLVideoProcessor().plan(make("animation.gif"), max_animation_pixels=100000)
     with pytest.raises(ValueError, match="max_source_pixels must be"):
         MossVLVideoProcessor(max_source_pixels=0)
-    MossVLVideoProcessor(max_source_pixels=96 * 64, max_video_packets=40).plan(path)
+    MossVLVideoProcessor(max_source_pixels=96 * 64 * 8 // 3, max_video_packets=40).plan(path)
     assert not any("max_source_pixels" in name for name in MossVLVideoProcessor(max_source_pixels=9999).to_dict())
 
 
 def test_a_canvas_over_the_limit_is_not_allocated():
     with pytest.raises(ValueError, match="gif_canvas_13k.gif.*max_source_pixels"):
         open_video(MEDIA / "gif_canvas_13k.gif")
-    assert VideoLimits().max_source_pixels >= 8192 * 4320
+    assert VideoLimits().frame_pixels >= 8192 * 4320
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -124,11 +124,13 @@ class MediaReader:
 
     Attributes:
         allow_http: whether http(s) URLs may be downloaded.
+        allow_private_hosts: whether they may be at private addresses.
         folder: where relative paths start; None leaves them alone.
     """
 
     allow_http: bool
     folder: Path | None = None
+    allow_private_hosts: bool = False
 
     def resolve(self, kind: str, medium):
         """The medium, relative paths joined to `folder`. Raises ValueError for a URL that must not be downloaded."""
@@ -164,7 +166,12 @@ class MediaReader:
         from moss_vl.video_reading import DOWNLOAD_SECONDS, MAX_VIDEO_BYTES
 
         source, _ = open_source(
-            medium, what="medium", allow_http=self.allow_http, max_bytes=MAX_VIDEO_BYTES, timeout=DOWNLOAD_SECONDS
+            medium,
+            what="medium",
+            allow_http=self.allow_http,
+            allow_private_hosts=self.allow_private_hosts,
+            max_bytes=MAX_VIDEO_BYTES,
+            timeout=DOWNLOAD_SECONDS,
         )
         return _probe(source, mimetypes.guess_type(medium)[0]), source
 
@@ -193,21 +200,24 @@ def probe_file(path: str) -> str:
 
 def _probe(source, mime: str | None) -> str:
     """ "image" for still images that Pillow opens, and for unreadable ones of an image type; else "video"."""
-    from PIL import Image
+    from moss_vl.image_files import open_image
+    from moss_vl.image_reading import MAX_SOURCE_PIXELS
 
     try:
-        with Image.open(source) as image:
-            return "video" if image.format == "GIF" and image.is_animated else "image"
-    except Image.DecompressionBombError:
-        return "image"  # the processor raises an error that explains it
-    except (OSError, ValueError, SyntaxError):
+        with open_image(source, "medium") as image:
+            if image.format != "GIF" or image.width * image.height > MAX_SOURCE_PIXELS:
+                return "image"  # a large one gets the processor's error, which explains it
+            return "video" if image.is_animated else "image"
+    except Exception:  # frames of a damaged GIF raise all kinds of errors
         return "image" if (mime or "").startswith("image/") and mime != "image/gif" else "video"
 
 
 # queries
 
 
-def prepare_query(line: dict, folder: Path, allow_http: bool, prompt: str | None = None) -> dict:
+def prepare_query(
+    line: dict, folder: Path, allow_http: bool, prompt: str | None = None, allow_private_hosts: bool = False
+) -> dict:
     """The query of a line for `offline_batch_generate`, with `media` or `conversations` as messages.
 
     Args:
@@ -215,6 +225,7 @@ def prepare_query(line: dict, folder: Path, allow_http: bool, prompt: str | None
         folder: where relative paths start.
         allow_http: whether URLs may be downloaded. A line can allow it as well, in its media_kwargs.
         prompt: the prompt of lines that have neither prompt nor messages.
+        allow_private_hosts: whether URLs may be at private addresses. A line can allow it in the same way.
 
     Raises:
         ValueError: for keys that exclude each other, messages without a question, or wrong media.
@@ -224,7 +235,12 @@ def prepare_query(line: dict, folder: Path, allow_http: bool, prompt: str | None
     for name in ("media_kwargs", "generate_kwargs"):
         if not isinstance(query.get(name, {}), dict):
             raise ValueError(f"{name} must be an object, got {shorten(query[name])}")
-    reader = MediaReader(allow_http or bool(query.get("media_kwargs", {}).get("allow_http")), folder)
+    media_kwargs = query.get("media_kwargs", {})
+    reader = MediaReader(
+        allow_http or bool(media_kwargs.get("allow_http")),
+        folder,
+        allow_private_hosts or bool(media_kwargs.get("allow_private_hosts")),
+    )
     _rename_turns(query)
     if "prompt" not in query and "messages" not in query and prompt is not None:
         query["prompt"] = prompt
