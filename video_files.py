@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from .colours import frame_to_rgb, tone_map_of
 from .image_reading import MAX_SOURCE_PIXELS, check_aspect, load_image
 
 
@@ -232,6 +233,7 @@ class PyAVVideo(Video):
         # Read the side data of one frame only: it makes a reference cycle that keeps the frame until garbage is
         # collected.
         self._matrix = self._display_matrix(scan.first_frame)
+        self._tone_map = tone_map_of(scan.first_frame)
         size = scan.first_frame.height, scan.first_frame.width
         if self._matrix is not None and self._matrix[0] == self._matrix[3] == 0:  # a quarter turn
             size = size[::-1]
@@ -344,7 +346,7 @@ class PyAVVideo(Video):
         if any(part.is_alpha for part in frame.format.components) or frame.format.name == "pal8":
             array = np.asarray(load_image(frame.to_ndarray(format="rgba"), what=self.name))
         else:
-            array = frame.to_ndarray(format="rgb24")
+            array = frame_to_rgb(frame, self._tone_map)
         if self._matrix is not None:
             a, b, c, d = self._matrix
             if b or c:
