@@ -24,6 +24,7 @@ from .processor_settings import (
     split_keywords,
 )
 from .resizing import ANY_SIZE, DEFAULT_SIZE, fit_size, pixel_limits, read_fixed_size, resize_uint8
+from .signatures import image_kind  # noqa: F401
 from .threads import in_threads
 
 

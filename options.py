@@ -170,6 +170,18 @@ OPTIONS = (
         aliases=("frame_extract_num_threads",),
         stored=True,
     ),
+    Option(
+        "max_animation_canvas",
+        ("video",),
+        "most pixels of a frame of an animated GIF, PNG or WebP",
+        stored=True,
+    ),
+    Option(
+        "max_animation_pixels",
+        ("video",),
+        "most pixels of all frames of an animated GIF, PNG or WebP, before the resize",
+        stored=True,
+    ),
     Option("video_backend", ("video",), "'pyav' or 'decord'", aliases=("video_load_backend",), stored=True),
 )
 

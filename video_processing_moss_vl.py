@@ -12,8 +12,10 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .animations import MAX_CANVAS, MAX_PIXELS
 from .checks import flag, positive_int, positive_number, tensor_format, three_floats
 from .clip_decoding import Clip, ClipMetadata, Encoder, decode_clips  # noqa: F401
+from .colours import tone_map_of  # noqa: F401
 from .conversation import is_frames
 from .image_processing_moss_vl import to_format, wants_uint8
 from .image_reading import split_array
@@ -28,6 +30,7 @@ from .processor_settings import (
     split_keywords,
 )
 from .resizing import ANY_SIZE, DEFAULT_SIZE, pixel_limits, read_fixed_size
+from .signatures import image_kind  # noqa: F401
 from .threads import in_threads
 from .video_files import Video
 from .video_reading import is_decoded, is_pair, open_video, read_frame_times
@@ -57,6 +60,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         min_frames, max_frames: limits of the number of frames of a video. The clips of a sample share `max_frames`.
         num_extract_threads: threads that decode and resize frames.
         video_backend: "pyav" or "decord"; None takes PyAV, or decord if only that is installed.
+        max_animation_canvas, max_animation_pixels: most pixels of a frame, and of all frames, of an animated GIF, PNG or
+        WebP image.
         patch_size, temporal_patch_size (1), merge_size: as in the model; sides become multiples of patch_size *
         merge_size.
         image_mean, image_std: three numbers each, for pixel values scaled to 0..1.
@@ -86,6 +91,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         video_backend=None,
         min_pixels=None,
         max_pixels=None,
+        max_animation_canvas=MAX_CANVAS,
+        max_animation_pixels=MAX_PIXELS,
         allow_http=None,
         **kwargs,
     ):
@@ -114,6 +121,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.merge_size = merge_size
         self.num_frames = named.get("num_frames")
         self.video_fps = named.get("video_fps", 1.0 if self.num_frames is None else None)
+        self.max_animation_canvas = max_animation_canvas
+        self.max_animation_pixels = max_animation_pixels
         self.min_frames = min_frames
         self.max_frames = max_frames
         self.num_extract_threads = named.get("num_extract_threads", 4)
@@ -158,7 +167,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
         limits = {name: options.get(name) for name in ("size", "min_pixels", "max_pixels")}
         low, high = pixel_limits(self.size if used else ANY_SIZE, **limits)
-        count_names = ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames")
+        limit_names = ("max_animation_canvas", "max_animation_pixels")
+        count_names = ("video_max_pixels", "patch_size", "merge_size", "min_frames", "max_frames", *limit_names)
         counts = {name: positive_int(name, pick(name)) for name in count_names}
         if positive_int("temporal_patch_size", pick("temporal_patch_size")) != 1 and used:
             raise ValueError(
@@ -261,8 +271,15 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         names = ["the video" if len(requests) == 1 else f"video {i}" for i in range(len(requests))]
 
         def open_one(request: VideoRequest, name: str) -> Video:
-            backend, allow_http = call_options.video_backend, call_options.allow_http
-            return open_video(request.source, request.metadata, name=name, backend=backend, allow_http=allow_http)
+            return open_video(
+                request.source,
+                request.metadata,
+                name=name,
+                backend=call_options.video_backend,
+                allow_http=call_options.allow_http,
+                max_animation_canvas=call_options.max_animation_canvas,
+                max_animation_pixels=call_options.max_animation_pixels,
+            )
 
         opened = in_threads(call_options.num_extract_threads, open_one, requests, names)
         return plan_clips(requests, opened, call_options.max_frames)

@@ -10,18 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.utils import logging
 
+from .animations import MAX_CANVAS, MAX_PIXELS, AnimatedImage, is_animation
 from .checks import positive_int, positive_number, shorten
+from .colours import HLG, PQ
 from .image_reading import float_unit, open_source, probe_image
 from .options import reject_unknown
-from .video_files import DecordVideo, PyAVVideo, Video
+from .video_files import DecordVideo, PyAVVideo, Video, open_container
 
 
 logger = logging.get_logger(__name__)
 
 MAX_VIDEO_BYTES = 2**30  # of one video that is downloaded or inside a data: URL
 DOWNLOAD_SECONDS = 300.0
+MOST_SECONDS = 1e10  # of a time stamp that a caller gives; 300 years
+RATE_LIMITS = 1e-6, 1e6  # frames per second that a caller gives
+MOST_NUMBER = 2**53  # of a frame
 
 
 # decoded frames
@@ -58,6 +64,7 @@ class GivenFrames(Video):
     def __init__(self, frames, metadata: Mapping | None, name: str, allow_http: bool = False):
         if len(frames) == 0:
             raise ValueError(f"{name} has no frames")
+        frames = _readable_frames(frames, name)
         self._frames, self._reading = frames, {"allow_http": allow_http, "unit": float_unit(frames)}
         first = probe_image(frames[0], what=f"frame 0 of {name}", **self._reading)
         is_array = isinstance(frames, (np.ndarray, torch.Tensor))
@@ -80,19 +87,59 @@ class GivenFrames(Video):
             yield number, number, image
 
 
+def _readable_frames(frames, name: str):
+    """The frames, with tensors that cannot be indexed or compared (sparse, nested, quantized, 8-bit floats) as plain
+    ones. ValueError for a tensor without values."""
+    if isinstance(frames, (list, tuple)):
+        return [
+            _readable_frames(frame, f"frame {number} of {name}") if isinstance(frame, torch.Tensor) else frame
+            for number, frame in enumerate(frames)
+        ]
+    if not isinstance(frames, torch.Tensor):
+        return frames
+    is_small = frames.is_floating_point() and frames.element_size() == 1
+    if frames.layout == torch.strided and not (frames.is_quantized or frames.is_meta or frames.is_nested or is_small):
+        return frames
+    try:
+        if frames.is_quantized:
+            return frames.dequantize()
+        if frames.is_nested:
+            return [part.detach() for part in frames.unbind()]
+        dense = frames.detach() if frames.layout == torch.strided else frames.detach().to_dense()
+        return dense.float().cpu() if is_small else dense.cpu()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        kind = f"{frames.dtype}, {frames.layout}, on {frames.device}"
+        raise ValueError(f"{name} is a tensor ({kind}) without values that can be read: {error}") from error
+
+
 def read_frame_times(metadata: Mapping | None, total: int, name: str) -> FrameTimes:
     """The times of `total` decoded frames by their `video_metadata`.
 
     In this order: `timestamps` (or `actual_timestamps`), `frames_indices` / `fps`, number / `fps`. Raises ValueError
     if the metadata gives no times, or contradicts itself or the number of frames.
     """
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ValueError(
+            f"{name}: video_metadata is {shorten(metadata)}; expected a mapping such as {{'fps': 2.0}} or "
+            "{'timestamps': [...]}"
+        )
     metadata = dict(metadata or {})
     reject_unknown(metadata, METADATA_KEYS, f"video_metadata of {name}")
     metadata = {key: value for key, value in metadata.items() if value is not None}
     fps, duration = (positive_number(key, metadata[key]) if key in metadata else None for key in ("fps", "duration"))
+    if fps is not None and not RATE_LIMITS[0] <= fps <= RATE_LIMITS[1]:
+        raise ValueError(f"{name}: video_metadata has fps {fps:g}; expected {RATE_LIMITS[0]:g} to {RATE_LIMITS[1]:g}")
+    if duration is not None and duration > MOST_SECONDS:
+        raise ValueError(
+            f"{name}: video_metadata has duration {duration:g}; expected at most {MOST_SECONDS:g} seconds"
+        )
     stamps = metadata.get("timestamps", metadata.get("actual_timestamps"))
     has_indices, has_total = "frames_indices" in metadata, "total_num_frames" in metadata
     source_total = positive_int("total_num_frames", metadata.get("total_num_frames", total))
+    if source_total > MOST_NUMBER:
+        raise ValueError(
+            f"{name}: video_metadata has total_num_frames {source_total:.3g}; expected at most {MOST_NUMBER}"
+        )
     indices = _check_indices(metadata, total, source_total if has_total else None, name)
     if stamps is None and has_indices and fps is not None:
         stamps = indices.astype(np.float64) / fps
@@ -110,14 +157,29 @@ def read_frame_times(metadata: Mapping | None, total: int, name: str) -> FrameTi
 
 def _check_indices(metadata: Mapping, total: int, source_total: int | None, name: str) -> np.ndarray:
     """The `frames_indices` [total], by default 0.. `source_total`: how many frames they index, if given."""
-    indices = np.asarray(metadata.get("frames_indices", range(total)))
+    indices = _numbers("frames_indices", metadata.get("frames_indices", range(total)), name)
     if indices.shape != (total,):
         raise ValueError(
             f"{name}: expected {total} frames_indices, one per frame, got {shorten(metadata['frames_indices'])}"
         )
+    wrong = ~(np.isfinite(indices) & (indices >= 0) & (indices <= MOST_NUMBER) & (indices == np.rint(indices)))
+    if wrong.any():
+        raise ValueError(f"{name}: frames_indices hold {indices[wrong][0]:g}; expected whole numbers from 0 on")
+    if np.any(np.diff(indices) < 0):
+        raise ValueError(f"{name}: frames_indices go down; expected the numbers of the frames in ascending order")
     if source_total is not None and "frames_indices" in metadata and indices.max() >= source_total:
-        raise ValueError(f"{name}: frames_indices go up to {indices.max()}, beyond total_num_frames {source_total}")
+        raise ValueError(
+            f"{name}: frames_indices go up to {int(indices.max())}, beyond total_num_frames {source_total}"
+        )
     return indices
+
+
+def _numbers(key: str, values, name: str) -> np.ndarray:
+    """float64 array of a list of numbers in `video_metadata`."""
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError, NotImplementedError):
+        raise ValueError(f"{name}: {key} are {shorten(values)}; expected one number per frame") from None
 
 
 def _times_of_rate(total: int, fps: float | None, duration: float | None, name: str) -> FrameTimes:
@@ -136,7 +198,7 @@ def _times_of_rate(total: int, fps: float | None, duration: float | None, name: 
 
 def _times_of_stamps(stamps, total: int, fps: float | None, duration: float | None, name: str) -> FrameTimes:
     """Without a `duration` that includes the last stamp, the last frame lasts as long as the average frame."""
-    times = np.asarray(stamps, np.float64)
+    times = _numbers("timestamps", stamps, name)
     if times.shape != (total,):
         got = len(times) if times.ndim == 1 else f"shape {times.shape}"
         raise ValueError(f"{name}: expected {total} timestamps, one per frame, got {got}")
@@ -146,6 +208,8 @@ def _times_of_stamps(stamps, total: int, fps: float | None, duration: float | No
         raise ValueError(
             f"{name}: timestamp {index} is {times[index]:g}{before}; expected seconds from 0 on that do not go down"
         )
+    if times[-1] > MOST_SECONDS:
+        raise ValueError(f"{name}: the last timestamp is {times[-1]:g}; expected at most {MOST_SECONDS:g} seconds")
     if duration is None or duration < times[-1]:
         average = float(times[-1] - times[0]) / (total - 1) if total > 1 else 0.0
         duration = float(times[-1]) + (average or 1 / (fps or 1.0))
@@ -172,16 +236,19 @@ def open_video(
     name: str = "video",
     backend: str | None = None,
     allow_http: bool = False,
+    max_animation_canvas: int = MAX_CANVAS,
+    max_animation_pixels: int = MAX_PIXELS,
 ) -> Video:
     """Reads size and times of a video and checks them, decoding at most its first frames.
 
     Args:
-        source: what `open_source` takes, or decoded frames: a list of what `load_image` takes, or an array or tensor
+        source: what `open_source` takes, an animated PIL image, or decoded frames: a list of what `load_image` takes, or an array or tensor
             [n, h, w, 3] or [n, 3, h, w].
         metadata: for decoded frames, a mapping with "fps" (frames per second) or "timestamps" (seconds).
         name: what decoded frames are called in messages.
         backend: "pyav" or "decord"; None takes PyAV if it is installed.
         allow_http: True allows downloads.
+        max_animation_canvas, max_animation_pixels: most pixels of one frame and of all frames of an animated image.
 
     Raises FileNotFoundError; ValueError if the source is not a video or cannot be decoded at all; ImportError without
     a decoder.
@@ -194,7 +261,13 @@ def open_video(
         raise ValueError(
             f"{name} is a file, which holds the times of its frames; video_metadata is for decoded frames"
         )
-    video_class = _video_class(backend)
+    limits = max_animation_canvas, max_animation_pixels
+    if isinstance(source, Image.Image):
+        if not is_animation(source):
+            raise ValueError(f"{name} is a still PIL image; expected an animated one, or a list of frames")
+        return AnimatedImage(
+            source, getattr(source, "filename", "") or f"{name} in a {type(source).__name__}", *limits
+        )
     file, name = open_source(
         _path_of_open_file(source),
         what="video",
@@ -202,7 +275,25 @@ def open_video(
         max_bytes=MAX_VIDEO_BYTES,
         timeout=DOWNLOAD_SECONDS,
     )
+    if is_animation(file):
+        return AnimatedImage(file, name, *limits)
+    video_class = _video_class(backend)
+    if video_class is DecordVideo:
+        _warn_of_hdr(file, name)
     return video_class(file, name)
+
+
+def _warn_of_hdr(file: str | io.BytesIO, name: str) -> None:
+    """Warns if PyAV, where it is installed, says that a video for decord is HDR: decord gives its codes as SDR."""
+    try:
+        import av  # noqa: F401
+
+        with open_container(file, name) as container:
+            transfers = {int(stream.codec_context.color_trc) for stream in container.streams.video}
+    except (ImportError, ValueError, AttributeError):  # AttributeError: a stream without a decoder
+        return
+    if transfers & {PQ, HLG}:
+        logger.warning(f"{name} is HDR, which decord does not tone-map: it looks grey; use video_backend='pyav'")
 
 
 def _path_of_open_file(source):
