@@ -138,7 +138,7 @@ def read_frame_times(metadata: Mapping | None, total: int, name: str) -> FrameTi
     source_total = positive_int("total_num_frames", metadata.get("total_num_frames", total))
     if source_total > MOST_NUMBER:
         raise ValueError(
-            f"{name}: video_metadata has total_num_frames {source_total:.3g}; expected at most {MOST_NUMBER}"
+            f"{name}: video_metadata has total_num_frames {shorten(source_total, 20)}; expected at most {MOST_NUMBER}"
         )
     indices = _check_indices(metadata, total, source_total if has_total else None, name)
     if stamps is None and has_indices and fps is not None:
@@ -242,8 +242,8 @@ def open_video(
     """Reads size and times of a video and checks them, decoding at most its first frames.
 
     Args:
-        source: what `open_source` takes, an animated PIL image, or decoded frames: a list of what `load_image` takes, or an array or tensor
-            [n, h, w, 3] or [n, 3, h, w].
+        source: what `open_source` takes, an animated PIL image, or decoded frames: a list of
+            what `load_image` takes, or an array or tensor [n, h, w, 3] or [n, 3, h, w].
         metadata: for decoded frames, a mapping with "fps" (frames per second) or "timestamps" (seconds).
         name: what decoded frames are called in messages.
         backend: "pyav" or "decord"; None takes PyAV if it is installed.
@@ -253,6 +253,8 @@ def open_video(
     Raises FileNotFoundError; ValueError if the source is not a video or cannot be decoded at all; ImportError without
     a decoder.
     """
+    if isinstance(source, torch.Tensor) and source.is_nested:
+        source = _readable_frames(source, name)
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim != 4:
         raise ValueError(f"{name} is an array of shape {tuple(source.shape)}; expected [frames, height, width, 3]")
     if is_decoded(source):
