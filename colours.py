@@ -99,8 +99,8 @@ def _light_of_codes(transfer: int) -> np.ndarray:
 @lru_cache(maxsize=8)
 def _gains(peak: float) -> np.ndarray:
     """float32 [STEPS + 1]: factor of the EETF, in units of `REFERENCE_WHITE` per unit of 10000 cd/m2, over the fourth
-    root of the light in these units."""
-    light = np.maximum((np.arange(STEPS + 1) / STEPS) ** 4, 1e-12) * 10000
+    root of the light in units of 20000 cd/m2: the change of primaries can exceed 10000."""
+    light = np.maximum((np.arange(STEPS + 1) / STEPS) ** 4, 1e-12) * 20000
     return (eetf(light, peak) / REFERENCE_WHITE / (light / 10000)).astype(np.float32)
 
 
@@ -140,8 +140,8 @@ class ToneMap:
             light *= (np.maximum(luminance, 1e-9) ** np.float32(0.2) * np.float32(DEFAULT_PEAK / 10000))[..., None]
         light = np.maximum(light.reshape(-1, 3) @ self._matrix, 0)
         if self.transfer in (PQ, HLG):
-            brightest = np.minimum(np.maximum(np.maximum(light[:, 0], light[:, 1]), light[:, 2]), 1)
-            light *= np.take(_gains(self.peak), _fourth_root_index(brightest))[:, None]
+            brightest = np.maximum(np.maximum(light[:, 0], light[:, 1]), light[:, 2])
+            light *= np.take(_gains(self.peak), _fourth_root_index(brightest / 2))[:, None]
         return np.take(_levels(), _fourth_root_index(np.minimum(light, 1, out=light))).reshape(codes.shape)
 
 

@@ -290,7 +290,7 @@ def run_one(path: str, backend: str, seconds: float = SECONDS) -> tuple[str, str
 # all files
 
 
-def run(files: int, seed: int, backend: str, keep: Path | None = None, limit: float = float("inf")):
+def run(files: int, seed: int, backend: str, keep: Path | None = None, limit: float = float("inf"), damage=True):
     """Counts outcomes of `files` damaged files, or as many as fit `limit` seconds: (Counter of (kind of damage,
     outcome), list of (name, outcome, detail) of the bad ones)."""
     import torch
@@ -303,12 +303,12 @@ def run(files: int, seed: int, backend: str, keep: Path | None = None, limit: fl
     with tempfile.TemporaryDirectory() as folder:
         seeds = make_seeds(Path(folder))
         names = list(seeds)
-        for number in range(files):
+        for number in range(files if damage else len(names)):
             if time.monotonic() - start > limit:
                 break
             rng = random.Random(f"{seed}/{number}")
             name, kind = names[number % len(names)], MUTATIONS[number // len(names) % len(MUTATIONS)]
-            data = mutate(seeds[name], kind, rng, seeds[rng.choice(names)])
+            data = mutate(seeds[name], kind, rng, seeds[rng.choice(names)]) if damage else seeds[name]
             path = Path(folder) / f"{seed}_{number}_{kind}_{name}"
             path.write_bytes(data)
             outcome, detail = run_one(str(path), backend)
@@ -337,9 +337,13 @@ def main():
     parser.add_argument("--files", type=int, default=200, help="number of damaged files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=("pyav", "decord"), default="pyav")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no file is begun")
+    parser.add_argument("--undamaged", action="store_true", help="process each seed once, as it is")
     parser.add_argument("--keep", type=Path, help="folder for files with a bad outcome")
     args = parser.parse_args()
-    counts, bad = run(args.files, args.seed, args.backend, args.keep)
+    if args.undamaged:
+        args.files = len(SEEDS)
+    counts, bad = run(args.files, args.seed, args.backend, args.keep, args.limit, not args.undamaged)
     print(table(counts))
     for name, outcome, detail in bad:
         print(f"{outcome:10} {name}: {detail[:200]}")
