@@ -62,6 +62,7 @@ class AnimatedImage(Video):
             raise ValueError(f"{name}: no frame of this animation can be decoded: {'; '.join(problems[:1])}")
         ends = np.cumsum(durations) / 1000
         times = np.concatenate([[0.0], ends[:-1]])
+        self.given_times = min(durations) != max(durations)  # each frame has its own duration: reported unchanged
         super().__init__(name, times, float(ends[-1]), height, width, problems)
 
     @contextlib.contextmanager

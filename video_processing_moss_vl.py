@@ -60,8 +60,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         min_frames, max_frames: limits of the number of frames of a video. The clips of a sample share `max_frames`.
         num_extract_threads: threads that decode and resize frames.
         video_backend: "pyav" or "decord"; None takes PyAV, or decord if only that is installed.
-        max_animation_canvas, max_animation_pixels: most pixels of a frame, and of all frames, of an animated GIF, PNG or
-        WebP image.
+        max_animation_canvas, max_animation_pixels: most pixels of a frame, and of all frames, of an animated GIF, PNG
+        or WebP image.
         patch_size, temporal_patch_size (1), merge_size: as in the model; sides become multiples of patch_size *
         merge_size.
         image_mean, image_std: three numbers each, for pixel values scaled to 0..1.
