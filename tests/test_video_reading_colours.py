@@ -81,8 +81,7 @@ def test_tone_mapping_is_the_slow_formula_within_a_level(transfer, peak):
 
 @pytest.mark.parametrize("curve", ["hable", "mobius"])
 def test_tone_mapping_is_near_that_of_ffmpeg(curve):
-    """Greys of 0.1 to 1000 cd/m2: within 60 levels of either usual curve of ffmpeg at a nominal white of 100 cd/m2, and
-    ascending."""
+    """Greys of 0.1 to 1000 cd/m2 ascend, within 60 levels of the usual curves of ffmpeg at a nominal white of 100."""
     light = np.geomspace(0.1, 1000, 64)
     codes = np.rint(colours.light_to_pq(light) * 65535).astype(np.uint16)
     ours = colours.ToneMap(colours.PQ, colours.BT2020, 1000.0)(np.repeat(codes[None, :, None], 3, axis=2))[0, :, 0]
