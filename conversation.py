@@ -70,7 +70,7 @@ MESSAGE_MEDIA = {
 }
 EXIF_ORIENTATION = 0x0112
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".avif")
-MOTION_JPEG_SUFFIXES = (".mjpg", ".mjpeg")  # their first bytes are those of a JPEG
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".flv", ".mjpg", ".mjpeg")
 ROLE_ALIASES = {"human": "user", "gpt": "assistant"}  # of `conversations` in training records
 
 
@@ -149,7 +149,8 @@ def _from_base64(text) -> str:
 def is_frames(x) -> bool:
     """Whether a list is one video (of decoded frames or still images in any form) rather than a list of videos.
 
-    Animated images are videos. Files are told apart by their first bytes, URLs by their type or suffix.
+    Animated images are videos. Files are told apart by their first bytes, unless they are named as videos; URLs by
+    their suffix.
     """
     return len(x) > 0 and all(map(_is_frame, x))
 
@@ -177,7 +178,7 @@ def _is_frame_path(path) -> bool:
             return urllib.parse.urlsplit(path).path.lower().endswith(FRAME_SUFFIXES)
         except ValueError:
             return False
-    if path.lower().endswith(MOTION_JPEG_SUFFIXES):
+    if path.lower().endswith(VIDEO_SUFFIXES):
         return False
     try:
         kind = image_kind(read_head(local_path(path)))
