@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     # These lines are read by transformers and never run. transformers 5 caches a model class by its config class, and
     # a config class by the files that it imports. Without these lines, a second folder with the same name and the same
     # configuration file would get the model class of the first one, even if its code differs.
+    from .animations import AnimatedImage  # noqa: F401
     from .attention import attend  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .call_positions import CallPositions  # noqa: F401
     from .checks import nearest_name  # noqa: F401
     from .clip_decoding import decode_clips  # noqa: F401
     from .coded_pictures import PictureReader  # noqa: F401
+    from .colours import tone_map_of  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
     from .decoder import MossVLTextModel  # noqa: F401
     from .decord_video import open_decord  # noqa: F401
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from .processor_settings import known_settings  # noqa: F401
     from .resizing import fit_size  # noqa: F401
     from .samples import Sample  # noqa: F401
+    from .signatures import image_kind  # noqa: F401
     from .text_rows import token_rows  # noqa: F401
     from .threads import in_threads  # noqa: F401
     from .video_files import Video  # noqa: F401

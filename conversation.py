@@ -1,7 +1,8 @@
 """Reads chat messages, their parts and their media, in all forms that callers write, into one plain form.
 
 The processor, the offline methods, infer.py and the training records all use these functions, so that a message means
-the same everywhere. No file is opened. Only `fill_placeholders` changes its arguments.
+the same everywhere. Of files only the first bytes are read, to tell a list of frames from a list of videos. Only
+`fill_placeholders` changes its arguments.
 
 A part of a message is a string, or a dict with a `type`. A medium (an image or a video) is a source (a path, a URL,
 bytes, pixels, ...), or a dict with a source under one of `SOURCE_KEYS` and options of this medium (`per_medium` in
@@ -13,6 +14,7 @@ options.py). A part of type image or video is also such a dict. The plain forms 
               {"video_path": source, **options}
 """
 
+import base64
 import os
 import re
 import urllib.parse
@@ -25,6 +27,7 @@ from PIL import Image
 
 from .checks import nearest_name, shorten
 from .options import names_of, read_options
+from .signatures import HEAD, image_kind, is_animated, read_head
 
 
 PLACEHOLDER = re.compile(r"<\|(image|video)(?:_pad)?\|>")  # of a medium, in a text
@@ -66,6 +69,8 @@ MESSAGE_MEDIA = {
     "audios": "audio",
 }
 EXIF_ORIENTATION = 0x0112
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".avif")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".flv", ".mjpg", ".mjpeg")
 ROLE_ALIASES = {"human": "user", "gpt": "assistant"}  # in `conversations` of training records
 
 
@@ -142,16 +147,58 @@ def _from_base64(text) -> str:
 
 
 def is_frames(x) -> bool:
-    """Whether a list is one video (of decoded frames or image files) rather than a list of videos."""
+    """Whether a list is one video (of decoded frames or still images in any form) rather than a list of videos.
 
-    def is_frame(frame) -> bool:
-        if isinstance(frame, (str, os.PathLike)):
-            return os.fspath(frame).lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
-        return isinstance(frame, Image.Image) or (
-            isinstance(frame, (np.ndarray, torch.Tensor)) and frame.ndim in (2, 3)
-        )
+    Animated images are videos. Files are told apart by their first bytes, unless they are named as videos; URLs by
+    their suffix.
+    """
+    return len(x) > 0 and all(map(_is_frame, x))
 
-    return len(x) > 0 and all(map(is_frame, x))
+
+def _is_frame(frame) -> bool:
+    if isinstance(frame, Image.Image):
+        return not is_animated(frame)
+    if isinstance(frame, (np.ndarray, torch.Tensor)):
+        return frame.ndim in (2, 3)
+    if isinstance(frame, (str, os.PathLike)):
+        return _is_frame_path(os.fspath(frame))
+    is_file = isinstance(frame, (bytes, bytearray, memoryview)) or hasattr(frame, "read")
+    return is_file and image_kind(read_head(frame)) == "still"
+
+
+def _is_frame_path(path) -> bool:
+    """Whether a path or URL is one of a still image."""
+    if not isinstance(path, str):
+        return False
+    scheme = scheme_of(path)
+    if scheme == "data":
+        return _is_frame_url(path)
+    if scheme in ("http", "https"):
+        try:
+            return urllib.parse.urlsplit(path).path.lower().endswith(FRAME_SUFFIXES)
+        except ValueError:
+            return False
+    if path.lower().endswith(VIDEO_SUFFIXES):
+        return False
+    try:
+        kind = image_kind(read_head(local_path(path)))
+    except ValueError:  # a file: URL of another machine
+        kind = None
+    return kind == "still" or (kind is None and path.lower().endswith(FRAME_SUFFIXES))
+
+
+def _is_frame_url(url: str) -> bool:
+    """Whether a `data:` URL holds a still image."""
+    head, _, body = url[: 2 * HEAD].partition(",")
+    if head.lower().endswith(";base64"):
+        text = "".join(body.split()).replace("-", "+").replace("_", "/").rstrip("=")
+        try:
+            data = base64.b64decode(text[: len(text) // 4 * 4])
+        except ValueError:
+            return False
+    else:
+        data = urllib.parse.unquote_to_bytes(body.encode("utf-8", "replace"))
+    return image_kind(data) == "still"
 
 
 def part_kind(name) -> str | None:

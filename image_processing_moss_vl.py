@@ -26,6 +26,7 @@ from .processor_settings import (
     split_keywords,
 )
 from .resizing import ANY_SIZE, DEFAULT_SIZE, fit_size, pixel_limits, read_fixed_size, resize_rows
+from .signatures import image_kind  # noqa: F401
 from .threads import PixelBudget, in_threads
 
 

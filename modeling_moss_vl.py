@@ -43,6 +43,7 @@ from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
 from .pretrained_model import MossVLPreTrainedModel
+from .signatures import image_kind  # noqa: F401
 from .vision_encoder import MossVLVisionModel, concatenate, with_separators
 from .vision_plan import plan_call
 from .vision_request import VisionRequest, count_vision_tokens, read_request

@@ -185,9 +185,15 @@ OPTIONS = (
     ),
     Option("max_video_packets", ("video",), "most packets of the video stream of a file", trusted=True),
     Option(
+        "max_animation_canvas",
+        ("video",),
+        "most pixels of a frame of an animated GIF, PNG or WebP",
+        trusted=True,
+    ),
+    Option(
         "max_animation_pixels",
         ("video",),
-        "most pixels of all frames of a GIF or animated PNG, before the resize",
+        "most pixels of all frames of an animated GIF, PNG or WebP, before the resize",
         trusted=True,
     ),
     Option("video_backend", ("video",), "'pyav' or 'decord'", aliases=("video_load_backend",), stored=True),

@@ -13,9 +13,11 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .animations import AnimatedImage  # noqa: F401
 from .checks import flag, tensor_format
 from .clip_decoding import Encoder
 from .coded_pictures import PictureReader  # noqa: F401
+from .colours import tone_map_of  # noqa: F401
 from .conversation import collect_media, for_template, read_messages
 from .decord_video import open_decord  # noqa: F401
 from .downloads import download  # noqa: F401
@@ -44,6 +46,7 @@ from .processor_loading import PROCESSOR_SETTINGS, is_in_pipeline, load_parts, m
 from .processor_settings import HUB_KEYS  # noqa: F401
 from .resizing import fit_size  # noqa: F401
 from .samples import Medium, Sample, deal_media, deal_rates, read_samples
+from .signatures import image_kind  # noqa: F401
 from .text_rows import (
     NO_PADDING,
     TEXT_OPTIONS,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .colours import frame_to_rgb, tone_map_of
 from .image_reading import check_aspect, load_image
 from .video_packets import (
     DEFAULT_LIMITS,
@@ -17,7 +18,6 @@ from .video_packets import (
     KEY,
     MAX_CHANGES,
     MAX_REORDER,
-    REDRAWN,
     SHOWN,
     FrameIndex,
     PacketScan,
@@ -149,14 +149,9 @@ class PyAVVideo(Video):
         # Read the side data of one frame only: it makes a reference cycle that keeps the frame until garbage is
         # collected.
         self._matrix = self._display_matrix(scan.first_frame)
+        self._tone_map = tone_map_of(scan.first_frame)
         size = scan.first_frame.height, scan.first_frame.width
-        pixels = size[0] * size[1]
         self._check_canvas(*size)
-        if facts.codec in REDRAWN and len(index.shown) * pixels > limits.max_animation_pixels:
-            raise ValueError(
-                f"{name} has {len(index.shown)} frames of {size[1]} x {size[0]}, over "
-                f"max_animation_pixels={limits.max_animation_pixels} in all"
-            )
         if self._matrix is not None and self._matrix[0] == self._matrix[3] == 0:  # a quarter turn
             size = size[::-1]
         super().__init__(name, index.times, index.duration, *size, problems)
@@ -193,6 +188,8 @@ class PyAVVideo(Video):
             return f"decord does not read {facts.codec} in {facts.format} reliably"
         if self.problems:
             return f"it is damaged ({self.problems[0]})"
+        if self._tone_map is not None:
+            return "it is HDR or has BT.2020 primaries, and decord does not convert its colours to SDR"
         if not (index.is_steady and index.is_ordered and (index.flags & SHOWN).all()) or self._changes:
             return "its packets are not one frame each, with a time stamp and one configuration"
         newest_key = np.maximum.accumulate(np.where(index.flags & KEY, index.stamps, index.stamps.min()))
@@ -246,7 +243,7 @@ class PyAVVideo(Video):
         if any(part.is_alpha for part in frame.format.components) or frame.format.name == "pal8":
             array = np.asarray(load_image(frame.to_ndarray(format="rgba"), what=self.name))
         else:
-            array = frame.to_ndarray(format="rgb24")
+            array = frame_to_rgb(frame, self._tone_map)
         if self._matrix is not None:
             a, b, c, d = self._matrix
             if b or c:

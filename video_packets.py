@@ -18,10 +18,11 @@ from .threads import check_stop
 
 
 # Formats of FFmpeg that are read. Those that open other files (concat, hls, dash, imf, sdp, rtsp, image2), devices,
-# scripts and single pictures are not among them.
+# scripts and single pictures are not among them; animated images are read by Pillow (animations.py).
 DEMUXERS = (
-    "mov,matroska,avi,mpegts,mpeg,flv,live_flv,kux,asf,ogg,gif,apng,nut,ivf,obu,av1,h264,hevc,vvc,m4v,mpegvideo,"
-    "mjpeg,mjpeg_2000,yuv4mpegpipe,mxf,gxf,rm,dv,wtv,nsv,nuv,vc1,vc1test,h261,h263,dirac,dnxhd,cavsvideo,avs2,avs3"
+    "mov,matroska,avi,mpegts,mpeg,flv,live_flv,kux,asf,ogg,nut,ivf,obu,av1,h264,hevc,vvc,m4v,mpegvideo,"
+    "mjpeg,mjpeg_2000,yuv4mpegpipe,mxf,gxf,rm,dv,wtv,nsv,nuv,vc1,vc1test,h261,h263,dirac,dnxhd,cavsvideo,avs2,avs3,"
+    "wav,flac"  # recognised, so that the error says that they hold sound
 )
 MAX_FAILURES = 16  # consecutive unreadable packets after which a file is given up
 MAX_UNDECODABLE = 3000  # packets at the start without a frame after which a file is given up
@@ -35,7 +36,6 @@ CONFIGURATION = ("new_extradata", "palette", "param_change")  # side data that a
 NO_STAMP = -(2**63)
 ABSURD_STAMP = 2**60
 KEY, DISCARDED, SHOWN = 1, 2, 4  # flags of a packet
-REDRAWN = ("gif", "apng")  # each packet redraws the whole canvas
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class VideoLimits:
     Attributes:
         max_source_pixels: height * width of an image before the resize; a frame may have three eighths of it.
         max_video_packets: packets of the video stream.
-        max_animation_pixels: frames * height * width of a GIF or animated PNG, whose frames all redraw the canvas.
+        max_animation_canvas: height * width of an animated GIF, PNG or WebP; Pillow holds several copies of it.
+        max_animation_pixels: frames * height * width of an animated GIF, PNG or WebP, which bounds the time.
     """
 
     max_source_pixels: int = MAX_SOURCE_PIXELS
     max_video_packets: int = 5_000_000
+    max_animation_canvas: int = 2**25
     max_animation_pixels: int = 2**34
 
     @property
@@ -88,7 +90,7 @@ class _NamelessFile:
         return True
 
 
-def open_container(file: str | io.BytesIO, name: str, limits: VideoLimits):
+def open_container(file: str | io.BytesIO, name: str, limits: VideoLimits = DEFAULT_LIMITS):
     """Opens a file that `open_source` returned, with PyAV. Raises ValueError if it is no video of a known format.
 
     FFmpeg is limited to `DEMUXERS`, to the protocol that the file itself needs, and to the pixels of `limits`, before

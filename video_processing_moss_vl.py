@@ -13,9 +13,11 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .animations import AnimatedImage  # noqa: F401
 from .checks import flag, positive_int, positive_number, tensor_format, three_floats
 from .clip_decoding import Clip, ClipMetadata, Encoder, decode_clips  # noqa: F401
 from .coded_pictures import PictureReader  # noqa: F401
+from .colours import tone_map_of  # noqa: F401
 from .conversation import is_frames
 from .decord_video import open_decord  # noqa: F401
 from .downloads import download  # noqa: F401
@@ -33,6 +35,7 @@ from .processor_settings import (
     split_keywords,
 )
 from .resizing import ANY_SIZE, DEFAULT_SIZE, pixel_limits, read_fixed_size
+from .signatures import image_kind  # noqa: F401
 from .threads import in_threads
 from .video_files import Video
 from .video_packets import DEFAULT_LIMITS, VideoLimits
@@ -68,8 +71,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         image_mean, image_std: three numbers each, for pixel values scaled to 0..1.
         allow_http: True allows downloads from http(s) URLs. It is not saved, and ignored in a file.
         allow_private_hosts: True allows downloads from private addresses too. Also not saved.
-        max_source_pixels, max_video_packets, max_animation_pixels: limits of a file, None for those of `VideoLimits`.
-            They are not saved, and ignored in a file.
+        max_source_pixels, max_video_packets, max_animation_canvas, max_animation_pixels: limits of a file, None for
+            those of `VideoLimits`. They are not saved, and ignored in a file.
     """
 
     _auto_class = "AutoVideoProcessor"  # save_pretrained copies the code
@@ -99,6 +102,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         allow_private_hosts=None,
         max_source_pixels=None,
         max_video_packets=None,
+        max_animation_canvas=None,
         max_animation_pixels=None,
         **kwargs,
     ):
@@ -137,6 +141,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         self.allow_private_hosts = flag("allow_private_hosts", allow_private_hosts)
         self.max_source_pixels = max_source_pixels
         self.max_video_packets = max_video_packets
+        self.max_animation_canvas = max_animation_canvas
         self.max_animation_pixels = max_animation_pixels
         self.resolve({})
 

@@ -10,7 +10,7 @@ video, n frames of a clip. Times are in seconds from the first frame shown. The 
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers.utils import logging
@@ -181,7 +181,15 @@ def read_request(
         options = layered(call_options, given)
     options.pop("video_metadata", None)
     segments, start, end = _pop_segments(options, name)
-    return VideoRequest(source, resolve(options), given, metadata, segments, start, end, default_count)
+    resolved = resolve(options)
+    if default_count and _were_chosen(metadata) and len(source) <= resolved.max_frames:
+        resolved = replace(resolved, all_frames=True)
+    return VideoRequest(source, resolved, given, metadata, segments, start, end, default_count)
+
+
+def _were_chosen(metadata: Mapping | None) -> bool:
+    """Whether `video_metadata` says that decoded frames were sampled from a longer video: then all are taken."""
+    return isinstance(metadata, Mapping) and metadata.get("frames_indices") is not None
 
 
 def _source_name(source) -> str:

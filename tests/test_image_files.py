@@ -69,7 +69,7 @@ def test_other_formats_are_refused(kind, tmp_path, monkeypatch):
     path = tmp_path / "a.jpg"
     path.write_bytes(OTHERS[kind])
     for source in (path, OTHERS[kind]):
-        with pytest.raises(ValueError, match="not an image that can be read: expected one of JPEG"):
+        with pytest.raises(ValueError, match="not an image that Pillow can read: expected one of JPEG"):
             load_image(source)
 
 

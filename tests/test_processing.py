@@ -228,7 +228,7 @@ def test_counts_that_do_not_match(processor, monkeypatch):
 
 
 def test_nothing_is_decoded_if_a_later_file_is_missing(processor, monkeypatch):
-    monkeypatch.setattr(image_reading, "_pil_rgb", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(image_reading, "_pil_rows", lambda *_: pytest.fail("decoded"))
     with pytest.raises(FileNotFoundError, match="gone.mp4"):
         processor(["<|image|>", "<|video|>"], images=PHOTO, videos="gone.mp4")
 

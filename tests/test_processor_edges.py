@@ -17,7 +17,8 @@ from moss_vl import clip_decoding, image_processing_moss_vl, video_processing_mo
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.image_reading import load_image, open_source
 from moss_vl.resizing import fit_size, fit_video_size, pixel_limits
-from moss_vl.video_files import Video, seconds_of
+from moss_vl.video_files import Video
+from moss_vl.video_packets import seconds_of
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 from moss_vl.video_reading import open_video
 from moss_vl.video_sampling import frame_count, read_segment, segment_times
@@ -259,14 +260,14 @@ class Loading(Image.Image):
 def test_an_image_that_is_given_twice_is_loaded_by_one_thread_at_a_time(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     threads = set()
-    resize = image_processing_moss_vl.resize_uint8
+    resize = image_processing_moss_vl.resize_rows
 
     def noted(*args):
         threads.add(threading.get_ident())
         time.sleep(0.02)
         return resize(*args)
 
-    monkeypatch.setattr(image_processing_moss_vl, "resize_uint8", noted)
+    monkeypatch.setattr(image_processing_moss_vl, "resize_rows", noted)
     picture = Loading(Image.fromarray(draw(5)))
     out = MossVLImageProcessor()([picture] * 6)
     assert (

@@ -202,13 +202,13 @@ def _probe(source, mime: str | None) -> str:
     """ "image" for still images that Pillow opens, and for unreadable ones of an image type; else "video"."""
     from moss_vl.image_files import open_image
     from moss_vl.image_reading import MAX_SOURCE_PIXELS
+    from moss_vl.signatures import is_animated
 
     try:
         with open_image(source, "medium") as image:
-            if image.format != "GIF" or image.width * image.height > MAX_SOURCE_PIXELS:
-                return "image"  # a large one gets the processor's error, which explains it
-            return "video" if image.is_animated else "image"
-    except Exception:  # frames of a damaged GIF raise all kinds of errors
+            is_large = image.width * image.height > MAX_SOURCE_PIXELS  # the processor's error explains it
+            return "video" if not is_large and is_animated(image) else "image"
+    except ValueError:
         return "image" if (mime or "").startswith("image/") and mime != "image/gif" else "video"
 
 

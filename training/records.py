@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
+from moss_vl.animations import AnimatedImage, is_animation
 from moss_vl.checks import nearest_name, shorten
 from moss_vl.conversation import (
     PLACEHOLDER,
@@ -43,7 +44,7 @@ from moss_vl.conversation import (
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.image_reading import open_source, probe_image
 from moss_vl.resizing import ANY_SIZE
-from moss_vl.video_files import open_container
+from moss_vl.video_packets import open_container
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
 
 
@@ -414,6 +415,8 @@ def _video_seconds(path: str) -> float | None:
     import av
 
     file, name = open_source(path, what="video")
+    if is_animation(file):
+        return AnimatedImage(file, name).duration
     with open_container(file, name) as container:
         if not container.streams.video:
             raise ValueError(f"{name} has no video in it")
