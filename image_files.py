@@ -64,7 +64,8 @@ def open_image(file: str | io.BytesIO, name: str) -> Iterator[Image.Image]:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers raise all kinds of errors on damaged files
-            raise ValueError(f"{name} is not an image that Pillow can read: {error or type(error).__name__}") from error
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{name} is not an image that Pillow can read: {reason}") from error
         yield image
 
 
