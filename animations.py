@@ -19,6 +19,7 @@ from .video_files import Video
 from .video_packets import DEFAULT_LIMITS, VideoLimits
 
 
+LEAST_PIXELS = 2**16  # that a frame counts
 SHORTEST, REPLACEMENT = 10, 100  # ms: durations up to the first count as the second
 
 
@@ -50,7 +51,7 @@ class AnimatedImage(Video):
                 )
             with self._naming_errors():
                 count = getattr(image, "n_frames", 1)
-            if count * width * height > limits.max_animation_pixels:
+            if count * max(width * height, LEAST_PIXELS) > limits.max_animation_pixels:
                 raise ValueError(
                     f"{name} is an animation of {count} frames of {width} x {height} pixels, over the limit of "
                     f"{limits.max_animation_pixels} pixels in all; make it smaller first, or pass a larger "

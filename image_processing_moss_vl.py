@@ -27,7 +27,7 @@ from .processor_settings import (
 )
 from .resizing import ANY_SIZE, DEFAULT_SIZE, fit_size, pixel_limits, read_fixed_size, resize_rows
 from .signatures import image_kind  # noqa: F401
-from .threads import PixelBudget, in_threads
+from .threads import in_threads
 
 
 IMAGE_THREADS = 4  # upper limit of threads that decode and resize the images of a sample
@@ -69,7 +69,7 @@ class MossVLImageProcessor(BaseImageProcessor):
         allow_http: True allows downloads from http(s) URLs.
         allow_private_hosts: True allows downloads from private, loopback, link-local and reserved addresses too.
         max_source_pixels: maximum pixels of an image before the resize, and of the images of a sample that are
-            decoded at once; two thirds of it for one image with a palette or transparency.
+            decoded at once; two thirds of it for one image with a palette or transparency, or a WebP.
 
     The last three are not saved, and ignored in a file: a downloaded checkpoint must not decide them.
     """
@@ -202,13 +202,18 @@ class MossVLImageProcessor(BaseImageProcessor):
         probed = self.probe(images, **options)
         area = sum(image.height * image.width for image in probed)
 
-        budget = PixelBudget(self.resolve(options).max_source_pixels)
-
         def extract_one(image: ProbedImage):
-            with budget.taken(image.height * image.width):
-                return self._patches_of(image, self.resolve(layered(options, image.options)), area)
+            return self._patches_of(image, self.resolve(layered(options, image.options)), area)
 
-        return in_threads(min(IMAGE_THREADS, torch.get_num_threads()), extract_one, probed)
+        # Memory allocators keep what a thread has freed, so that the largest images of all threads count together.
+        budget = self.resolve(options).max_source_pixels
+        extracted = {i: extract_one(image) for i, image in enumerate(probed) if 2 * image.cost > budget}
+        others = [i for i in range(len(probed)) if i not in extracted]
+        if others:
+            threads = int(budget // max(1, *(probed[i].cost for i in others)))
+            threads = max(1, min(IMAGE_THREADS, torch.get_num_threads(), threads))
+            extracted |= zip(others, in_threads(threads, extract_one, [probed[i] for i in others]), strict=True)
+        return [extracted[i] for i in range(len(probed))]
 
     def _patches_of(self, image: ProbedImage, options: ImageOptions, area: int) -> tuple[torch.Tensor, list[int]]:
         """`area`: h * w of all images of the sample, before the resize."""

@@ -222,6 +222,7 @@ class ProbedImage:
         decode: decodes the image. Its argument is the size (h, w) -> (h, w) that the image gets afterwards, or None: a
             decoder may return fewer pixels if it is far smaller.
         options: options of this image alone.
+        weight: memory per pixel while it is decoded, relative to RGB.
     """
 
     name: str
@@ -229,6 +230,12 @@ class ProbedImage:
     width: int
     decode: Callable[[Callable[[int, int], tuple[int, int]] | None], Rows]
     options: dict = field(default_factory=dict)
+    weight: float = 1.0
+
+    @property
+    def cost(self) -> float:
+        """Its share of `max_source_pixels` while it is decoded."""
+        return self.height * self.width * self.weight
 
     def read(self) -> np.ndarray:
         """The whole image: uint8 [h, w, 3], upright."""
@@ -255,7 +262,7 @@ def probe_image(
         allow_http: True allows downloads.
         allow_private_hosts: True allows downloads from private addresses too.
         unit: True if floats are in 0..1, False if they are in 0..255. None: 0..1 if no value of this image is above 1.
-        max_source_pixels: most pixels of the image; two thirds of it with a palette or transparency.
+        max_source_pixels: most pixels of the image; two thirds of it with a palette or transparency, and for WebP.
 
     Raises FileNotFoundError, or ValueError if the source is not an image, has no pixels, is over 200:1, or has too
     many pixels.
@@ -271,7 +278,7 @@ def probe_image(
             limit = _pixel_limit(image, max_source_pixels)
             probed = ProbedImage(name, image.height, image.width, lambda fit: _decode_file(file, name, limit, fit))
     check_size(probed.height, probed.width, probed.name, limit)
-    return probed
+    return replace(probed, weight=max_source_pixels / limit)
 
 
 def check_size(height: int, width: int, name: str, limit: int) -> None:
@@ -287,9 +294,10 @@ def check_size(height: int, width: int, name: str, limit: int) -> None:
 
 
 def _pixel_limit(image: Image.Image, max_source_pixels: int) -> int:
-    """The limit for an image that may not be loaded yet. Decoders of palettes and transparency need more memory."""
-    has_extra = image.mode in ("P", *ALPHA_MODES) or image.format == "GIF" or "transparency" in image.info
-    return max_source_pixels * 2 // 3 if has_extra else max_source_pixels
+    """The limit for an image that may not be loaded yet. Decoders of palettes, transparency and WebP need more
+    memory."""
+    has_extra = image.mode in ("P", *ALPHA_MODES) or image.format in ("GIF", "WEBP") or "transparency" in image.info
+    return max(1, max_source_pixels * 2 // 3) if has_extra else max_source_pixels
 
 
 def load_image(source, *, what: str = "image", allow_http: bool = False) -> Image.Image:

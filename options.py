@@ -125,7 +125,7 @@ OPTIONS = (
         "max_source_pixels",
         IMAGE_AND_VIDEO,
         "most pixels of an image before the resize, and of all images of a sample that are decoded at once; two "
-        "thirds of it with a palette or transparency, three eighths for a frame of a video file",
+        "thirds of it with a palette or transparency and for WebP, three eighths for a frame of a video file",
         trusted=True,
     ),
     # ---- images

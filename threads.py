@@ -1,7 +1,5 @@
-"""A parallel `map` that keeps torch's inference mode and stops its threads if one of them or the caller fails; a pixel
-budget that its threads share."""
+"""A parallel `map` that keeps torch's inference mode, and stops its threads if one of them or the caller fails."""
 
-import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -54,35 +52,14 @@ def in_threads(threads: int, function: Callable, *columns) -> list:
         return [function(*row) for row in rows]
     stop = threading.Event()
     run = stoppable(function, stop)
-    with ThreadPoolExecutor(min(threads, len(rows))) as pool:
-        futures = []
-        try:
-            futures += [pool.submit(run, *row) for row in rows]
-            return [future.result() for future in futures]
-        finally:
-            stop.set()
-            for future in futures:
-                future.cancel()
-
-
-class PixelBudget:
-    """The pixels that the threads of one call may hold at once.
-
-    A thread waits until its share is free. A share above the whole budget is reduced to it, so that it is taken alone.
-    """
-
-    def __init__(self, pixels: int):
-        self._pixels, self._free, self._changed = pixels, pixels, threading.Condition()
-
-    @contextlib.contextmanager
-    def taken(self, pixels: int):
-        pixels = min(pixels, self._pixels)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
+    pool = ThreadPoolExecutor(min(threads, len(rows)))
+    waits = True
+    try:
+        futures = [pool.submit(run, *row) for row in rows]
+        return [future.result() for future in futures]
+    except KeyboardInterrupt:
+        waits = False  # a library may be in the middle of one large image
+        raise
+    finally:
+        stop.set()
+        pool.shutdown(wait=waits, cancel_futures=True)

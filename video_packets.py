@@ -46,13 +46,14 @@ class VideoLimits:
         max_source_pixels: height * width of an image before the resize; a frame may have three eighths of it.
         max_video_packets: packets of the video stream.
         max_animation_canvas: height * width of an animated GIF, PNG or WebP; Pillow holds several copies of it.
-        max_animation_pixels: frames * height * width of an animated GIF, PNG or WebP, which bounds the time.
+        max_animation_pixels: frames * height * width of an animated GIF, PNG or WebP, which bounds the time; a frame
+            counts as at least 65,536 pixels.
     """
 
     max_source_pixels: int = MAX_SOURCE_PIXELS
     max_video_packets: int = 5_000_000
     max_animation_canvas: int = 2**25
-    max_animation_pixels: int = 2**34
+    max_animation_pixels: int = 2**32
 
     @property
     def frame_pixels(self) -> int:

@@ -223,6 +223,7 @@ def difference(images: dict[int, np.ndarray], times: np.ndarray, truth: list) ->
 def process(path: str, backend: str) -> tuple[str, str]:
     """(outcome, detail) of one file in this process."""
     from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+    from moss_vl.video_files import UntrueKeyframes
     from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
     from moss_vl.video_reading import open_video
 
@@ -241,7 +242,10 @@ def process(path: str, backend: str) -> tuple[str, str]:
             return "warned", warnings[0]
         numbers = clip.metadata.frames_indices
         video = open_video(path, backend=backend)
-        images = {number: image for number, _, image in video.frames(sorted(set(numbers)), [])}
+        try:
+            images = {number: image for number, _, image in video.frames(sorted(set(numbers)), [])}
+        except UntrueKeyframes:  # as the processor does
+            images = {number: image for number, _, image in video.frames(sorted(set(numbers)), [], from_start=True)}
     except MemoryError as error:
         return "memory", str(error)
     except (ValueError, FileNotFoundError) as error:

@@ -17,9 +17,16 @@ from PIL import Image, PngImagePlugin
 
 from moss_vl.image_files import FORMATS, MAX_GIF_BLOCKS, MAX_SCANS
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
-from moss_vl.image_reading import MAX_SOURCE_PIXELS, Rows, float_unit, load_image, probe_image, split_array
+from moss_vl.image_reading import (
+    MAX_SOURCE_PIXELS,
+    ProbedImage,
+    Rows,
+    float_unit,
+    load_image,
+    probe_image,
+    split_array,
+)
 from moss_vl.resizing import resize_rows, resize_uint8
-from moss_vl.threads import PixelBudget, in_threads
 
 
 RNG = np.random.default_rng(0)
@@ -210,25 +217,32 @@ def test_pillow_s_own_limit_does_not_matter(monkeypatch):
         assert probe_image(encoded(Image.new("RGB", (40, 40)))).height == 40
 
 
-def test_threads_share_a_budget_of_pixels():
-    budget, lock, held, most = PixelBudget(100), threading.Lock(), [0], [0]
+def test_threads_share_a_budget_of_pixels(monkeypatch):
+    """Also over time: the largest images that the threads have held fit the budget together."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    lock, held, most, largest = threading.Lock(), [0], [0], {}
 
-    def work(pixels):
-        with budget.taken(pixels):
+    def probed(side):
+        def decode(_):
             with lock:
-                held[0] += min(pixels, 100)
+                held[0] += side * side
                 most[0] = max(most[0], held[0])
+                thread = threading.get_ident()
+                largest[thread] = max(largest.get(thread, 0), side * side)
             time.sleep(0.002)
             with lock:
-                held[0] -= min(pixels, 100)
-        return pixels
+                held[0] -= side * side
+            return Rows.of_array(np.full((side, side, 3), side, np.uint8))
 
-    sizes = [40, 60, 1000, 30, 30, 100, 50, 50, 1] * 5
-    assert in_threads(4, work, sizes) == sizes and 0 < most[0] <= 100
-    with pytest.raises(KeyError), budget.taken(100):
-        raise KeyError
-    with budget.taken(100):
-        pass
+        return ProbedImage(f"{side}", side, side, decode)
+
+    processor = MossVLImageProcessor(max_source_pixels=10000)
+    sides = [50, 32, 100, 40, 33, 80, 57, 34, 50, 41] * 3
+    extracted = processor.extract([probed(side) for side in sides])
+    assert [patches.unique().tolist() for patches, _ in extracted] == [[side] for side in sides]
+    assert 0 < most[0] <= 10000 and len(largest) > 1
+    own = largest.pop(threading.get_ident())
+    assert own == 10000 and sum(largest.values()) <= 10000
 
 
 def tiff_directory(entries, tail=b"") -> bytes:

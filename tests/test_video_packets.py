@@ -330,6 +330,7 @@ def test_an_interrupt_stops_all_threads(threads, tmp_path):
     path = write_video(tmp_path / "long.mp4", count=2000, size=(640, 360), options={"preset": "ultrafast", "g": "250"})
     processor = MossVLVideoProcessor(num_frames=200, **SMALL)
     began = []
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
     def interrupt():
         time.sleep(0.3)
@@ -337,9 +338,12 @@ def test_an_interrupt_stops_all_threads(threads, tmp_path):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in range(50):
-            processor.extract(path, num_extract_threads=threads)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(50):
+                processor.extract(path, num_extract_threads=threads)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert time.monotonic() - began[0] < 0.5
 
 
