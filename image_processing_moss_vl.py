@@ -206,7 +206,8 @@ class MossVLImageProcessor(BaseImageProcessor):
             return self._patches_of(image, self.resolve(layered(options, image.options)), area)
 
         # Memory allocators keep what a thread has freed, so that the largest images of all threads count together.
-        budget = self.resolve(options).max_source_pixels
+        # Images up to WHOLE_PIXELS are in memory twice, with four and with three bytes per pixel.
+        budget = self.resolve(options).max_source_pixels * 4 / 7
         extracted = {i: extract_one(image) for i, image in enumerate(probed) if 2 * image.cost > budget}
         others = [i for i in range(len(probed)) if i not in extracted]
         if others:

@@ -14,6 +14,7 @@ from .options import FIXED_SIZE, reject_unknown
 
 
 DEFAULT_SIZE = {"shortest_edge": 4096, "longest_edge": 16777216}  # pixels of an image or frame
+WHOLE_PIXELS = 2**26  # images up to this size are resized at once, which is faster
 ANY_SIZE = {"shortest_edge": 1, "longest_edge": 2**63}
 # The two pixel limits: the key in `size`, and its other name.
 EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
@@ -138,12 +139,12 @@ def resize_uint8(frame: np.ndarray | torch.Tensor, height: int, width: int) -> t
 def resize_rows(rows: Rows, height: int, width: int) -> torch.Tensor:
     """A decoded image -> uint8 [3, height, width], the values of `resize_uint8`.
 
-    `resize_uint8` resizes rows first and columns then, with uint8 between. Here the rows are resized strip by strip,
-    so that the image is never in memory as RGB.
+    `resize_uint8` resizes rows first and columns then, with uint8 between. The rows of a large image are resized strip
+    by strip, so that it is never in memory as RGB.
     """
-    if rows.width == width:
+    if rows.width == width or rows.height * rows.width <= WHOLE_PIXELS:
         return resize_uint8(rows.array(), height, width)
-    narrow = torch.empty(rows.height, width, 3, dtype=torch.uint8)
+    narrow = np.empty((3, rows.height, width), np.uint8)  # numpy copies a strip faster than torch with its threads
     for first, strip in rows.strips():
-        narrow[first : first + len(strip)] = resize_uint8(strip, len(strip), width).permute(1, 2, 0)
-    return resize_uint8(narrow, height, width)
+        narrow[:, first : first + len(strip)] = resize_uint8(strip, len(strip), width).numpy()
+    return resize_uint8(torch.from_numpy(narrow).permute(1, 2, 0), height, width)

@@ -5,7 +5,8 @@
 
 Ordinary clips (those in data/, and made ones of h264, h265 and vp9) and JPEG photos, opened, decoded, resized and cut
 into patches. One process per checkout; the two take turns file by file, and the order changes each round. Ratios are
-this checkout by the other one, of the least times and as the median over the rounds.
+this checkout by the other one: of the least times, as the median over the rounds, and of the least CPU times of all
+threads, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def make_media(folder: Path) -> dict[str, Path]:
 
 
 def serve(checkout: str) -> None:
-    """Reads lines "backend<TAB>file" and answers each with the seconds that the processor took."""
+    """Reads lines "backend<TAB>file" and answers each with the seconds and CPU seconds that the processor took."""
     sys.path.insert(0, checkout)
     from moss_vl.image_processing_moss_vl import MossVLImageProcessor
     from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
@@ -75,12 +76,12 @@ def serve(checkout: str) -> None:
     images, videos = MossVLImageProcessor(), MossVLVideoProcessor(num_extract_threads=2)
     for line in sys.stdin:
         backend, path = line.rstrip("\n").split("\t")
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         if path.endswith(".jpg"):
             images.extract(path)
         else:
             videos.extract(path, video_backend=backend)
-        print(json.dumps(time.perf_counter() - begin), flush=True)
+        print(json.dumps([time.perf_counter() - begin[0], time.process_time() - begin[1]]), flush=True)
 
 
 class Checkout:
@@ -90,7 +91,7 @@ class Checkout:
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(folder)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
 
-    def seconds(self, backend: str, path: Path) -> float:
+    def seconds(self, backend: str, path: Path) -> list[float]:
         self._process.stdin.write(f"{backend}\t{path}\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -115,7 +116,7 @@ def main():
         parser.error("--other names the folder of the other checkout")
     files = {name: path for name, path in make_media(args.media).items() if args.only in name}
     ours, other = Checkout(ROOT), Checkout(args.other.resolve())
-    print(f"| {args.backend} | this, ms | other, ms | ratio of the least | median ratio |\n|---|---|---|---|---|")
+    print(f"| {args.backend} | this, ms | other, ms | ratio | median ratio | CPU ratio |\n|---|---|---|---|---|---|")
     for name, path in files.items():
         mine, theirs = [], []
         for number in range(-1, args.rounds):
@@ -124,9 +125,10 @@ def main():
                 took = checkout.seconds(args.backend, path)
                 if number >= 0:
                     seconds.append(took)
-        least = min(mine) / min(theirs)
-        middle = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-        print(f"| {name} | {1e3 * min(mine):.1f} | {1e3 * min(theirs):.1f} | {least:.3f} | {middle:.3f} |", flush=True)
+        middle = statistics.median(a[0] / b[0] for a, b in zip(mine, theirs, strict=True))
+        (a, a_cpu), (b, b_cpu) = ([min(column) for column in zip(*took, strict=True)] for took in (mine, theirs))
+        ratios = f"{a / b:.3f} | {middle:.3f} | {a_cpu / b_cpu:.3f}"
+        print(f"| {name} | {1e3 * a:.1f} | {1e3 * b:.1f} | {ratios} |", flush=True)
     ours.close()
     other.close()
 
