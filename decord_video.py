@@ -37,7 +37,11 @@ def open_decord(file: str | io.BytesIO, name: str, limits: VideoLimits = DEFAULT
 
 
 class DecordVideo(Video):
-    """A file that decord reads, with the times that PyAV found."""
+    """A file that decord reads, with the times that PyAV found.
+
+    decord does not tell damage that its FFmpeg conceals: frames of a damaged file may differ from those of PyAV
+    without a warning.
+    """
 
     def __init__(self, file: str | io.BytesIO, video: PyAVVideo):
         import decord
@@ -46,11 +50,14 @@ class DecordVideo(Video):
         try:
             reader = self._open()
             total, size = len(reader), reader[0].shape[:2]
+            keys = set(reader.get_key_indices())
             starts = np.array(reader.get_frame_timestamp(range(total)), np.float64)[:, 0]
         except Exception as error:  # DECORDError is not a RuntimeError; both occur
             raise ValueError(f"decord cannot read it ({_last_line(error)})") from error
         if total != len(video.times) or np.abs(starts - starts[0] - video.times).max() > TOLERANCE:
             raise ValueError(f"decord finds {total} frames at other times than its {len(video.times)} packets have")
+        if not keys <= video.key_numbers():
+            raise ValueError("decord takes frames for keyframes that are none")
         if size != (video.height, video.width):
             raise ValueError(f"decord shows frames of {size[1]} x {size[0]} instead of {video.width} x {video.height}")
         super().__init__(video.name, video.times, video.duration, video.height, video.width)

@@ -181,6 +181,10 @@ class PyAVVideo(Video):
             latest.update((item.data_type, item) for item in side_data)
         return list(latest.values())
 
+    def key_numbers(self) -> set[int]:
+        """Numbers of the frames whose packets start with a keyframe."""
+        return set(self.index.number_of[self._keys].tolist())
+
     def needs_pyav(self) -> str | None:
         """Why decord would get this file wrong; None if it is right."""
         index, facts = self.index, self.facts

@@ -237,6 +237,14 @@ def read_packets(av, container, stream, problems: list[str]):
             problems.append(f"unreadable data: {error.strerror}")
 
 
+def _has_side_data(packet) -> bool:
+    """Whether a packet has side data of any type: faster than to ask for each type."""
+    try:
+        return next(packet.iter_sidedata(), None) is not None
+    except (ValueError, KeyError):  # PyAV: a type that it does not know
+        return True
+
+
 @dataclass
 class PacketScan:
     """One pass over all packets of a stream, in file order, with the first frames decoded.
@@ -300,7 +308,8 @@ class PacketScan:
         self.pts.append(NO_STAMP if pts is None else pts)
         self.dts.append(NO_STAMP if dts is None else dts)
         self.durations.append(max(0, packet.duration or 0))
-        if side_data := [packet.get_sidedata(kind) for kind in CONFIGURATION if packet.has_sidedata(kind)]:
+        kinds = [kind for kind in CONFIGURATION if packet.has_sidedata(kind)] if _has_side_data(packet) else ()
+        if side_data := [packet.get_sidedata(kind) for kind in kinds]:
             if len(self.changes) <= MAX_CHANGES:
                 self.changes.append((len(self), side_data))
             for item in side_data:
@@ -479,14 +488,20 @@ def _spikes(stamps: np.ndarray) -> np.ndarray:
 
 
 def _join_clocks(pts, dts, known, known_dts, scan: PacketScan) -> None:
-    """Shifts stamps in place, so that a clock that falls back goes on from where it was."""
+    """Shifts stamps in place, so that a clock that falls back goes on from where it was.
+
+    If both kinds of stamps are there, both have to fall: a single wrong decoding stamp changes no times.
+    """
     clock = np.where(known_dts, dts, np.where(known, pts, NO_STAMP))
     places = np.flatnonzero(clock != NO_STAMP)
     steps = np.diff(clock[places])
     usual = max(1, int(np.median(np.abs(steps)))) if len(steps) else 1
     offset = np.zeros(len(pts), np.int64)
     for i in np.flatnonzero(steps < -MAX_REORDER * usual).tolist():
-        offset[places[i + 1] :] += usual - int(steps[i])
+        before, after = places[i], places[i + 1]
+        if known[before] and known[after] and pts[after] - pts[before] >= -MAX_REORDER * usual:
+            continue
+        offset[after:] += usual - int(steps[i])
     pts[known] += offset[known]
     dts[known_dts] += offset[known_dts]
 

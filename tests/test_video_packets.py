@@ -194,6 +194,10 @@ def test_a_clock_that_starts_again_goes_on():
     dts, known = pts.copy(), np.ones(100, bool)
     _join_clocks(pts, dts, known, known, None)
     assert np.all(np.diff(pts) == 40)
+    pts, dts = np.arange(50) * 40, np.arange(50) * 40
+    dts[13] = 10**9  # a single wrong decoding stamp
+    _join_clocks(pts, dts, np.ones(50, bool), np.ones(50, bool), None)
+    assert np.all(np.diff(pts) == 40)
 
 
 def test_absurd_time_stamps():
