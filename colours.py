@@ -145,9 +145,10 @@ class ToneMap:
         return np.take(_levels(), _fourth_root_index(np.minimum(light, 1, out=light))).reshape(codes.shape)
 
 
-def tone_map_of(frame) -> ToneMap | None:
-    """The tone mapping that a video needs, by its first decoded frame (PyAV); None for SDR with common primaries."""
-    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+def tone_map_of(frame, context) -> ToneMap | None:
+    """The tone mapping that a video needs, by its first decoded frame and its decoder (PyAV); None for SDR with common
+    primaries."""
+    transfer, primaries = int(context.color_trc), int(context.color_primaries)  # frames have them from PyAV 17 on
     if transfer in (PQ, HLG):
         return ToneMap(transfer, primaries, _declared_peak(frame) if transfer == PQ else DEFAULT_PEAK)
     return ToneMap(transfer, primaries) if primaries == BT2020 else None

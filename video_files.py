@@ -135,6 +135,8 @@ class PyAVVideo(Video):
             if facts.listed_packets > limits.max_video_packets:
                 self._refuse_packets(facts.listed_packets)
             scan = PacketScan.read(av, container, stream, size_of(file), limits, name, problems)
+            if scan.first_frame is not None:
+                self._tone_map = tone_map_of(scan.first_frame, stream.codec_context)
         if scan.first_frame is None:
             details = "; ".join([facts.codec, *problems[:1]])
             raise ValueError(
@@ -149,7 +151,6 @@ class PyAVVideo(Video):
         # Read the side data of one frame only: it makes a reference cycle that keeps the frame until garbage is
         # collected.
         self._matrix = self._display_matrix(scan.first_frame)
-        self._tone_map = tone_map_of(scan.first_frame)
         size = scan.first_frame.height, scan.first_frame.width
         self._check_canvas(*size)
         if self._matrix is not None and self._matrix[0] == self._matrix[3] == 0:  # a quarter turn

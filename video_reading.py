@@ -5,6 +5,7 @@ Axes: N frames of a video, h rows, w columns. Times are in seconds from the firs
 
 import io
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from .video_packets import DEFAULT_LIMITS, VideoLimits
 
 logger = logging.get_logger(__name__)
 
+PYAV = 17, 1  # the oldest version whose side data of packets can be read; those before crash
 MAX_VIDEO_BYTES = 2**30  # of one video that is downloaded or inside a data: URL
 DOWNLOAD_SECONDS = 300.0
 MOST_SECONDS = 1e10  # of a time stamp that a caller gives; 300 years
@@ -285,9 +287,12 @@ def _file_opener(backend: str | None) -> Callable[..., Video]:
     if backend not in (None, "pyav", "decord"):
         raise ValueError(f"video_backend must be 'pyav' or 'decord', got {backend!r}")
     try:
-        import av  # noqa: F401
+        import av
     except ImportError as error:
         raise ImportError("reading a video needs PyAV, with decord too: pip install av") from error
+    if tuple(map(int, re.findall(r"\d+", av.__version__)[:2])) < PYAV:
+        version = ".".join(map(str, PYAV))
+        raise ImportError(f"reading a video needs PyAV {version} or newer, got {av.__version__}: pip install -U av")
     if backend != "decord":
         return PyAVVideo
     try:
