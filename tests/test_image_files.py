@@ -4,6 +4,7 @@ and tensors and files that hold no pixels."""
 import functools
 import io
 import random
+import signal
 import struct
 import threading
 import time
@@ -245,6 +246,25 @@ def test_threads_share_a_budget_of_pixels(monkeypatch):
     assert most[0] == 10000 and len(largest) > 1
     own = largest.pop(threading.get_ident())
     assert own == 10000 and sum(largest.values()) <= 10000 * 4 / 7
+
+
+def test_an_interrupt_stops_the_threads_of_images(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    data, began = encoded(Image.new("RGB", (3000, 3000)), "JPEG"), []
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+
+    def interrupt():
+        time.sleep(0.2)
+        began.append(time.monotonic())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            MossVLImageProcessor().extract([data] * 500)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert time.monotonic() - began[0] < 0.5
 
 
 def tiff_directory(entries, tail=b"") -> bytes:
