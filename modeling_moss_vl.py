@@ -32,7 +32,17 @@ from .call_positions import read_positions, walk_request
 from .checks import nearest_name  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
 from .configuration_moss_vl import MossVLConfig
 from .conversation import PLACEHOLDERS  # noqa: F401
-from .decoder import MossVLModelOutput, MossVLTextModel
+from .decoder import (
+    MossVLCrossAttention,
+    MossVLCrossAttentionLayer,
+    MossVLModelOutput,
+    MossVLRMSNorm,
+    MossVLSelfAttention,
+    MossVLSelfAttentionLayer,
+    MossVLTextAttention,
+    MossVLTextMLP,
+    MossVLTextModel,
+)
 from .generation_batches import answer_turns  # noqa: F401
 from .generation_hooks import MossVLGenerateHooks
 from .generation_options import GENERATE_DEFAULTS  # noqa: F401
@@ -43,7 +53,17 @@ from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
 from .pretrained_model import MossVLPreTrainedModel
-from .vision_encoder import MossVLVisionModel, concatenate, with_separators
+from .vision_encoder import (
+    MossVLVisionAttention,
+    MossVLVisionBlock,
+    MossVLVisionMerger,
+    MossVLVisionMLP,
+    MossVLVisionModel,
+    MossVLVisionPatchEmbed,
+    MossVLVisionPatchProjection,
+    concatenate,
+    with_separators,
+)
 from .vision_plan import plan_call
 from .vision_request import VisionRequest, count_vision_tokens, read_request
 from .vision_sequence import VisionState  # noqa: F401
@@ -622,4 +642,18 @@ __all__ = [
     "MossVLPreTrainedModel",
     "MossVLTextModel",
     "MossVLVisionModel",
+    # layers of the two towers, for code that looks for them here
+    "MossVLCrossAttention",
+    "MossVLCrossAttentionLayer",
+    "MossVLRMSNorm",
+    "MossVLSelfAttention",
+    "MossVLSelfAttentionLayer",
+    "MossVLTextAttention",
+    "MossVLTextMLP",
+    "MossVLVisionAttention",
+    "MossVLVisionBlock",
+    "MossVLVisionMerger",
+    "MossVLVisionMLP",
+    "MossVLVisionPatchEmbed",
+    "MossVLVisionPatchProjection",
 ]

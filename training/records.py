@@ -42,6 +42,7 @@ from moss_vl.conversation import (
 )
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.image_reading import open_source, probe_image
+from moss_vl.options import names_of
 from moss_vl.resizing import ANY_SIZE
 from moss_vl.video_files import open_container
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
@@ -161,7 +162,7 @@ def check_media_options(record: Record, images, videos, seconds=None, **options)
         **options: options of a call to the processors.
     """
     image_options, video_options = (
-        {n: x for n, x in options.items() if n in processor.option_names} for processor in (images, videos)
+        {name: value for name, value in options.items() if name in names_of(taker)} for taker in ("image", "video")
     )
     if record.images:
         images.check(record.images, **image_options)
