@@ -94,6 +94,7 @@ def find_packed_texts(
     positions = first_axis(position_ids, request)
     begins, starts = positions, find_text_starts(positions, positions, is_token)
     if any(request.text.pads):
+        # [B, 1], whether the positions of the row count its tokens, so that its frames take no space
         counts = ((count_tokens(is_token, starts, positions) == positions) | ~is_token).all(1, keepdim=True)
         begins = positions.clone()
         begins[request.text.is_frame] -= frame_extents(request)

@@ -188,7 +188,7 @@ class MossVLCrossAttention(MossVLTextAttention):
         weights of each span."""
         implementation = call.cross_implementation
         masked_implementation = "sdpa" if attention_kind(implementation) == "flash" else implementation
-        outs, weights, done = [], [], 0
+        outs, weights, done = [], [], 0  # done: text tokens whose output is in outs
         for span in call.vision_call.spans:
             if span.text.start > done:
                 outs.append(query.new_zeros(span.text.start - done, *query.shape[1:]))

@@ -117,7 +117,7 @@ class MossVLModel(MossVLPreTrainedModel):
         image_mean: Optional[list[list[float]]] = None,
         image_std: Optional[list[list[float]]] = None,
     ) -> BaseModelOutputWithPooling:
-        """Vision tokens [P / m^2, D] of all frames, before separators; see `MossVLVisionModel.forward`."""
+        """Features [P / m^2, D] of all frames, without separators; see `MossVLVisionModel.forward`."""
         features = self.visual(pixel_values, grid_thw, vision_chunked_length, image_mean, image_std)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 

@@ -303,17 +303,16 @@ class VisionState:
         first, past_calls = undone[0], self.past_calls[: -len(undone)]
         if length > first.start:  # the call loses only its last tokens
             first = first.cut(length)
-            past_calls, back = (*past_calls, first), first.after()
+            past_calls, restored = (*past_calls, first), first.after()
         else:
-            back = first.before.select_rows(first.rows)._shortened(length)
-        all_placed = back.placed == self.placed and list(map(len, back.grids)) == list(map(len, self.grids))
-        kept = self if all_placed else self._without_waiting(back.placed)
+            restored = first.before.select_rows(first.rows)._shortened(length)
+        same_frames = restored.placed == self.placed and list(map(len, restored.grids)) == list(map(len, self.grids))
         return replace(
-            kept,
-            placed=back.placed,
-            last_visible=back.last_visible,
-            rope_delta=back.rope_delta,
-            token_counts=back.token_counts,
+            self if same_frames else self._without_waiting(restored.placed),
+            placed=restored.placed,
+            last_visible=restored.last_visible,
+            rope_delta=restored.rope_delta,
+            token_counts=restored.token_counts,
             length=length,
             last_ids=None,
             step=None,
