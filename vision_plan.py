@@ -1,5 +1,10 @@
 """Plans a call: the frames that each text token sees, as spans of text tokens and packed vision tokens.
 
+    visible_runs    text runs of each row: the default visibility, or the caller's mask
+    PackedLayout    offsets of the vision tokens in the packed keys and values, with those that are new or move
+    plan_spans      text runs -> spans; `join_small_spans` joins those that one attention call does faster
+    remember        keeps the call, so that the cache can be cropped back into it
+
 Axes: B rows, T text tokens per row in this call, N frames. The drawing in vision_sequence.py shows all index spaces.
 """
 

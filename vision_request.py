@@ -1,7 +1,11 @@
 """Reads a call: its text, media and frame mask, checked against each other before anything heavy runs.
 
-Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, N frames, P
-patches.
+    read_text             padding, and the `image_pad` tokens that place frames
+    read_frame_mask       the caller's `cross_attention_mask`, inverted
+    match_media           new frames, without blank media; media of zeros that wait for their text
+    check_frame_counts    as many frames as `image_pad` tokens
+
+Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, N frames.
 """
 
 from dataclasses import dataclass, replace
