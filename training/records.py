@@ -42,7 +42,7 @@ from moss_vl.conversation import (
 )
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.image_reading import open_source, probe_image
-from moss_vl.options import names_of
+from moss_vl.options import options_of
 from moss_vl.resizing import ANY_SIZE
 from moss_vl.video_files import open_container
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
@@ -161,13 +161,10 @@ def check_media_options(record: Record, images, videos, seconds=None, **options)
         seconds: duration of each video, None if unknown.
         **options: options of a call to the processors.
     """
-    image_options, video_options = (
-        {name: value for name, value in options.items() if name in names_of(taker)} for taker in ("image", "video")
-    )
     if record.images:
-        images.check(record.images, **image_options)
+        images.check(record.images, **options_of("image", options))
     if record.videos:
-        videos.check(record.videos, seconds=seconds, **video_options)
+        videos.check(record.videos, seconds=seconds, **options_of("video", options))
 
 
 def _read_entries(file: Path) -> list[Entry]:
