@@ -2,7 +2,8 @@
 self-attention.
 
 Axes: B rows (or frames), T query tokens of a call, S key tokens including those of the cache, H query heads, K
-key/value heads, G = H / K, d head size. In this file, "row" means a row of the scores: one query token.
+key/value heads, G = H / K heads of a group, d head size. In this file, "row" means a row of the scores: one query
+token.
 """
 
 import inspect
@@ -326,20 +327,20 @@ def sdpa_attention(
     would.
     """
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
-    groups = heads // kv_heads
+    group_size = heads // kv_heads
     mask_per_head = mask is not None and mask.shape[1] > 1
     if rows == 1 or mask is None:
         folds, repeats_mask = not causal, False
     else:
-        folds = repeats_mask = not (causal or mask_per_head) and mask.numel() * groups <= key.numel()
-    if groups == 1 or not folds:
+        folds = repeats_mask = not (causal or mask_per_head) and mask.numel() * group_size <= key.numel()
+    if group_size == 1 or not folds:
         attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
         out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, is_causal=causal)
         return out
     if repeats_mask:
-        mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, groups, 1)  # [B or 1, 1, G * T, S]
+        mask = mask.expand(-1, -1, rows, -1).repeat(1, 1, group_size, 1)  # [B or 1, 1, G * T, S]
     elif mask_per_head:
-        mask = mask.reshape(len(mask), kv_heads, groups, -1)  # one row: [B or 1, K, G, S]
+        mask = mask.reshape(len(mask), kv_heads, group_size, -1)  # one row: [B or 1, K, G, S]
     grouped = query.reshape(batch, kv_heads, -1, d)  # [B, K, G * T, d]
     out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=module.scaling)
     return out.view(batch, heads, rows, -1).transpose(1, 2)

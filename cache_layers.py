@@ -142,8 +142,8 @@ class VisionCacheLayer(InPlaceLayer):
         copied._cache = None
         return copied
 
-    def belongs_to(self, cache: Cache) -> bool:
-        """Claims the layer for a cache. False if the layer belongs to another cache that still exists."""
+    def claim(self, cache: Cache) -> bool:
+        """Makes the layer belong to a cache. Returns False if it belongs to another cache that still exists."""
         owner = None if self._cache is None else self._cache()
         if owner is not None and owner is not cache:
             return False
@@ -202,7 +202,8 @@ class VisionCacheLayer(InPlaceLayer):
 
 def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCall, shared: bool) -> torch.Tensor:
     """Writes new keys or values [1, K, v, d] into the packed ones, and returns these. Allocates a new tensor if tokens
-    have to move, with gradients, or if `old` is `shared` with another layer. Returns `new` if it is all."""
+    have to move, with gradients, or if `old` is `shared` with another layer. Returns `new` if it is the whole
+    sequence."""
     if call.writes == ((slice(0, call.length), slice(0, call.length)),):
         return new
     in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
@@ -239,7 +240,7 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
                 cache.layers[index] = TextCacheLayer()
     layers = [cache.layers[index] for index in config.cross_attention_layers]
     for layer in layers:
-        layer.belongs_to(cache)
+        layer.claim(cache)
     return layers[0]
 
 
@@ -262,7 +263,7 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
             f"The cache holds {length} tokens, but not their vision sequence; expected a cache that this model "
             f"filled. Pass an empty cache, or the cache of an earlier output."
         )
-    if not layer.belongs_to(cache):
+    if not layer.claim(cache):
         raise ValueError(
             "The cache is a shallow copy: it shares its layers with another cache, so both would write into the same "
             "layers. Copy it with copy.deepcopy."

@@ -49,7 +49,7 @@ def read_positions(
     replaced by XRoPE's.
 
     Args:
-        with_cache: whether the call reads or fills a cache, which continues one text per row.
+        with_cache: whether the caller gave a cache or asked for one: a cache continues one text per row.
 
     Raises:
         ValueError: for positions that do not fit, and for packed texts with a cache.
@@ -65,13 +65,13 @@ def read_positions(
             "`position_ids` start again within a row, so the row holds several texts, and a cache is used; expected "
             "use_cache=False and no cache: a cache continues one text per row."
         )
-    first_positions = None if text_starts is None else text_axis(position_ids, request)
+    first_positions = None if text_starts is None else first_axis(position_ids, request)
     walked = walk_request(request, text_starts, first_positions)
     return with_given_positions(request, walked, position_ids, attention_mask)
 
 
-def text_axis(position_ids: torch.Tensor, request: VisionRequest) -> torch.Tensor:
-    """The caller's positions on the first axis, [B, T]."""
+def first_axis(position_ids: torch.Tensor, request: VisionRequest) -> torch.Tensor:
+    """The caller's positions, or those on the first of three axes, [B, T]."""
     is_token = request.text.is_token
     first = position_ids if position_ids.ndim == 2 else position_ids[0]
     return first.to(is_token.device).expand(is_token.shape)
@@ -91,9 +91,10 @@ def find_packed_texts(
     is_token = request.text.is_token
     if position_ids.shape[-2:] not in (is_token.shape, (1, is_token.shape[1])):
         return None  # `with_given_positions` raises the error
-    positions = text_axis(position_ids, request)
+    positions = first_axis(position_ids, request)
     begins, starts = positions, find_text_starts(positions, positions, is_token)
     if any(request.text.pads):
+        # [B, 1], whether the positions of the row count its tokens, so that its frames take no space
         counts = ((count_tokens(is_token, starts, positions) == positions) | ~is_token).all(1, keepdim=True)
         begins = positions.clone()
         begins[request.text.is_frame] -= frame_extents(request)

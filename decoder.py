@@ -187,8 +187,8 @@ class MossVLCrossAttention(MossVLTextAttention):
         """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
         weights of each span."""
         implementation = call.cross_implementation
-        with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
-        outs, weights, done = [], [], 0
+        masked_implementation = "sdpa" if attention_kind(implementation) == "flash" else implementation
+        outs, weights, done = [], [], 0  # done: text tokens whose output is in outs
         for span in call.vision_call.spans:
             if span.text.start > done:
                 outs.append(query.new_zeros(span.text.start - done, *query.shape[1:]))
@@ -199,7 +199,7 @@ class MossVLCrossAttention(MossVLTextAttention):
                 key[:, :, span.vision],
                 value[:, :, span.vision],
                 mask,
-                implementation if mask is None else with_mask,
+                implementation if mask is None else masked_implementation,
                 dropout=self.attention_dropout,
             )
             outs.append(out[0])
@@ -279,10 +279,11 @@ class MossVLCrossAttentionLayer(MossVLLayer):
             layer_past: the cache; see `MossVLSelfAttentionLayer.forward`.
         """
         attended, weights = self.cross_attn(self.input_layernorm(hidden_states), vision_states, call, layer_past)
-        visible = 1.0 if call.vision_call.has_visible is None else call.vision_call.has_visible.to(hidden_states)
-        hidden_states = hidden_states + visible * self.cross_attn_attn_gate.tanh() * attended
-        fed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + visible * self.cross_attn_mlp_gate.tanh() * fed, weights
+        # r of docs/model.md: 0 at tokens that see no vision token, else 1
+        has_visible = 1.0 if call.vision_call.has_visible is None else call.vision_call.has_visible.to(hidden_states)
+        hidden_states = hidden_states + has_visible * self.cross_attn_attn_gate.tanh() * attended
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + has_visible * self.cross_attn_mlp_gate.tanh() * mlp_output, weights
 
 
 @dataclass
@@ -347,7 +348,8 @@ class MossVLTextModel(MossVLPreTrainedModel):
             input_ids: [B, T], or inputs_embeds: [B, T, D].
             attention_mask: [B, S] with 0 at padding, or a ready 4D mask, see `self_attention_mask`.
             position_ids: [B, T], or [3, B, T] for (t, h, w); default: cache indices.
-            vision_states: [v, D], the vision tokens that are new in this call. vision_position_ids: [3, v].
+            vision_states: [v, D], the vision tokens that are new in this call.
+            vision_position_ids: [3, v], their positions.
             vision_call: which tokens see which vision tokens. The cross-attention layers are skipped if no token sees
                 any and none is new.
             text_index: [B, T], for packed rows the index of each token's text, rising along the row. A token sees only

@@ -34,7 +34,7 @@ def encode_turn(model, processor, turn: Turn, alone: bool = True) -> dict:
     """The inputs of `generate` for one turn, batch size 1.
 
     If the turn is `alone`, the vision encoder runs on the first frames of a video while later frames are decoded.
-    Several turns keep uint8 pixels until all are decoded: these need less memory than vision tokens, and none on the
+    Several turns keep uint8 pixels until all are decoded: these need less memory than features, and none on the
     device.
     """
 

@@ -62,8 +62,9 @@ class MossVLGenerateHooks:
         prompt = {name: model_kwargs.pop(name, None) for name in PROMPT_KWARGS}
         prompt = {name: value for name, value in prompt.items() if value is not None}
         cache, past_length = model_kwargs.get(CACHE), cached_length(model_kwargs.get(CACHE))
-        given = (model_kwargs.pop("prompt_kwargs", None) or {}).get("attention_mask")
-        attention_mask = model_kwargs.get("attention_mask") if given is None else given
+        attention_mask = (model_kwargs.pop("prompt_kwargs", None) or {}).get("attention_mask")  # the caller's
+        if attention_mask is None:
+            attention_mask = model_kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.ndim == 2 and (attention_mask[:, -1] == 0).any():
             raise ValueError(
                 "`attention_mask` ends in padding, so the rows are padded on the right, and a new token would come "

@@ -47,7 +47,8 @@ FRAME_COUNT_OPTIONS = {"video_fps", "num_frames", "do_sample_frames", "min_frame
 
 
 def merge_media_kwargs(earlier: dict, given: Mapping) -> dict:
-    """`media_kwargs` of earlier turns, overridden by those of this query, under canonical names. None is kept.
+    """`media_kwargs` of earlier turns, overridden by those of this query, under the names of options.py. An option
+    that is None stays: it stands for the processor's setting.
 
     Raises:
         ValueError: if an option is given under two names, or as a part of `size` and alone.

@@ -197,7 +197,7 @@ def check_query(query, known) -> dict:
         The items with other keys, which have no effect.
 
     Raises:
-        ValueError: for a query that is no dict, a key that is probably misspelled, and an option, which belongs into
+        ValueError: for a query that is no dict, a key that is probably misspelled, and an option, which belongs in
             media_kwargs or generate_kwargs.
     """
     check_options("query", query)
@@ -214,7 +214,7 @@ def check_query(query, known) -> dict:
 
 
 def _check_unknown_key(name, value) -> None:
-    """Raises ValueError for a key that has its place elsewhere, not at the top of a query."""
+    """Raises ValueError for a key that belongs elsewhere, not at the top of a query."""
     if hint := misplaced_hint(name, value):
         raise ValueError(f"query: {hint}")
     drop_fixed({name: value}, "query")

@@ -34,6 +34,7 @@ class QueueServer:
         self.state = None
 
     def serve(self) -> None:
+        """Answers queries until one has `stop_offline_generate`; then puts the waiting ones back on `new_queries`."""
         try:
             while True:
                 query = self.waiting.popleft() if self.waiting else self.new_queries.get()

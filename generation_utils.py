@@ -108,8 +108,8 @@ def _with_arguments(arguments: dict):
 class MossVLGenerationMixin:
     """Offline methods of `MossVLForConditionalGeneration`. `processor` is a `MossVLProcessor` of the same checkpoint.
 
-    Returned texts have no special tokens and unchanged white space. For a media option that is None, the processor's
-    setting is used.
+    Answers are decoded without special tokens, and their white space is kept. For a media option that is None, the
+    processor's setting is used.
 
     Raises:
         ValueError, FileNotFoundError: for anything wrong with a query, before any medium is decoded; in a batch, the

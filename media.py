@@ -232,6 +232,7 @@ def count_media(grid: Grid, pads: list[int]) -> list[int]:
     takes a blank medium, if there is one for every such sample."""
     if len(pads) == 1:
         return [len(grid)]
+    # Frames of a sample without `image_pad`: 1, if the frames suffice for a blank medium in every such sample.
     blank = int(grid.frames() == sum(pads) + pads.count(0))
     numbers, media = [], iter(grid)
     for count in pads:

@@ -1,8 +1,9 @@
 """MOSS-VL: the vision encoder and the decoder as one model, and the same with a language model head.
 
-Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, F
+Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, H query heads, N
 frames, P patches, m merge size, V vision tokens (the tokens of each frame and its separator, all samples one after the
-other without padding), v those of them that are new in this call.
+other without padding), v those of them that are new in this call. docs/architecture.md has the steps of a call and a
+glossary.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +33,17 @@ from .call_positions import read_positions, walk_request
 from .checks import nearest_name  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
 from .configuration_moss_vl import MossVLConfig
 from .conversation import PLACEHOLDERS  # noqa: F401
-from .decoder import MossVLModelOutput, MossVLTextModel
+from .decoder import (
+    MossVLCrossAttention,
+    MossVLCrossAttentionLayer,
+    MossVLModelOutput,
+    MossVLRMSNorm,
+    MossVLSelfAttention,
+    MossVLSelfAttentionLayer,
+    MossVLTextAttention,
+    MossVLTextMLP,
+    MossVLTextModel,
+)
 from .generation_batches import answer_turns  # noqa: F401
 from .generation_hooks import MossVLGenerateHooks
 from .generation_options import GENERATE_DEFAULTS  # noqa: F401
@@ -44,7 +55,17 @@ from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
 from .pretrained_model import MossVLPreTrainedModel
 from .signatures import image_kind  # noqa: F401
-from .vision_encoder import MossVLVisionModel, concatenate, with_separators
+from .vision_encoder import (
+    MossVLVisionAttention,
+    MossVLVisionBlock,
+    MossVLVisionMerger,
+    MossVLVisionMLP,
+    MossVLVisionModel,
+    MossVLVisionPatchEmbed,
+    MossVLVisionPatchProjection,
+    concatenate,
+    with_separators,
+)
 from .vision_plan import plan_call
 from .vision_request import VisionRequest, count_vision_tokens, read_request
 from .vision_sequence import VisionState  # noqa: F401
@@ -97,7 +118,7 @@ class MossVLModel(MossVLPreTrainedModel):
         image_mean: Optional[list[list[float]]] = None,
         image_std: Optional[list[list[float]]] = None,
     ) -> BaseModelOutputWithPooling:
-        """Vision tokens [P / m^2, D] of all frames, before separators; see `MossVLVisionModel.forward`."""
+        """Features [P / m^2, D] of all frames, without separators; see `MossVLVisionModel.forward`."""
         features = self.visual(pixel_values, grid_thw, vision_chunked_length, image_mean, image_std)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 
@@ -154,7 +175,7 @@ class MossVLModel(MossVLPreTrainedModel):
         # 1. Read and check the call, before anything heavy runs.
         self._check_inputs(text, attention_mask, cache, grid_thw, pixel_values, image_features)
         use_cache = self._check_use_cache(cache, use_cache)
-        with_cache = cache is not None or use_cache is True
+        with_cache = cache is not None or use_cache is True  # the default of `use_cache` is chosen in step 4
         media = read_media(
             config.vision_config, pixel_values, grid_thw, image_features, image_mean, image_std, media_nums_per_sample
         )
@@ -186,10 +207,10 @@ class MossVLModel(MossVLPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         state_layer = None if cache is None else install_layers(cache, config.text_config)
-        masks_tokens = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
+        needs_mask = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
         outputs = self.language_model(
             input_ids if inputs_embeds is None else None,  # not embedded here: FSDP gathers the weights in that call
-            attention_mask=attention_mask if masks_tokens else None,  # kernels are faster without a mask
+            attention_mask=attention_mask if needs_mask else None,  # kernels are faster without a mask
             position_ids=positions.text,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -241,7 +262,7 @@ class MossVLModel(MossVLPreTrainedModel):
             )
 
     def _check_use_cache(self, cache: Optional[Cache], use_cache: Optional[bool]) -> Optional[bool]:
-        """`use_cache` unchanged; but False in training with gradient checkpointing.
+        """The caller's `use_cache`; False in training with gradient checkpointing.
 
         Raises:
             ValueError: if a cache is given with gradient checkpointing in training.
@@ -291,9 +312,9 @@ class MossVLModel(MossVLPreTrainedModel):
         waiting, device = request.state.waiting, request.text.is_token.device
         if request.blank is not None:
             return self._encode_media(request.blank, vision_chunked_length, device), waiting
-        if not any(request.new_frames) and not request.state.is_waiting():
-            return None, waiting
         if not any(request.new_frames):
+            if not request.state.is_waiting():
+                return None, waiting
             return self._split_placed(request, [None] * len(waiting))
         states = self._encode_media(request.media, vision_chunked_length, device)
         sizes = [count_vision_tokens(frames) for frames in request.media.frames()]
@@ -522,7 +543,7 @@ class MossVLForConditionalGeneration(
                 float, or uint8 with `image_mean` and `image_std`.
             grid_thw: [media, 3], (frames, patch rows, patch columns).
             media_nums_per_sample: number of media of each sample; default: counted from the text.
-            cross_attention_mask: bool [B, 1, T, F], True = hidden. By default a token sees the frames placed at or
+            cross_attention_mask: bool [B, 1, T, N], True = hidden. By default a token sees the frames placed at or
                 before it. The mask may hide any of these frames; it must hide all frames from padding. If it has fewer
                 than T rows, the later tokens follow the default. A mask that a processor made for other padding is
                 ignored with a warning. On a filled cache, the columns of a mask of at most T rows are the frames that
@@ -623,4 +644,18 @@ __all__ = [
     "MossVLPreTrainedModel",
     "MossVLTextModel",
     "MossVLVisionModel",
+    # layers of the two towers, for code that looks for them here
+    "MossVLCrossAttention",
+    "MossVLCrossAttentionLayer",
+    "MossVLRMSNorm",
+    "MossVLSelfAttention",
+    "MossVLSelfAttentionLayer",
+    "MossVLTextAttention",
+    "MossVLTextMLP",
+    "MossVLVisionAttention",
+    "MossVLVisionBlock",
+    "MossVLVisionMerger",
+    "MossVLVisionMLP",
+    "MossVLVisionPatchEmbed",
+    "MossVLVisionPatchProjection",
 ]

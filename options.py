@@ -267,6 +267,12 @@ def names_of(taker: str | None = None, **having: bool) -> tuple[str, ...]:
     return tuple(name for option in chosen for name in (option.name, *option.aliases))
 
 
+def options_of(taker: str, options: Mapping) -> dict:
+    """Those of `options` that `taker` takes, under the names that they have there."""
+    names = names_of(taker)
+    return {name: value for name, value in options.items() if name in names}
+
+
 _CANONICAL = {name: option.name for option in OPTIONS for name in (option.name, *option.aliases)}
 
 

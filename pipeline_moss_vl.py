@@ -12,9 +12,8 @@ PLACEHOLDERS = ("<|image|>", "<|video|>", "<|image_pad|>", "<|video_pad|>")
 class MossVLTextGenerationPipeline(TextGenerationPipeline):
     """The pipeline of transformers with two changes. `MossVLConfig.custom_pipelines` registers it.
 
-    It refuses media: it has a tokenizer but no processor, so only the placeholder of an image would reach the model,
-    which
-    would guess. And it pads batches on the left, as `generate` needs them, with a copy of the tokenizer: transformers
+    It refuses media: it has a tokenizer but no processor, so the model would get the placeholder of an image, but not
+    the image. And it pads batches on the left, as `generate` needs them, with a copy of the tokenizer: transformers
     4.57 keeps the padding side of the caller's tokenizer, transformers 5 changes it.
     """
 

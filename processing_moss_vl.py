@@ -1,7 +1,7 @@
 """Processor: text, images and videos to the inputs of the model. docs/processing.md describes the steps and all
 tensors.
 
-Axes: B samples, T tokens, F frames of the sample that has most, P patches.
+Axes: B samples, T tokens, N frames of the sample that has most, P patches, m merge size, D hidden size of the model.
 """
 
 import os
@@ -45,7 +45,7 @@ from .processor_keywords import (
 from .processor_loading import PROCESSOR_SETTINGS, is_in_pipeline, load_parts, make_tokenizer_portable
 from .processor_settings import HUB_KEYS  # noqa: F401
 from .resizing import fit_size  # noqa: F401
-from .samples import Medium, Sample, deal_media, deal_rates, read_samples
+from .samples import Medium, Sample, assign_media, assign_rates, read_samples
 from .signatures import image_kind  # noqa: F401
 from .text_rows import (
     NO_PADDING,
@@ -185,34 +185,38 @@ class MossVLProcessor(ProcessorMixin):
         Args:
             text: a string or a list of them. `<|image|>` stands for an image; `<|video|>` for a video, or for one
                 segment of one.
-            images, videos: in order of appearance, one flat list over the batch or one list per sample; a single
-                medium needs no list. `probe_image` says what an image may be, `MossVLVideoProcessor.plan` what a video
-                may be.
+            images, videos: in the order of their placeholders, one flat list over the batch or one list per sample; a
+                single medium needs no list. `probe_image` says what an image may be, `MossVLVideoProcessor.plan` what
+                a video may be.
             labels_spans: per sample the [start, end) character spans of `text` that are learned; for a single text the
                 spans alone.
-            ignore_index: the label of every other token.
+            ignore_index: the label of tokens that are not learned.
             encoder: a function of (uint8 pixels [P, values], grid [[frames, patch rows, patch columns]], mean, std)
                 that returns features [P / m^2, D], as a model's `get_image_features`. It is called with some frames of
                 a video while others are decoded. The result then has `image_features` instead of `pixel_values`.
             **kwargs: the options of text, images, videos and the call (options.py), flat or inside `text_kwargs`,
-            `images_kwargs`,
-                `videos_kwargs`, `common_kwargs`. They hold for this call alone. A medium may have its own options, as
-                a dict: {"image": source, "max_pixels": ...}, {"video_path": source, "fps": ...}. `video_fps` may be a
-                list with one entry per video.
+                `images_kwargs`, `videos_kwargs`, `common_kwargs`. They hold for this call alone. A medium may have its
+                own options, as a dict: {"image": source, "max_pixels": ...}, {"video_path": source, "fps": ...}.
+                `video_fps` may be a list with one entry per video.
 
-        Returns `input_ids` and `attention_mask` [B, T]; `pixel_values` float32 [P, 3 * t * p * p] and `grid_thw`
-        [media, 3], all media in the order of the text; `media_nums_per_sample`, a list of ints; `cross_attention_mask`
-        bool [B, 1, T, F], True = not visible, unless it is switched off or the rows are lists of unequal lengths; with
-        `labels_spans` also `labels` [B, T]. With `do_normalize=False` `pixel_values` are uint8, a quarter of the
-        bytes, and the model normalises them by `image_mean` and `image_std`.
+        Returns:
+            input_ids, attention_mask: [B, T].
+            pixel_values: float32 [P, values], all media in the order of the text. With `do_normalize=False` uint8, a
+                quarter of the bytes; the model normalises them by `image_mean` and `image_std`.
+            grid_thw: [media, 3].
+            media_nums_per_sample: a list of ints.
+            cross_attention_mask: bool [B, 1, T, N], True = hidden; absent if it is switched off, or if the rows are
+                lists of unequal lengths.
+            labels: [B, T], with `labels_spans`.
 
-        Raises ValueError or FileNotFoundError, if possible before anything is decoded.
+        Raises:
+            ValueError, FileNotFoundError: if possible before anything is decoded.
         """
         options = sort_options(kwargs, self.image_processor.option_names, self.video_processor.option_names)
         call = self._read_call_options(options.call, encoder)
         samples = read_samples(text, labels_spans)
-        deal_media(samples, images, videos, options.videos.pop("video_metadata", None))
-        deal_rates(samples, options.videos)
+        assign_media(samples, images, videos, options.videos.pop("video_metadata", None))
+        assign_rates(samples, options.videos)
         text_options = read_text_options(options.text, self.tokenizer, with_spans=labels_spans is not None)
         image_options = self.image_processor.resolve(options.images, used=any(sample.images for sample in samples))
         self.video_processor.resolve(options.videos, used=any(sample.videos for sample in samples))
@@ -285,7 +289,7 @@ class MossVLProcessor(ProcessorMixin):
         """`pixel_values`, or with an encoder `image_features`, and the grids of all media. Frees the patches of the
         media.
 
-        A sample without media gets a blank medium of zeros, which is visible to no token.
+        A sample without media gets a blank medium, which is visible to no token.
         """
         blank = self._blank_medium(samples, image_options)
         media = [(medium, medium is blank) for sample in samples for medium in sample.media or [blank]]
@@ -300,7 +304,11 @@ class MossVLProcessor(ProcessorMixin):
         return {**join_patches(parts, call.as_uint8), call.grid_name: grids}
 
     def _blank_medium(self, samples: list[Sample], options: ImageOptions) -> Medium:
-        """A medium of zeros. Raises ValueError if images and videos have patches of different sizes."""
+        """A medium of zeros.
+
+        Raises:
+            ValueError: if images and videos have patches of different sizes.
+        """
         widths = {m.patches.shape[1] for sample in samples for m in sample.media if m.patches is not None}
         if len(widths) > 1:
             raise ValueError(
@@ -392,18 +400,23 @@ class MossVLProcessor(ProcessorMixin):
         processor_kwargs=None,
         **kwargs,
     ):
-        """A conversation, or a list of them, as text; with `tokenize` processed, with the media of its parts.
+        """Renders a conversation, or a list of them, as text; with `tokenize`, processes it with its media.
 
         `content` of a message is a string or a list of parts: strings, {"type": "text", "text"}, {"type": "image",
         "image"}, {"type": "video", "video"}. The medium may also be under "url", "path", "base64", "image_url",
         "video_url", and the part may hold options of this medium ("fps", "max_pixels", ...; see conversation.py and
         options.py). A part without a medium becomes a placeholder for `images=` or `videos=`.
 
-        Returns the text (a list for a list); with `tokenize` the `input_ids`; with `return_dict` too the whole output
-        of the processor, with `assistant_masks` if `return_assistant_tokens_mask`. `processor_kwargs` and keywords
-        that the processor takes go to the processor, keywords that the template reads to the template; any other is a
-        ValueError. With `add_generation_prompt` or `continue_final_message` rows are padded on the left, as `generate`
-        needs it, unless `padding_side` is given. The conversation is not changed.
+        `processor_kwargs` and keywords that the processor takes go to the processor, and keywords that the template
+        reads go to the template. With `add_generation_prompt` or `continue_final_message`, rows are padded on the
+        left, as `generate` needs it, unless `padding_side` is given. The conversation is not changed.
+
+        Returns:
+            The text (a list for a list of conversations); with `tokenize` the `input_ids`; with `tokenize` and
+            `return_dict` the whole output of the processor, with `assistant_masks` if `return_assistant_tokens_mask`.
+
+        Raises:
+            ValueError: for a keyword that neither takes, and as in a call.
         """
         template = self._find_template(chat_template)
         is_batch = _is_batch(conversation)

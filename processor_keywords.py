@@ -44,8 +44,11 @@ def sort_options(kwargs: Mapping, image_names: Iterable[str], video_names: Itera
     """Sorts the keyword arguments of a call, flat or inside `text_kwargs`, `images_kwargs`, `videos_kwargs` and
     `common_kwargs`.
 
-    `image_names`, `video_names`: the options that the image and the video processor take. Raises ValueError for an
-    unknown keyword and for an option that is given twice.
+    Args:
+        image_names, video_names: the options that the image and the video processor take.
+
+    Raises:
+        ValueError: for an unknown keyword, and for an option that is given twice.
     """
     fixed = FIXED.keys() - set(CALL_OPTIONS)
     accepted = {
@@ -88,7 +91,14 @@ def _read_flat(flat: dict, known: set[str]) -> dict:
 
 
 def merge_once(options: dict, others: Mapping, where: str) -> dict:
-    """Both together, without None. Raises ValueError for a name in both; `where`: the source of `others`."""
+    """Joins options, without those that are None.
+
+    Args:
+        where: how the caller gave `others`, for the message.
+
+    Raises:
+        ValueError: for an option that is given in both.
+    """
     for name in others:
         if others[name] is not None and options.get(name) is not None:
             raise ValueError(f"{name} is given twice, the second time as {where}")

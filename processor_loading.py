@@ -72,9 +72,11 @@ def load_parts(path, kwargs: dict) -> tuple[MossVLImageProcessor, PreTrainedToke
     torchvision.
 
     Settings of the image and the video processor among the keyword arguments override those of their files; arguments
-    of the tokenizer go to the tokenizer. Raises ValueError for any other keyword, unless a pipeline loads the folder,
-    which also passes keywords for the model. In a pipeline the tokenizer pads on the left by default: a pipeline
+    of the tokenizer go to the tokenizer. In a pipeline, the tokenizer pads on the left by default: a pipeline
     generates from the batch.
+
+    Raises:
+        ValueError: for any other keyword, except in a pipeline, which also passes keywords for the model.
     """
     hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS}
     for_images = {
@@ -114,8 +116,9 @@ def _image_class(settings: dict) -> type[MossVLImageProcessor]:
 def load_tokenizer(path, hub: dict, kwargs: dict, strict: bool = True) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a folder, saved by any transformers version.
 
-    `hub`: keywords that say where the files are. A keyword that the tokenizer does not take is an error if `strict`,
-    else dropped.
+    Args:
+        hub: keywords that say where the files are.
+        strict: whether a keyword that the tokenizer does not take is an error; otherwise it is dropped.
     """
     config = get_tokenizer_config(path, **{name: value for name, value in hub.items() if not name.startswith("_")})
     name = (config.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast")

@@ -69,8 +69,10 @@ def split_keywords(kwargs: dict, cls: type) -> tuple[dict, dict]:
     """Splits the keyword arguments of a processor's `from_dict` into (those for transformers, settings under the names
     of options.py).
 
-    Raises ValueError for a keyword that neither accepts. A pipeline also passes keywords for the model: these are
-    dropped.
+    A pipeline also passes keywords for the model: these are dropped.
+
+    Raises:
+        ValueError: for a keyword that neither accepts.
     """
     kwargs = drop_fixed(kwargs, cls.__name__)
     settings = {name: kwargs.pop(name) for name in cls.option_names if name in kwargs}

@@ -1,4 +1,4 @@
-"""The texts of a batch with their media: finds placeholders, and deals images and videos to the texts. No pixels, no
+"""The texts of a batch with their media: finds placeholders, and assigns images and videos to the texts. No pixels, no
 tokens."""
 
 from collections.abc import Iterable
@@ -57,7 +57,11 @@ class Sample:
 
 
 def read_samples(text, labels_spans) -> list[Sample]:
-    """The samples of a call, without media. Raises ValueError if `text` or `labels_spans` is malformed."""
+    """The samples of a call, without media.
+
+    Raises:
+        ValueError: if `text` or `labels_spans` is malformed.
+    """
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"text must be a string or a list of strings with at least one, got {text!r:.200}")
@@ -95,24 +99,27 @@ def _check_spans(spans: Iterable | None, length: int) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in spans]
 
 
-# dealing media to samples
+# assigning media to samples
 
 
-def deal_media(samples: list[Sample], images, videos, video_metadata) -> None:
-    """Gives each sample its media, in the order of placeholders.
+def assign_media(samples: list[Sample], images, videos, video_metadata) -> None:
+    """Gives each sample its media, in the order of its placeholders.
 
-    `images`, `videos`: None, one medium, a flat list over the batch, or one list (or None) per sample.
-    `video_metadata`: None, or a dict or None for each video. Raises ValueError with both numbers if the media do not
-    match the placeholders.
+    Args:
+        images, videos: None, one medium, a flat list over the batch, or one list (or None) per sample.
+        video_metadata: None, or a dict or None for each video.
+
+    Raises:
+        ValueError: if there are more or fewer media than placeholders.
     """
-    for sample, dealt in zip(samples, _deal("image", images, None, samples), strict=True):
-        sample.images = [image for image, _ in dealt]
-    for sample, dealt in zip(samples, _deal("video", videos, video_metadata, samples), strict=True):
-        sample.videos = [video for video, _ in dealt]
-        sample.video_metadata = None if video_metadata is None else [metadata for _, metadata in dealt]
+    for sample, assigned in zip(samples, _assign("image", images, None, samples), strict=True):
+        sample.images = [image for image, _ in assigned]
+    for sample, assigned in zip(samples, _assign("video", videos, video_metadata, samples), strict=True):
+        sample.videos = [video for video, _ in assigned]
+        sample.video_metadata = None if video_metadata is None else [metadata for _, metadata in assigned]
 
 
-def deal_rates(samples: list[Sample], video_options: dict) -> None:
+def assign_rates(samples: list[Sample], video_options: dict) -> None:
     """If `video_fps` is a list with one entry per video of the batch, moves it from the options to the samples."""
     rates = video_options.get("video_fps")
     if not isinstance(rates, (list, tuple, np.ndarray, torch.Tensor)):
@@ -127,7 +134,7 @@ def deal_rates(samples: list[Sample], video_options: dict) -> None:
         sample.video_fps = [next(queue) for _ in sample.videos]
 
 
-def _deal(kind: str, media, metadata, samples: list[Sample]) -> list[list[tuple]]:
+def _assign(kind: str, media, metadata, samples: list[Sample]) -> list[list[tuple]]:
     """Per sample its list of (medium, metadata)."""
     wanted = [sample.count(kind) for sample in samples]
     media = [] if media is None else [media] if _is_one(kind, media) else _as_list(media)

@@ -1,6 +1,6 @@
 """Texts to rows of tokens: replaces placeholders, tokenises, labels, truncates and pads, and makes the frame mask.
 
-Axes: B samples, T tokens, F frames of the sample that has most.
+Axes: B samples, T tokens, N frames of the sample that has most.
 """
 
 from bisect import bisect_right
@@ -51,9 +51,13 @@ class TextOptions:
 
 
 def read_text_options(options: dict, tokenizer: PreTrainedTokenizerBase, with_spans: bool) -> TextOptions:
-    """Text options as transformers reads them; None means not given. Raises ValueError.
+    """Text options as transformers reads them; None means not given.
 
-    `with_spans`: whether the call has `labels_spans`, which need character offsets.
+    Args:
+        with_spans: whether the call has `labels_spans`, which need character offsets.
+
+    Raises:
+        ValueError: for a wrong value, and for options that contradict each other or do not fit the tokenizer.
     """
     padding, truncation = strategy(options.get("padding")), strategy(options.get("truncation"))
     _check_strategies(padding, truncation, options)
@@ -128,8 +132,8 @@ def token_rows(
     tokens: VisionTokens,
     ignore_index: int,
 ) -> dict[str, list]:
-    """Per name (`input_ids`, `attention_mask`, ..., `labels` if the samples have spans) one list per sample, truncated
-    and padded.
+    """Tokenises the texts: name -> one list per sample, truncated and padded. The names are `input_ids`,
+    `attention_mask`, ..., and `labels` if the samples have spans.
 
     The tokenizer does not truncate or pad: it would store both as settings, which a call in another thread would then
     obey.
@@ -167,7 +171,7 @@ def token_rows(
     if not options.return_offsets_mapping:
         rows.pop("offset_mapping", None)
     rows = _truncate(rows, options)
-    _check_frame_tokens(samples, rows["input_ids"], tokens)
+    _check_image_pads(samples, rows["input_ids"], tokens)
     return _pad(rows, options, {**PAD_VALUES, "input_ids": tokenizer.pad_token_id, "labels": ignore_index})
 
 
@@ -191,16 +195,15 @@ def expand_placeholders(sample: Sample) -> ExpandedText:
     def move(offset: int) -> int:
         passed = bisect_right(ends, offset)
         if passed < len(ends):
-            offset = min(
-                offset, sample.placeholders[passed].start
-            )  # an offset inside a placeholder moves to its start
+            # An offset inside a placeholder moves to its start.
+            offset = min(offset, sample.placeholders[passed].start)
         return offset + gained[passed]
 
     return ExpandedText("".join(pieces), move)
 
 
 def mm_token_types(sample: Sample, ids: list[int], tokens: VisionTokens) -> list[int]:
-    """Per token: 1 for a frame token of an image, 2 for one of a video, else 0."""
+    """Per token: 1 for the `image_pad` of an image, 2 for an `image_pad` of a video, else 0."""
     types = iter(
         [
             MM_TYPES[placeholder.kind]
@@ -214,10 +217,13 @@ def mm_token_types(sample: Sample, ids: list[int], tokens: VisionTokens) -> list
 def label_row(
     ids: list[int], offsets: list, spans: list[tuple[int, int]], tokens: VisionTokens, ignore_index: int
 ) -> list[int]:
-    """`ids` of the tokens that are learned, else `ignore_index`.
+    """The labels of a row: the id of each token that is learned, `ignore_index` for the others.
 
-    A token is learned if it overlaps a span, except frame tokens and everything from `vision_start` to `vision_end`.
-    `offsets`: the (start, end) of each token in the text; `spans`: in the same text.
+    A token is learned if it overlaps a span, except `image_pad` and everything from `vision_start` to `vision_end`.
+
+    Args:
+        offsets: the (start, end) characters of each token.
+        spans: the (start, end) characters to learn, in the same text.
     """
     ids, offsets = np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)  # [T], [T, 2]
     learned = np.zeros(len(ids), dtype=bool)
@@ -239,7 +245,7 @@ def _truncate(rows: dict[str, list], options: TextOptions) -> dict[str, list]:
     return {name: [row[kept] if len(row) > longest else row for row in values] for name, values in rows.items()}
 
 
-def _check_frame_tokens(samples: list[Sample], input_ids: list[list[int]], tokens: VisionTokens) -> None:
+def _check_image_pads(samples: list[Sample], input_ids: list[list[int]], tokens: VisionTokens) -> None:
     for index, (sample, ids) in enumerate(zip(samples, input_ids, strict=True)):
         found = ids.count(tokens.image)
         if found != sample.frames:
@@ -250,7 +256,7 @@ def _check_frame_tokens(samples: list[Sample], input_ids: list[list[int]], token
 
 
 def _pad(rows: dict[str, list], options: TextOptions, values: dict) -> dict[str, list]:
-    """`values`: what each kind of row is padded with."""
+    """Pads all rows to one length. `values`: the padding of each kind of row."""
     if not options.pads:
         return rows
     length = max(options.least_length, *(len(ids) for ids in rows["input_ids"]))
@@ -266,9 +272,9 @@ def _pad(rows: dict[str, list], options: TextOptions, values: dict) -> dict[str,
 def frame_mask(
     input_ids: list[list[int]], attention_mask: list[list[int]], image_token: int, frames: int
 ) -> torch.Tensor:
-    """bool [B, 1, T, F], True = not visible, from rows of equal length.
+    """`cross_attention_mask`, bool [B, 1, T, N], True = hidden, from rows of equal length.
 
-    As many frames are visible to a token as there are image tokens at or before it; none are visible to padding.
+    A token sees as many frames as there are `image_pad` tokens at or before it. Padding sees none.
     """
     ids, attended = torch.tensor(input_ids), torch.tensor(attention_mask)
     visible = (ids == image_token).cumsum(1) * attended  # [B, T], number of visible frames

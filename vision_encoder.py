@@ -34,7 +34,7 @@ def chunk_groups(
     groups: list[FrameGroup], max_frames: int, max_patches: Optional[int] = None
 ) -> list[list[FrameGroup]]:
     """Divides groups into chunks of at most `max_frames` frames and `max_patches` patches, but at least one frame."""
-    chunks, free_frames, free_patches = [], 0, 0
+    chunks, free_frames, free_patches = [], 0, 0  # free: space in the last chunk
     if max_patches is None:
         max_patches = sum(group.patches for group in groups)
     for group in groups:

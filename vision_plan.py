@@ -1,6 +1,11 @@
 """Plans a call: the frames that each text token sees, as spans of text tokens and packed vision tokens.
 
-Axes: B rows, T text tokens per row in this call, F frames. The drawing in vision_sequence.py shows all index spaces.
+    visible_runs    text runs of each row: the default visibility, or the caller's mask
+    PackedLayout    offsets of the vision tokens in the packed keys and values, with those that are new or move
+    plan_spans      text runs -> spans; `join_small_spans` joins those that one attention call does faster
+    remember        keeps the call, so that the cache can be cropped back into it
+
+Axes: B rows, T text tokens per row in this call, N frames. The drawing in vision_sequence.py shows all index spaces.
 """
 
 from dataclasses import dataclass, replace
@@ -48,8 +53,10 @@ def plan_call(request: VisionRequest, positions: CallPositions) -> tuple[VisionS
         token_counts=request.text.padding.token_counts,
     )
     continues = request.only_continues() and positions.text_index is None
-    if continues and length == 1 and state.step is not None:
-        return remember(after, request, positions, None) if positions.of_caller else after, state.step
+    if continues and length == 1 and state.step is not None:  # a decode step after the first: the plan is the same
+        if positions.of_caller:
+            after = remember(after, request, positions, None)
+        return after, state.step
     text = host_text(request, continues, positions.text_index)
     runs = visible_runs(request, text)
     layout = PackedLayout.of(request)
@@ -255,12 +262,12 @@ def masked_frames(request: VisionRequest, row: RowText) -> Optional[np.ndarray]:
     given, first = given_frames(request, row)
     count = first + given.shape[1]
     placed = row.placed_frames(mask.tokens, count)
-    by_text = (row.visible_before.as_mask(count) | (np.arange(count) >= state.placed[row.sample])) & placed
-    visible = by_text.copy()
+    by_default = (row.visible_before.as_mask(count) | (np.arange(count) >= state.placed[row.sample])) & placed
+    visible = by_default.copy()
     visible[:, first:] = given
     wrong = visible & ~placed
     is_short = len(visible) < request.text.length  # text was appended after the processor, and may be shifted
-    if wrong.any() or (is_short and (visible != by_text).any()):
+    if wrong.any() or (is_short and (visible != by_default).any()):
         if (mask.new_frames_only or not request.past_length) and is_of_processor(given):
             logger.warning_once(
                 "`cross_attention_mask` is ignored: the text was padded, cut or joined after the processor made the "
@@ -302,23 +309,23 @@ def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]
 
 
 def is_of_processor(visible: np.ndarray) -> bool:
-    """Whether `visible` [m, F] (True = visible) is a mask that a processor can make for a text with F frames.
+    """Whether `visible` [m, N] (True = visible) is a mask that a processor can make for a text with N frames.
 
     In such a mask each `image_pad` makes one more frame visible, in order, and the last token sees all frames. Padding
     sees none, and is on one side.
     """
     counts = visible.sum(axis=1)
-    reading = np.flatnonzero(counts)
-    if not len(reading) or len(reading) <= reading[-1] - reading[0]:  # nothing is visible, or there is a gap
+    tokens = np.flatnonzero(counts)  # those to which a frame is visible
+    if not len(tokens) or len(tokens) <= tokens[-1] - tokens[0]:  # there is none, or there is a gap between them
         return False
-    steps = np.diff(counts[reading], prepend=0)
+    steps = np.diff(counts[tokens], prepend=0)
     first_frames = (visible == (np.arange(visible.shape[1]) < counts[:, None])).all()
     return bool(first_frames and ((steps == 0) | (steps == 1)).all() and steps.sum() == visible.shape[1])
 
 
 def whole_mask(request: VisionRequest) -> torch.Tensor:
-    """The mask of the caller for the whole conversation, as bool [B, 1, cache + m, F], True = hidden. So later calls
-    can pass it without the media. The rows of tokens in the cache hide all frames, as no call reads them again."""
+    """The mask of the caller for the whole conversation, bool [B, 1, cache + m, N], True = hidden, which later
+    calls can pass without the media. The rows of tokens in the cache hide all frames, as no call reads them again."""
     text = host_text(request, continues=False, text_index=None)
     totals = list(map(len, request.grids()))
     end = request.mask.tokens.stop
@@ -359,7 +366,7 @@ class PackedLayout:
         ]
         if not any(request.text.pads):  # no keys to write
             return cls(state.starts, state.stored, frame_starts)
-        # Waiting frames get free space in the packed keys and values.
+        # The layout has space for waiting frames too, so that they need no move when they are placed.
         *starts, length = accumulate((of_frames[-1] for of_frames in frame_starts), initial=0)
         writes, moves, offset = [], [], 0
         for sample, of_frames in enumerate(frame_starts):
@@ -384,13 +391,14 @@ def shifted(first: int, stop: int, offset: int) -> slice:
 
 
 def join_slices(pairs: list[tuple[slice, slice]]) -> list[tuple[slice, slice]]:
-    """Joins consecutive pairs of slices whose sources and targets both follow each other."""
+    """Joins consecutive (source, destination) pairs whose sources and destinations both follow each other."""
     joined: list[tuple[slice, slice]] = []
-    for source, target in pairs:
-        if joined and (joined[-1][0].stop, joined[-1][1].stop) == (source.start, target.start):
-            first_source, first_target = joined.pop()
-            source, target = slice(first_source.start, source.stop), slice(first_target.start, target.stop)
-        joined.append((source, target))
+    for source, destination in pairs:
+        if joined and (joined[-1][0].stop, joined[-1][1].stop) == (source.start, destination.start):
+            first_source, first_destination = joined.pop()
+            source = slice(first_source.start, source.stop)
+            destination = slice(first_destination.start, destination.stop)
+        joined.append((source, destination))
     return joined
 
 

@@ -1,7 +1,11 @@
 """Reads a call: its text, media and frame mask, checked against each other before anything heavy runs.
 
-Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, F frames, P
-patches.
+    read_text             padding, and the `image_pad` tokens that place frames
+    read_frame_mask       the caller's `cross_attention_mask`, inverted
+    match_media           new frames, without blank media; media of zeros that wait for their text
+    check_frame_counts    as many frames as `image_pad` tokens
+
+Axes: B rows, T text tokens of this call, S text tokens in all (cache included), D hidden size, N frames.
 """
 
 from dataclasses import dataclass, replace
@@ -55,7 +59,7 @@ class FrameMask(NamedTuple):
     """A caller's `cross_attention_mask` for the tokens of a call, inverted.
 
     Attributes:
-        visible: bool [B, m, F], True = may be seen, for m consecutive tokens of the call. The other tokens see every
+        visible: bool [B, m, N], True = visible, for m consecutive tokens of the call. The other tokens see every
             frame placed at or before them.
         first: index in the call of the first of the m tokens.
         new_frames_only: True if the columns are the frames that come with the call; False if they are all frames of
@@ -194,11 +198,11 @@ def read_text(
     rows, length = text.shape[:2]
     is_token, padding = read_padding(state, past_length, text, attention_mask)
     in_prompt = length if prompt_length is None else min(length, max(prompt_length - past_length, 0))
-    # A single new token after the prompt is a generated one, and places no frame, unless a frame can still be placed.
+    # A single token on a filled cache is a generated one, which places no frame, unless a frame can still be placed.
     expects_frames = has_media or state.is_waiting() or any(state.unplaced)
-    is_written = past_length > 0 and length == 1 and not expects_frames
+    is_generated = past_length > 0 and length == 1 and not expects_frames
     is_frame, pads = torch.zeros_like(is_token), [0] * len(state.grids)
-    if text.ndim == 2 and in_prompt and not is_written:
+    if text.ndim == 2 and in_prompt and not is_generated:
         is_frame[:, :in_prompt] = (text == image_token_id)[:, :in_prompt] & is_token[:, :in_prompt]
         pads = pads_of_samples(state, is_frame.sum(1).tolist())
     return TextRequest(is_token, is_frame, padding, pads)
@@ -262,7 +266,7 @@ def pads_of_samples(state: VisionState, pads_of_rows: list[int]) -> list[int]:
 def read_frame_mask(
     mask: torch.Tensor, rows: int, past_length: int, length: int, media: Media, *, whole_prompt: bool, at_end: bool
 ) -> FrameMask:
-    """The rows of `cross_attention_mask` [B, 1, M, F] for the tokens of this call, inverted to True = may be seen.
+    """The rows of `cross_attention_mask` [B, 1, M, N] for the tokens of this call, inverted to True = visible.
 
     On a filled cache, a mask of at most T rows covers tokens of this call. Its columns are the frames that come with
     the call if their numbers are equal, otherwise all frames of the conversation. A mask of more rows begins with the
@@ -398,6 +402,7 @@ def media_of_new_turn(state: VisionState, media: Media, pads: list[int]) -> Medi
                 f"The new text of sample {sample} places {missing} frames beyond the cache, but its media have "
                 f"{frames}; expected {missing}, or {known + missing} with those of the earlier turns."
             )
+        # The last media of the sample, until they have the missing frames.
         new = [number for number in numbers if sum(t for t, _, _ in media.grid[number + 1 : numbers.stop]) < missing]
         kept += new
         counts.append(len(new))

@@ -1,17 +1,18 @@
 """The vision sequence of a conversation: its frames, and which text tokens see which vision tokens.
 
-Axes: B rows, T text tokens per row in this call, S text tokens per row in all (cache included), F frames, V vision
-tokens (the tokens of each frame and its separator, all samples one after the other without padding).
+Axes: B rows, T text tokens per row in this call, S text tokens per row in all (cache included), V vision tokens
+(the tokens of each frame and its separator, all samples one after the other without padding).
 
 A text token nearly always sees consecutive frames of its sample. So visibility is a short list of spans (text tokens
-i..j see vision tokens u..v), and no T x V mask is built. Spans are integers on the host. They are planned once per
-call, and all layers use them. Rows of one sample (beams, several answers) share its vision sequence.
+i..j see vision tokens u..v), and no T x V mask is built. A range i..j includes i and excludes j. Spans are integers on
+the host. They are planned once per call, and all layers use them. Rows of one sample (beams, several answers) share
+its vision sequence.
 
-Five index spaces meet here. An example with two samples and three frames (F is an `image_pad`, _ is padding):
+Five index spaces meet here. An example with two samples and three frames (I is an `image_pad`, _ is padding):
 
     input_ids [2, 4]     column  0   1   2   3
-                  row 0          _   a   F   b      sample 0: frame 0, merged grid 2 x 3
-                  row 1          F   c   F   d      sample 1: frame 0, merged grid 1 x 2; frame 1, 2 x 2
+                  row 0          _   a   I   b      sample 0: frame 0, merged grid 2 x 3
+                  row 1          I   c   I   d      sample 1: frame 0, merged grid 1 x 2; frame 1, 2 x 2
 
     text token                   0   1   2   3
      = row * 4 + column          4   5   6   7
@@ -130,8 +131,8 @@ class VisionCall:
         has_visible: [B, T, 1], 0 at text tokens that see no vision token, else 1; None if every token sees one.
         length: length of the packed keys and values after the call.
         writes: (source, destination) slices: from the new vision tokens to the packed keys and values.
-        moves: (source, destination) slices of cached vision tokens that change their place in the packed keys and
-            values; None if all stay.
+        moves: (source, destination) slices of cached vision tokens whose offset in the packed keys and values
+            changes; None if all stay.
     """
 
     spans: list[Span]
@@ -302,17 +303,16 @@ class VisionState:
         first, past_calls = undone[0], self.past_calls[: -len(undone)]
         if length > first.start:  # the call loses only its last tokens
             first = first.cut(length)
-            past_calls, back = (*past_calls, first), first.after()
+            past_calls, restored = (*past_calls, first), first.after()
         else:
-            back = first.before.select_rows(first.rows)._shortened(length)
-        all_placed = back.placed == self.placed and list(map(len, back.grids)) == list(map(len, self.grids))
-        kept = self if all_placed else self._without_waiting(back.placed)
+            restored = first.before.select_rows(first.rows)._shortened(length)
+        same_frames = restored.placed == self.placed and list(map(len, restored.grids)) == list(map(len, self.grids))
         return replace(
-            kept,
-            placed=back.placed,
-            last_visible=back.last_visible,
-            rope_delta=back.rope_delta,
-            token_counts=back.token_counts,
+            self if same_frames else self._without_waiting(restored.placed),
+            placed=restored.placed,
+            last_visible=restored.last_visible,
+            rope_delta=restored.rope_delta,
+            token_counts=restored.token_counts,
             length=length,
             last_ids=None,
             step=None,
@@ -331,4 +331,5 @@ class VisionState:
 
 
 def take_rows(values: Optional[torch.Tensor], rows: list[int]) -> Optional[torch.Tensor]:
+    """The values [B] or [B, ...] of these rows; None for None."""
     return None if values is None else values[torch.tensor(rows, device=values.device)]

@@ -43,10 +43,11 @@ def prefill_bytes(
         chunk: `vision_chunked_length`.
 
     Returns:
-        states: vision tokens, freed after the prompt. caches: keys and values, kept. encoder: the encoder's tensors
-            for a chunk
-        of frames. text: the decoder's tensors for the text. peak: the most at once, which is states with either the
-        encoder or caches and text.
+        states: vision states, freed after the prompt.
+        caches: keys and values, kept for decoding.
+        encoder: the encoder's tensors for a chunk of frames.
+        text: the decoder's tensors for the text.
+        peak: the most at one time: states with either the encoder, or caches and text.
     """
     text, vision, size = config.text_config, config.vision_config, dtype.itemsize
     tokens = frames * (rows * columns // vision.spatial_merge_size**2 + 1)
@@ -54,7 +55,8 @@ def prefill_bytes(
     patches = min(frames, chunk, max(1, max_patches // (rows * columns))) * rows * columns
 
     width, features = vision.hidden_size, len(vision.deepstack_visual_indexes) + 1
-    # Besides the kept features: norm, qkv, query, and the key while it is rotated in float32; or norm, output and MLP.
+    # Besides the inputs of the merger: norm, qkv, query, and the key while it is rotated in float32; or norm, output
+    # and MLP.
     attention = (features + 5) * width * size + (3 if size == 4 else 4) * width * 4
     mlp = (features + 2) * width * size + min(1, MLP_ROWS / patches) * 2 * vision.intermediate_size * size
     merger = 3 * features * width * size

@@ -10,13 +10,17 @@ import argparse
 import copy
 import random
 import sys
+from pathlib import Path
 
-import conftest  # noqa: F401  the project as a package
 import torch
 import transformers
+from transformers import DynamicCache, StaticCache
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from oracle import Oracle
 from tiny import IMAGE_PAD, PATCH, make_model
-from transformers import DynamicCache, StaticCache
 
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5

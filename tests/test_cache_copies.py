@@ -170,7 +170,7 @@ def test_an_offloading_cache_fetches_past_the_vision_layers():
         cache.layers[index].prefetch = lambda index=index: fetched.append(index)
     cache.layers[1].prefetch()
     assert not fetched  # of no cache yet
-    assert all(cache.layers[index].belongs_to(cache) for index in (1, 2, 4))
+    assert all(cache.layers[index].claim(cache) for index in (1, 2, 4))
     for index in (1, 2, 4):
         cache.layers[index].prefetch()
     assert fetched == [3, 3, 0]

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -124,3 +126,11 @@ def test_every_file_is_in_the_table_of_files():
     folders = ("", "tools/", "training/", "training/nano/", "benchmarks/")
     code = {f"{folder}{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")}
     assert code - set(names) == set()
+
+
+def test_the_fuzzer_runs_as_contributors_are_told(monkeypatch):
+    monkeypatch.delenv("PYTHONPATH")  # a contributor has not set it
+    [command] = re.findall(r"^python (tests/\S+) --seeds 0 \d+", PAGES["CONTRIBUTING.md"], flags=re.MULTILINE)
+    done = subprocess.run([sys.executable, command, "--seeds", "0", "2"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "2 conversations, 0 wrong" in done.stdout

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, data, tmp_path, o
 
 def parsed(output, *options):
     return finetune.parse(["--checkpoint", "c", "--data", "d", "--output", str(output), "--cpu", *map(str, options)])
+
+
+def test_only_resolve_is_asked_of_a_checkpoint_s_processors(checkpoint, tmp_path):
+    """The folder may hold another version of the code, whose attributes have other names."""
+    asked = []
+    parts = {name: SimpleNamespace(resolve=asked.append) for name in ("image_processor", "video_processor")}
+    args = ["--checkpoint", checkpoint, "--data", "none.json", "--output", tmp_path / "out", "--fps", "2"]
+    args = finetune.parse([str(arg) for arg in [*args, "--max-pixels", 4096, "--workers", 1]])
+    assert finetune.processor_options(args, SimpleNamespace(**parts)) == {
+        "video_fps": 2.0,
+        "max_pixels": 4096,
+        "num_extract_threads": 1,
+    }
+    assert asked == [{"max_pixels": 4096}, {"max_pixels": 4096, "video_fps": 2.0}]
 
 
 def test_a_run_resumes_from_the_checkpoint_of_the_most_steps(tmp_path):

@@ -28,6 +28,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moss_vl.options import options_of
 from moss_vl.tools.command_line import message_of
 from moss_vl.training.batches import BadRecord, Collator, RecordDataset, render
 from moss_vl.training.records import check_media_options, read_records
@@ -312,8 +313,8 @@ def processor_options(args, processor) -> dict:
     """The options of the processors that the command line gives. Raises ValueError if they contradict each other."""
     options = {option: getattr(args, name) for name, option in PROCESSOR_OPTIONS.items()}
     options = {option: value for option, value in options.items() if value is not None}
-    for part in (processor.image_processor, processor.video_processor):
-        part.resolve({option: value for option, value in options.items() if option in part.option_names})
+    processor.image_processor.resolve(options_of("image", options))
+    processor.video_processor.resolve(options_of("video", options))
     if args.workers:
         options["num_extract_threads"] = 1  # the workers already run in parallel
     return options

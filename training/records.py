@@ -43,6 +43,7 @@ from moss_vl.conversation import (
 )
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.image_reading import open_source, probe_image
+from moss_vl.options import options_of
 from moss_vl.resizing import ANY_SIZE
 from moss_vl.video_packets import open_container
 from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
@@ -81,8 +82,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A record as a data file has it."""
+class Entry:
+    """A record as a data file has it, not checked."""
 
     where: str  # file and index
     folder: Path  # of the file
@@ -103,24 +104,24 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
             number of the others); if no record is left.
     """
     files = [Path(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
-    rows = [row for file in files for row in _read_rows(file)]
+    entries = [entry for file in files for entry in _read_entries(file)]
     seconds = {}  # (kind, path) of each medium probed so far -> its duration, None if unknown
 
-    def read(row):
+    def read(entry):
         try:
-            record = _read_record(row, seconds)
+            record = _read_record(entry, seconds)
             if check is not None:
                 check(record)
             return record
         except (ValueError, OSError) as error:
-            return f"{row.where}: {error}"
+            return f"{entry.where}: {error}"
 
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        found = list(pool.map(read, rows))
+        found = list(pool.map(read, entries))
     records = [one for one in found if isinstance(one, Record)]
     bad = [one for one in found if isinstance(one, str)]
     if bad:
-        _report_bad(bad, len(rows), skip_bad)
+        _report_bad(bad, len(entries), skip_bad)
     if not records:
         names = ", ".join(map(str, files))
         raise ValueError(
@@ -129,11 +130,11 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
     return records
 
 
-def _read_record(row: Row, seconds: dict) -> Record:
-    """The record of a row, its media probed. Raises ValueError or OSError."""
-    if isinstance(row.value, ValueError):
-        raise row.value
-    record = Record(row.where, *_read_conversation(row.value, row.folder))
+def _read_record(entry: Entry, seconds: dict) -> Record:
+    """The record of an entry, its media probed. Raises ValueError or OSError for a bad one."""
+    if isinstance(entry.value, ValueError):
+        raise entry.value
+    record = Record(entry.where, *_read_conversation(entry.value, entry.folder))
     for kind, media in (("image", record.images), ("video", record.videos)):
         for medium in media:
             _probe(kind, medium, seconds)
@@ -161,16 +162,13 @@ def check_media_options(record: Record, images, videos, seconds=None, **options)
         seconds: duration of each video, None if unknown.
         **options: options of a call to the processors.
     """
-    image_options, video_options = (
-        {n: x for n, x in options.items() if n in processor.option_names} for processor in (images, videos)
-    )
     if record.images:
-        images.check(record.images, **image_options)
+        images.check(record.images, **options_of("image", options))
     if record.videos:
-        videos.check(record.videos, seconds=seconds, **video_options)
+        videos.check(record.videos, seconds=seconds, **options_of("video", options))
 
 
-def _read_rows(file: Path) -> list[Row]:
+def _read_entries(file: Path) -> list[Entry]:
     """The records of a file. Raises ValueError or FileNotFoundError if the file as a whole cannot be read."""
     if not file.is_file():
         raise FileNotFoundError(f"no such data file: {file}")
@@ -183,18 +181,18 @@ def _read_rows(file: Path) -> list[Row]:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} begins like a JSON list, but is not one: {error}") from None
-        return [Row(f"{file}, record {index}", file.parent, value) for index, value in enumerate(values)]
+        return [Entry(f"{file}, record {index}", file.parent, value) for index, value in enumerate(values)]
     if file.suffix == ".json" and text.lstrip()[:1] == "{":
         try:
-            return [Row(f"{file}, record 0", file.parent, json.loads(text))]
+            return [Entry(f"{file}, record 0", file.parent, json.loads(text))]
         except json.JSONDecodeError:
             pass  # JSONL with the suffix .json
     return _read_lines(file, text)
 
 
-def _read_lines(file: Path, text: str) -> list[Row]:
+def _read_lines(file: Path, text: str) -> list[Entry]:
     """The records of JSONL, one JSON object per line."""
-    rows = []
+    entries = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -203,15 +201,15 @@ def _read_lines(file: Path, text: str) -> list[Row]:
                 value = ValueError(
                     f"not a JSON object: {error}; expected one per line, or a JSON list as the whole file"
                 )
-            rows.append(Row(f"{file}, record {len(rows)} (line {number})", file.parent, value))
-    return rows
+            entries.append(Entry(f"{file}, record {len(entries)} (line {number})", file.parent, value))
+    return entries
 
 
 # conversations
 
 
 def _read_conversation(given, folder: Path) -> tuple[list[dict], list, list]:
-    """Messages, images and videos of a record. Raises ValueError."""
+    """Messages, images and videos of a record. Raises ValueError for a bad one."""
     given = _check_keys("a record", given, (*MEDIA_KEYS, *PAIR_KEYS, *CHAT_KEYS))
     chat = [name for name in CHAT_KEYS if name in given]
     pair = [name for name in PAIR_KEYS if name in given and not (chat and name == "prompt" and given[name] == "")]
