@@ -42,12 +42,12 @@ from .video_packets import DEFAULT_LIMITS, VideoLimits
 from .video_reading import is_decoded, is_pair, open_video, read_frame_times
 from .video_sampling import (
     ClipPlan,
+    VideoItem,
     VideoOptions,
-    VideoRequest,
     check_segments,
     check_shares,
     plan_clips,
-    read_request,
+    read_video_item,
 )
 
 
@@ -234,7 +234,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"num_frames {number} lies outside min_frames {min_frames} to max_frames {max_frames}")
         return None, number
 
-    def _read_requests(self, videos, video_metadata, options: dict) -> tuple[list[VideoRequest], VideoOptions]:
+    def _read_items(self, videos, video_metadata, options: dict) -> tuple[list[VideoItem], VideoOptions]:
         """The videos of a call with the options of each, and the options of the call. Raises ValueError."""
         videos = flat_videos(videos)
         options = read_options(drop_fixed(options, type(self).__name__), self.option_names, type(self).__name__)
@@ -248,12 +248,12 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                     f"video_fps has {len(rates)} entries for {len(videos)} videos; give one number, or one per video"
                 )
         call_options = self.resolve(options)
-        requests = [
-            read_request(video, options if rate is None else {**options, "video_fps": rate}, entry, self.resolve)
+        items = [
+            read_video_item(video, options if rate is None else {**options, "video_fps": rate}, entry, self.resolve)
             for video, rate, entry in zip(videos, rates, metadata, strict=True)
         ]
-        check_shares(requests, call_options.max_frames)
-        return requests, call_options
+        check_shares(items, call_options.max_frames)
+        return items, call_options
 
     # planning and decoding
 
@@ -264,12 +264,12 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         Arguments: as for `plan`. `seconds`: the duration of each video, None if unknown; the duration of decoded
         frames is always known.
         """
-        requests, _ = self._read_requests(videos, video_metadata, options)
-        for request, duration in zip(requests, seconds or [None] * len(requests), strict=True):
-            if is_decoded(request.source):
-                duration = read_frame_times(request.metadata, len(request.source), request.name).duration
+        items, _ = self._read_items(videos, video_metadata, options)
+        for item, duration in zip(items, seconds or [None] * len(items), strict=True):
+            if is_decoded(item.source):
+                duration = read_frame_times(item.metadata, len(item.source), item.name).duration
             if duration is not None:
-                check_segments(request.name, duration, request.segments(duration) or ())
+                check_segments(item.name, duration, item.segments(duration) or ())
 
     def plan(self, videos, video_metadata=None, **options) -> list[ClipPlan]:
         """The clips of one sample: the frames that are taken, and their size. Reads the index of each file and decodes
@@ -287,13 +287,13 @@ class MossVLVideoProcessor(BaseVideoProcessor):
 
         Raises ValueError or FileNotFoundError if a video, a segment or an option is wrong.
         """
-        requests, call_options = self._read_requests(videos, video_metadata, options)
-        names = ["the video" if len(requests) == 1 else f"video {i}" for i in range(len(requests))]
+        items, call_options = self._read_items(videos, video_metadata, options)
+        names = ["the video" if len(items) == 1 else f"video {i}" for i in range(len(items))]
 
-        def open_one(request: VideoRequest, name: str) -> Video:
+        def open_one(item: VideoItem, name: str) -> Video:
             return open_video(
-                request.source,
-                request.metadata,
+                item.source,
+                item.metadata,
                 name=name,
                 backend=call_options.video_backend,
                 allow_http=call_options.allow_http,
@@ -301,8 +301,8 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                 limits=call_options.limits,
             )
 
-        opened = in_threads(call_options.num_extract_threads, open_one, requests, names)
-        return plan_clips(requests, opened, call_options.max_frames)
+        opened = in_threads(call_options.num_extract_threads, open_one, items, names)
+        return plan_clips(items, opened, call_options.max_frames)
 
     def extract(self, videos, video_metadata=None, encoder: Encoder | None = None, **options) -> list[Clip]:
         """The clips of one sample, decoded: with patches, or with the features that an `encoder` made of them.

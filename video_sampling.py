@@ -1,7 +1,7 @@
 """Which frames of a video are taken, and how large they become: from the options of each video to the plan of each
 clip.
 
-A clip is what one `<|video|>` stands for: a whole video, or one segment of it. A `VideoRequest` is a video with its
+A clip is what one `<|video|>` stands for: a whole video, or one segment of it. A `VideoItem` is a video with its
 options, before its file is opened; a `ClipPlan` is a clip whose frames are chosen and not decoded. Axes: N frames of a
 video, n frames of a clip. Times are in seconds from the first frame shown. The rules are in docs/processing.md,
 "Frames of a video".
@@ -104,11 +104,11 @@ def read_segment(segment, name: str) -> tuple[float, ...]:
     return times
 
 
-# requests
+# items
 
 
 @dataclass(frozen=True, eq=False)
-class VideoRequest:
+class VideoItem:
     """One video of a call with all options that hold for it, before its file is opened."""
 
     source: object
@@ -143,9 +143,9 @@ class VideoRequest:
         return [(max(start, 0.0), min(end, duration)) if overlaps else (start, end)]
 
 
-def read_request(
+def read_video_item(
     video, call_options: Mapping, metadata: Mapping | None, resolve: Callable[[dict], VideoOptions]
-) -> VideoRequest:
+) -> VideoItem:
     """Reads a video as the caller gave it, with its options.
 
     Args:
@@ -184,7 +184,7 @@ def read_request(
     resolved = resolve(options)
     if default_count and _were_chosen(metadata) and len(source) <= resolved.max_frames:
         resolved = replace(resolved, all_frames=True)
-    return VideoRequest(source, resolved, given, metadata, segments, start, end, default_count)
+    return VideoItem(source, resolved, given, metadata, segments, start, end, default_count)
 
 
 def _were_chosen(metadata: Mapping | None) -> bool:
@@ -275,15 +275,15 @@ def _read_segments(segments, name: str) -> list[tuple[float, ...]]:
     return [read_segment(segment, name) for segment in segments]
 
 
-def check_shares(requests: list[VideoRequest], max_frames: int) -> None:
+def check_shares(items: list[VideoItem], max_frames: int) -> None:
     """Raises ValueError if a limit of frames is smaller than the number of clips that share it."""
-    sharing = sum(request.clips for request in requests if "max_frames" not in request.given)
+    sharing = sum(item.clips for item in items if "max_frames" not in item.given)
     if sharing > max_frames:
         raise ValueError(f"{sharing} clips share max_frames {max_frames}; each needs at least one frame")
-    for request in requests:
-        limit = request.options.max_frames
-        if "max_frames" in request.given and request.clips > limit:
-            raise ValueError(f"{request.name}: {request.clips} segments share its max_frames {limit}; each needs one")
+    for item in items:
+        limit = item.options.max_frames
+        if "max_frames" in item.given and item.clips > limit:
+            raise ValueError(f"{item.name}: {item.clips} segments share its max_frames {limit}; each needs one")
 
 
 def check_segments(name: str, duration: float, segments: list[tuple[float, ...]]) -> None:
@@ -312,9 +312,9 @@ class ClipPlan:
 
 @dataclass(frozen=True, eq=False)
 class _Clip:
-    """One clip of a request, whose frames are not chosen yet."""
+    """One clip of an item, whose frames are not chosen yet."""
 
-    request: VideoRequest
+    item: VideoItem
     video: Video
     segment: tuple[float, ...] | None  # None: the whole video
 
@@ -338,40 +338,38 @@ class _ChosenFrames:
     times: np.ndarray | None = None  # float64 [n], for a segment
 
 
-def plan_clips(requests: list[VideoRequest], videos: list[Video], max_frames: int) -> list[ClipPlan]:
-    """The clips of one sample. `videos`: of each request; `max_frames`: the limit that all clips share."""
-    clips = [clip for request, video in zip(requests, videos, strict=True) for clip in _clips_of(request, video)]
-    budgets = _frame_budgets(requests, clips, max_frames)
+def plan_clips(items: list[VideoItem], videos: list[Video], max_frames: int) -> list[ClipPlan]:
+    """The clips of one sample. `videos`: of each item; `max_frames`: the limit that all clips share."""
+    clips = [clip for item, video in zip(items, videos, strict=True) for clip in _clips_of(item, video)]
+    budgets = _frame_budgets(items, clips, max_frames)
     chosen = [_choose_frames(clip, budget) for clip, budget in zip(clips, budgets, strict=True)]
     pixels = [
         len(frames.indices) * clip.video.height * clip.video.width for clip, frames in zip(clips, chosen, strict=True)
     ]
     plans = []
     for clip, frames, area in zip(clips, chosen, pixels, strict=True):
-        options = clip.request.options
-        limited_alone = "video_max_pixels" in clip.request.given
-        sharing = [
-            x for other, x in zip(clips, pixels, strict=True) if not limited_alone or other.request is clip.request
-        ]
+        options = clip.item.options
+        limited_alone = "video_max_pixels" in clip.item.given
+        sharing = [x for other, x in zip(clips, pixels, strict=True) if not limited_alone or other.item is clip.item]
         share = options.video_max_pixels * (area / sum(sharing))
         size = _frame_size(clip, len(frames.indices), share)
         plans.append(ClipPlan(clip.video, frames.indices, frames.times, *size, options))
     return plans
 
 
-def _clips_of(request: VideoRequest, video: Video) -> list[_Clip]:
-    """The clips of a request. Raises for a segment outside the video; warns of one that is partly outside."""
-    segments = request.segments(video.duration)
+def _clips_of(item: VideoItem, video: Video) -> list[_Clip]:
+    """The clips of an item. Raises for a segment outside the video; warns of one that is partly outside."""
+    segments = item.segments(video.duration)
     if segments is None:
-        return [_Clip(request, video, None)]
+        return [_Clip(item, video, None)]
     check_segments(video.name, video.duration, segments)
     clamped = [list(segment) for segment in segments if segment[0] < 0 or segment[-1] > video.duration]
     if clamped:
         logger.warning(f"{video.name} lasts {video.duration:g} s; the times of {clamped} are moved into it")
-    return [_Clip(request, video, segment) for segment in segments]
+    return [_Clip(item, video, segment) for segment in segments]
 
 
-def _frame_budgets(requests: list[VideoRequest], clips: list[_Clip], max_frames: int) -> list[_FrameBudget]:
+def _frame_budgets(items: list[VideoItem], clips: list[_Clip], max_frames: int) -> list[_FrameBudget]:
     """The budgets of all clips, in their order.
 
     All clips of the sample share `max_frames`; the clips of one video share its `min_frames`, its `num_frames`, and a
@@ -379,22 +377,22 @@ def _frame_budgets(requests: list[VideoRequest], clips: list[_Clip], max_frames:
     """
     highs = share_frames(max(max_frames, len(clips)), [clip.seconds for clip in clips])
     budgets = []
-    for request in requests:
-        options, seconds = request.options, [clip.seconds for clip in clips if clip.request is request]
+    for item in items:
+        options, seconds = item.options, [clip.seconds for clip in clips if clip.item is item]
         first, count = len(budgets), len(seconds)
         lows = share_frames(max(options.min_frames, count), seconds)
         wanted = [None] * count
         if options.num_frames is not None:
             wanted = share_frames(max(options.num_frames, count), seconds)
         high = highs[first : first + count]
-        if "max_frames" in request.given:
+        if "max_frames" in item.given:
             high = share_frames(options.max_frames, seconds)
         budgets += [_FrameBudget(*limits) for limits in zip(lows, high, wanted, strict=True)]
     return budgets
 
 
 def _choose_frames(clip: _Clip, budget: _FrameBudget) -> _ChosenFrames:
-    options, video, segment = clip.request.options, clip.video, clip.segment
+    options, video, segment = clip.item.options, clip.video, clip.segment
     if options.all_frames:
         return _all_frames(video, segment)
     high, total = budget.high, len(video.times)
@@ -402,7 +400,7 @@ def _choose_frames(clip: _Clip, budget: _FrameBudget) -> _ChosenFrames:
         high = min(high, options.video_max_pixels // options.min_pixels)
     if segment is None:
         count = frame_count(clip.seconds, options.video_fps, budget.wanted, budget.low, min(high, total))
-        if clip.request.default_count and count < total:
+        if clip.item.default_count and count < total:
             logger.warning_once(
                 f"{count} of the {total} decoded frames are taken, by video_fps or num_frames of the processor; "
                 "pass do_sample_frames=False to take all, or fps= or num_frames= to say how many"
@@ -428,7 +426,7 @@ def _all_frames(video: Video, segment: tuple[float, ...] | None) -> _ChosenFrame
 
 def _frame_size(clip: _Clip, frames: int, share: float) -> tuple[int, int]:
     """(h, w) of the frames of a clip, which may have `share` pixels in all."""
-    options, video = clip.request.options, clip.video
+    options, video = clip.item.options, clip.video
     least = math.prod(options.fixed_size) if options.fixed_size else options.min_pixels
     if (options.all_frames or options.fixed_size) and frames * least > options.video_max_pixels:
         raise ValueError(
