@@ -5,6 +5,7 @@ head size.
 """
 
 import weakref
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -217,6 +218,28 @@ def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCal
     for source, destination in call.writes:
         old[..., destination, :] = new[..., source, :]
     return old
+
+
+class JointCache:
+    """The caches of several conversations, one row each, for a call of the model that adds one token to each of them
+    (joint_decoding.py). It holds nothing itself.
+
+    Args:
+        caches: caches that this model filled, each with the prompt of one conversation.
+
+    Raises:
+        ValueError: without caches, and for a cache that is given twice.
+    """
+
+    def __init__(self, caches: Sequence[Cache]):
+        self.caches = list(caches)
+        if not self.caches:
+            raise ValueError("A JointCache was made of no caches; expected at least one.")
+        if len({id(cache) for cache in self.caches}) < len(self.caches):
+            raise ValueError(
+                "A JointCache was made of caches of which one is given twice; expected a separate cache per "
+                "conversation, such as a copy."
+            )
 
 
 def install_layers(cache: Cache, config) -> VisionCacheLayer:
