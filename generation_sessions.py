@@ -157,6 +157,15 @@ def has_cache(state) -> bool:
     return getattr(state, "has_cache", False)
 
 
+def check_keep_cache(keep_cache):
+    """`keep_cache` unchanged. Raises ValueError unless it is True, False or a budget."""
+    if not isinstance(keep_cache, (bool, CacheBudget)):
+        raise ValueError(
+            f"keep_cache must be True, False or a budget of `model.cache_budget`, got {shorten(keep_cache)}"
+        )
+    return keep_cache
+
+
 class CacheBudget:
     """Most bytes of the caches that session states keep. If a new one exceeds it, those that were not used for longest
     are dropped: their states go on as text and media, which the next turn encodes again.

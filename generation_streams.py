@@ -17,11 +17,18 @@ from typing import ClassVar, Optional, Union
 import torch
 
 from .cache_layers import CACHE
-from .checks import check_number, shorten
+from .checks import check_number
 from .generation_batches import encode_turn, generate_inputs
 from .generation_queries import Turn, name_query, read_query
 from .generation_rows import AnswerRow, CancelCriterion, PieceStreamer, add_tokens, as_ids, next_logits, start_row
-from .generation_sessions import CacheBudget, KeptPrefix, SessionState, keep_cache_of, prepare_turn
+from .generation_sessions import (
+    CacheBudget,
+    KeptPrefix,
+    SessionState,
+    check_keep_cache,
+    keep_cache_of,
+    prepare_turn,
+)
 
 
 PREPARED_BYTES = 1 << 30  # pixels that wait, by default
@@ -125,10 +132,7 @@ class BatchStream:
         self._batch_size, self._prepared_bytes = batch_size, prepared_bytes
         self._vision_chunked_length = vision_chunked_length
         self._open = open_ended
-        if not isinstance(keep_cache, (bool, CacheBudget)):
-            raise ValueError(
-                f"keep_cache must be True, False or a budget of `model.cache_budget`, got {shorten(keep_cache)}"
-            )
+        check_keep_cache(keep_cache)
         self._keeps = keep_cache is not False
         self._budget = keep_cache if isinstance(keep_cache, CacheBudget) else None
         self._inference = torch.is_inference_mode_enabled()  # not inherited by threads
@@ -142,6 +146,7 @@ class BatchStream:
         self._preparing = self._closed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moss-vl-media")
         self._next: Optional[asyncio.Future] = None
+        self._single = len(queries) == 1 and isinstance(queries[0], Turn)  # then an error need not name the query
         states = [None] * len(queries) if session_states is None else session_states
         for query, state in zip(queries, states, strict=True):
             self._enqueue(query, state)
@@ -284,7 +289,8 @@ class BatchStream:
     def _prepare(self, entry: _Entry, alone: bool) -> None:
         try:
             if not entry.cancelled:
-                with torch.inference_mode(self._inference), on_device_of(self._model), name_query(entry.index):
+                named = nullcontext() if self._single else name_query(entry.index)
+                with torch.inference_mode(self._inference), on_device_of(self._model), named:
                     entry.turn = self._read(entry)
                     entry.inputs, entry.prefix = prepare_turn(self._model, self._processor, entry.turn, alone)
         except Exception as error:

@@ -322,7 +322,12 @@ class MossVLGenerationMixin:
         return load_session(self, file)
 
     def offline_generate(
-        self, processor, new_queries, output_text_queue, vision_chunked_length: int = VISION_CHUNKED_LENGTH
+        self,
+        processor,
+        new_queries,
+        output_text_queue,
+        vision_chunked_length: int = VISION_CHUNKED_LENGTH,
+        keep_cache: bool | CacheBudget = False,
     ) -> None:
         """Serves queries from a `queue.Queue` until one has `stop_offline_generate`. Answers are strings on a queue.
 
@@ -335,11 +340,12 @@ class MossVLGenerationMixin:
         no answer. False and None have no effect.
 
         Queries are independent, unless one has `persist_session`: then the next queries continue its conversation,
-        until one has `reset_session`. Other keys (`id`, `metadata`, ...) are ignored.
+        until one has `reset_session`. With `keep_cache`, see `offline_batch_generate`, such a query computes only its
+        own tokens and media. Other keys (`id`, `metadata`, ...) are ignored.
 
         When the method returns or is interrupted, queries that were not served are on `new_queries`, in their order.
         """
-        QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length).serve()
+        QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length, keep_cache).serve()
 
 
 def _answer_single(model, processor, kind: str, prompt, media, given: dict) -> str:
