@@ -7,6 +7,7 @@ does everything on the model: it prefills a prompt as soon as a row is free, and
 import asyncio
 import numbers
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -359,7 +360,7 @@ class BatchStream:
             return self._fail(entry, entry.error)
         try:
             batch, arguments = generate_inputs(self._model, entry.turn.generate, [entry.inputs])
-            entry.inputs, entry.pieces = None, PieceStreamer(self._processor.tokenizer)
+            entry.pieces = PieceStreamer(self._processor.tokenizer)
             cache = {} if entry.prefix is None else {CACHE: entry.prefix.fork(self._model)}
             started = start_row(self._model, {**batch, **cache}, arguments)
             if started is None:
@@ -369,8 +370,13 @@ class BatchStream:
                 return self._answer_alone(entry, batch, arguments)
         except Exception as error:
             return self._fail(entry, error)
+        except BaseException:  # an interrupt: the query can be started again
+            entry.pieces = None
+            with self._changed:
+                self._to_start.appendleft(entry)
+            raise
         del batch
-        entry.row, logits = started
+        entry.inputs, (entry.row, logits) = None, started
         self._rows.append(entry)
         self._write([entry], [logits])
 
@@ -429,6 +435,7 @@ class BatchStream:
         self._events.append(AnswerEnd(entry.index, text, reason, result, state))
 
     def _fail(self, entry: _Entry, error: Exception) -> None:
+        traceback.clear_frames(error.__traceback__)  # else the event would keep pixels and caches alive
         self._leave(entry)
         self._events.append(AnswerError(entry.index, error))
 
