@@ -9,7 +9,7 @@ import numbers
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import ClassVar, Optional, Union
 import torch
 
 from .cache_layers import CACHE
-from .checks import check_number
+from .checks import check_number, flag
 from .generation_batches import encode_turn, generate_inputs
 from .generation_queries import Turn, name_query, read_query
 from .generation_rows import AnswerRow, CancelCriterion, PieceStreamer, add_tokens, as_ids, next_logits, start_row
@@ -119,7 +119,7 @@ class BatchStream:
         self,
         model,
         processor,
-        queries: Iterable[dict],
+        queries: Sequence[Union[dict, Turn]],
         session_states: Optional[list],
         batch_size: int,
         prepared_bytes: int,
@@ -132,7 +132,7 @@ class BatchStream:
         self._model, self._processor = model, processor
         self._batch_size, self._prepared_bytes = batch_size, prepared_bytes
         self._vision_chunked_length = vision_chunked_length
-        self._open = open_ended
+        self._open = flag("open_ended", open_ended)
         check_keep_cache(keep_cache)
         self._keeps = keep_cache is not False
         self._budget = keep_cache if isinstance(keep_cache, CacheBudget) else None
@@ -144,7 +144,7 @@ class BatchStream:
         self._events: deque[AnswerEvent] = deque()
         self._changed = threading.Condition(threading.RLock())  # guards all of these
         self._at_model = threading.Lock()  # held by the thread that uses the model
-        self._preparing = self._closed = False
+        self._preparing = self._closed = self._told = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moss-vl-media")
         self._next: Optional[asyncio.Future] = None
         self._single = len(queries) == 1 and isinstance(queries[0], Turn)  # then an error need not name the query
@@ -160,7 +160,7 @@ class BatchStream:
         """Adds a query and returns its index. If the iteration has ended, it can go on.
 
         Raises:
-            ValueError: after `close` or `finish`.
+            ValueError: after `close`.
         """
         with self._changed:
             if self._closed:
@@ -218,10 +218,9 @@ class BatchStream:
         Raises:
             ValueError: if events were taken before.
         """
-        ends = {event.index: event for event in self if event.kind != "piece"}
-        if sorted(ends) != list(range(len(self._entries))):
-            raise ValueError("some answers have ended before; call results() before you take events")
-        ends = [ends[index] for index in sorted(ends)]
+        if self._told:
+            raise ValueError("events were taken from the stream; call results() before that, or collect the events")
+        ends = sorted((event for event in self if event.kind != "piece"), key=lambda event: event.index)
         return {
             "results": [
                 {"index": end.index, "error": end.error} if end.kind == "error" else end.result for end in ends
@@ -316,6 +315,7 @@ class BatchStream:
                     if self._closed:
                         return None
                     if self._events:
+                        self._told = True
                         return self._events.popleft()
                 if not self._advance():
                     return None
@@ -339,6 +339,8 @@ class BatchStream:
             self._start(entry)
         if self._rows:
             self._add_tokens(list(self._rows))
+        if self._closed:  # meanwhile, by another thread
+            self._rows.clear()
         return True
 
     def _end_cancelled(self) -> bool:

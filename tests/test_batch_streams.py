@@ -247,6 +247,8 @@ def test_queries_are_added_while_it_runs_and_after(model, processor):
     assert ends[1].text == text_of(model, processor, query_of("b"))
     assert ends[2].text == text_of(model, processor, query_of("two"), session_states=[state])
     assert next(stream, None) is None
+    with pytest.raises(ValueError, match="events were taken from the stream"):
+        stream.results()
     stream.add(query_of("c"))
     assert pieces_of(stream)[1][3].text == text_of(model, processor, query_of("c"))
     stream.close()
@@ -362,6 +364,7 @@ def test_wrong_arguments_are_errors_before_anything_runs(model, processor, nothi
     for kwargs, message in (
         (dict(batch_size=0), "batch_size must be a whole number of at least 1"),
         (dict(prepared_bytes=-1), "prepared_bytes must be a number of bytes"),
+        (dict(open_ended="yes"), "open_ended must be"),
         (dict(vision_chunked_length=0), "vision_chunked_length must be"),
         (dict(session_states=[None]), "session_states must be None or a list with one state per query"),
     ):
@@ -372,6 +375,7 @@ def test_wrong_arguments_are_errors_before_anything_runs(model, processor, nothi
     with pytest.raises(ValueError, match="processor must be a MossVLProcessor"):
         model.stream_batch(processor.tokenizer, [query_of("a")])
     assert list(model.stream_batch(processor, [])) == []
+    assert model.stream_batch(processor).results() == {"results": [], "session_states": []}
 
 
 # parts
