@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from .vision_sequence import VisionCall, VisionState, count_vision_tokens
+from .vision_sequence import VisionCall, VisionState
 
 
 # The name of the cache in outputs and in `generate`: `cache` from transformers 5.24 on, `past_key_values` before.
@@ -197,8 +197,8 @@ class VisionCacheLayer(InPlaceLayer):
         Returns:
             Keys and values [1, K, V, d] of the whole packed sequence.
         """
-        if self.keys is not None and not is_writable(self.keys):  # autograd cannot record an inference tensor either
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        if self.keys is not None and torch.is_grad_enabled() and not is_writable(self.keys):
+            self.keys, self.values = self.keys.clone(), self.values.clone()  # autograd cannot record inference tensors
             self.renew_buffer(*self.written)
         if call.writes:
             self.in_dtype(keys.dtype)
@@ -206,7 +206,8 @@ class VisionCacheLayer(InPlaceLayer):
         if call.writes or (call.moves is not None and self.keys is not None):
             states = (keys, values, self.keys, self.values)
             in_graph = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)
-            in_place = self.keys is not None and call.moves is None and not in_graph and self.can_write(*parts)
+            can_write = self.keys is not None and is_writable(self.keys) and self.can_write(*parts)
+            in_place = can_write and call.moves is None and not in_graph
             self.keys = write_packed(self.keys, keys, call, in_place)
             self.values = write_packed(self.values, values, call, in_place)
             if not in_place:
@@ -363,8 +364,11 @@ def fork_cache(cache: Cache) -> Cache:
     at the first call that places frames. So several questions about one video cost no copy of the video.
 
     Text layers of static, offloading and quantized caches are copied at once.
+
+    Raises:
+        ValueError: if it is no transformers cache.
     """
-    fork = copy.copy(cache_of(cache, None))
+    fork = copy.copy(given_cache(cache))
     fork.layers = [
         copy.copy(layer) if isinstance(layer, InPlaceLayer) else copy.deepcopy(layer) for layer in cache.layers
     ]
@@ -389,7 +393,9 @@ def drop_frames(cache: Cache, config, count: Union[int, Sequence[int]]) -> None:
     Raises:
         ValueError: if the cache is empty or was not filled by this model, or a sample has fewer placed frames.
     """
-    state = filled_state(cache, config)
+    state = vision_state(given_cache(cache), config)
+    if state is None:
+        raise ValueError("The cache is empty; expected a cache that this model filled.")
     counts = read_counts(count, state)
     if not any(counts):
         return
@@ -404,16 +410,15 @@ def drop_frames(cache: Cache, config, count: Union[int, Sequence[int]]) -> None:
     layers[0].state = state
 
 
-def filled_state(cache: Optional[Cache], config) -> VisionState:
-    """`vision_state` of a cache that must not be empty.
+def given_cache(cache: Optional[Cache]) -> Cache:
+    """The cache.
 
     Raises:
-        ValueError: if it is empty, or as `vision_state`.
+        ValueError: if it is None or no transformers cache.
     """
-    state = vision_state(cache_of(cache, None), config)
-    if state is None:
-        raise ValueError("The cache is empty; expected a cache that this model filled.")
-    return state
+    if cache is None:
+        raise ValueError("The cache is None; expected a transformers cache, such as that of an earlier output.")
+    return cache_of(cache, None)
 
 
 def read_counts(count: Union[int, Sequence[int]], state: VisionState) -> list[int]:
@@ -478,7 +483,7 @@ def cache_contents(cache: Cache, config) -> CacheContents:
     Raises:
         ValueError: if the cache was not filled by this model.
     """
-    state = vision_state(cache_of(cache, None), config)
+    state = vision_state(given_cache(cache), config)
     text = [layer for index, layer in enumerate(cache.layers) if index not in config.cross_attention_layers]
     if state is None:
         return CacheContents(0, [], [], [], sum(map(layer_bytes, text)), 0)
@@ -487,7 +492,7 @@ def cache_contents(cache: Cache, config) -> CacheContents:
     return CacheContents(
         text_tokens=state.length,
         frame_tokens=[
-            [count_vision_tokens([grid]) for grid in grids[:placed]]
+            [height * width + 1 for height, width in grids[:placed]]
             for grids, placed in zip(state.grids, state.placed, strict=True)
         ],
         waiting=[len(grids) - placed for grids, placed in zip(state.grids, state.placed, strict=True)],

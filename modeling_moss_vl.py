@@ -598,7 +598,8 @@ class MossVLForConditionalGeneration(
                 before it. The mask may hide any of these frames; it must hide all frames from padding. If it has fewer
                 than T rows, the later tokens follow the default. A mask that a processor made for other padding is
                 ignored with a warning. On a filled cache, the columns of a mask of at most T rows are the frames that
-                come with the call if their numbers are equal; otherwise they are all frames of the conversation.
+                come with the call if their numbers are equal; otherwise they are all frames of the conversation, of
+                which those that `drop_frames` dropped may be left out.
             vision_chunked_length: most frames per chunk of the vision encoder; default: 64, in training all.
             rows_per_sample: number of consecutive rows that share the media of a sample, as beams do.
             prompt_length: tokens of the whole prompt. Later `image_pad` ids were generated and place no frame.

@@ -292,8 +292,11 @@ def test_a_wrong_number_of_frames_changes_nothing(model, count):
 def test_only_filled_caches_lose_frames(model):
     with pytest.raises(ValueError, match="The cache is empty"):
         model.drop_frames(DynamicCache(), 0)
-    with pytest.raises(ValueError, match="The cache is a int; expected a transformers cache"):
-        model.drop_frames(3, 0)
+    for use in (lambda cache: model.drop_frames(cache, 0), model.fork_cache, model.cache_contents):
+        with pytest.raises(ValueError, match="The cache is a int; expected a transformers cache"):
+            use(3)
+        with pytest.raises(ValueError, match="The cache is None; expected a transformers cache"):
+            use(None)
     assert model.cache_contents(DynamicCache()).bytes == 0
 
 
@@ -383,11 +386,11 @@ def test_generate_continues_a_cache_that_lost_frames(model, beams):
     forms += [(second.ids[None], media_of(second))] * TAKES_NEW_TURN
     for text, media in forms:
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(ids), **media, **options}
-        got = model.generate(**inputs, past_key_values=model.fork_cache(cache))
+        got = model.generate(**inputs, **{CACHE: model.fork_cache(cache)})
         assert torch.equal(got[:, -4:], want[:, -4:])
     wrong = together([first, first, second])
     with pytest.raises(ValueError, match="its media have 7; expected 1, or 4 with those of the earlier turns"):
-        model.generate(ids, **wrong, past_key_values=model.fork_cache(cache), **options)
+        model.generate(ids, **wrong, **{CACHE: model.fork_cache(cache)}, **options)
 
 
 def test_a_call_that_fails_while_frames_move_is_noticed(model):
@@ -433,6 +436,20 @@ def test_forks_share_the_frames(model, oracle):
         close(got, expected(oracle, sample, more=[10 + number, 5, 6])[-3:])
     assert all(where(fork) == where(cache) for fork in forks)
     close(say(model, cache, 99), expected(oracle, sample, more=[99])[-1:])
+
+
+def test_forks_share_the_frames_outside_inference_mode(model, oracle):
+    sample, late = Sample("tFFFt", (3, 4, 4), seed=1), Sample("tFt", (1, 2, 6), seed=2)
+    with torch.inference_mode():
+        cache = model(**sample.inputs(), use_cache=True)[CACHE]
+    forks = [model.fork_cache(cache) for _ in range(3)]
+    for fork in forks:
+        close(say(model, fork, 7), expected(oracle, sample, more=[7])[-1:])
+        assert where(fork) == where(cache)
+    got = model(late.ids[None], past_key_values=cache, **media_of(late)).logits[0]
+    close(got, expected(oracle, sample, late)[-3:])
+    with torch.enable_grad():
+        close(say(model, forks[0], 8).detach(), expected(oracle, sample, more=[7, 8])[-1:])
 
 
 def test_the_original_appends_in_place_beside_its_forks(model, oracle):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
-from tiny import assorted_samples, batch, make_model
+from tiny import Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
@@ -241,6 +241,27 @@ def test_vision_and_text_in_several_dtypes(part, implementation):
     if part == "language_model":
         model.lm_head.float()
     assert_near(logits(model, **on_device(inputs)), expected, torch.bfloat16, real)
+
+
+@implementations
+@dtypes
+def test_a_window_over_appended_frames(implementation, dtype, flash_calls):
+    """Kernels read parts of buffers with free space. A fork sees what the cache had when it was made."""
+    blocks = [Sample("tFt", (1, 4, 4), seed=seed) for seed in range(6)]
+    ids, mask = torch.cat([block.ids for block in blocks])[None], torch.ones(1, 1, 18, 6, dtype=torch.bool)
+    for at in range(18):  # after each turn, two frames stay
+        mask[0, 0, at, max(0, at // 3 - 2) : at // 3 + (at % 3 > 0)] = False
+    pixels, grid = torch.cat([block.pixel_values for block in blocks]), torch.tensor([[1, 4, 4]] * 6)
+    expected = logits(make_model(), input_ids=ids, pixel_values=pixels, grid_thw=grid, cross_attention_mask=mask)
+    model, cache, outs = moved(make_model(), implementation, dtype), DynamicCache(), []
+    for number, block in enumerate(blocks):
+        fork = model.fork_cache(cache) if number else DynamicCache()
+        inputs = {"input_ids": block.ids[None], "pixel_values": block.pixel_values, "grid_thw": grid[:1]}
+        outs.append(logits(model, **on_device(inputs), **{CACHE: cache}))
+        assert_near(logits(model, **on_device(inputs), **{CACHE: fork}), outs[-1], dtype)
+        model.drop_frames(cache, max(0, model.cache_contents(cache).frames[0] - 2))
+    assert_near(torch.cat(outs, dim=1), expected, dtype)
+    assert_by_flash(implementation, flash_calls)
 
 
 GPU = DEVICE if DRY else 0
