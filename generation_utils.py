@@ -3,6 +3,9 @@
     generation_queries.py    reads and checks queries, before anything is decoded
     generation_options.py    reads and checks their options of the processors and of `generate`
     generation_batches.py    encodes turns, and joins those with equal arguments into one left-padded `generate` call
+    generation_rows.py       answers that are written beside each other, token by token
+    generation_streams.py    streams of events of many answers
+    generation_sessions.py   session states that keep their caches
     generation_queue.py      serves queries from a queue
 
 No call changes the model or the processor. A conversation continues from the session state that a call returned.
@@ -20,6 +23,7 @@ from .generation_options import (
     NOT_TEXT,
     VIDEO_OPTIONS,
     VISION_CHUNKED_LENGTH,
+    check_option,
     check_options,
 )
 from .generation_queries import (
@@ -30,11 +34,14 @@ from .generation_queries import (
     THINKING_PROMPT,
     WEIGHT_OPTIONS,
     Turn,
+    check_processor,
     list_media,
     name_query,
     read_query,
 )
 from .generation_queue import QueueServer
+from .generation_sessions import CacheBudget, SessionState, has_cache, load_session
+from .generation_streams import PREPARED_BYTES, BatchStream
 from .options import REFUSED
 
 
@@ -165,6 +172,7 @@ class MossVLGenerationMixin:
         queries: list[dict],
         session_states: list | None = None,
         vision_chunked_length: int = VISION_CHUNKED_LENGTH,
+        keep_cache: bool | CacheBudget = False,
     ) -> dict:
         """Answers many queries. Queries may share a `generate` call; the answer is the same as for each query alone.
 
@@ -196,6 +204,12 @@ class MossVLGenerationMixin:
             session_states: None, or a list with None or the state of an earlier call for each query. The
                 `media_kwargs` of earlier turns hold until a query changes them.
             vision_chunked_length: frames per call of the vision encoder.
+            keep_cache: True makes the returned states keep their caches, so that the next turn of a conversation
+                computes only its own tokens and media; or a budget of `cache_budget`, which limits their bytes. The
+                answers are the same. A state with a cache is a dict as without, with `has_cache`, `cache_bytes`,
+                `drop_cache()`, `to(device)`, `save(file)` (see `load_session`); any number of queries may continue
+                it. Its files are not read again, also if they change. Without a cache (False), a state is plain data,
+                and costs no memory on the device.
 
         Returns:
             {"results": [{"index", "text", "input_text", "messages", ...}], "session_states": [...]}, in the order of
@@ -213,13 +227,107 @@ class MossVLGenerationMixin:
                 turns.append(read_query(self, processor, query, state, vision_chunked_length))
         if len(turns) > 1:  # the processor plans a single query's videos before it decodes them
             _check_videos(processor, turns)
+        if keep_cache is not False or any(map(has_cache, states)):
+            return self._answer_with_caches(processor, turns, vision_chunked_length, keep_cache)
         for index, turn in enumerate(turns):
             with name_query(index):
                 inputs.append(encode_turn(self, processor, turn, alone=len(turns) == 1))
         return _collect_results(turns, answer_turns(self, processor, turns, inputs))
 
+    def _answer_with_caches(self, processor, turns: list[Turn], vision_chunked_length: int, keep_cache) -> dict:
+        """`offline_batch_generate` with states that keep their caches, before or after the call."""
+        stream = BatchStream(
+            self,
+            processor,
+            turns,
+            [turn.state for turn in turns],
+            batch_size=max(1, len(turns)),
+            prepared_bytes=PREPARED_BYTES,
+            vision_chunked_length=vision_chunked_length,
+            open_ended=False,
+            keep_cache=keep_cache,
+        )
+        with stream:
+            ends = []
+            for event in stream:
+                if event.kind == "error":
+                    raise event.error
+                ends += [event] if event.kind == "end" else []
+        ends.sort(key=lambda end: end.index)
+        return {"results": [end.result for end in ends], "session_states": [end.session_state for end in ends]}
+
+    def stream_batch(
+        self,
+        processor,
+        queries: list[dict] = (),
+        session_states: list | None = None,
+        *,
+        batch_size: int = 8,
+        prepared_bytes: int = PREPARED_BYTES,
+        vision_chunked_length: int = VISION_CHUNKED_LENGTH,
+        open_ended: bool = False,
+        keep_cache: bool | CacheBudget = False,
+    ) -> BatchStream:
+        """Answers many queries, and yields their answers in pieces as they are written, beside each other.
+
+        Up to `batch_size` answers are written at once, each on its own cache: one call of the model adds a token to
+        all of them. If an answer ends, the next query takes its row. Each answer is the same as for the query alone;
+        sampled answers depend on the order in which tokens are drawn. A long prompt lets the other answers wait while
+        it is prefilled.
+
+        Args:
+            queries, session_states, vision_chunked_length: as for `offline_batch_generate`. Each query may have its
+                own options. Beams, assisted decoding and other methods that do not add one token per call are written
+                by `generate` when their turn comes, while the others wait, and give one piece.
+            batch_size: most answers that are written at once.
+            prepared_bytes: a background thread decodes the media of the next queries while their pixels together have
+                fewer bytes than this. At least one query is prepared.
+            open_ended: True lets the iteration wait for queries of `add`, until `finish` is called.
+            keep_cache: as for `offline_batch_generate`.
+
+        Returns:
+            An iterator and asynchronous iterator of events with `kind` and `index`: "piece" (`text`), "end" (`text`,
+            `reason`, `result`, `session_state`) and "error" (`error`, which ends this query only). Methods:
+            `add(query, session_state=None)` returns an index, `cancel(index)`, `finish()`, `close()`,
+            `for_each(callback)`, `results()`.
+
+        Raises:
+            ValueError: for wrong arguments. An error in a query is an event.
+        """
+        _check_batch(queries, session_states)
+        check_processor(processor)
+        return BatchStream(
+            self,
+            processor,
+            queries,
+            session_states,
+            batch_size,
+            prepared_bytes,
+            check_option("vision_chunked_length", vision_chunked_length),
+            open_ended,
+            keep_cache,
+        )
+
+    def cache_budget(self, max_bytes: int) -> CacheBudget:
+        """A limit for the caches that session states keep, for `keep_cache`. If a new cache exceeds it, those that
+        were not used for longest are dropped, and their conversations are encoded again when they go on."""
+        return CacheBudget(max_bytes)
+
+    def load_session(self, file) -> SessionState:
+        """Reads a session state with its cache, which `state.save(file)` wrote.
+
+        Raises:
+            ValueError: if the file is no session, or of a model with other weights.
+        """
+        return load_session(self, file)
+
     def offline_generate(
-        self, processor, new_queries, output_text_queue, vision_chunked_length: int = VISION_CHUNKED_LENGTH
+        self,
+        processor,
+        new_queries,
+        output_text_queue,
+        vision_chunked_length: int = VISION_CHUNKED_LENGTH,
+        keep_cache: bool | CacheBudget = False,
     ) -> None:
         """Serves queries from a `queue.Queue` until one has `stop_offline_generate`. Answers are strings on a queue.
 
@@ -232,11 +340,12 @@ class MossVLGenerationMixin:
         no answer. False and None have no effect.
 
         Queries are independent, unless one has `persist_session`: then the next queries continue its conversation,
-        until one has `reset_session`. Other keys (`id`, `metadata`, ...) are ignored.
+        until one has `reset_session`. With `keep_cache`, see `offline_batch_generate`, such a query computes only its
+        own tokens and media. Other keys (`id`, `metadata`, ...) are ignored.
 
         When the method returns or is interrupted, queries that were not served are on `new_queries`, in their order.
         """
-        QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length).serve()
+        QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length, keep_cache).serve()
 
 
 def _answer_single(model, processor, kind: str, prompt, media, given: dict) -> str:
@@ -280,9 +389,10 @@ def _check_batch(queries, session_states) -> None:
 
 
 def _check_videos(processor, turns: list[Turn]) -> None:
-    """Plans the videos of all turns that need no download, so that a wrong video raises before another is decoded."""
+    """Plans the videos of all turns that need no download, so that a wrong video raises before another is decoded. If
+    the state of a turn keeps its cache, its videos may be known already."""
     for index, turn in enumerate(turns):
-        if turn.videos and not turn.videos_kwargs.get("allow_http"):
+        if turn.videos and not has_cache(turn.state) and not turn.videos_kwargs.get("allow_http"):
             with name_query(index):
                 processor.video_processor.plan(turn.videos, **turn.videos_kwargs)
 
@@ -292,6 +402,6 @@ def _collect_results(turns: list[Turn], texts: list[str]) -> dict:
     results, session_states = [], []
     for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
         messages, state = turn.finish(text)
-        results.append({**turn.extra, "index": index, "text": text, "input_text": turn.text, "messages": messages})
+        results.append(turn.result(index, text, messages))
         session_states.append(state)
     return {"results": results, "session_states": session_states}

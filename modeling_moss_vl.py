@@ -23,8 +23,13 @@ from transformers.utils import logging
 from .attention import check_implementations, check_ready_mask
 from .cache_layers import (
     CACHE,
+    CacheContents,
+    JointCache,
+    cache_contents,
     cache_of,
     cached_length,
+    drop_frames,
+    fork_cache,
     install_layers,
     static_length,
     vision_state,
@@ -49,7 +54,11 @@ from .generation_hooks import MossVLGenerateHooks
 from .generation_options import GENERATE_DEFAULTS  # noqa: F401
 from .generation_queries import Turn  # noqa: F401
 from .generation_queue import QueueServer  # noqa: F401
+from .generation_rows import AnswerRow  # noqa: F401
+from .generation_sessions import SessionState  # noqa: F401
+from .generation_streams import BatchStream  # noqa: F401
 from .generation_utils import MossVLGenerationMixin
+from .joint_decoding import finish_step, plan_step, read_joint, read_tokens, undone_on_error
 from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
@@ -168,6 +177,22 @@ class MossVLModel(MossVLPreTrainedModel):
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
         config = self.config
+        others = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "pixel_values": pixel_values,
+            "image_features": image_features,
+            "grid_thw": grid_thw,
+            "image_grid_thw": image_grid_thw,
+            "media_nums_per_sample": media_nums_per_sample,
+            "cross_attention_mask": cross_attention_mask,
+            "prompt_length": prompt_length,
+            "rows_per_sample": rows_per_sample if rows_per_sample != 1 else None,
+            "output_attentions": output_attentions,
+        }
+        joint = read_joint(cache, past_key_values, others, input_ids, inputs_embeds)
+        if joint is not None:
+            return self._forward_joint(input_ids, inputs_embeds, joint, output_hidden_states)
         text = inputs_embeds if input_ids is None else input_ids
         cache = cache_of(cache, past_key_values)
         grid_thw = choose_grid(grid_thw, image_grid_thw)
@@ -207,6 +232,8 @@ class MossVLModel(MossVLPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         state_layer = None if cache is None else install_layers(cache, config.text_config)
+        if state_layer is not None and call.shifts():
+            state_layer.state = None  # if the call fails, tokens have moved in some of the layers only
         needs_mask = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
         outputs = self.language_model(
             input_ids if inputs_embeds is None else None,  # not embedded here: FSDP gathers the weights in that call
@@ -227,6 +254,31 @@ class MossVLModel(MossVLPreTrainedModel):
             last_ids = None if input_ids is None else input_ids[:, -1].clone()
             state_layer.state = replace(state, waiting=waiting, last_ids=last_ids)
         outputs.rope_deltas, outputs.text_starts = positions.rope_delta, positions.text_starts
+        return outputs
+
+    def _forward_joint(
+        self,
+        input_ids: Optional[torch.LongTensor],
+        inputs_embeds: Optional[torch.FloatTensor],
+        joint: JointCache,
+        output_hidden_states: Optional[bool],
+    ) -> MossVLModelOutput:
+        """One token for each cache of a `JointCache`; see joint_decoding.py. If it fails, no cache has changed."""
+        config = self.config
+        self._check_use_cache(joint, None)
+        step = plan_step(config, joint, inputs_embeds if input_ids is None else input_ids)
+        with undone_on_error(joint, config):
+            outputs = self.language_model(
+                input_ids,
+                position_ids=step.positions,
+                cache=joint,
+                inputs_embeds=inputs_embeds,
+                vision_call=step.call,
+                output_hidden_states=bool(output_hidden_states),
+                vision_calls_of_rows=step.rows,
+            )
+        finish_step(joint, config, step, input_ids)
+        outputs.rope_deltas = step.rope_deltas
         return outputs
 
     def _check_inputs(
@@ -529,7 +581,8 @@ class MossVLForConditionalGeneration(
             position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions. Positions that only count the tokens
                 of a row are replaced by XRoPE's. If positions start again within a row, the row holds packed texts;
                 each text sees only its tokens and its frames.
-            cache: any transformers cache, empty or filled by this model.
+            cache: any transformers cache, empty or filled by this model; or a `JointCache` of several caches, for one
+                token in each, see `decode_rows`.
             inputs_embeds: [B, T, D], in place of the embeddings of `input_ids`. With frames, `input_ids` is needed as
                 well, to place the frames.
             labels: [B, T], one per token of `input_ids`, -100 for tokens without a loss. The loss is next-token
@@ -547,7 +600,8 @@ class MossVLForConditionalGeneration(
                 before it. The mask may hide any of these frames; it must hide all frames from padding. If it has fewer
                 than T rows, the later tokens follow the default. A mask that a processor made for other padding is
                 ignored with a warning. On a filled cache, the columns of a mask of at most T rows are the frames that
-                come with the call if their numbers are equal; otherwise they are all frames of the conversation.
+                come with the call if their numbers are equal; otherwise they are all frames of the conversation, of
+                which those that `drop_frames` dropped may be left out.
             vision_chunked_length: most frames per chunk of the vision encoder; default: 64, in training all.
             rows_per_sample: number of consecutive rows that share the media of a sample, as beams do.
             prompt_length: tokens of the whole prompt. Later `image_pad` ids were generated and place no frame.
@@ -606,6 +660,26 @@ class MossVLForConditionalGeneration(
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
+    @torch.no_grad()
+    def decode_rows(self, tokens, caches: list[Cache]) -> torch.Tensor:
+        """Adds one token to each of several conversations in one call. Prompts and frames are prefilled alone, with
+        forward on each cache.
+
+        Args:
+            tokens: one id per cache: a list, or a tensor [R] or [R, 1].
+            caches: R separate caches that this model filled, one row each, without padding. Text lengths and vision
+                tokens may differ.
+
+        Returns:
+            The logits [R, vocab] of the next tokens; for each row those that forward on its cache alone gives.
+
+        Raises:
+            ValueError: for the first cache that cannot take a token. If the call fails, no cache has changed.
+        """
+        joint = JointCache(caches)
+        ids = read_tokens(tokens, len(joint.caches), self.model.language_model.embed_tokens.weight.device)
+        return self(input_ids=ids, **{CACHE: joint}).logits[:, -1]
+
     def _loss(
         self,
         logits: torch.Tensor,
@@ -624,6 +698,18 @@ class MossVLForConditionalGeneration(
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
+
+    def fork_cache(self, cache: Cache) -> Cache:
+        """A copy of a cache for another question: see `cache_layers.fork_cache`."""
+        return fork_cache(cache)
+
+    def drop_frames(self, cache: Cache, count: Union[int, list[int]]) -> None:
+        """Drops the oldest `count` frames of each sample of a cache: see `cache_layers.drop_frames`."""
+        drop_frames(cache, self.config.text_config, count)
+
+    def cache_contents(self, cache: Cache) -> CacheContents:
+        """Text tokens, frames, vision tokens and bytes of a cache."""
+        return cache_contents(cache, self.config.text_config)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Not supported: raises ValueError."""

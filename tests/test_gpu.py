@@ -8,9 +8,9 @@ import os
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
-from tiny import assorted_samples, batch, make_model
+from tiny import Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
@@ -243,6 +243,27 @@ def test_vision_and_text_in_several_dtypes(part, implementation):
     assert_near(logits(model, **on_device(inputs)), expected, torch.bfloat16, real)
 
 
+@implementations
+@dtypes
+def test_a_window_over_appended_frames(implementation, dtype, flash_calls):
+    """Kernels read parts of buffers with free space. A fork sees what the cache had when it was made."""
+    blocks = [Sample("tFt", (1, 4, 4), seed=seed) for seed in range(6)]
+    ids, mask = torch.cat([block.ids for block in blocks])[None], torch.ones(1, 1, 18, 6, dtype=torch.bool)
+    for at in range(18):  # after each turn, two frames stay
+        mask[0, 0, at, max(0, at // 3 - 2) : at // 3 + (at % 3 > 0)] = False
+    pixels, grid = torch.cat([block.pixel_values for block in blocks]), torch.tensor([[1, 4, 4]] * 6)
+    expected = logits(make_model(), input_ids=ids, pixel_values=pixels, grid_thw=grid, cross_attention_mask=mask)
+    model, cache, outs = moved(make_model(), implementation, dtype), DynamicCache(), []
+    for number, block in enumerate(blocks):
+        fork = model.fork_cache(cache) if number else DynamicCache()
+        inputs = {"input_ids": block.ids[None], "pixel_values": block.pixel_values, "grid_thw": grid[:1]}
+        outs.append(logits(model, **on_device(inputs), **{CACHE: cache}))
+        assert_near(logits(model, **on_device(inputs), **{CACHE: fork}), outs[-1], dtype)
+        model.drop_frames(cache, max(0, model.cache_contents(cache).frames[0] - 2))
+    assert_near(torch.cat(outs, dim=1), expected, dtype)
+    assert_by_flash(implementation, flash_calls)
+
+
 GPU = DEVICE if DRY else 0
 HALF_OF_TEXT = {f"model.language_model.layers.{i}": "cpu" if i % 2 else GPU for i in range(6)}
 MAPS = {
@@ -287,3 +308,51 @@ def test_device_maps_over_gpu_and_cpu(tmp_path, name):
     real, moved_inputs = inputs["attention_mask"].bool(), on_device(inputs)
     assert_near(logits(split, **moved_inputs), logits(model, **inputs), torch.float32, real)
     assert torch.equal(split.generate(**moved_inputs, **GREEDY).cpu(), model.generate(**inputs, **GREEDY))
+
+
+@implementations
+@pytest.mark.parametrize("dtype", LIMITS, ids=["bf16", "fp16", "fp32"])
+def test_joint_calls(implementation, dtype, flash_calls):
+    """A token in each of several caches, two of them forks of one conversation, against each alone on the CPU."""
+    model, samples = make_model(), assorted_samples()
+    alone = [model(**sample.inputs(), use_cache=True)[CACHE] for sample in (*samples, samples[2])]
+    expected = [
+        torch.cat([model(torch.tensor([[token + row]]), **{CACHE: cache}).logits[0] for token in (5, 50)])
+        for row, cache in enumerate(alone)
+    ]
+    model = moved(model, implementation, dtype)
+    with torch.no_grad():
+        caches = [model(**on_device(sample.inputs()), use_cache=True)[CACHE] for sample in samples]
+    caches.append(model.fork_cache(caches[2]))
+    got = [model.decode_rows([token + row for row in range(6)], caches) for token in (5, 50)]
+    for row, want in enumerate(expected):
+        assert_near(torch.stack([one[row] for one in got]), want, dtype)
+    assert_by_flash(
+        implementation if dtype != torch.float32 else "sdpa", [] if dtype == torch.float32 else flash_calls
+    )
+
+
+def test_streams_and_kept_caches(tmp_path):
+    """On the device, through `state.to`, and through a file: the same answers."""
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    folder = ROOT / "checkpoints/moss-vl-nano"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).to(DEVICE)
+    options = {"generate_kwargs": {"max_new_tokens": 16}}
+    images = [str(ROOT / f"data/{name}.jpg") for name in ("sample_a", "example_image")]
+    queries = [{"prompt": "What color is the cross?", "images": [image], **options} for image in images]
+    queries.append(
+        {"prompt": "When does the star appear?", "videos": [str(ROOT / "data/example_video.mp4")], **options}
+    )
+    alone = [model.offline_batch_generate(processor, [query])["results"][0]["text"] for query in queries]
+    out = model.stream_batch(processor, queries, keep_cache=True).results()
+    assert [result["text"] for result in out["results"]] == alone
+    ask = [{"prompt": "And the square?", **options}] * 3
+    states = out["session_states"]
+    want = model.offline_batch_generate(processor, ask, session_states=list(map(dict, states)))["results"]
+    assert states[0].to("cpu")._kept.cache.layers[0].keys.device.type == "cpu"
+    states[1].save(tmp_path / "state.safetensors")
+    states[1] = model.load_session(tmp_path / "state.safetensors")
+    got = model.offline_batch_generate(processor, ask, session_states=states)["results"]
+    assert [one["text"] for one in got] == [one["text"] for one in want]

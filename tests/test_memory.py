@@ -1,6 +1,7 @@
 """The memory formula against measurements, and the tables of docs/performance.md against their JSON."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from tiny import make_model
 from moss_vl import attention
 from moss_vl.benchmarks.end_to_end import tokens_table
 from moss_vl.benchmarks.memory import measured_bytes, measured_table, prefill_bytes, released_table
-from moss_vl.benchmarks.model import tables
+from moss_vl.benchmarks.model import PAD, tables
 from moss_vl.benchmarks.parts import parts_table
 from moss_vl.benchmarks.preprocess import files_table
+from moss_vl.benchmarks.stream import growth_table, window_table, with_window, without_window
 
 
 def sized_model(dtype, hidden=256, layers=8, kv_heads=2, vision=128, wide=4):
@@ -76,3 +78,17 @@ def test_the_tables_are_those_that_were_measured():
     assert files_table(rows("preprocess")) in document
     assert tokens_table(rows("end_to_end"), 64) in document
     assert released_table() in document
+
+
+def test_the_benchmark_of_streams():
+    """Its counts, for a stream that is too short for its times."""
+    model = make_model(text={"vocab_size": 1000}, vision={"patch_size": 16}, image_token_id=PAD)
+    args = {"device": "cpu", "dtype": "float32", "side": 64, "tokens": 4, "window": 5, "frames": 40, "roll": 60}
+    args = SimpleNamespace(**args, most=30, lengths=[20, 30], calls=2)
+    row = with_window(model, args)
+    assert (row["vision tokens"], row["rounds"], row["vision slope"]) == (5 * 5, 4, 0)
+    assert "40, in 4 rounds, 5 in the window" in window_table(row)
+    rows = without_window(model, args)
+    assert [(row["frames"], row["vision tokens"]) for row in rows] == [(20, 100), (30, 150)]
+    assert rows[1]["copied per token"] == 5 / 150  # the first frame has no free space; after that there are 256 tokens
+    assert "| 30 | 150 |" in growth_table(rows)
