@@ -1,17 +1,20 @@
-"""Cache layers for the keys and values of a conversation: those of the text, and those of the vision sequence.
+"""Cache layers for the keys and values of a conversation: those of the text, and those of the vision sequence. What
+callers do with a whole cache is at the end: `fork_cache`, `drop_frames`, `cache_contents`.
 
 Axes: B rows, K key/value heads, S text tokens, T new text tokens, V vision tokens (packed, without padding), d
 head size.
 """
 
+import copy
 import weakref
-from typing import Optional
+from collections.abc import Sequence
+from typing import NamedTuple, Optional, Union
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from .vision_sequence import VisionCall, VisionState
+from .vision_sequence import VisionCall, VisionState, count_vision_tokens
 
 
 # The name of the cache in outputs and in `generate`: `cache` from transformers 5.24 on, `past_key_values` before.
@@ -51,18 +54,52 @@ def static_length(cache: Optional[Cache]) -> Optional[int]:
 
 
 class InPlaceLayer(DynamicLayer):
-    """A layer that writes new tokens into a buffer. A shallow copy shares the buffer with its original, so both
-    allocate a new one before their next write."""
+    """A layer that writes new tokens into a buffer. A shallow copy shares the buffer with its original: the copy
+    allocates a new one before its first write, and the original before it writes over tokens that the copy has.
+
+    Attributes:
+        shared: whether any write needs a new buffer: the layer is a copy, or autograd keeps the buffer.
+        written: the parts of the buffer that have tokens, as slices.
+        protected: the parts that also belong to copies.
+    """
 
     def __init__(self):
         super().__init__()
-        self.shared = False
+        self.renew_buffer()
+
+    def renew_buffer(self, *written: slice) -> None:
+        """To be called when the layer has a new buffer, with the parts that have tokens."""
+        self.shared, self.written, self.protected = False, written, ()
 
     def __copy__(self):
+        if not self.shared:
+            self.protected = self.written
         copied = type(self).__new__(type(self))
-        self.shared = True
         copied.__dict__.update(self.__dict__)
+        copied.shared = True
         return copied
+
+    def can_write(self, *parts: slice) -> bool:
+        """Whether these parts of the buffer can be written in place."""
+        return not self.shared and not any(
+            part.start < other.stop and other.start < part.stop for part in parts for other in self.protected
+        )
+
+    def mark_written(self, *parts: slice) -> None:
+        for part in parts:
+            self.written = join_slice(self.written, part)
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.renew_buffer()
+
+
+def join_slice(slices: tuple[slice, ...], new: slice) -> tuple[slice, ...]:
+    """Adds a slice to others, joined with those that it touches."""
+    apart = tuple(part for part in slices if part.stop < new.start or new.stop < part.start)
+    touching = [new, *(part for part in slices if part not in apart)]
+    return (*apart, slice(min(part.start for part in touching), max(part.stop for part in touching)))
 
 
 class TextCacheLayer(InPlaceLayer):
@@ -75,19 +112,23 @@ class TextCacheLayer(InPlaceLayer):
         self._value_buffer: Optional[torch.Tensor] = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        keys, values = (self.keys, self.values) if self.get_seq_length() else (None, None)
-        if self.shared:
+        length = self.get_seq_length()
+        keys, values = (self.keys, self.values) if length else (None, None)
+        new = slice(length, length + key_states.shape[-2])
+        if not self.can_write(new):
             self._key_buffer = self._value_buffer = None
+        buffer = self._key_buffer
         self.keys, self._key_buffer = append(keys, self._key_buffer, key_states)
         self.values, self._value_buffer = append(values, self._value_buffer, value_states)
-        self.shared = False
+        if buffer is None or self._key_buffer is not buffer:
+            self.renew_buffer()
+        self.mark_written(slice(0, new.stop))
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         return self.keys, self.values
 
     def reset(self) -> None:
         super().reset()
         self._key_buffer = self._value_buffer = None
-        self.shared = False
 
 
 def append(
@@ -125,8 +166,8 @@ def is_writable(tensor: torch.Tensor) -> bool:
 
 
 class VisionCacheLayer(InPlaceLayer):
-    """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer. The first such layer of a
-    cache also holds the `VisionState`."""
+    """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer, with free space where
+    `VisionState` has it. The first such layer of a cache also holds the `VisionState`."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -151,24 +192,34 @@ class VisionCacheLayer(InPlaceLayer):
         return True
 
     def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
-        """Stores the keys and values [1, K, v, d] of the new vision tokens.
+        """Stores the keys and values [1, K, v, d] of the new vision tokens, and moves those that the call moves.
 
         Returns:
             Keys and values [1, K, V, d] of the whole packed sequence.
         """
         if self.keys is not None and not is_writable(self.keys):  # autograd cannot record an inference tensor either
             self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.renew_buffer(*self.written)
         if call.writes:
             self.in_dtype(keys.dtype)
-            self.keys = write_packed(self.keys, keys, call, self.shared)
-            self.values = write_packed(self.values, values, call, self.shared)
-            self.dtype, self.device, self.is_initialized, self.shared = self.keys.dtype, self.keys.device, True, False
+        parts = [part for _, part in call.writes]
+        if call.writes or (call.moves and self.keys is not None):
+            states = (keys, values, self.keys, self.values)
+            in_graph = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)
+            in_place = self.keys is not None and call.moves is None and not in_graph and self.can_write(*parts)
+            self.keys = write_packed(self.keys, keys, call, in_place)
+            self.values = write_packed(self.values, values, call, in_place)
+            if not in_place:
+                self.renew_buffer(*(self.written if call.moves is None else (part for _, part in call.moves)))
+            self.mark_written(*parts)
+            self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         return self.keys, self.values
 
     def in_dtype(self, dtype: torch.dtype):
         """Converts the stored keys and values to a dtype, as autocast may differ between calls, and returns them."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
+            self.renew_buffer(*self.written)
         return self.keys, self.values
 
     def prefetch(self) -> None:
@@ -196,18 +247,20 @@ class VisionCacheLayer(InPlaceLayer):
             self.state = self.state.select_rows(rows.tolist())
 
     def reset(self) -> None:
-        self.keys = self.values = self.state = None
-        self.is_initialized = self.shared = False
+        super().reset()
+        self.state = None
 
 
-def write_packed(old: Optional[torch.Tensor], new: torch.Tensor, call: VisionCall, shared: bool) -> torch.Tensor:
-    """Writes new keys or values [1, K, v, d] into the packed ones, and returns these. Allocates a new tensor if tokens
-    have to move, with gradients, or if `old` is `shared` with another layer. Returns `new` if it is all."""
+def write_packed(
+    old: Optional[torch.Tensor], new: Optional[torch.Tensor], call: VisionCall, in_place: bool
+) -> torch.Tensor:
+    """Writes new keys or values [1, K, v, d] into the packed ones `in_place`, or into a new tensor, and returns these.
+    Returns `new` if it is all."""
     if call.writes == ((slice(0, call.length), slice(0, call.length)),):
         return new
-    in_graph = torch.is_grad_enabled() and (new.requires_grad or (old is not None and old.requires_grad))
-    if old is None or call.moves is not None or shared or in_graph:
-        grown = new.new_empty(*new.shape[:-2], call.length, new.shape[-1])
+    like = old if new is None else new
+    if not in_place:
+        grown = like.new_empty(*like.shape[:-2], call.length, like.shape[-1])
         if call.moves is not None:
             for source, destination in call.moves:
                 grown[..., destination, :] = old[..., source, :]
@@ -260,12 +313,12 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
     if not isinstance(layer, VisionCacheLayer) or layer.state is None:
         raise ValueError(
             f"The cache holds {length} tokens, but not their vision sequence; expected a cache that this model "
-            f"filled. Pass an empty cache, or the cache of an earlier output."
+            f"filled, by calls that did not fail. Pass an empty cache, or the cache of an earlier output."
         )
     if not layer.belongs_to(cache):
         raise ValueError(
             "The cache is a shallow copy: it shares its layers with another cache, so both would write into the same "
-            "layers. Copy it with copy.deepcopy."
+            "layers. Copy it with model.fork_cache, which shares the keys and values, or with copy.deepcopy."
         )
     last = max(set(range(config.num_hidden_layers)) - set(config.cross_attention_layers))
     uneven = static_length(cache) is None and cache.layers[last].get_seq_length() != length
@@ -277,3 +330,157 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
     if layer.state.length > length:
         layer.state = layer.state.cropped(length)
     return layer.state
+
+
+# What callers do with a whole cache
+
+
+def fork_cache(cache: Cache) -> Cache:
+    """A copy of a cache that shares its keys and values until one of both writes over what the other has. The original
+    appends text and frames without a copy. The fork copies its text at its first call, and its vision keys and values
+    at the first call that places frames. So several questions about one video cost no copy of the video.
+
+    Text layers of static, offloading and quantized caches are copied at once.
+    """
+    fork = copy.copy(cache_of(cache, None))
+    fork.layers = [
+        copy.copy(layer) if isinstance(layer, InPlaceLayer) else copy.deepcopy(layer) for layer in cache.layers
+    ]
+    return fork
+
+
+def drop_frames(cache: Cache, config, count: Union[int, Sequence[int]]) -> None:
+    """Drops the oldest placed frames of a cache. Later tokens do not see them. Nothing is computed again: earlier
+    tokens keep what they saw, and all positions stay.
+
+    Frames are numbered from the first that remains: the columns of a later `cross_attention_mask` are the frames that
+    remain and the new ones. (A mask with a column for every frame of the conversation, as a processor makes it for the
+    whole conversation, is accepted, too.) A later crop of the cache removes text and frames as without the drop, but
+    does not bring dropped frames back.
+
+    The space of dropped frames is reclaimed when new frames need it, or when it is more than half of the buffer.
+
+    Args:
+        config: the text config.
+        count: number of frames for every sample, or a number per sample.
+
+    Raises:
+        ValueError: if the cache is empty or was not filled by this model, or a sample has fewer placed frames.
+    """
+    state = filled_state(cache, config)
+    counts = read_counts(count, state)
+    if not any(counts):
+        return
+    state = state.without_first(counts)
+    layers = [cache.layers[index] for index in config.cross_attention_layers]
+    used = sum(end - start for start, end in zip(state.starts, state.ends, strict=True))
+    if state.stored > 2 * used:
+        layers[0].state = None  # so that a cache of which only some layers were compacted is refused
+        state, call = state.compacted()
+        for layer in layers:
+            layer.store(None, None, call)
+    layers[0].state = state
+
+
+def filled_state(cache: Optional[Cache], config) -> VisionState:
+    """`vision_state` of a cache that must not be empty.
+
+    Raises:
+        ValueError: if it is empty, or as `vision_state`.
+    """
+    state = vision_state(cache_of(cache, None), config)
+    if state is None:
+        raise ValueError("The cache is empty; expected a cache that this model filled.")
+    return state
+
+
+def read_counts(count: Union[int, Sequence[int]], state: VisionState) -> list[int]:
+    """The number of frames to drop of each sample.
+
+    Raises:
+        ValueError: if there is not one number per sample, between 0 and the sample's placed frames.
+    """
+    counts = list(count) if isinstance(count, (list, tuple)) else [count] * len(state.grids)
+    if len(counts) != len(state.grids) or not all(map(can_drop, counts, state.placed)):
+        raise ValueError(
+            f"`count` is {count!r}; expected how many of the oldest frames to drop, an integer for all samples or one "
+            f"per sample, at most {state.placed}: the frames of each sample whose `image_pad` is in the cache."
+        )
+    return counts
+
+
+def can_drop(count, placed: int) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= placed
+
+
+class CacheContents(NamedTuple):
+    """What a cache holds.
+
+    Attributes:
+        text_tokens: tokens of each row, padding included.
+        frame_tokens: for each sample, the vision tokens (separator included) of each placed frame, oldest first.
+            Dropped frames are not among them.
+        waiting: number of frames of each sample that were given, but whose `image_pad` did not come yet.
+        dropped: number of frames of each sample that `drop_frames` dropped.
+        text_bytes, vision_bytes: allocated bytes, free space included. Forks share some of them.
+    """
+
+    text_tokens: int
+    frame_tokens: list[list[int]]
+    waiting: list[int]
+    dropped: list[int]
+    text_bytes: int
+    vision_bytes: int
+
+    @property
+    def frames(self) -> list[int]:
+        """Number of placed frames of each sample that were not dropped."""
+        return list(map(len, self.frame_tokens))
+
+    @property
+    def vision_tokens(self) -> list[int]:
+        """Vision tokens of these frames, per sample."""
+        return list(map(sum, self.frame_tokens))
+
+    @property
+    def bytes(self) -> int:
+        return self.text_bytes + self.vision_bytes
+
+
+def cache_contents(cache: Cache, config) -> CacheContents:
+    """What a cache holds: text tokens, frames, vision tokens and bytes.
+
+    Args:
+        config: the text config.
+
+    Raises:
+        ValueError: if the cache was not filled by this model.
+    """
+    state = vision_state(cache_of(cache, None), config)
+    text = [layer for index, layer in enumerate(cache.layers) if index not in config.cross_attention_layers]
+    if state is None:
+        return CacheContents(0, [], [], [], sum(map(layer_bytes, text)), 0)
+    vision = [cache.layers[index] for index in config.cross_attention_layers]
+    waiting = [states for states in state.waiting if states is not None]
+    return CacheContents(
+        text_tokens=state.length,
+        frame_tokens=[
+            [count_vision_tokens([grid]) for grid in grids[:placed]]
+            for grids, placed in zip(state.grids, state.placed, strict=True)
+        ],
+        waiting=[len(grids) - placed for grids, placed in zip(state.grids, state.placed, strict=True)],
+        dropped=state.dropped,
+        text_bytes=sum(map(layer_bytes, text)),
+        vision_bytes=sum(map(layer_bytes, vision)) + sum(map(tensor_bytes, waiting)),
+    )
+
+
+def layer_bytes(layer) -> int:
+    """Bytes of the keys and values of a layer, or of the buffers that hold them."""
+    key, value = (getattr(layer, name, None) for name in ("_key_buffer", "_value_buffer"))
+    held = (layer.keys if key is None else key, layer.values if value is None else value)
+    return sum(tensor_bytes(part) for part in held if part is not None)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

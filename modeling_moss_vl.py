@@ -22,8 +22,12 @@ from transformers.utils import logging
 from .attention import check_implementations, check_ready_mask
 from .cache_layers import (
     CACHE,
+    CacheContents,
+    cache_contents,
     cache_of,
     cached_length,
+    drop_frames,
+    fork_cache,
     install_layers,
     static_length,
     vision_state,
@@ -205,6 +209,8 @@ class MossVLModel(MossVLPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         state_layer = None if cache is None else install_layers(cache, config.text_config)
+        if state_layer is not None and call.shifts():
+            state_layer.state = None  # if the call fails, tokens have moved in some of the layers only
         masks_tokens = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
         outputs = self.language_model(
             input_ids if inputs_embeds is None else None,  # not embedded here: FSDP gathers the weights in that call
@@ -622,6 +628,18 @@ class MossVLForConditionalGeneration(
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
+
+    def fork_cache(self, cache: Cache) -> Cache:
+        """A copy of a cache for another question: see `cache_layers.fork_cache`."""
+        return fork_cache(cache)
+
+    def drop_frames(self, cache: Cache, count: Union[int, list[int]]) -> None:
+        """Drops the oldest `count` frames of each sample of a cache: see `cache_layers.drop_frames`."""
+        drop_frames(cache, self.config.text_config, count)
+
+    def cache_contents(self, cache: Cache) -> CacheContents:
+        """Text tokens, frames, vision tokens and bytes of a cache."""
+        return cache_contents(cache, self.config.text_config)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Not supported: raises ValueError."""

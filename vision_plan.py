@@ -17,11 +17,13 @@ from .vision_sequence import (
     PAST_CALLS,
     FrameSet,
     PastCall,
+    Spaces,
     Span,
     TextRun,
     VisionCall,
     VisionState,
     last_visible,
+    shifted,
 )
 
 
@@ -62,8 +64,9 @@ def plan_call(request: VisionRequest, positions: CallPositions) -> tuple[VisionS
             grids=request.grids(),
             placed=[known + pads for known, pads in zip(state.placed, request.text.pads, strict=True)],
             last_visible=list(map(last_visible, runs, text.is_token, state.last_visible)),
-            starts=layout.starts,
-            stored=layout.length,
+            starts=layout.spaces.starts,
+            ends=layout.spaces.ends,
+            stored=layout.spaces.length,
             step=None,
         )
     if not continues or positions.of_caller:
@@ -292,6 +295,8 @@ def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]
     totals = list(map(len, request.grids()))
     first = len(request.state.grids[row.sample]) if request.mask.new_frames_only else 0
     visible, count = request.mask.visible[row.number], totals[row.sample] - first
+    if counts_dropped_frames(request, visible.shape[1], totals):
+        visible = visible[:, request.state.dropped[row.sample] :]
     if visible.shape[1] < count or visible[:, count:].any():
         raise ValueError(
             f"`cross_attention_mask` has {visible.shape[1]} frame columns, and sample {row.sample} has {count} of "
@@ -299,6 +304,15 @@ def given_frames(request: VisionRequest, row: RowText) -> tuple[np.ndarray, int]
             "frame for."
         )
     return visible[:, :count], first
+
+
+def counts_dropped_frames(request: VisionRequest, columns: int, totals: list[int]) -> bool:
+    """Whether the `columns` of the caller's mask are the frames of the conversation from its beginning, those that the
+    cache dropped included: their number is that of these frames, and not that of the frames that remain (`totals`)."""
+    if request.mask.new_frames_only or not any(request.state.dropped):
+        return False
+    whole = [total + dropped for total, dropped in zip(totals, request.state.dropped, strict=True)]
+    return columns == max(whole) != max([1, *totals])
 
 
 def is_of_processor(visible: np.ndarray) -> bool:
@@ -339,14 +353,12 @@ class PackedLayout:
     """Where the vision tokens of all samples lie in the packed keys and values after a call.
 
     Attributes:
-        starts: offset of each sample.
-        length: tokens of all samples.
+        spaces: the space of each sample.
         frame_starts: for each sample, the offset of each frame within the sample, and at the end the sample's length.
         writes, moves: as in `VisionCall`.
     """
 
-    starts: list[int]
-    length: int
+    spaces: Spaces
     frame_starts: list[list[int]]
     writes: tuple[tuple[slice, slice], ...] = ()
     moves: Optional[tuple[tuple[slice, slice], ...]] = None
@@ -357,30 +369,42 @@ class PackedLayout:
         frame_starts = [
             list(accumulate((height * width + 1 for height, width in grids), initial=0)) for grids in request.grids()
         ]
+        spaces = Spaces(state.starts, state.ends, state.stored)
         if not any(request.text.pads):  # no keys to write
-            return cls(state.starts, state.stored, frame_starts)
-        # Waiting frames get free space in the packed keys and values.
-        *starts, length = accumulate((of_frames[-1] for of_frames in frame_starts), initial=0)
-        writes, moves, offset = [], [], 0
-        for sample, of_frames in enumerate(frame_starts):
-            placed, start = state.placed[sample], starts[sample]
-            old, new = of_frames[placed], of_frames[placed + request.text.pads[sample]]
-            if old:
-                moves.append((shifted(0, old, state.starts[sample]), shifted(0, old, start)))
-            if new > old:
-                writes.append((shifted(0, new - old, offset), shifted(old, new, start)))
-            offset += new - old
-        stays = (starts, length) == (state.starts, state.stored)
-        return cls(starts, length, frame_starts, tuple(join_slices(writes)), None if stays else tuple(moves))
+            return cls(spaces, frame_starts)
+        placed = [known + pads for known, pads in zip(state.placed, request.text.pads, strict=True)]
+        old = [of_frames[count] for of_frames, count in zip(frame_starts, state.placed, strict=True)]
+        new = [of_frames[count] for of_frames, count in zip(frame_starts, placed, strict=True)]
+        moves = None
+        if any(start + count > end for start, count, end in zip(spaces.starts, new, spaces.ends, strict=True)):
+            spaces = cls.new_spaces(state, frame_starts, new)
+            moves = state.moves_to(spaces, old)
+        writes, offset = [], 0
+        for start, first, stop in zip(spaces.starts, old, new, strict=True):
+            if stop > first:
+                writes.append((shifted(0, stop - first, offset), shifted(first, stop, start)))
+            offset += stop - first
+        return cls(spaces, frame_starts, tuple(join_slices(writes)), moves)
+
+    @staticmethod
+    def new_spaces(state: VisionState, frame_starts: list[list[int]], new: list[int]) -> Spaces:
+        """Spaces for all frames of a call, those that wait included. Samples whose frames came in several calls get
+        free space.
+
+        Args:
+            new: for each sample, tokens of its placed frames after the call.
+        """
+        tokens = [of_frames[-1] for of_frames in frame_starts]
+        grows = [
+            state.stored > 0 and (start + placed > end or start + count < end)
+            for start, placed, count, end in zip(state.starts, new, tokens, state.ends, strict=True)
+        ]
+        return Spaces.plan(tokens, grows)
 
     def tokens(self, sample: int, first: int, stop: int) -> slice:
         """Packed tokens of the sample's frames first..stop."""
         of_frames = self.frame_starts[sample]
-        return shifted(of_frames[first], of_frames[stop], self.starts[sample])
-
-
-def shifted(first: int, stop: int, offset: int) -> slice:
-    return slice(first + offset, stop + offset)
+        return shifted(of_frames[first], of_frames[stop], self.spaces.starts[sample])
 
 
 def join_slices(pairs: list[tuple[slice, slice]]) -> list[tuple[slice, slice]]:
@@ -406,7 +430,7 @@ def vision_call(request: VisionRequest, runs: list[list[TextRun]], layout: Packe
         for span in spans:
             sees_vision[span.text] = 1.0
         has_visible = torch.from_numpy(sees_vision).view(rows, length, 1).to(device)
-    return VisionCall(join_small_spans(spans, device), has_visible, layout.length, layout.writes, layout.moves)
+    return VisionCall(join_small_spans(spans, device), has_visible, layout.spaces.length, layout.writes, layout.moves)
 
 
 def blank_call(request: VisionRequest) -> VisionCall:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .media import Grid, Media
-from .vision_sequence import VisionState
+from .vision_sequence import VisionState, count_vision_tokens
 
 
 class Padding(NamedTuple):
@@ -122,11 +122,6 @@ class VisionRequest:
         """This request with media to which all tokens attend, and whose effect is multiplied by 0, so that every
         parameter of the vision side gets a gradient."""
         return replace(self, blank=media)
-
-
-def count_vision_tokens(grids: list[tuple[int, int]]) -> int:
-    """Vision tokens of frames with these merged grids, separators included."""
-    return sum(height * width + 1 for height, width in grids)
 
 
 def read_request(
@@ -391,8 +386,8 @@ def media_of_new_turn(state: VisionState, media: Media, pads: list[int]) -> Medi
     """
     kept, counts = [], []
     for sample, (asked, numbers) in enumerate(zip(pads, media.numbers(), strict=True)):
-        known, frames = len(state.grids[sample]), len(media.frames()[sample])
-        missing = max(0, asked - (known - state.placed[sample]))
+        known, frames = state.dropped[sample] + len(state.grids[sample]), len(media.frames()[sample])
+        missing = max(0, asked - (len(state.grids[sample]) - state.placed[sample]))
         if missing and frames not in (missing, known + missing):
             raise ValueError(
                 f"The new text of sample {sample} places {missing} frames beyond the cache, but its media have "

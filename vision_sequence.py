@@ -21,7 +21,11 @@ Five index spaces meet here. An example with two samples and three frames (F is 
     frame of the sample    0                    |  0        |  1
     token of the sample    0  1  2  3  4  5  6  |  0  1  2  |  3  4  5  6  7
 
-Each sample begins at `starts` = [0, 7]. The text runs of the rows, and the spans that the plan makes of them:
+Each sample begins at `starts` = [0, 7] and has the space up to `ends` = [7, 15]. If frames of a sample come in several
+calls, the sample gets more space than it needs, so that most later frames are written without moving others. If its
+oldest frames are dropped, the sample starts later, and the frames that remain are numbered from 0.
+
+The text runs of the rows, and the spans that the plan makes of them:
 
     row   columns   frames        text tokens   vision tokens
     0     0..2      none          no span: these tokens pass the cross-attention layers unchanged
@@ -33,7 +37,9 @@ The last two spans begin at the same vision token, so they are joined into one a
 4..8, vision tokens 7..15, where text tokens 4 and 5 see the first 3 of the 8 vision tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -43,6 +49,12 @@ from .media import Media
 
 
 PAST_CALLS = 128  # calls that a cache can be cropped back into
+VISION_BUFFER = 256  # least number of free tokens after the frames of a sample that came in several calls
+
+
+def count_vision_tokens(grids: Sequence[tuple[int, int]]) -> int:
+    """Vision tokens of frames with these merged grids, separators included."""
+    return sum(height * width + 1 for height, width in grids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +91,14 @@ class FrameSet:
         mask = self.as_mask(max(stop, self.stop))
         mask[first:stop] = True
         return FrameSet.from_mask(mask)
+
+    def without_first(self, count: int) -> "FrameSet":
+        """The frames from number `count` on, numbered from 0."""
+        if not count or not self:
+            return self
+        if self.visible is not None:
+            return FrameSet.from_mask(self.as_mask(self.stop)[count:])
+        return FrameSet(max(0, self.first - count), self.stop - count) if self.stop > count else FrameSet()
 
     def __bool__(self) -> bool:
         return self.stop > self.first
@@ -128,7 +148,7 @@ class VisionCall:
     Attributes:
         spans: which text tokens see which vision tokens, in the order of the text tokens.
         has_visible: [B, T, 1], 0 at text tokens that see no vision token, else 1; None if every token sees one.
-        length: length of the packed keys and values after the call.
+        length: length of the packed keys and values after the call, free space included.
         writes: (source, destination) slices: from the new vision tokens to the packed keys and values.
         moves: (source, destination) slices of cached vision tokens that change their place in the packed keys and
             values; None if all stay.
@@ -139,6 +159,36 @@ class VisionCall:
     length: int
     writes: tuple[tuple[slice, slice], ...] = ()
     moves: Optional[tuple[tuple[slice, slice], ...]] = None
+
+    def shifts(self) -> bool:
+        """Whether any cached vision token changes its index, so that a call that fails leaves layers that differ."""
+        return any(source != destination for source, destination in self.moves or ())
+
+
+class Spaces(NamedTuple):
+    """The space of each sample in the packed keys and values.
+
+    Attributes:
+        starts: where each sample begins.
+        ends: where its space ends. New frames are written before it.
+        length: length of the packed keys and values.
+    """
+
+    starts: list[int]
+    ends: list[int]
+    length: int
+
+    @classmethod
+    def plan(cls, tokens: list[int], grows: list[bool]) -> "Spaces":
+        """Spaces one after the other, for `tokens` per sample. A sample that `grows` gets an eighth more than that: so
+        appending a token moves about eight others, however many there are."""
+        sizes = [count + max(VISION_BUFFER, count // 8) * grown for count, grown in zip(tokens, grows, strict=True)]
+        *starts, length = accumulate(sizes, initial=0)
+        return cls(starts, [start + size for start, size in zip(starts, sizes, strict=True)], length)
+
+
+def shifted(first: int, stop: int, offset: int) -> slice:
+    return slice(first + offset, stop + offset)
 
 
 @dataclass(frozen=True)
@@ -201,16 +251,18 @@ class VisionState:
 
     Attributes:
         row_sample: the sample of each row; samples are numbered by their first row.
-        grids: merged (H, W) of every frame of each sample, in the order of the text.
-        placed: number of placed frames of each sample; only these have positions, keys and values.
+        grids: merged (H, W) of every frame of each sample that was not dropped, in the order of the text.
+        placed: number of these frames that are placed; only these have positions, keys and values.
         waiting: vision states [v, D] of the waiting frames of each sample, or None.
         last_visible: the frames that the last token of each row sees; generated tokens see the same.
         rope_delta: long [B]; the token at cache index i has position i + rope_delta. None before the first call.
         length: text tokens in the cache.
-        starts: where each sample begins in the packed keys and values.
-        stored: length of the packed keys and values.
+        starts: where the first frame of each sample begins in the packed keys and values.
+        ends: where the space of each sample ends there.
         unplaced: for each sample, media of zeros that came without an `image_pad`. Each is a blank medium, or an image
             of zeros that a later text may place.
+        dropped: number of frames of each sample that `drop_frames` dropped. Frame numbers do not count them.
+        stored: length of the packed keys and values.
         last_ids: long [B], the last token of the cache; None if it is not known.
         token_counts: long [B], tokens of the cache without padding; None if there is no padding.
         step: the plan of a decode step (one generated token per row). It is planned at the first step, and later steps
@@ -225,7 +277,9 @@ class VisionState:
     waiting: list[Optional[torch.Tensor]]
     last_visible: list[FrameSet]
     starts: list[int]
+    ends: list[int]
     unplaced: list[list[Media]]
+    dropped: list[int]
     stored: int = 0
     length: int = 0
     rope_delta: Optional[torch.Tensor] = None
@@ -245,7 +299,9 @@ class VisionState:
             waiting=[None] * samples,
             last_visible=[FrameSet()] * rows,
             starts=[0] * samples,
+            ends=[0] * samples,
             unplaced=[[] for _ in range(samples)],
+            dropped=[0] * samples,
         )
 
     def first_rows(self) -> list[int]:
@@ -274,7 +330,9 @@ class VisionState:
             waiting=[self.waiting[sample] for sample in samples],
             last_visible=visible,
             starts=[self.starts[sample] for sample in samples],
+            ends=[self.ends[sample] for sample in samples],
             unplaced=[self.unplaced[sample] for sample in samples],
+            dropped=[self.dropped[sample] for sample in samples],
             rope_delta=take_rows(self.rope_delta, rows),
             last_ids=take_rows(self.last_ids, rows),
             token_counts=take_rows(self.token_counts, rows),
@@ -282,11 +340,48 @@ class VisionState:
             past_calls=tuple(replace(call, rows=[call.rows[row] for row in rows]) for call in self.past_calls),
         )
 
+    def without_first(self, counts: list[int]) -> "VisionState":
+        """The state after the `counts` oldest placed frames of each sample were dropped. The tokens see what they saw
+        except these frames. Positions stay."""
+        return replace(
+            self,
+            grids=[grids[count:] for grids, count in zip(self.grids, counts, strict=True)],
+            placed=[placed - count for placed, count in zip(self.placed, counts, strict=True)],
+            starts=[
+                start + count_vision_tokens(grids[:count])
+                for start, grids, count in zip(self.starts, self.grids, counts, strict=True)
+            ],
+            dropped=[dropped + count for dropped, count in zip(self.dropped, counts, strict=True)],
+            last_visible=[
+                frames.without_first(counts[sample])
+                for frames, sample in zip(self.last_visible, self.row_sample, strict=True)
+            ],
+            step=None,
+        )
+
+    def compacted(self) -> tuple["VisionState", VisionCall]:
+        """The state after the space of dropped frames and samples is reclaimed, and the call that moves the tokens."""
+        tokens = list(map(count_vision_tokens, self.grids))
+        grows = [start + count < end for start, count, end in zip(self.starts, tokens, self.ends, strict=True)]
+        spaces = Spaces.plan(tokens, grows)
+        placed = [count_vision_tokens(grids[:count]) for grids, count in zip(self.grids, self.placed, strict=True)]
+        call = VisionCall([], None, spaces.length, moves=self.moves_to(spaces, placed))
+        state = replace(self, starts=spaces.starts, ends=spaces.ends, stored=spaces.length, step=None)
+        return state, call
+
+    def moves_to(self, spaces: Spaces, tokens: list[int]) -> tuple[tuple[slice, slice], ...]:
+        """How the first `tokens` of each sample move to other spaces: (source, destination) slices."""
+        return tuple(
+            (shifted(0, count, start), shifted(0, count, to))
+            for count, start, to in zip(tokens, self.starts, spaces.starts, strict=True)
+            if count
+        )
+
     def cropped(self, length: int) -> "VisionState":
         """The state after the text was cropped to its first `length` tokens.
 
-        Frames whose `image_pad` is cropped are dropped. Waiting frames are dropped if the call that brought them is
-        cropped.
+        Frames whose `image_pad` is cropped are removed, and dropped frames stay dropped. Waiting frames are removed if
+        the call that brought them is cropped.
 
         Raises:
             ValueError: if `length` is below what the state remembers.
@@ -305,11 +400,15 @@ class VisionState:
             past_calls, back = (*past_calls, first), first.after()
         else:
             back = first.before.select_rows(first.rows)._shortened(length)
+        # Of the frames that the earlier state had placed, those that were dropped since then.
+        gone = [now - before for now, before in zip(self.dropped, back.dropped, strict=True)]
+        back = back.without_first([min(count, placed) for count, placed in zip(gone, back.placed, strict=True)])
         all_placed = back.placed == self.placed and list(map(len, back.grids)) == list(map(len, self.grids))
         kept = self if all_placed else self._without_waiting(back.placed)
         return replace(
             kept,
             placed=back.placed,
+            dropped=back.dropped,
             last_visible=back.last_visible,
             rope_delta=back.rope_delta,
             token_counts=back.token_counts,
