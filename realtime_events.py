@@ -109,14 +109,14 @@ class RolledOver(Event):
         reason: "idle", or "forced" if the text would have become too long.
         text_before, text_after: text tokens before and after.
         frames: frames of the window that the stream goes on with.
-        turns_dropped: oldest turns that were left out, because the words alone were too long.
+        words_dropped: oldest answers and prompts that were left out, because they were too long.
     """
 
     reason: str
     text_before: int
     text_after: int
     frames: int
-    turns_dropped: int = 0
+    words_dropped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

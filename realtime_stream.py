@@ -20,6 +20,7 @@ from typing import Optional
 import torch
 from transformers.cache_utils import DynamicCache
 
+from .cache_layers import drop_frames
 from .checks import finite_number, positive_int, positive_number
 from .realtime_events import (
     Ended,
@@ -444,9 +445,8 @@ class RealtimeStream:
 
     def _open(self) -> Work:
         """The prefill of the system prompt and the initial prompt."""
-        messages, _ = self._words(None)
         self.cache = DynamicCache()
-        self._extend(self.protocol.opening(messages))
+        self._extend(self.protocol.opening(self._messages()))
         if self.exchanges[0].prompt:
             self._report(PromptTaken, text=self.exchanges[0].prompt)
         return Work(len(self.ids), [])
@@ -488,8 +488,6 @@ class RealtimeStream:
         times, tokens = zip(*((frame.seconds, frame.vision_tokens) for frame in self.frames), strict=True)
         count = min(self.window.excess(times, tokens), len(times) - keep)
         if count > 0:
-            from .cache_layers import drop_frames
-
             drop_frames(self.cache, self.model.config.text_config, count)
             for _ in range(count):
                 self.frames.popleft()
@@ -576,24 +574,30 @@ class RealtimeStream:
         return self.rollover_idle is not None or self.rollover_forced is not None
 
     def _is_above(self, added: int, limit: Optional[int]) -> bool:
-        """Whether the text with `added` tokens is above a limit. Directly after a rollover it is not, even if the last
-        words alone are above the limit."""
-        return limit is not None and len(self.ids) + added > max(limit, self.rebuilt + limit // 4)
+        """Whether the text with `added` tokens is above a limit. If even a rollover left more than the limit, then a
+        quarter of the limit has to be added until the next one."""
+        if limit is None:
+            return False
+        return len(self.ids) + added > (limit if self.rebuilt <= limit else self.rebuilt + limit // 4)
 
     def _roll_over(self, reason: str) -> None:
         """Starts anew: the cache is made again from the words of the conversation, the frames of the window, and the
-        reply that is being written. The last token stays the one that comes next, so nothing is decided again."""
-        before, limit = len(self.ids), self.rollover_idle or self.rollover_forced
-        if self.replying:
-            last = self.reply_ids
-        else:
-            last = [self.tokens.silence if self.is_silent else self.ids[-1]]
-        messages, dropped = self._words(limit)
-        ids = self.protocol.opening(messages)
-        space = limit - len(ids) - len(last)
-        space -= sum(len(frame.block) for frame in self.frames)
-        while space < 0 and len(self.frames) > 1:
-            space += len(self.frames.popleft().block)
+        reply that is being written. The last token stays the one that comes next, so nothing is decided again.
+
+        If all that is above the limit, or if the last rollover won little, then the oldest words are left out until
+        they have half of the limit, and the oldest frames until a quarter of the limit is free.
+        """
+        before = len(self.ids)
+        limit = min(limit for limit in (self.rollover_idle, self.rollover_forced) if limit is not None)
+        last = self.reply_ids if self.replying else [self.tokens.silence if self.is_silent else self.ids[-1]]
+        ids, dropped = self.protocol.opening(self._messages()), 0
+        others = len(last) + sum(len(frame.block) for frame in self.frames)
+        if len(ids) + others > limit or self.rebuilt > limit - limit // 8:
+            most = limit - limit // 4
+            dropped = self._drop_words(max(most - others, limit // 2))
+            ids = self.protocol.opening(self._messages())
+            while len(ids) + others > most and len(self.frames) > 1:
+                others -= len(self.frames.popleft().block)
         frames = [*self.frames]
 
         self.cache, self.ids, self.fed = DynamicCache(), [], 0
@@ -607,45 +611,42 @@ class RealtimeStream:
             text_before=before,
             text_after=len(self.ids),
             frames=len(frames),
-            turns_dropped=dropped,
+            words_dropped=dropped,
         )
 
-    def _words(self, limit: Optional[int]) -> tuple[list[dict], int]:
-        """The conversation as messages, which end with a turn of the user; answers get `<|silence|>` in front.
-
-        Args:
-            limit: text tokens. If all words have more than half of them, the oldest answers and turns are dropped. The
-                first prompt stays, because it may be a standing request.
-
-        Returns:
-            The messages, and the number of dropped answers and turns.
-        """
-        dropped = 0
-        if limit is not None:
-            total = len(self.protocol.encode(self.system_prompt))
-            sizes = [[len(self.protocol.encode(text)) for text in (e.prompt, *e.answers)] for e in self.exchanges]
-            total += sum(map(sum, sizes))
-            first = self.exchanges[0]
-            while total > limit // 2:
-                if first.answers and (len(first.answers) > 1 or len(self.exchanges) > 1):
-                    first.answers.pop(0)
-                    total -= sizes[0].pop(1)
-                elif len(self.exchanges) > 2:
-                    del self.exchanges[1]
-                    total -= sum(sizes.pop(1))
-                else:
-                    break
-                dropped += 1
+    def _messages(self) -> list[dict]:
+        """The conversation, which ends with a turn of the user; answers get `<|silence|>` in front."""
         messages = [{"role": "system", "content": self.system_prompt}]
         for exchange in self.exchanges:
-            if len(messages) > 1 and messages[-1]["role"] == "user":
+            if messages[-1]["role"] == "user":  # a prompt without an answer
                 messages.append({"role": "assistant", "content": SILENCE})
             messages.append({"role": "user", "content": exchange.prompt})
             if exchange.answers:
                 messages.append({"role": "assistant", "content": "".join(SILENCE + text for text in exchange.answers)})
         if messages[-1]["role"] != "user":
             messages.append({"role": "user", "content": ""})
-        return messages, dropped
+        return messages
+
+    def _drop_words(self, limit: int) -> int:
+        """Drops the oldest answers and prompts until the conversation has at most `limit` tokens. The first prompt
+        stays, because it may be a standing request, and so does the last exchange.
+
+        Returns:
+            How many answers and prompts were dropped.
+        """
+        total, dropped = len(self.protocol.opening(self._messages())), 0
+        first = self.exchanges[0]
+        while total > limit:
+            if first.answers and (len(first.answers) > 1 or len(self.exchanges) > 1):
+                texts = [first.answers.pop(0)]
+            elif len(self.exchanges) > 2:
+                exchange = self.exchanges.pop(1)
+                texts = [exchange.prompt, *exchange.answers]
+            else:
+                break
+            total -= sum(len(self.protocol.encode(text)) for text in texts)
+            dropped += len(texts)
+        return dropped
 
 
 def vision_tokens(grid: list[int], config) -> int:
