@@ -16,7 +16,8 @@ class Event:
 
     @property
     def raw(self) -> str:
-        """What the event adds to the raw output: the text of the tokens that the model wrote."""
+        """What the event adds to the raw output: the text of the tokens that the model wrote, and `<|round_start|>`
+        before the answer to a prompt."""
         return ""
 
 
@@ -25,6 +26,10 @@ class PromptTaken(Event):
     """A prompt of the user is in the cache. The initial prompt counts if it is not empty."""
 
     text: str
+
+    @property
+    def raw(self) -> str:
+        return "<|round_start|>"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from .conversation import PLACEHOLDER
 SILENCE, RESPONSE = "<|silence|>", "<|response|>"
 IM_END, IMAGE_PAD = "<|im_end|>", "<|image_pad|>"
 NEVER_WRITTEN = (IMAGE_PAD, "<|video_pad|>")  # tokens that stand for media; the model cannot make a frame
-ROUND_START = "<|round_start|>"  # a string of output queues, no token
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant specializing in real-time video analysis. The video streams to you frame by "
     "frame. At every frame, you decide independently whether to respond or stay silent \u2014 output `<|silence|>` "

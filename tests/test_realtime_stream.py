@@ -295,7 +295,7 @@ def test_events_of_a_reply_over_two_frames(model, processor):
     assert [event.seconds for event in events[2:]] == [None, 1, 1, 1, 2.5, 2.5, 2.5, 2.5, 2.5]
     assert [event.continues for event in events if names([event]) == ["ResponseBegins"]] == [False, True]
     assert (events[-2].text, events[-2].reason) == ("red star", "silence")
-    assert raw(events) == SILENCE + RESPONSE + "red" + RESPONSE + " star" + SILENCE
+    assert raw(events) == SILENCE + "<|round_start|>" + RESPONSE + "red" + RESPONSE + " star" + SILENCE
     assert events[3].vision_tokens == 5
 
 
