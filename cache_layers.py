@@ -272,6 +272,28 @@ def write_packed(
     return old
 
 
+class JointCache:
+    """The caches of several conversations, one row each, for a call of the model that adds one token to each of them
+    (joint_decoding.py). It holds nothing itself.
+
+    Args:
+        caches: caches that this model filled, each with the prompt of one conversation.
+
+    Raises:
+        ValueError: without caches, and for a cache that is given twice.
+    """
+
+    def __init__(self, caches: Sequence[Cache]):
+        self.caches = list(caches)
+        if not self.caches:
+            raise ValueError("A JointCache was made of no caches; expected at least one.")
+        if len({id(cache) for cache in self.caches}) < len(self.caches):
+            raise ValueError(
+                "A JointCache was made of caches of which one is given twice; expected a separate cache per "
+                "conversation, such as a copy."
+            )
+
+
 def install_layers(cache: Cache, config) -> VisionCacheLayer:
     """Puts layers for the vision sequence into an empty cache, and text layers that write in place. A filled cache has
     these layers already.

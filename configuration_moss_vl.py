@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
     from .generation_queries import Turn  # noqa: F401
     from .generation_queue import QueueServer  # noqa: F401
+    from .generation_rows import AnswerRow  # noqa: F401
+    from .generation_streams import BatchStream  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .image_reading import probe_image  # noqa: F401
+    from .joint_decoding import plan_step  # noqa: F401
     from .media import Media  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
     from .options import OPTIONS  # noqa: F401

@@ -6,7 +6,7 @@ other without padding), v those of them that are new in this call.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from .attention import (
     self_attention_mask,
     usable_implementation,
 )
-from .cache_layers import CACHE, cache_of, cached_length
+from .cache_layers import CACHE, JointCache, cache_of, cached_length
 from .configuration_moss_vl import MossVLTextConfig
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
 from .vision_sequence import VisionCall
@@ -39,6 +39,19 @@ VISION_PIECE = 4096  # vision tokens whose keys and values are computed at once 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
+class RowCall(NamedTuple):
+    """One row of a joint call (joint_decoding.py), whose attention reads a cache of its own.
+
+    Attributes:
+        self_mask, self_implementation, cache_position, vision_call: as in `DecoderCall`, for this row.
+    """
+
+    self_mask: SelfAttentionMask
+    self_implementation: str
+    cache_position: torch.Tensor
+    vision_call: VisionCall
+
+
 class DecoderCall(NamedTuple):
     """What all decoder layers of one call share. It is a tuple, because hooks of accelerate and FSDP move and cast
     tensors in tuples only.
@@ -51,6 +64,8 @@ class DecoderCall(NamedTuple):
         vision_rotary: rotary of the vision tokens that are new in this call, each [v, d]; None if there are none.
         vision_call: which tokens see which vision tokens.
         output_attentions: whether the layers return their weights.
+        rows: the rows of a joint call, whose cache is a `JointCache`. The masks and cache positions of the call itself
+            are not used then. None in other calls.
     """
 
     rotary: Rotary
@@ -61,6 +76,7 @@ class DecoderCall(NamedTuple):
     vision_rotary: Optional[Rotary]
     vision_call: Optional[VisionCall]
     output_attentions: bool
+    rows: Optional[tuple[RowCall, ...]] = None
 
 
 class MossVLRMSNorm(nn.Module):
@@ -129,15 +145,31 @@ class MossVLSelfAttention(MossVLTextAttention):
     is_causal = True
 
     def forward(
-        self, hidden_states: torch.Tensor, call: DecoderCall, cache: Optional[Cache] = None
+        self, hidden_states: torch.Tensor, call: DecoderCall, cache: Union[Cache, JointCache, None] = None
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] if the implementation is eager, else None."""
         query = self.queries(hidden_states, call.rotary)
         key, value = self.keys_values(hidden_states, call.rotary)
+        if call.rows is None:
+            out, weights = self._attend(query, key, value, call, cache)
+        else:
+            parts = zip(query.split(1), key.split(1), value.split(1), call.rows, cache.caches, strict=True)
+            out, weights = torch.cat([self._attend(*part)[0] for part in parts]), None
+        return self.o_proj(out.flatten(2)), weights
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Union[DecoderCall, RowCall],
+        cache: Optional[Cache],
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Adds the new keys and values [B, K, T, d] to the cache, and attends to all: [B, T, H, d] and the weights."""
         if cache is not None:  # the static cache of transformers 4 needs the cache positions
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": call.cache_position})
         mask, causal, texts = call.self_mask
-        out, weights = attend(
+        return attend(
             self,
             query,
             key,
@@ -148,7 +180,6 @@ class MossVLSelfAttention(MossVLTextAttention):
             dropout=self.attention_dropout,
             texts=texts,
         )
-        return self.o_proj(out.flatten(2)), weights
 
 
 class MossVLCrossAttention(MossVLTextAttention):
@@ -159,7 +190,7 @@ class MossVLCrossAttention(MossVLTextAttention):
         hidden_states: torch.Tensor,
         vision_states: Optional[torch.Tensor],
         call: DecoderCall,
-        cache: Optional[Cache] = None,
+        cache: Union[Cache, JointCache, None] = None,
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Attends to the packed vision sequence, span by span.
 
@@ -175,6 +206,9 @@ class MossVLCrossAttention(MossVLTextAttention):
         if vision_states is not None:
             key, value = self.vision_keys_values(vision_states, call.vision_rotary)
         query = self.queries(hidden_states, call.rotary).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
+        if call.rows is not None:
+            out = self._attend_rows(query, call, cache)
+            return self.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
         if cache is not None:
             layer = cache.layers[self.layer_idx]
             layer.store(key, value, call.vision_call)
@@ -187,7 +221,7 @@ class MossVLCrossAttention(MossVLTextAttention):
         """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
         weights of each span."""
         implementation = call.cross_implementation
-        with_mask = "sdpa" if attention_kind(implementation) == "flash" else implementation
+        with_mask = masked_implementation(implementation)
         outs, weights, done = [], [], 0
         for span in call.vision_call.spans:
             if span.text.start > done:
@@ -209,6 +243,38 @@ class MossVLCrossAttention(MossVLTextAttention):
             outs.append(query.new_zeros(query.shape[0] - done, *query.shape[1:]))
         return (torch.cat(outs) if len(outs) > 1 else outs[0]), weights
 
+    def _attend_rows(self, query: torch.Tensor, call: DecoderCall, joint: JointCache) -> torch.Tensor:
+        """query [B, H, d], one token for each row of a joint call -> [B, H, d], 0 at rows that see no vision token.
+        Rows that see the same tokens of the same tensors, as copies of one conversation do, are one attention call, so
+        keys are read once."""
+        groups: dict[tuple, list[int]] = {}
+        stored, queries = {}, query.split(1)
+        outs = list(torch.zeros_like(query).split(1))
+        for index, (row, cache) in enumerate(zip(call.rows, joint.caches, strict=True)):
+            for span in row.vision_call.spans:  # one, or none
+                layer = cache.layers[self.layer_idx]
+                layer.store(None, None, row.vision_call)
+                stored[index] = layer.in_dtype(query.dtype)
+                alone = None if span.visible is None else index
+                storage = tuple((part.data_ptr(), part.stride()) for part in stored[index])
+                groups.setdefault((storage, span.vision.start, span.vision.stop, alone), []).append(index)
+        for rows in groups.values():
+            (key, value), [span] = stored[rows[0]], call.rows[rows[0]].vision_call.spans
+            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
+            implementation = call.cross_implementation
+            attended, _ = attend(
+                self,
+                torch.cat([queries[row] for row in rows]).transpose(0, 1)[None],  # [1, H, rows, d]
+                key[:, :, span.vision],
+                value[:, :, span.vision],
+                mask,
+                implementation if mask is None else masked_implementation(implementation),
+                dropout=self.attention_dropout,
+            )
+            for row, out in zip(rows, attended[0].split(1), strict=True):
+                outs[row] = out
+        return torch.cat(outs)
+
     def vision_keys_values(self, states: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """[v, D] -> keys and values, each [1, K, v, d]. Without gradients they are computed in pieces to save memory,
         and are contiguous per head, which later tokens read faster."""
@@ -229,6 +295,11 @@ class MossVLCrossAttention(MossVLTextAttention):
         for span, weight in zip(call.spans, weights, strict=True):
             out[span.text, :, : weight.shape[-1]] = weight[0].transpose(0, 1)
         return out.unflatten(0, like.shape[:2]).transpose(1, 2)
+
+
+def masked_implementation(implementation: str) -> str:
+    """The implementation for a span with a mask, which flash-attention does not take."""
+    return "sdpa" if attention_kind(implementation) == "flash" else implementation
 
 
 class MossVLSelfAttentionLayer(MossVLLayer):
@@ -331,7 +402,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         input_ids: Optional[torch.LongTensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.LongTensor] = None,
-        cache: Optional[Cache] = None,
+        cache: Union[Cache, JointCache, None] = None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         vision_states: Optional[torch.FloatTensor] = None,
         vision_position_ids: Optional[torch.LongTensor] = None,
@@ -340,6 +411,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         output_hidden_states: bool = False,
         past_key_values: Optional[Cache] = None,
         text_index: Optional[torch.LongTensor] = None,
+        vision_calls_of_rows: Optional[list[VisionCall]] = None,
     ) -> MossVLModelOutput:
         """The decoder layers and the final norm.
 
@@ -352,12 +424,13 @@ class MossVLTextModel(MossVLPreTrainedModel):
                 any and none is new.
             text_index: [B, T], for packed rows the index of each token's text, rising along the row. A token sees only
                 tokens of the same text. Not with a filled cache; without effect beside a ready 4D mask.
+            vision_calls_of_rows: with a `JointCache`, which vision tokens of its own cache each row sees.
 
         Raises:
             ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = cache_of(cache, past_key_values)
+        cache = cache if isinstance(cache, JointCache) else cache_of(cache, past_key_values)
         if vision_states is not None:  # the encoder may have another dtype
             vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))
         call = self._decoder_call(
@@ -369,6 +442,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
             vision_call,
             text_index,
             output_attentions,
+            vision_calls_of_rows,
         )
         reads_vision = vision_call is not None and (vision_call.spans or vision_call.writes)
         all_states, attentions, cross_attentions = [], [], []
@@ -400,9 +474,11 @@ class MossVLTextModel(MossVLPreTrainedModel):
         vision_call: Optional[VisionCall],
         text_index: Optional[torch.Tensor],
         output_attentions: bool,
+        vision_calls_of_rows: Optional[list[VisionCall]],
     ) -> DecoderCall:
         """What the layers share, from the arguments of `forward`; hidden_states [B, T, D]."""
-        config, device, past_length = self.config, hidden_states.device, cached_length(cache)
+        config, device, joint = self.config, hidden_states.device, vision_calls_of_rows is not None
+        past_length = 0 if joint else cached_length(cache)
         cache_position = torch.arange(past_length, past_length + hidden_states.shape[1], device=device)
         position_ids = cache_position[None] if position_ids is None else position_ids
         if position_ids.ndim == 2:
@@ -418,8 +494,11 @@ class MossVLTextModel(MossVLPreTrainedModel):
         if config.cross_attention_implementation is not None:
             name = config.cross_attention_implementation
             cross_implementation = self._implementation(name, hidden_states, output_attentions)
+        rows = None
+        if joint:
+            rows = self._row_calls(hidden_states, cache, implementation, vision_calls_of_rows)
         self_mask, self_implementation = self_attention_mask(
-            config, attention_mask, hidden_states, cache, implementation, text_index
+            config, attention_mask, hidden_states, None if joint else cache, implementation, text_index
         )
         return DecoderCall(
             rotary=(cos[:, None], sin[:, None]),
@@ -430,6 +509,18 @@ class MossVLTextModel(MossVLPreTrainedModel):
             vision_rotary=vision_rotary,
             vision_call=vision_call,
             output_attentions=output_attentions,
+            rows=rows,
+        )
+
+    def _row_calls(
+        self, hidden_states: torch.Tensor, joint: JointCache, implementation: str, vision_calls: list[VisionCall]
+    ) -> tuple[RowCall, ...]:
+        """The rows of a joint call, hidden_states [B, 1, D]."""
+        lengths = torch.tensor([cached_length(cache) for cache in joint.caches], device=hidden_states.device)
+        parts = zip(hidden_states.split(1), joint.caches, lengths.split(1), vision_calls, strict=True)
+        return tuple(
+            RowCall(*self_attention_mask(self.config, None, row, cache, implementation), length, vision_call)
+            for row, cache, length, vision_call in parts
         )
 
     def _implementation(self, name: Optional[str], states: torch.Tensor, need_weights: bool) -> str:

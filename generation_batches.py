@@ -59,19 +59,25 @@ def encode_turn(model, processor, turn: Turn, alone: bool = True) -> dict:
 
 def answer_turns(model, processor, turns: list[Turn], inputs: list) -> list[str]:
     """The answer to each turn. Replaces used items of `inputs` by None, to free their memory."""
-    device = "cpu" if model.device.type == "meta" else model.device  # meta: the weights are offloaded
     texts = [None] * len(turns)
     for group in group_turns(turns, inputs):
-        batch = left_pad([inputs[i] for i in group], turns[group[0]].generate["pad_token_id"])
+        batch, arguments = generate_inputs(model, turns[group[0]].generate, [inputs[i] for i in group])
         for i in group:
             inputs[i] = None
-        arguments = _arguments_of_batch(turns[group[0]].generate, batch["attention_mask"])
-        for name in ("input_ids", "attention_mask", "grid_thw"):  # the model moves pixels chunk by chunk
-            batch[name] = batch[name].to(device)
         ids = model.generate(**batch, **arguments)[:, batch["input_ids"].shape[1] :]
         for i, text in zip(group, processor.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             texts[i] = text
     return texts
+
+
+def generate_inputs(model, generate: dict, inputs: list) -> tuple[dict, dict]:
+    """The keyword arguments of one `generate` call: its batch, from inputs of batch size 1, and its options."""
+    device = "cpu" if model.device.type == "meta" else model.device  # meta: the weights are offloaded
+    batch = left_pad(inputs, generate["pad_token_id"])
+    arguments = _arguments_of_batch(generate, batch["attention_mask"])
+    for name in ("input_ids", "attention_mask", "grid_thw"):  # the model moves pixels chunk by chunk
+        batch[name] = batch[name].to(device)
+    return batch, arguments
 
 
 def _arguments_of_batch(arguments: dict, attention_mask: torch.Tensor) -> dict:

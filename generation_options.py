@@ -197,6 +197,12 @@ def generate_arguments(model, tokenizer, given, vision_chunked_length: int) -> d
     return arguments
 
 
+def check_option(name: str, value):
+    """An option of `REQUIRED_NUMBERS` that is an argument of a method, converted. Raises ValueError."""
+    REQUIRED_NUMBERS[name].check(name, value)
+    return REQUIRED_NUMBERS[name].convert(value)
+
+
 def _tokens(model, tokenizer, given: dict) -> dict:
     """The arguments of `generate` that come from the tokenizer unless they are given."""
     tokens = {}

@@ -125,6 +125,10 @@ class Turn:
         messages = [*self.messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return messages, {"messages": messages, "media_kwargs": self.media_kwargs} if self.persist else self.state
 
+    def result(self, index: int, text: str, messages: list[dict]) -> dict:
+        """The result of the query, as `offline_batch_generate` returns it."""
+        return {**self.extra, "index": index, "text": text, "input_text": self.text, "messages": messages}
+
 
 def read_query(model, processor, query, state, vision_chunked_length: int) -> Turn:
     """The turn that a query adds to a session state. Decodes no media.
@@ -133,7 +137,7 @@ def read_query(model, processor, query, state, vision_chunked_length: int) -> Tu
         ValueError: for an error in the query, the state or a probed medium, or a wrong processor.
         FileNotFoundError: for a missing image.
     """
-    _check_processor(processor)
+    check_processor(processor)
     extra = check_query(query, QUERY_KEYS)
     _check_state(state)
     if read_flag(query, "reset_session") or read_flag(query, "clear_history"):
@@ -228,7 +232,7 @@ def _check_unknown_key(name, value) -> None:
         )
 
 
-def _check_processor(processor) -> None:
+def check_processor(processor) -> None:
     missing = [name for name in ("tokenizer", "image_processor", "video_processor") if not hasattr(processor, name)]
     if missing:
         raise ValueError(f"processor must be a MossVLProcessor, got a {type(processor).__name__} without {missing[0]}")

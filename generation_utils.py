@@ -3,6 +3,8 @@
     generation_queries.py    reads and checks queries, before anything is decoded
     generation_options.py    reads and checks their options of the processors and of `generate`
     generation_batches.py    encodes turns, and joins those with equal arguments into one left-padded `generate` call
+    generation_rows.py       answers that are written beside each other, token by token
+    generation_streams.py    streams of events of many answers
     generation_queue.py      serves queries from a queue
 
 No call changes the model or the processor. A conversation continues from the session state that a call returned.
@@ -20,6 +22,7 @@ from .generation_options import (
     NOT_TEXT,
     VIDEO_OPTIONS,
     VISION_CHUNKED_LENGTH,
+    check_option,
     check_options,
 )
 from .generation_queries import (
@@ -30,11 +33,13 @@ from .generation_queries import (
     THINKING_PROMPT,
     WEIGHT_OPTIONS,
     Turn,
+    check_processor,
     list_media,
     name_query,
     read_query,
 )
 from .generation_queue import QueueServer
+from .generation_streams import PREPARED_BYTES, BatchStream
 from .options import REFUSED
 
 
@@ -218,6 +223,55 @@ class MossVLGenerationMixin:
                 inputs.append(encode_turn(self, processor, turn, alone=len(turns) == 1))
         return _collect_results(turns, answer_turns(self, processor, turns, inputs))
 
+    def stream_batch(
+        self,
+        processor,
+        queries: list[dict] = (),
+        session_states: list | None = None,
+        *,
+        batch_size: int = 8,
+        prepared_bytes: int = PREPARED_BYTES,
+        vision_chunked_length: int = VISION_CHUNKED_LENGTH,
+        open_ended: bool = False,
+    ) -> BatchStream:
+        """Answers many queries, and yields their answers in pieces as they are written, beside each other.
+
+        Up to `batch_size` answers are written at once, each on its own cache: one call of the model adds a token to
+        all of them. If an answer ends, the next query takes its row. Each answer is the same as for the query alone;
+        sampled answers depend on the order in which tokens are drawn. A long prompt lets the other answers wait while
+        it is prefilled.
+
+        Args:
+            queries, session_states, vision_chunked_length: as for `offline_batch_generate`. Each query may have its
+                own options. Beams, assisted decoding and other methods that do not add one token per call are written
+                by `generate` when their turn comes, while the others wait, and give one piece.
+            batch_size: most answers that are written at once.
+            prepared_bytes: a background thread decodes the media of the next queries while their pixels together have
+                fewer bytes than this. At least one query is prepared.
+            open_ended: True lets the iteration wait for queries of `add`, until `finish` is called.
+
+        Returns:
+            An iterator and asynchronous iterator of events with `kind` and `index`: "piece" (`text`), "end" (`text`,
+            `reason`, `result`, `session_state`) and "error" (`error`, which ends this query only). Methods:
+            `add(query, session_state=None)` returns an index, `cancel(index)`, `finish()`, `close()`,
+            `for_each(callback)`, `results()`.
+
+        Raises:
+            ValueError: for wrong arguments. An error in a query is an event.
+        """
+        _check_batch(queries, session_states)
+        check_processor(processor)
+        return BatchStream(
+            self,
+            processor,
+            queries,
+            session_states,
+            batch_size,
+            prepared_bytes,
+            check_option("vision_chunked_length", vision_chunked_length),
+            open_ended,
+        )
+
     def offline_generate(
         self, processor, new_queries, output_text_queue, vision_chunked_length: int = VISION_CHUNKED_LENGTH
     ) -> None:
@@ -292,6 +346,6 @@ def _collect_results(turns: list[Turn], texts: list[str]) -> dict:
     results, session_states = [], []
     for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
         messages, state = turn.finish(text)
-        results.append({**turn.extra, "index": index, "text": text, "input_text": turn.text, "messages": messages})
+        results.append(turn.result(index, text, messages))
         session_states.append(state)
     return {"results": results, "session_states": session_states}

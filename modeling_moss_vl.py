@@ -23,6 +23,7 @@ from .attention import check_implementations, check_ready_mask
 from .cache_layers import (
     CACHE,
     CacheContents,
+    JointCache,
     cache_contents,
     cache_of,
     cached_length,
@@ -52,7 +53,10 @@ from .generation_hooks import MossVLGenerateHooks
 from .generation_options import GENERATE_DEFAULTS  # noqa: F401
 from .generation_queries import Turn  # noqa: F401
 from .generation_queue import QueueServer  # noqa: F401
+from .generation_rows import AnswerRow  # noqa: F401
+from .generation_streams import BatchStream  # noqa: F401
 from .generation_utils import MossVLGenerationMixin
+from .joint_decoding import finish_step, plan_step, read_joint, read_tokens, undone_on_error
 from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
@@ -176,6 +180,22 @@ class MossVLModel(MossVLPreTrainedModel):
     ) -> MossVLModelOutput:
         """See `MossVLForConditionalGeneration.forward`."""
         config = self.config
+        others = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "pixel_values": pixel_values,
+            "image_features": image_features,
+            "grid_thw": grid_thw,
+            "image_grid_thw": image_grid_thw,
+            "media_nums_per_sample": media_nums_per_sample,
+            "cross_attention_mask": cross_attention_mask,
+            "prompt_length": prompt_length,
+            "rows_per_sample": rows_per_sample if rows_per_sample != 1 else None,
+            "output_attentions": output_attentions,
+        }
+        joint = read_joint(cache, past_key_values, others, input_ids, inputs_embeds)
+        if joint is not None:
+            return self._forward_joint(input_ids, inputs_embeds, joint, output_hidden_states)
         text = inputs_embeds if input_ids is None else input_ids
         cache = cache_of(cache, past_key_values)
         grid_thw = choose_grid(grid_thw, image_grid_thw)
@@ -237,6 +257,31 @@ class MossVLModel(MossVLPreTrainedModel):
             last_ids = None if input_ids is None else input_ids[:, -1].clone()
             state_layer.state = replace(state, waiting=waiting, last_ids=last_ids)
         outputs.rope_deltas, outputs.text_starts = positions.rope_delta, positions.text_starts
+        return outputs
+
+    def _forward_joint(
+        self,
+        input_ids: Optional[torch.LongTensor],
+        inputs_embeds: Optional[torch.FloatTensor],
+        joint: JointCache,
+        output_hidden_states: Optional[bool],
+    ) -> MossVLModelOutput:
+        """One token for each cache of a `JointCache`; see joint_decoding.py. If it fails, no cache has changed."""
+        config = self.config
+        self._check_use_cache(joint, None)
+        step = plan_step(config, joint, inputs_embeds if input_ids is None else input_ids)
+        with undone_on_error(joint, config):
+            outputs = self.language_model(
+                input_ids,
+                position_ids=step.positions,
+                cache=joint,
+                inputs_embeds=inputs_embeds,
+                vision_call=step.call,
+                output_hidden_states=bool(output_hidden_states),
+                vision_calls_of_rows=step.rows,
+            )
+        finish_step(joint, config, step, input_ids)
+        outputs.rope_deltas = step.rope_deltas
         return outputs
 
     def _check_inputs(
@@ -539,7 +584,8 @@ class MossVLForConditionalGeneration(
             position_ids: [B, T] or [3, B, T], in place of XRoPE's text positions. Positions that only count the tokens
                 of a row are replaced by XRoPE's. If positions start again within a row, the row holds packed texts;
                 each text sees only its tokens and its frames.
-            cache: any transformers cache, empty or filled by this model.
+            cache: any transformers cache, empty or filled by this model; or a `JointCache` of several caches, for one
+                token in each, see `decode_rows`.
             inputs_embeds: [B, T, D], in place of the embeddings of `input_ids`. With frames, `input_ids` is needed as
                 well, to place the frames.
             labels: [B, T], one per token of `input_ids`, -100 for tokens without a loss. The loss is next-token
@@ -615,6 +661,26 @@ class MossVLForConditionalGeneration(
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
+
+    @torch.no_grad()
+    def decode_rows(self, tokens, caches: list[Cache]) -> torch.Tensor:
+        """Adds one token to each of several conversations in one call. Prompts and frames are prefilled alone, with
+        forward on each cache.
+
+        Args:
+            tokens: one id per cache: a list, or a tensor [R] or [R, 1].
+            caches: R separate caches that this model filled, one row each, without padding. Text lengths and vision
+                tokens may differ.
+
+        Returns:
+            The logits [R, vocab] of the next tokens; for each row those that forward on its cache alone gives.
+
+        Raises:
+            ValueError: for the first cache that cannot take a token. If the call fails, no cache has changed.
+        """
+        joint = JointCache(caches)
+        ids = read_tokens(tokens, len(joint.caches), self.model.language_model.embed_tokens.weight.device)
+        return self(input_ids=ids, **{CACHE: joint}).logits[:, -1]
 
     def _loss(
         self,

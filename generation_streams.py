@@ -1,0 +1,414 @@
+"""Answers of many queries as a stream of events, written beside each other (continuous batching).
+
+A background thread reads queries and decodes their media, in order, within a budget. The thread that asks for events
+does everything on the model: it prefills a prompt as soon as a row is free, and adds one token to all rows at once.
+"""
+
+import asyncio
+import numbers
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional, Union
+
+import torch
+
+from .checks import check_number
+from .generation_batches import encode_turn, generate_inputs
+from .generation_queries import Turn, name_query, read_query
+from .generation_rows import AnswerRow, CancelCriterion, PieceStreamer, add_tokens, as_ids, next_logits, start_row
+
+
+PREPARED_BYTES = 1 << 30  # pixels that wait, by default
+
+
+@dataclass(frozen=True)
+class AnswerPiece:
+    """A piece of the answer to query `index`. The pieces of a query join to its answer."""
+
+    kind: ClassVar[str] = "piece"
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class AnswerEnd:
+    """The end of an answer.
+
+    Attributes:
+        index: the query.
+        text: the whole answer.
+        reason: "stop"; "length" if the answer has as many tokens as it may; "cancelled".
+        result: the result of the query, as `offline_batch_generate` returns it. If the query was cancelled before its
+            answer began, only "index" and "text".
+        session_state: the state after the query.
+    """
+
+    kind: ClassVar[str] = "end"
+    index: int
+    text: str
+    reason: str
+    result: dict = field(repr=False)
+    session_state: Optional[dict] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class AnswerError:
+    """An error that ends the answer to query `index`, and no other."""
+
+    kind: ClassVar[str] = "error"
+    index: int
+    error: Exception
+
+
+AnswerEvent = Union[AnswerPiece, AnswerEnd, AnswerError]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A query of a stream.
+
+    Attributes:
+        query, state: as the caller gave them.
+        turn, inputs: what the background thread makes of them.
+        error: why it could not.
+        prepared: whether the background thread is done.
+        cancelled: whether the caller has cancelled the query.
+        row, pieces: the answer that is being written; None before it begins.
+    """
+
+    index: int
+    query: dict
+    state: Optional[dict]
+    turn: Optional[Turn] = None
+    inputs: Optional[dict] = None
+    error: Optional[Exception] = None
+    prepared: bool = False
+    cancelled: bool = False
+    row: Optional[AnswerRow] = None
+    pieces: Optional[PieceStreamer] = None
+
+    def pixel_bytes(self) -> int:
+        tensors = [] if self.inputs is None else [self.inputs.get(name) for name in ("pixel_values", "image_features")]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+class BatchStream:
+    """The answers to many queries, as an iterator of events; also an asynchronous one. See
+    `MossVLForConditionalGeneration.stream_batch`.
+
+    `add`, `cancel`, `finish` and `close` may be called between two events, and from other threads. Several threads may
+    take events.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        queries: Iterable[dict],
+        session_states: Optional[list],
+        batch_size: int,
+        prepared_bytes: int,
+        vision_chunked_length: int,
+        open_ended: bool,
+    ):
+        check_number("batch_size", batch_size, numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
+        check_number("prepared_bytes", prepared_bytes, numbers.Integral, "a number of bytes", lambda x: x >= 0)
+        self._model, self._processor = model, processor
+        self._batch_size, self._prepared_bytes = batch_size, prepared_bytes
+        self._vision_chunked_length = vision_chunked_length
+        self._open = open_ended
+        self._inference = torch.is_inference_mode_enabled()  # not inherited by threads
+        self._entries: list[_Entry] = []  # of all queries that have not ended, by index; None afterwards
+        self._to_prepare: deque[_Entry] = deque()
+        self._to_start: deque[_Entry] = deque()  # in the order of the queries, whether prepared or not
+        self._rows: list[_Entry] = []
+        self._events: deque[AnswerEvent] = deque()
+        self._changed = threading.Condition(threading.RLock())  # guards all of these
+        self._at_model = threading.Lock()  # held by the thread that uses the model
+        self._preparing = self._closed = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="moss-vl-media")
+        self._next: Optional[asyncio.Future] = None
+        states = [None] * len(queries) if session_states is None else session_states
+        for query, state in zip(queries, states, strict=True):
+            self._enqueue(query, state)
+        with self._changed:
+            self._prepare_next()
+
+    # what callers do
+
+    def add(self, query: dict, session_state: Optional[dict] = None) -> int:
+        """Adds a query and returns its index. If the iteration has ended, it can go on.
+
+        Raises:
+            ValueError: after `close` or `finish`.
+        """
+        with self._changed:
+            if self._closed:
+                raise ValueError("the stream is closed and takes no query; call stream_batch again")
+            index = self._enqueue(query, session_state)
+            self._prepare_next()
+            self._changed.notify_all()
+        return index
+
+    def cancel(self, index: int) -> bool:
+        """Ends the answer to a query: it leaves its row before the next token, and its end event says "cancelled".
+
+        Returns:
+            False if the query had ended already.
+
+        Raises:
+            ValueError: for an index that no query has.
+        """
+        with self._changed:
+            if not isinstance(index, int) or not 0 <= index < len(self._entries):
+                raise ValueError(f"index must be that of one of the {len(self._entries)} queries, got {index!r}")
+            entry = self._entries[index]
+            if entry is None or self._closed:
+                return False
+            entry.cancelled = True
+            self._changed.notify_all()
+        return True
+
+    def finish(self) -> None:
+        """Ends an open-ended stream after the queries that it has."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Drops all queries that have not ended, with their media and caches. The iteration ends, without events for
+        them."""
+        with self._changed:
+            self._closed, self._open = True, False
+            for entries in (self._to_prepare, self._to_start, self._rows, self._events):
+                entries.clear()
+            self._entries = [None] * len(self._entries)
+            self._changed.notify_all()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def for_each(self, callback: Callable[[AnswerEvent], object]) -> None:
+        """Calls `callback` with each event, until the stream ends."""
+        for event in self:
+            callback(event)
+
+    def results(self) -> dict:
+        """Takes all events, and returns what `offline_batch_generate` returns; for a query with an error, its result
+        has the keys "index" and "error".
+
+        Raises:
+            ValueError: if events were taken before.
+        """
+        ends = {event.index: event for event in self if event.kind != "piece"}
+        if sorted(ends) != list(range(len(self._entries))):
+            raise ValueError("some answers have ended before; call results() before you take events")
+        ends = [ends[index] for index in sorted(ends)]
+        return {
+            "results": [
+                {"index": end.index, "error": end.error} if end.kind == "error" else end.result for end in ends
+            ],
+            "session_states": [getattr(end, "session_state", None) for end in ends],
+        }
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def __del__(self):
+        if hasattr(self, "_pool"):
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def __next__(self) -> AnswerEvent:
+        event = self._take_event()
+        if event is None:
+            raise StopIteration
+        return event
+
+    def __aiter__(self) -> "BatchStream":
+        return self
+
+    async def __anext__(self) -> AnswerEvent:
+        """The model runs on a thread. If the waiting task is cancelled, the event is kept for the next one."""
+        if self._next is None:
+            self._next = asyncio.ensure_future(asyncio.to_thread(self._take_event))
+        try:
+            event = await asyncio.shield(self._next)
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            self._next = None
+            raise
+        self._next = None
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    # the background thread
+
+    def _enqueue(self, query, state) -> int:
+        with self._changed:
+            entry = _Entry(len(self._entries), query, state)
+            for entries in (self._entries, self._to_prepare, self._to_start):
+                entries.append(entry)
+            return entry.index
+
+    def _prepare_next(self) -> None:
+        """Has the background thread prepare the next query, if it is idle and the budget has space. At least one query
+        is prepared whatever the budget."""
+        ready = [entry for entry in self._to_start if entry.prepared]
+        full = len(ready) >= self._batch_size or sum(map(_Entry.pixel_bytes, ready)) >= self._prepared_bytes
+        if self._closed or self._preparing or not self._to_prepare or (ready and full):
+            return
+        self._preparing = True
+        entry = self._to_prepare.popleft()
+        self._pool.submit(self._prepare, entry, alone=len(self._entries) == 1)
+
+    def _prepare(self, entry: _Entry, alone: bool) -> None:
+        try:
+            if not entry.cancelled:
+                with torch.inference_mode(self._inference), name_query(entry.index):
+                    turn = read_query(
+                        self._model, self._processor, entry.query, entry.state, self._vision_chunked_length
+                    )
+                    entry.turn, entry.inputs = turn, encode_turn(self._model, self._processor, turn, alone)
+        except Exception as error:
+            entry.error = error
+        with self._changed:
+            entry.prepared, self._preparing = True, False
+            self._changed.notify_all()
+            self._prepare_next()
+
+    # the thread that uses the model
+
+    def _take_event(self) -> Optional[AnswerEvent]:
+        """The next event; None at the end."""
+        with self._at_model:
+            while True:
+                with self._changed:
+                    if self._closed:
+                        return None
+                    if self._events:
+                        return self._events.popleft()
+                if not self._advance():
+                    return None
+
+    def _advance(self) -> bool:
+        """Prefills the next prompt if a row is free, then adds a token to each row; waits if there is nothing to do.
+        False at the end."""
+        with self._changed:
+            if self._end_cancelled():
+                return True
+            entry = None
+            if self._to_start and self._to_start[0].prepared and len(self._rows) < self._batch_size:
+                entry = self._to_start.popleft()
+                self._prepare_next()
+            elif not self._rows:
+                if not self._to_start and not self._open:
+                    return False
+                self._changed.wait()
+                return True
+        if entry is not None:
+            self._start(entry)
+        if self._rows:
+            self._add_tokens(list(self._rows))
+        return True
+
+    def _end_cancelled(self) -> bool:
+        """Ends the answers that were cancelled. Whether there were any."""
+        cancelled = [entry for entry in (*self._rows, *self._to_start) if entry.cancelled]
+        for entry in cancelled:
+            for entries in (self._to_prepare, self._to_start):
+                if entry in entries:
+                    entries.remove(entry)
+            self._end(entry, "cancelled")
+        if cancelled:
+            self._prepare_next()
+        return bool(cancelled)
+
+    def _start(self, entry: _Entry) -> None:
+        """Prefills a prompt, and writes the first token. An answer that needs another method of `generate` is written
+        here as a whole."""
+        if entry.error is not None:
+            return self._fail(entry, entry.error)
+        try:
+            batch, arguments = generate_inputs(self._model, entry.turn.generate, [entry.inputs])
+            entry.inputs, entry.pieces = None, PieceStreamer(self._processor.tokenizer)
+            started = start_row(self._model, batch, arguments)
+            if started is None:
+                return self._answer_alone(entry, batch, arguments)
+        except Exception as error:
+            return self._fail(entry, error)
+        del batch
+        entry.row, logits = started
+        self._rows.append(entry)
+        self._write([entry], [logits])
+
+    def _answer_alone(self, entry: _Entry, batch: dict, arguments: dict) -> None:
+        criteria = [*arguments.get("stopping_criteria", ()), CancelCriterion(lambda: entry.cancelled)]
+        prompt_length = batch["input_ids"].shape[1]
+        ids = self._model.generate(**batch, **arguments | {"stopping_criteria": criteria})[:, prompt_length:]
+        [text] = self._processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        if text:
+            entry.pieces.pieces.append(text)
+        eos = as_ids(arguments.get("eos_token_id", self._model.generation_config.eos_token_id))
+        full = ids.shape[1] == arguments.get("max_new_tokens") and int(ids[0, -1]) not in eos
+        self._end(entry, "cancelled" if entry.cancelled else "length" if full else "stop")
+
+    def _add_tokens(self, entries: list[_Entry]) -> None:
+        """One joint call for all rows. If it fails, each row is tried alone, so that only rows that fail end."""
+        try:
+            logits = next_logits(self._model, [entry.row for entry in entries])
+        except Exception as error:
+            if len(entries) == 1:
+                return self._fail(entries[0], error)
+            for entry in entries:
+                self._add_tokens([entry])
+            return
+        self._write(entries, logits)
+
+    def _write(self, entries: list[_Entry], logits: list[torch.Tensor]) -> None:
+        """Adds a token to each of these rows. Rows that end leave."""
+        for entry, token in zip(entries, add_tokens([entry.row for entry in entries], logits), strict=True):
+            if isinstance(token, Exception):
+                self._fail(entry, token)
+                continue
+            entry.pieces.write(token)
+            if entry.row.ended:
+                full = entry.row.tokens.ids.shape[1] >= entry.row.max_length
+                self._end(entry, "length" if full and token not in entry.row.eos_token_ids else "stop")
+            else:
+                self._tell_piece(entry)
+
+    def _tell_piece(self, entry: _Entry) -> None:
+        if text := entry.pieces.take():
+            self._events.append(AnswerPiece(entry.index, text))
+
+    def _end(self, entry: _Entry, reason: str) -> None:
+        text, result, state = "", {"index": entry.index, "text": ""}, entry.state
+        if entry.pieces is not None:
+            entry.pieces.end()
+            self._tell_piece(entry)
+            text, turn = entry.pieces.text, entry.turn
+            messages, state = turn.finish(text)
+            result = turn.result(entry.index, text, messages)
+        self._leave(entry)
+        self._events.append(AnswerEnd(entry.index, text, reason, result, state))
+
+    def _fail(self, entry: _Entry, error: Exception) -> None:
+        self._leave(entry)
+        self._events.append(AnswerError(entry.index, error))
+
+    def _leave(self, entry: _Entry) -> None:
+        """Frees what a query holds."""
+        with self._changed:
+            if entry in self._rows:
+                self._rows.remove(entry)
+            self._entries[entry.index] = None
+        entry.row = entry.inputs = None
