@@ -396,8 +396,17 @@ class MossVLRealtimeMixin:
         Raises:
             ValueError: for a checkpoint that is no realtime one, and for a wrong option.
         """
-        stream = RealtimeStream(self, processor, initial_prompt, system_prompt, frame_queue_size, **generate_kwargs)
+        stream = self.create_realtime_stream(
+            processor, initial_prompt, system_prompt, frame_queue_size=frame_queue_size, **generate_kwargs
+        )
         return RealtimeSession(stream, max_tokens_per_turn)
+
+    def create_realtime_stream(
+        self, processor, initial_prompt: str = "", system_prompt: Optional[str] = None, **options
+    ) -> RealtimeStream:
+        """A session without threads and without a clock: the caller pushes prompts and frames, calls `step`, and gets
+        events. For evaluation and for files. Arguments as for `create_realtime_session`, without the pace."""
+        return RealtimeStream(self, processor, initial_prompt, system_prompt, **options)
 
     def online_generate(
         self,

@@ -352,7 +352,17 @@ class Recorder:
 PROMPTS = ["What color?", "Where?", "", "Tell me everything that you see."]
 
 
-def test_sessions_at_once_each_get_what_they_get_alone(model, processor):
+@pytest.mark.parametrize("joint", ["joint", "joint calls fail"])
+def test_sessions_at_once_each_get_what_they_get_alone(model, processor, joint, monkeypatch):
+    rows, decode_rows = [], model.decode_rows
+
+    def counted(tokens, caches):
+        rows.append(len(tokens))
+        if joint != "joint":
+            raise torch.OutOfMemoryError("too many rows")
+        return decode_rows(tokens, caches)
+
+    monkeypatch.setattr(model, "decode_rows", counted)
     alone = []
     for number, prompt in enumerate(PROMPTS):
         recorder = Recorder()
@@ -379,6 +389,7 @@ def test_sessions_at_once_each_get_what_they_get_alone(model, processor):
         for (tokens, logits), (tokens_alone, logits_alone) in zip(recorder.seen, seen, strict=True):
             assert tokens == tokens_alone
             close(logits, logits_alone)
+    assert max(rows) == len(PROMPTS), "steps that only write share a forward"
     assert {id(session.scheduler) for session in sessions} == {id(scheduler_of(model))}
     for session in sessions:
         assert session.close(30)
