@@ -203,7 +203,7 @@ class VisionCacheLayer(InPlaceLayer):
         if call.writes:
             self.in_dtype(keys.dtype)
         parts = [part for _, part in call.writes]
-        if call.writes or (call.moves and self.keys is not None):
+        if call.writes or (call.moves is not None and self.keys is not None):
             states = (keys, values, self.keys, self.values)
             in_graph = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)
             in_place = self.keys is not None and call.moves is None and not in_graph and self.can_write(*parts)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .generation_queries import Turn  # noqa: F401
     from .generation_queue import QueueServer  # noqa: F401
     from .generation_rows import AnswerRow  # noqa: F401
+    from .generation_sessions import SessionState  # noqa: F401
     from .generation_streams import BatchStream  # noqa: F401
     from .generation_utils import MossVLGenerationMixin  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401

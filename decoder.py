@@ -24,7 +24,7 @@ from .attention import (
     self_attention_mask,
     usable_implementation,
 )
-from .cache_layers import CACHE, JointCache, cache_of, cached_length
+from .cache_layers import CACHE, InPlaceLayer, JointCache, cache_of, cached_length
 from .configuration_moss_vl import MossVLTextConfig
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
 from .vision_sequence import VisionCall
@@ -141,6 +141,13 @@ class MossVLTextAttention(nn.Module):
         return rotate(states, *rotary).to(dtype)
 
 
+def keep_for_gradients(layer, *states: Optional[torch.Tensor]) -> None:
+    """Prevents later calls from writing into the keys and values of a cache layer if autograd keeps them, because the
+    query, key or value (`states`) needs a gradient."""
+    if isinstance(layer, InPlaceLayer) and any(part is not None and part.requires_grad for part in states):
+        layer.shared = True
+
+
 class MossVLSelfAttention(MossVLTextAttention):
     is_causal = True
 
@@ -168,6 +175,7 @@ class MossVLSelfAttention(MossVLTextAttention):
         """Adds the new keys and values [B, K, T, d] to the cache, and attends to all: [B, T, H, d] and the weights."""
         if cache is not None:  # the static cache of transformers 4 needs the cache positions
             key, value = cache.update(key, value, self.layer_idx, {"cache_position": call.cache_position})
+            keep_for_gradients(cache.layers[self.layer_idx], query, key, value)
         mask, causal, texts = call.self_mask
         return attend(
             self,
@@ -213,6 +221,7 @@ class MossVLCrossAttention(MossVLTextAttention):
             layer = cache.layers[self.layer_idx]
             layer.store(key, value, call.vision_call)
             key, value = layer.in_dtype(query.dtype)
+            keep_for_gradients(layer, query, key, value)
         out, weights = self._attend_spans(query, key, value, call)  # [B * T, H, d]
         out = self.o_proj(out.reshape(*hidden_states.shape[:2], -1))
         return out, self._all_weights(weights, call.vision_call, hidden_states) if call.output_attentions else None
@@ -255,6 +264,7 @@ class MossVLCrossAttention(MossVLTextAttention):
                 layer = cache.layers[self.layer_idx]
                 layer.store(None, None, row.vision_call)
                 stored[index] = layer.in_dtype(query.dtype)
+                keep_for_gradients(layer, query, *stored[index])
                 alone = None if span.visible is None else index
                 storage = tuple((part.data_ptr(), part.stride()) for part in stored[index])
                 groups.setdefault((storage, span.vision.start, span.vision.stop, alone), []).append(index)

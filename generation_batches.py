@@ -76,7 +76,8 @@ def generate_inputs(model, generate: dict, inputs: list) -> tuple[dict, dict]:
     batch = left_pad(inputs, generate["pad_token_id"])
     arguments = _arguments_of_batch(generate, batch["attention_mask"])
     for name in ("input_ids", "attention_mask", "grid_thw"):  # the model moves pixels chunk by chunk
-        batch[name] = batch[name].to(device)
+        if name in batch:  # the continuation of a kept cache may come without media
+            batch[name] = batch[name].to(device)
     return batch, arguments
 
 

@@ -9,8 +9,9 @@ import torch
 from transformers import StoppingCriteria, TextStreamer
 
 from .checks import is_flag
-from .generation_batches import answer_turns, encode_turn
-from .generation_queries import CANCEL_KEYS, QUEUE_KEYS, check_query, read_flag, read_query
+from .generation_queries import CANCEL_KEYS, QUEUE_KEYS, Turn, check_query, read_flag, read_query
+from .generation_sessions import check_keep_cache
+from .generation_streams import AnswerEnd, BatchStream
 
 
 ROUND_START, ROUND_END = "<|round_start|>", "<|round_end|>"
@@ -24,12 +25,13 @@ class QueueServer:
         state: the session state that the next query continues.
     """
 
-    def __init__(self, model, processor, new_queries, output_text_queue, vision_chunked_length: int):
+    def __init__(self, model, processor, new_queries, output_text_queue, vision_chunked_length: int, keep_cache=False):
         self.model = model
         self.processor = processor
         self.new_queries = new_queries
         self.output_text_queue = output_text_queue
         self.vision_chunked_length = vision_chunked_length
+        self.keep_cache = check_keep_cache(keep_cache)
         self.waiting = deque()
         self.state = None
 
@@ -58,26 +60,48 @@ class QueueServer:
         }
         query["persist_session"] = read_flag(query, "persist_session")
         turn = read_query(self.model, self.processor, query, self.state, self.vision_chunked_length)
-        inputs = encode_turn(self.model, self.processor, turn)
         cancel = CancelCriteria(self.new_queries, self.waiting)
         arguments = turn.generate | {"stopping_criteria": [*turn.generate.get("stopping_criteria", []), cancel]}
         if stream:
             if "streamer" in arguments:
                 raise ValueError("a query has stream_output or a streamer in its generate_kwargs, got both")
-            self.output_text_queue.put(ROUND_START)
             arguments["streamer"] = QueueStreamer(self.processor.tokenizer, self.output_text_queue)
-        [text] = answer_turns(self.model, self.processor, [replace(turn, generate=arguments)], [inputs])
-        _, self.state = turn.finish(text)
+        end = self.finish(replace(turn, generate=arguments))
+        self.state = end.session_state
         if not stream:
-            self.output_text_queue.put(text)
+            self.output_text_queue.put(end.text)
+
+    def finish(self, turn: Turn) -> AnswerEnd:
+        """Writes the answer of a turn. Raises the error that ends it."""
+        with BatchStream(
+            self.model,
+            self.processor,
+            [turn],
+            None,
+            batch_size=1,
+            prepared_bytes=0,
+            vision_chunked_length=self.vision_chunked_length,
+            open_ended=False,
+            keep_cache=self.keep_cache,
+        ) as stream:
+            *_, last = stream
+        if last.kind == "error":
+            raise last.error
+        return last
 
 
 class QueueStreamer(TextStreamer):
-    """Puts text on a queue as soon as later tokens can no longer change it."""
+    """Puts `ROUND_START` on a queue when generation starts, and text as soon as later tokens can no longer change
+    it."""
 
     def __init__(self, tokenizer, output_text_queue):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.output_text_queue = output_text_queue
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt:
+            self.output_text_queue.put(ROUND_START)
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:

@@ -10,15 +10,25 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, Optional, Union
 
 import torch
 
+from .cache_layers import CACHE
 from .checks import check_number
 from .generation_batches import encode_turn, generate_inputs
 from .generation_queries import Turn, name_query, read_query
 from .generation_rows import AnswerRow, CancelCriterion, PieceStreamer, add_tokens, as_ids, next_logits, start_row
+from .generation_sessions import (
+    CacheBudget,
+    KeptPrefix,
+    SessionState,
+    check_keep_cache,
+    keep_cache_of,
+    prepare_turn,
+)
 
 
 PREPARED_BYTES = 1 << 30  # pixels that wait, by default
@@ -71,8 +81,8 @@ class _Entry:
     """A query of a stream.
 
     Attributes:
-        query, state: as the caller gave them.
-        turn, inputs: what the background thread makes of them.
+        query, state: as the caller gave them; the query may be a turn already.
+        turn, inputs, prefix: what the background thread makes of them.
         error: why it could not.
         prepared: whether the background thread is done.
         cancelled: whether the caller has cancelled the query.
@@ -80,10 +90,11 @@ class _Entry:
     """
 
     index: int
-    query: dict
+    query: Union[dict, Turn]
     state: Optional[dict]
     turn: Optional[Turn] = None
     inputs: Optional[dict] = None
+    prefix: Optional[KeptPrefix] = None
     error: Optional[Exception] = None
     prepared: bool = False
     cancelled: bool = False
@@ -113,6 +124,7 @@ class BatchStream:
         prepared_bytes: int,
         vision_chunked_length: int,
         open_ended: bool,
+        keep_cache: Union[bool, CacheBudget],
     ):
         check_number("batch_size", batch_size, numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
         check_number("prepared_bytes", prepared_bytes, numbers.Integral, "a number of bytes", lambda x: x >= 0)
@@ -120,6 +132,9 @@ class BatchStream:
         self._batch_size, self._prepared_bytes = batch_size, prepared_bytes
         self._vision_chunked_length = vision_chunked_length
         self._open = open_ended
+        check_keep_cache(keep_cache)
+        self._keeps = keep_cache is not False
+        self._budget = keep_cache if isinstance(keep_cache, CacheBudget) else None
         self._inference = torch.is_inference_mode_enabled()  # not inherited by threads
         self._entries: list[_Entry] = []  # of all queries that have not ended, by index; None afterwards
         self._to_prepare: deque[_Entry] = deque()
@@ -131,6 +146,7 @@ class BatchStream:
         self._preparing = self._closed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moss-vl-media")
         self._next: Optional[asyncio.Future] = None
+        self._single = len(queries) == 1 and isinstance(queries[0], Turn)  # then an error need not name the query
         states = [None] * len(queries) if session_states is None else session_states
         for query, state in zip(queries, states, strict=True):
             self._enqueue(query, state)
@@ -273,11 +289,10 @@ class BatchStream:
     def _prepare(self, entry: _Entry, alone: bool) -> None:
         try:
             if not entry.cancelled:
-                with torch.inference_mode(self._inference), name_query(entry.index):
-                    turn = read_query(
-                        self._model, self._processor, entry.query, entry.state, self._vision_chunked_length
-                    )
-                    entry.turn, entry.inputs = turn, encode_turn(self._model, self._processor, turn, alone)
+                named = nullcontext() if self._single else name_query(entry.index)
+                with torch.inference_mode(self._inference), on_device_of(self._model), named:
+                    entry.turn = self._read(entry)
+                    entry.inputs, entry.prefix = prepare_turn(self._model, self._processor, entry.turn, alone)
         except Exception as error:
             entry.error = error
         with self._changed:
@@ -285,11 +300,16 @@ class BatchStream:
             self._changed.notify_all()
             self._prepare_next()
 
+    def _read(self, entry: _Entry) -> Turn:
+        if isinstance(entry.query, Turn):
+            return entry.query
+        return read_query(self._model, self._processor, entry.query, entry.state, self._vision_chunked_length)
+
     # the thread that uses the model
 
     def _take_event(self) -> Optional[AnswerEvent]:
         """The next event; None at the end."""
-        with self._at_model:
+        with self._at_model, on_device_of(self._model):
             while True:
                 with self._changed:
                     if self._closed:
@@ -340,8 +360,12 @@ class BatchStream:
         try:
             batch, arguments = generate_inputs(self._model, entry.turn.generate, [entry.inputs])
             entry.inputs, entry.pieces = None, PieceStreamer(self._processor.tokenizer)
-            started = start_row(self._model, batch, arguments)
+            cache = {} if entry.prefix is None else {CACHE: entry.prefix.fork(self._model)}
+            started = start_row(self._model, {**batch, **cache}, arguments)
             if started is None:
+                if cache:
+                    inputs = encode_turn(self._model, self._processor, entry.turn)
+                    batch, arguments = generate_inputs(self._model, entry.turn.generate, [inputs])
                 return self._answer_alone(entry, batch, arguments)
         except Exception as error:
             return self._fail(entry, error)
@@ -397,6 +421,9 @@ class BatchStream:
             self._tell_piece(entry)
             text, turn = entry.pieces.text, entry.turn
             messages, state = turn.finish(text)
+            if self._keeps and turn.persist and entry.row is not None:
+                kept = keep_cache_of(self._model, self._processor, turn, entry.row, self._budget)
+                state = SessionState(state, kept)
             result = turn.result(entry.index, text, messages)
         self._leave(entry)
         self._events.append(AnswerEnd(entry.index, text, reason, result, state))
@@ -411,4 +438,9 @@ class BatchStream:
             if entry in self._rows:
                 self._rows.remove(entry)
             self._entries[entry.index] = None
-        entry.row = entry.inputs = None
+        entry.row = entry.inputs = entry.prefix = None
+
+
+def on_device_of(model):
+    """Makes the device of a model on CUDA the current one of this thread, as kernels that are compiled need it."""
+    return torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()

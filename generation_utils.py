@@ -5,6 +5,7 @@
     generation_batches.py    encodes turns, and joins those with equal arguments into one left-padded `generate` call
     generation_rows.py       answers that are written beside each other, token by token
     generation_streams.py    streams of events of many answers
+    generation_sessions.py   session states that keep their caches
     generation_queue.py      serves queries from a queue
 
 No call changes the model or the processor. A conversation continues from the session state that a call returned.
@@ -39,6 +40,7 @@ from .generation_queries import (
     read_query,
 )
 from .generation_queue import QueueServer
+from .generation_sessions import CacheBudget, SessionState, has_cache, load_session
 from .generation_streams import PREPARED_BYTES, BatchStream
 from .options import REFUSED
 
@@ -170,6 +172,7 @@ class MossVLGenerationMixin:
         queries: list[dict],
         session_states: list | None = None,
         vision_chunked_length: int = VISION_CHUNKED_LENGTH,
+        keep_cache: bool | CacheBudget = False,
     ) -> dict:
         """Answers many queries. Queries may share a `generate` call; the answer is the same as for each query alone.
 
@@ -201,6 +204,12 @@ class MossVLGenerationMixin:
             session_states: None, or a list with None or the state of an earlier call for each query. The
                 `media_kwargs` of earlier turns hold until a query changes them.
             vision_chunked_length: frames per call of the vision encoder.
+            keep_cache: True makes the returned states keep their caches, so that the next turn of a conversation
+                computes only its own tokens and media; or a budget of `cache_budget`, which limits their bytes. The
+                answers are the same. A state with a cache is a dict as without, with `has_cache`, `cache_bytes`,
+                `drop_cache()`, `to(device)`, `save(file)` (see `load_session`); any number of queries may continue
+                it. Its files are not read again, also if they change. Without a cache (False), a state is plain data,
+                and costs no memory on the device.
 
         Returns:
             {"results": [{"index", "text", "input_text", "messages", ...}], "session_states": [...]}, in the order of
@@ -218,10 +227,34 @@ class MossVLGenerationMixin:
                 turns.append(read_query(self, processor, query, state, vision_chunked_length))
         if len(turns) > 1:  # the processor plans a single query's videos before it decodes them
             _check_videos(processor, turns)
+        if keep_cache is not False or any(map(has_cache, states)):
+            return self._answer_with_caches(processor, turns, vision_chunked_length, keep_cache)
         for index, turn in enumerate(turns):
             with name_query(index):
                 inputs.append(encode_turn(self, processor, turn, alone=len(turns) == 1))
         return _collect_results(turns, answer_turns(self, processor, turns, inputs))
+
+    def _answer_with_caches(self, processor, turns: list[Turn], vision_chunked_length: int, keep_cache) -> dict:
+        """`offline_batch_generate` with states that keep their caches, before or after the call."""
+        stream = BatchStream(
+            self,
+            processor,
+            turns,
+            [turn.state for turn in turns],
+            batch_size=max(1, len(turns)),
+            prepared_bytes=PREPARED_BYTES,
+            vision_chunked_length=vision_chunked_length,
+            open_ended=False,
+            keep_cache=keep_cache,
+        )
+        with stream:
+            ends = []
+            for event in stream:
+                if event.kind == "error":
+                    raise event.error
+                ends += [event] if event.kind == "end" else []
+        ends.sort(key=lambda end: end.index)
+        return {"results": [end.result for end in ends], "session_states": [end.session_state for end in ends]}
 
     def stream_batch(
         self,
@@ -233,6 +266,7 @@ class MossVLGenerationMixin:
         prepared_bytes: int = PREPARED_BYTES,
         vision_chunked_length: int = VISION_CHUNKED_LENGTH,
         open_ended: bool = False,
+        keep_cache: bool | CacheBudget = False,
     ) -> BatchStream:
         """Answers many queries, and yields their answers in pieces as they are written, beside each other.
 
@@ -249,6 +283,7 @@ class MossVLGenerationMixin:
             prepared_bytes: a background thread decodes the media of the next queries while their pixels together have
                 fewer bytes than this. At least one query is prepared.
             open_ended: True lets the iteration wait for queries of `add`, until `finish` is called.
+            keep_cache: as for `offline_batch_generate`.
 
         Returns:
             An iterator and asynchronous iterator of events with `kind` and `index`: "piece" (`text`), "end" (`text`,
@@ -270,10 +305,29 @@ class MossVLGenerationMixin:
             prepared_bytes,
             check_option("vision_chunked_length", vision_chunked_length),
             open_ended,
+            keep_cache,
         )
 
+    def cache_budget(self, max_bytes: int) -> CacheBudget:
+        """A limit for the caches that session states keep, for `keep_cache`. If a new cache exceeds it, those that
+        were not used for longest are dropped, and their conversations are encoded again when they go on."""
+        return CacheBudget(max_bytes)
+
+    def load_session(self, file) -> SessionState:
+        """Reads a session state with its cache, which `state.save(file)` wrote.
+
+        Raises:
+            ValueError: if the file is no session, or of a model with other weights.
+        """
+        return load_session(self, file)
+
     def offline_generate(
-        self, processor, new_queries, output_text_queue, vision_chunked_length: int = VISION_CHUNKED_LENGTH
+        self,
+        processor,
+        new_queries,
+        output_text_queue,
+        vision_chunked_length: int = VISION_CHUNKED_LENGTH,
+        keep_cache: bool | CacheBudget = False,
     ) -> None:
         """Serves queries from a `queue.Queue` until one has `stop_offline_generate`. Answers are strings on a queue.
 
@@ -286,11 +340,12 @@ class MossVLGenerationMixin:
         no answer. False and None have no effect.
 
         Queries are independent, unless one has `persist_session`: then the next queries continue its conversation,
-        until one has `reset_session`. Other keys (`id`, `metadata`, ...) are ignored.
+        until one has `reset_session`. With `keep_cache`, see `offline_batch_generate`, such a query computes only its
+        own tokens and media. Other keys (`id`, `metadata`, ...) are ignored.
 
         When the method returns or is interrupted, queries that were not served are on `new_queries`, in their order.
         """
-        QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length).serve()
+        QueueServer(self, processor, new_queries, output_text_queue, vision_chunked_length, keep_cache).serve()
 
 
 def _answer_single(model, processor, kind: str, prompt, media, given: dict) -> str:
@@ -334,9 +389,10 @@ def _check_batch(queries, session_states) -> None:
 
 
 def _check_videos(processor, turns: list[Turn]) -> None:
-    """Plans the videos of all turns that need no download, so that a wrong video raises before another is decoded."""
+    """Plans the videos of all turns that need no download, so that a wrong video raises before another is decoded. If
+    the state of a turn keeps its cache, its videos may be known already."""
     for index, turn in enumerate(turns):
-        if turn.videos and not turn.videos_kwargs.get("allow_http"):
+        if turn.videos and not has_cache(turn.state) and not turn.videos_kwargs.get("allow_http"):
             with name_query(index):
                 processor.video_processor.plan(turn.videos, **turn.videos_kwargs)
 

@@ -54,6 +54,7 @@ from .generation_options import GENERATE_DEFAULTS  # noqa: F401
 from .generation_queries import Turn  # noqa: F401
 from .generation_queue import QueueServer  # noqa: F401
 from .generation_rows import AnswerRow  # noqa: F401
+from .generation_sessions import SessionState  # noqa: F401
 from .generation_streams import BatchStream  # noqa: F401
 from .generation_utils import MossVLGenerationMixin
 from .joint_decoding import finish_step, plan_step, read_joint, read_tokens, undone_on_error

@@ -1,6 +1,6 @@
 """Random conversations on a cache, checked against the float64 model: chunks, padding anywhere, media early and late,
-masks, forks, repeats, selections, reorders, crops and tokens that become padding. By hand, for many seeds: `python
-tests/conversation_fuzzer.py --seeds 0 5000`.
+masks, forks, repeats, selections, reorders, crops, dropped frames and tokens that become padding. By hand, for many
+seeds: `python tests/conversation_fuzzer.py --seeds 0 5000`.
 
 A conversation is a batch of rows over one cache. Whatever is done to it, the logits of every real token of a row must
 be those that the oracle gives for the row's tokens, frames and visibility alone.
@@ -11,6 +11,7 @@ import copy
 import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -21,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from oracle import Oracle
 from tiny import IMAGE_PAD, PATCH, make_model
+
+from moss_vl import vision_sequence
+from moss_vl.cache_layers import cache_contents, drop_frames, fork_cache
 
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -45,11 +49,17 @@ class Row:
     def __init__(self):
         self.ids, self.at, self.visible, self.logits = [], [], [], []  # at: index in the cache
         self.frames, self.pads_at, self.waiting = [], [], []
+        self.dropped = 0  # of `frames`
         self.sample = object()
 
     @property
     def last_visible(self) -> frozenset:
-        return self.visible[-1] if self.visible else frozenset()
+        return frozenset(frame for frame in self.visible[-1] if frame >= self.dropped) if self.visible else frozenset()
+
+    @property
+    def given(self) -> int:
+        """Frames of the conversation, dropped and waiting ones included."""
+        return len(self.frames) + len(self.waiting)
 
     def copy(self) -> "Row":
         other = copy.copy(self)
@@ -121,9 +131,7 @@ class Conversation:
             frames = [frame for medium in new[sample] for frame in medium]
             for i in indices:
                 self.rows[i].waiting += frames
-        before = [
-            len(row.frames) + len(row.waiting) - sum(map(len, new[row.sample])) for row in self.rows
-        ]  # frames known before
+        before = [row.given - sum(map(len, new[row.sample])) for row in self.rows]  # frames known before
         visible_frames = self.read_text(ids, real, pads)
         cross_mask = (
             self.cross_mask(real, visible_frames, before, medium_counts if media else None)
@@ -200,7 +208,10 @@ class Conversation:
         another."""
         rng, length = self.rng, len(real[0])
         start = self.length - length
-        total = max(1, *(len(row.frames) + len(row.waiting) for row in self.rows), 1)
+        total, history = (
+            max(1, 1, *counts)
+            for counts in ((row.given - row.dropped for row in self.rows), (row.given for row in self.rows))
+        )
         new_frames = max(1, *medium_counts, 1) if medium_counts is not None else None
         form = rng.choice(["new", "all", "whole"])
         rows = rng.choice([length, length, rng.randint(0, length)])
@@ -210,27 +221,35 @@ class Conversation:
             return None
         if form == "whole" and start and start + rows <= length:  # such a mask is one for the tokens of the call
             return None
-        if form == "whole":
-            columns, first_row = total, start
+        of_new = form == "new" and start
+        first_row = start if form == "whole" else 0
+        columns = new_frames if of_new else total
+        # Columns may also count the frames that were dropped, if that is clear from their number.
+        counts_dropped = not of_new and history != total and rng.random() < 0.5
+        if counts_dropped and not (form == "all" and start and new_frames == history):
+            columns = history
         else:
-            columns, first_row = new_frames if form == "new" and start else total, 0
+            counts_dropped = False
         mask, by_text = (
             torch.ones(len(self.rows), 1, first_row + rows, columns, dtype=torch.bool),
             [list(row) for row in visible_frames],
         )
         for i, row in enumerate(self.rows):
-            first = before[i] if form == "new" and start else 0
-            previous = row.visible[-1] if row.visible else frozenset()
+            first = before[i] if of_new else row.dropped  # number of the first frame of the mask
+            column = 0 if counts_dropped else first  # number of the frame of its first column
+            if counts_dropped:
+                mask[i, 0, :, :first] = rng.random() < 0.5  # without effect
+            previous = row.last_visible
             for at in range(length):
                 if not real[i][at]:
                     continue
-                placed = {f for f, pad in enumerate(row.pads_at) if row.at[pad] <= start + at}
+                placed = {f for f, pad in enumerate(row.pads_at) if row.at[pad] <= start + at and f >= row.dropped}
                 if at < rows:
                     allowed = {f for f in placed if f >= first}
                     visible = {f for f in allowed if rng.random() < 0.7}
                     kept = {f for f in visible_frames[i][at] if f < first}
                     for f in visible:
-                        mask[i, 0, first_row + at, f - first] = False
+                        mask[i, 0, first_row + at, f - column] = False
                     visible_frames[i][at] = frozenset(visible | kept)
                 else:
                     late = {f for f in placed if row.at[row.pads_at[f]] >= start + rows}
@@ -238,10 +257,9 @@ class Conversation:
                 previous = visible_frames[i][at]
             # A mask that ends early and makes frames visible one after the other, in the end all, is read as a
             # processor's mask of other padding.
-            count = len(row.frames) + len(row.waiting) - first
-            visible = [
-                [f for f in range(count) if f < columns and not mask[i, 0, first_row + at, f]] for at in range(rows)
-            ]
+            count = row.given - first
+            shown = ~mask[i, 0, first_row:, first - column :]
+            visible = [[f for f in range(min(count, shown.shape[1])) if shown[at, f]] for at in range(rows)]
             while visible and not visible[-1]:
                 visible.pop()
             visible = visible[next((at for at, frames in enumerate(visible) if frames), 0) :]
@@ -302,6 +320,7 @@ class Conversation:
             )
             row.pads_at = [pad for pad in row.pads_at if pad < kept]
             row.frames = row.frames[: len(row.pads_at)]
+            row.dropped = min(row.dropped, len(row.frames))
             row.waiting = row.waiting if whole else []
         self.mask = self.mask[:, :length]
         self.calls = [(min(end, length), gave) for end, gave in self.calls]
@@ -320,14 +339,29 @@ class Conversation:
             for name in ("ids", "at", "visible", "logits"):
                 setattr(row, name, getattr(row, name)[:-count])
 
+    def drop(self):
+        """Drops the oldest frames of each sample."""
+        samples = list(dict.fromkeys(row.sample for row in self.rows))
+        counts = []
+        for sample in samples:
+            rows = [row for row in self.rows if row.sample is sample]
+            counts.append(self.rng.randint(0, len(rows[0].frames) - rows[0].dropped))
+            for row in rows:
+                row.dropped += counts[-1]
+        equal = len(set(counts)) == 1 and self.rng.random() < 0.5
+        drop_frames(self.cache, self.model.config.text_config, counts[0] if equal else counts)
+        contents = cache_contents(self.cache, self.model.config.text_config)
+        first_rows = [next(row for row in self.rows if row.sample is sample) for sample in samples]
+        assert contents.frames == [len(row.frames) - row.dropped for row in first_rows]
+        assert contents.waiting == [len(row.waiting) for row in first_rows]
+        assert contents.dropped == [row.dropped for row in first_rows]
+
     def fork(self) -> "Conversation":
         other = copy.copy(self)
         other.rows, other.calls, other.mask = [row.copy() for row in self.rows], list(self.calls), self.mask.clone()
-        if self.static or self.rng.random() < 0.5:
-            other.cache = copy.deepcopy(self.cache)
-        else:
-            other.cache = DynamicCache()
-            other.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        other.cache = copy.deepcopy(self.cache) if self.rng.random() < 0.3 else fork_cache(self.cache)
+        if self.rng.random() < 0.5:  # the copy continues as this conversation
+            self.cache, other.cache = other.cache, self.cache
         return other
 
     def check(self, where: str):
@@ -349,6 +383,11 @@ def converse(seed: int, model, oracle) -> int:
     """One random conversation and its forks. Returns the number of operations; AssertionError, with the seed, if
     logits are wrong."""
     rng = random.Random(seed)
+    with mock.patch.object(vision_sequence, "VISION_BUFFER", rng.choice([2, 8, 256])):  # with few, frames move often
+        return converse_with(rng, seed, model, oracle)
+
+
+def converse_with(rng, seed: int, model, oracle) -> int:
     static = rng.random() < 0.15
     branches = [Conversation(rng, model, oracle, rng.choice([1, 2, 2, 3]), static)]
     branches[0].call()
@@ -357,7 +396,9 @@ def converse(seed: int, model, oracle) -> int:
         at = rng.randrange(len(branches))
         talk = branches[at]
         names = (
-            ["call"] * 6 + ["reorder", "fork", "take_back"] + ([] if static else ["repeat", "select", "crop", "crop"])
+            ["call"] * 7
+            + ["reorder", "fork", "take_back", "drop", "drop"]
+            + ([] if static else ["repeat", "select", "crop", "crop"])
         )
         name = rng.choice(names)
         if talk.length > SLOTS - 8:

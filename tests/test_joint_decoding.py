@@ -253,3 +253,21 @@ def test_wrong_arguments(model):
         with pytest.raises(ValueError, match=f"`?{name}"):
             model(ids, **joint, **{name: value})
     unchanged(caches, before)
+
+
+def test_gradients_of_a_joint_call(model):
+    """Through forward, as `decode_rows` computes none; later calls do not write over what the backward pass needs."""
+    samples = [one for one in assorted_samples() if one.frames][:3]
+    weight = model.model.language_model.layers[1].cross_attn.q_proj.weight
+    caches, alone = ([filled(model, sample) for sample in samples] for _ in range(2))
+    ids = torch.arange(7, 10)[:, None]
+    with torch.enable_grad():
+        loss = model(ids, **{CACHE: JointCache(caches)}).logits.square().mean()
+        want = torch.stack(
+            [
+                model(ids[row : row + 1], past_key_values=cache).logits.square().mean()
+                for row, cache in enumerate(alone)
+            ]
+        ).mean()
+        model.decode_rows([1, 2, 3], caches)
+        close(*(torch.autograd.grad(one, weight)[0] for one in (loss, want)))

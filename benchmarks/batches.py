@@ -1,0 +1,155 @@
+"""Many queries at once: the stream of answers beside one padded batch and beside each query alone.
+
+    python benchmarks/batches.py --json batches.json
+
+Eight queries of text, images and a video, with answers of several lengths, through a checkpoint with random answers.
+Compares, in alternating rounds of one run, seconds of wall clock and of all CPU cores:
+  batch        `offline_batch_generate`, which groups queries with equal options into padded batches
+  stream       `stream_batch`, with all rows at once
+  4 rows       `stream_batch(batch_size=4)`
+  alone        `offline_batch_generate` for each query
+and ten questions about one video, whose state is given:
+  cold         the state without its cache
+  kept         the state with its cache
+"first piece" is the time to the first piece of text, whichever query it belongs to.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moss_vl.benchmarks.end_to_end import NANO, load
+from moss_vl.benchmarks.measuring import ROOT, alternate, machine, spread, summary, table, write_json
+from moss_vl.benchmarks.model import add_model_flags
+from moss_vl.processing_moss_vl import MossVLProcessor
+
+
+VIDEO, IMAGES = (
+    str(ROOT / "data/example_video.mp4"),
+    [str(ROOT / f"data/{name}.jpg") for name in ("sample_a", "example_image")],
+)
+
+
+def mixed_queries(tokens: int, options: str) -> list[dict]:
+    """Eight queries. With `options` "equal" all answers have `tokens` tokens, so that they share a batch; with "mixed"
+    they have from a quarter of that to all, as answers of other length do."""
+    lengths = [tokens] * 8 if options == "equal" else [max(1, tokens * k // 8) for k in (8, 2, 3, 8, 4, 2, 6, 3)]
+    media = [{}, {"images": IMAGES[:1]}, {"images": IMAGES}, {"videos": [VIDEO]}] * 2
+    return [
+        {
+            "prompt": f"What happens in number {number}?",
+            **medium,
+            "media_kwargs": {"max_pixels": 448 * 448},
+            "generate_kwargs": {"max_new_tokens": length, "min_new_tokens": length},
+        }
+        for number, (medium, length) in enumerate(zip(media, lengths, strict=True))
+    ]
+
+
+class Timer:
+    """Seconds of wall clock and of all CPU cores of a call."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def __call__(self, call: Callable[[], dict | None]) -> dict[str, float]:
+        start, cpu = time.perf_counter(), time.process_time()
+        parts = call() or {}
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu, **parts}
+
+
+def streamed(model, processor, queries: list[dict], rows: int, states=None) -> dict[str, float]:
+    start, first = time.perf_counter(), None
+    for _ in model.stream_batch(processor, queries, states, batch_size=rows):
+        first = time.perf_counter() - start if first is None else first
+    return {"first piece": first}
+
+
+def measure(model, processor, args) -> dict:
+    timer, seconds = Timer(args.device), {}
+    for options in ("equal", "mixed"):
+        queries = mixed_queries(args.tokens, options)
+
+        def alone(queries=queries) -> None:
+            for query in queries:
+                model.offline_batch_generate(processor, [query])
+
+        calls = {
+            "batch": lambda queries=queries: timer(lambda: drop(model.offline_batch_generate(processor, queries))),
+            "stream": lambda queries=queries: timer(lambda: streamed(model, processor, queries, 8)),
+            "4 rows": lambda queries=queries: timer(lambda: streamed(model, processor, queries, 4)),
+            "alone": lambda alone=alone: timer(alone),
+        }
+        seconds[options] = alternate(calls, args.rounds)
+        print(f"{options} measured", flush=True)
+    ask = {"prompt": "When?", "videos": [VIDEO], "generate_kwargs": {"max_new_tokens": 8}}
+    [state] = model.offline_batch_generate(processor, [ask], keep_cache=True)["session_states"]
+    questions = [
+        {"prompt": f"And {n}?", "generate_kwargs": {"max_new_tokens": 8, "min_new_tokens": 8}} for n in range(10)
+    ]
+    states = {"cold": [dict(state)] * 10, "kept": [state] * 10}
+    calls = {
+        name: lambda given=given: timer(lambda: streamed(model, processor, questions, 10, given))
+        for name, given in states.items()
+    }
+    seconds["questions"] = alternate(calls, args.rounds)
+    return seconds
+
+
+def drop(result) -> None:
+    """Discards what a call returned."""
+
+
+def report(name: str, seconds: dict) -> str:
+    lines = []
+    for part, calls in seconds.items():
+        base = summary(next(iter(calls.values()))["cpu"])["median"]
+        for call, parts in calls.items():
+            lines.append(
+                (
+                    f"{name}, {part}, {call}",
+                    spread(parts["wall"]),
+                    spread(parts["cpu"]),
+                    f"{summary(parts['cpu'])['median'] / base:.2f}",
+                    spread(parts["first piece"]) if "first piece" in parts else "",
+                )
+            )
+    return table(("", "wall clock, s", "CPU, s", "CPU over the first", "first piece, s"), lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("shipped", "random"), default=["shipped"])
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of the longest answers")
+    add_model_flags(parser)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    result = {"machine": machine(args.device, args.threads), "dtype": args.dtype, "seconds": {}}
+    print(result["machine"], flush=True)
+    processor = MossVLProcessor.from_pretrained(NANO)
+    for name in args.models:
+        model = load(name, args)
+        result["seconds"][name] = measure(model, processor, args)
+        write_json(args.json, result)
+        print(report(name, result["seconds"][name]))
+
+
+if __name__ == "__main__":
+    main()
