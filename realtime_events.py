@@ -95,7 +95,7 @@ class ReplyEnds(Event):
     Attributes:
         text: the whole reply.
         reason: "silence" or "im_end" for the token that ended it, "prompt" if a prompt of the user came,
-            "interrupted", "max_new_tokens", or "closed".
+            "interrupted", or "max_new_tokens".
     """
 
     text: str

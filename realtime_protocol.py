@@ -44,15 +44,16 @@ class RealtimeTokens:
         Raises:
             ValueError: for a tokenizer that is not one of a realtime checkpoint, or not one of the model.
         """
-        added = tokenizer.added_tokens_decoder
-        special = {index: str(token) for index, token in added.items() if token.special}
-        ids = {text: index for index, text in special.items()}
-        missing = [name for name in (SILENCE, RESPONSE) if name not in ids]
+        missing = [name for name in (SILENCE, RESPONSE) if not is_token(tokenizer, name)]
         if missing:
             raise ValueError(
                 f"the tokenizer has no special token {' and no '.join(missing)}, so this is not a realtime "
                 "checkpoint; expected a MOSS-VL-Realtime checkpoint and its processor"
             )
+        added = tokenizer.added_tokens_decoder
+        special = {index: str(token) for index, token in added.items() if token.special}
+        special |= {tokenizer.convert_tokens_to_ids(name): name for name in (SILENCE, RESPONSE)}
+        ids = {text: index for index, text in special.items()}
         if high := [text for text, index in ids.items() if index >= vocab_size]:
             raise ValueError(
                 f"the tokenizer has ids for {', '.join(high)}, but the model has a vocabulary of {vocab_size} tokens; "
@@ -60,6 +61,12 @@ class RealtimeTokens:
             )
         never_written = tuple(ids[name] for name in NEVER_WRITTEN)
         return cls(ids[SILENCE], ids[RESPONSE], ids[IM_END], ids[IMAGE_PAD], never_written, special)
+
+
+def is_token(tokenizer, name: str) -> bool:
+    """Whether the tokenizer has a token of this name, and finds it in texts."""
+    index = tokenizer.convert_tokens_to_ids(name)
+    return index is not None and tokenizer(name, add_special_tokens=False)["input_ids"] == [index]
 
 
 class Protocol:

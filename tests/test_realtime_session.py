@@ -5,12 +5,15 @@ import copy
 import gc
 import inspect
 import queue
+import re
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import ROOT
 from realtime import (
     RESPONSE,
     SILENCE,
@@ -333,6 +336,29 @@ def test_the_pace_slows_writing_and_not_seeing(model, processor):
 def test_a_wrong_pace(model, processor, pace):
     with pytest.raises(ValueError, match="max_tokens_per_turn must be"):
         model.create_realtime_session(processor, max_tokens_per_turn=pace)
+
+
+def test_the_example_of_the_documentation(model, processor, capsys):
+    page = (ROOT / "docs/realtime.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    frames = [(picture(number), float(number)) for number in range(3)]
+    with patched_defaults(model, processor):
+        exec(compile(code, "docs/realtime.md", "exec"), {"model": model, "processor": processor, "frames": frames})
+    printed = capsys.readouterr().out
+    assert printed.count("FrameTaken(") == 3 and printed.rstrip().split("\n")[-1].startswith("Ended(")
+
+
+@contextmanager
+def patched_defaults(model, processor):
+    """Sessions of a model that stays silent."""
+    create = model.create_realtime_session
+    model.create_realtime_session = lambda *args, **kwargs: create(
+        *args, **kwargs, logits_processor=[Script(processor)]
+    )
+    try:
+        yield
+    finally:
+        del model.create_realtime_session
 
 
 # several sessions

@@ -432,6 +432,14 @@ def test_a_checkpoint_without_the_tokens_is_no_realtime_one(model, missing):
         RealtimeStream(model, make_processor(tokenizer))
 
 
+def test_tokens_that_are_not_marked_as_special_are_found_by_name(model):
+    tokenizer = make_tokenizer(())
+    tokenizer.add_tokens([SILENCE, RESPONSE])
+    made, _ = stream(model, make_processor(tokenizer), SILENCE, RESPONSE, "red", SILENCE)
+    made.push_frame(picture(1), 1)
+    assert names(run(made))[-4:] == ["ResponseBegins", "Text", "ReplyEnds", "Parked"]
+
+
 def test_a_processor_of_another_checkpoint(model):
     tokenizer = make_tokenizer(["<|a|>", "<|b|>", SILENCE, RESPONSE])
     with pytest.raises(ValueError, match="model has a vocabulary of 650"):
