@@ -94,8 +94,8 @@ class ReplyEnds(Event):
 
     Attributes:
         text: the whole reply.
-        reason: "silence" or "im_end" for the token that ended it, "prompt" if a prompt of the user came,
-            "interrupted", or "max_new_tokens".
+        reason: "silence" or "im_end" for the token that ended it; "prompt" if a prompt of the user came;
+            "interrupted"; "max_new_tokens"; "ended" if the source ended after the model had written `<|im_end|>`.
     """
 
     text: str

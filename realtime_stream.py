@@ -12,6 +12,7 @@ forward feeds: the last sampled token, and the blocks of what was taken in after
 import math
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -425,6 +426,7 @@ class RealtimeStream:
 
     def fail(self, error: BaseException) -> None:
         """Ends the stream by an error."""
+        traceback.clear_frames(error.__traceback__)  # the error must not keep the tensors of a failed forward
         self._report(Failed, error=error)
         self.free()
 
@@ -454,6 +456,7 @@ class RealtimeStream:
     def _rest(self) -> bool:
         """If nothing is left to write: rolls over, parks or ends. Returns whether it did."""
         if self.inbox.ended and (self.is_silent or self.ids[-1] == self.tokens.im_end):
+            self._close_reply("ended")
             self._report(Ended)
             self.free()
         elif not self.is_silent:

@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import machine, table, write_json
+from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.image_processing_moss_vl import MossVLImageProcessor
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.processing_moss_vl import MossVLProcessor
@@ -52,7 +53,14 @@ def load(args):
         MossVLImageProcessor(size=size), tokenizer, MossVLVideoProcessor(), chat_template=template
     )
     dtype = getattr(torch, args.dtype)
-    model = MossVLForConditionalGeneration.from_pretrained(args.checkpoint, dtype=dtype).to(args.device).eval()
+    if args.layers is None:
+        model = MossVLForConditionalGeneration.from_pretrained(args.checkpoint, dtype=dtype)
+    else:
+        config = MossVLConfig.from_pretrained(args.checkpoint).to_dict()
+        config["text_config"] |= {"num_hidden_layers": args.layers, "cross_attention_layers": [1]}
+        config["vision_config"] |= {"depth": 2, "deepstack_visual_indexes": [0]}
+        model = MossVLForConditionalGeneration(MossVLConfig(**config)).to(dtype)
+    model = model.to(args.device).eval()
     if len(tokenizer) > model.config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return processor, model
@@ -266,6 +274,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, nargs="*", default=[], help="numbers of sessions at once")
     parser.add_argument("--hours", type=float, help="hours of one stream at 1 fps")
     parser.add_argument("--checkpoint", default=str(NANO))
+    parser.add_argument("--layers", type=int, help="random weights with so many text layers, and two of vision")
     parser.add_argument("--seconds", type=float, default=20, help="how long each number of sessions runs")
     parser.add_argument("--fps", type=float, default=1.0, help="frames per second of each session")
     parser.add_argument("--side", type=int, default=128, help="pixels of a side of a frame")

@@ -1,7 +1,9 @@
 """The synchronous stream: exact token ids, positions, logits, sampling, and what it reports."""
 
+import gc
 import queue
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -317,6 +319,17 @@ def test_after_the_end_of_the_source_the_reply_is_finished(model, processor, las
         made.push_frame(picture(1), 2.0)
 
 
+def test_the_source_ends_after_the_end_of_a_turn(model, processor):
+    made, _ = stream(model, processor, SILENCE, RESPONSE, "red", IM_END)
+    run(made)
+    made.push_frame(picture(1), 1.0)
+    events = [event for _ in range(3) for event in made.step()]
+    made.end()
+    events += made.step()
+    assert names(events)[-3:] == ["SpecialToken", "ReplyEnds", "Ended"]
+    assert events[-2].text == "red" and raw(events).endswith("red" + IM_END)
+
+
 def test_the_end_of_the_source_loses_nothing_that_waits(model, processor):
     made, _ = stream(model, processor)
     made.push_frame(picture(1), 1.0)
@@ -384,6 +397,22 @@ def test_an_error_is_an_event_and_ends_the_stream(model, processor):
     [failed] = made.step()
     assert names([failed]) == ["Failed"] and failed.message == "no luck" and made.ended
     assert made.step() == []
+
+
+def test_an_error_does_not_keep_the_cache(model, processor, monkeypatch):
+    made, _ = stream(model, processor)
+    run(made)
+    cache = weakref.ref(made.cache)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.model.language_model.norm, "forward", broken)
+    made.push_frame(picture(1), 1.0)
+    events = made.step()
+    assert names(events) == ["FrameTaken", "Failed"]
+    gc.collect()
+    assert cache() is None and "out of memory" in str(events[-1].error)
 
 
 # the queue
