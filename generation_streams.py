@@ -7,8 +7,9 @@ does everything on the model: it prefills a prompt as soon as a row is free, and
 import asyncio
 import numbers
 import threading
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import ClassVar, Optional, Union
 import torch
 
 from .cache_layers import CACHE
-from .checks import check_number
+from .checks import check_number, flag
 from .generation_batches import encode_turn, generate_inputs
 from .generation_queries import Turn, name_query, read_query
 from .generation_rows import AnswerRow, CancelCriterion, PieceStreamer, add_tokens, as_ids, next_logits, start_row
@@ -118,7 +119,7 @@ class BatchStream:
         self,
         model,
         processor,
-        queries: Iterable[dict],
+        queries: Sequence[Union[dict, Turn]],
         session_states: Optional[list],
         batch_size: int,
         prepared_bytes: int,
@@ -131,7 +132,7 @@ class BatchStream:
         self._model, self._processor = model, processor
         self._batch_size, self._prepared_bytes = batch_size, prepared_bytes
         self._vision_chunked_length = vision_chunked_length
-        self._open = open_ended
+        self._open = flag("open_ended", open_ended)
         check_keep_cache(keep_cache)
         self._keeps = keep_cache is not False
         self._budget = keep_cache if isinstance(keep_cache, CacheBudget) else None
@@ -143,7 +144,7 @@ class BatchStream:
         self._events: deque[AnswerEvent] = deque()
         self._changed = threading.Condition(threading.RLock())  # guards all of these
         self._at_model = threading.Lock()  # held by the thread that uses the model
-        self._preparing = self._closed = False
+        self._preparing = self._closed = self._told = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moss-vl-media")
         self._next: Optional[asyncio.Future] = None
         self._single = len(queries) == 1 and isinstance(queries[0], Turn)  # then an error need not name the query
@@ -159,7 +160,7 @@ class BatchStream:
         """Adds a query and returns its index. If the iteration has ended, it can go on.
 
         Raises:
-            ValueError: after `close` or `finish`.
+            ValueError: after `close`.
         """
         with self._changed:
             if self._closed:
@@ -217,10 +218,9 @@ class BatchStream:
         Raises:
             ValueError: if events were taken before.
         """
-        ends = {event.index: event for event in self if event.kind != "piece"}
-        if sorted(ends) != list(range(len(self._entries))):
-            raise ValueError("some answers have ended before; call results() before you take events")
-        ends = [ends[index] for index in sorted(ends)]
+        if self._told:
+            raise ValueError("events were taken from the stream; call results() before that, or collect the events")
+        ends = sorted((event for event in self if event.kind != "piece"), key=lambda event: event.index)
         return {
             "results": [
                 {"index": end.index, "error": end.error} if end.kind == "error" else end.result for end in ends
@@ -315,6 +315,7 @@ class BatchStream:
                     if self._closed:
                         return None
                     if self._events:
+                        self._told = True
                         return self._events.popleft()
                 if not self._advance():
                     return None
@@ -338,6 +339,8 @@ class BatchStream:
             self._start(entry)
         if self._rows:
             self._add_tokens(list(self._rows))
+        if self._closed:  # meanwhile, by another thread
+            self._rows.clear()
         return True
 
     def _end_cancelled(self) -> bool:
@@ -359,7 +362,7 @@ class BatchStream:
             return self._fail(entry, entry.error)
         try:
             batch, arguments = generate_inputs(self._model, entry.turn.generate, [entry.inputs])
-            entry.inputs, entry.pieces = None, PieceStreamer(self._processor.tokenizer)
+            entry.pieces = PieceStreamer(self._processor.tokenizer)
             cache = {} if entry.prefix is None else {CACHE: entry.prefix.fork(self._model)}
             started = start_row(self._model, {**batch, **cache}, arguments)
             if started is None:
@@ -369,8 +372,13 @@ class BatchStream:
                 return self._answer_alone(entry, batch, arguments)
         except Exception as error:
             return self._fail(entry, error)
+        except BaseException:  # an interrupt: the query can be started again
+            entry.pieces = None
+            with self._changed:
+                self._to_start.appendleft(entry)
+            raise
         del batch
-        entry.row, logits = started
+        entry.inputs, (entry.row, logits) = None, started
         self._rows.append(entry)
         self._write([entry], [logits])
 
@@ -429,6 +437,7 @@ class BatchStream:
         self._events.append(AnswerEnd(entry.index, text, reason, result, state))
 
     def _fail(self, entry: _Entry, error: Exception) -> None:
+        traceback.clear_frames(error.__traceback__)  # else the event would keep pixels and caches alive
         self._leave(entry)
         self._events.append(AnswerError(entry.index, error))
 

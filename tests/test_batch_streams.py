@@ -1,7 +1,9 @@
 """Streams of many answers: each is the one that its query gets alone, in whatever order they are written."""
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -245,6 +247,8 @@ def test_queries_are_added_while_it_runs_and_after(model, processor):
     assert ends[1].text == text_of(model, processor, query_of("b"))
     assert ends[2].text == text_of(model, processor, query_of("two"), session_states=[state])
     assert next(stream, None) is None
+    with pytest.raises(ValueError, match="events were taken from the stream"):
+        stream.results()
     stream.add(query_of("c"))
     assert pieces_of(stream)[1][3].text == text_of(model, processor, query_of("c"))
     stream.close()
@@ -275,6 +279,42 @@ def test_closing_ends_the_iteration_and_frees_rows(model, processor):
         assert event.kind == "piece"
     stream.close()
     assert list(stream) == [] and not stream._rows
+
+
+@pytest.mark.parametrize("name", ["generate", "decode_rows"])
+def test_an_interrupted_stream_goes_on(model, processor, pictures, monkeypatch, name):
+    """Ctrl-C in a prefill or in a step loses no query and no token."""
+    queries = mixed(pictures)[:3]
+    want = [text_of(model, processor, query) for query in queries]
+    whole, count = getattr(model, name), []
+
+    def interrupted(*args, **kwargs):
+        result = whole(*args, **kwargs) if len(count) != 1 or name == "generate" else None
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(model, name, interrupted)
+    stream, events = model.stream_batch(processor, queries), []
+    with pytest.raises(KeyboardInterrupt):
+        for event in stream:
+            events.append(event)
+    texts, ends = pieces_of([*events, *stream])
+    assert [ends[index].text for index in range(3)] == want
+
+
+def test_an_error_keeps_no_tensors_alive(model, processor, pictures):
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            self.seen = weakref.ref(scores)
+            raise RuntimeError("no idea")
+
+    fails = Fails()
+    query = query_of("a", images=pictures[2], generate=dict(logits_processor=[fails]))
+    [event] = model.stream_batch(processor, [query])
+    gc.collect()
+    assert event.kind == "error" and event.error.__traceback__ is not None and fails.seen() is None
 
 
 def test_async_iteration_loses_no_event_if_a_wait_is_cancelled(model, processor, pictures):
@@ -324,6 +364,7 @@ def test_wrong_arguments_are_errors_before_anything_runs(model, processor, nothi
     for kwargs, message in (
         (dict(batch_size=0), "batch_size must be a whole number of at least 1"),
         (dict(prepared_bytes=-1), "prepared_bytes must be a number of bytes"),
+        (dict(open_ended="yes"), "open_ended must be"),
         (dict(vision_chunked_length=0), "vision_chunked_length must be"),
         (dict(session_states=[None]), "session_states must be None or a list with one state per query"),
     ):
@@ -334,6 +375,7 @@ def test_wrong_arguments_are_errors_before_anything_runs(model, processor, nothi
     with pytest.raises(ValueError, match="processor must be a MossVLProcessor"):
         model.stream_batch(processor.tokenizer, [query_of("a")])
     assert list(model.stream_batch(processor, [])) == []
+    assert model.stream_batch(processor).results() == {"results": [], "session_states": []}
 
 
 # parts

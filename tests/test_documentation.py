@@ -56,6 +56,8 @@ def test_python_examples_run_one_after_the_other():
         assert isinstance(found.text, str) and isinstance(found.answer, str)
         assert [len(item["results"][0]["messages"]) for item in (found.first, found.second)] == [2, 4]
     assert len(found.texts) == 2 and all(isinstance(item, str) for item in found.texts)
+    assert sorted(found.pieces) == [0, 1] and found.state.has_cache
+    assert [bool(result["text"]) for result in found.answers["results"]] == [True, True]
     assert found.loss.item() > 0 and "image_features" in found.inputs
 
 

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 from tiny import assorted_samples, batch, make_model
 from transformers import DynamicCache, StaticCache
@@ -287,3 +287,51 @@ def test_device_maps_over_gpu_and_cpu(tmp_path, name):
     real, moved_inputs = inputs["attention_mask"].bool(), on_device(inputs)
     assert_near(logits(split, **moved_inputs), logits(model, **inputs), torch.float32, real)
     assert torch.equal(split.generate(**moved_inputs, **GREEDY).cpu(), model.generate(**inputs, **GREEDY))
+
+
+@implementations
+@pytest.mark.parametrize("dtype", LIMITS, ids=["bf16", "fp16", "fp32"])
+def test_joint_calls(implementation, dtype, flash_calls):
+    """A token in each of several caches, two of them forks of one conversation, against each alone on the CPU."""
+    model, samples = make_model(), assorted_samples()
+    alone = [model(**sample.inputs(), use_cache=True)[CACHE] for sample in (*samples, samples[2])]
+    expected = [
+        torch.cat([model(torch.tensor([[token + row]]), **{CACHE: cache}).logits[0] for token in (5, 50)])
+        for row, cache in enumerate(alone)
+    ]
+    model = moved(model, implementation, dtype)
+    with torch.no_grad():
+        caches = [model(**on_device(sample.inputs()), use_cache=True)[CACHE] for sample in samples]
+    caches.append(model.fork_cache(caches[2]))
+    got = [model.decode_rows([token + row for row in range(6)], caches) for token in (5, 50)]
+    for row, want in enumerate(expected):
+        assert_near(torch.stack([one[row] for one in got]), want, dtype)
+    assert_by_flash(
+        implementation if dtype != torch.float32 else "sdpa", [] if dtype == torch.float32 else flash_calls
+    )
+
+
+def test_streams_and_kept_caches(tmp_path):
+    """On the device, through `state.to`, and through a file: the same answers."""
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    folder = ROOT / "checkpoints/moss-vl-nano"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).to(DEVICE)
+    options = {"generate_kwargs": {"max_new_tokens": 16}}
+    images = [str(ROOT / f"data/{name}.jpg") for name in ("sample_a", "example_image")]
+    queries = [{"prompt": "What color is the cross?", "images": [image], **options} for image in images]
+    queries.append(
+        {"prompt": "When does the star appear?", "videos": [str(ROOT / "data/example_video.mp4")], **options}
+    )
+    alone = [model.offline_batch_generate(processor, [query])["results"][0]["text"] for query in queries]
+    out = model.stream_batch(processor, queries, keep_cache=True).results()
+    assert [result["text"] for result in out["results"]] == alone
+    ask = [{"prompt": "And the square?", **options}] * 3
+    states = out["session_states"]
+    want = model.offline_batch_generate(processor, ask, session_states=list(map(dict, states)))["results"]
+    assert states[0].to("cpu")._kept.cache.layers[0].keys.device.type == "cpu"
+    states[1].save(tmp_path / "state.safetensors")
+    states[1] = model.load_session(tmp_path / "state.safetensors")
+    got = model.offline_batch_generate(processor, ask, session_states=states)["results"]
+    assert [one["text"] for one in got] == [one["text"] for one in want]
