@@ -4,6 +4,7 @@ import asyncio
 import copy
 import gc
 import inspect
+import os
 import queue
 import re
 import threading
@@ -34,6 +35,9 @@ from tiny import close
 from moss_vl.realtime_events import Failed, Parked
 from moss_vl.realtime_scheduler import scheduler_of
 from moss_vl.realtime_stream import RealtimeStream
+
+
+DEVICE = os.environ.get("MOSS_VL_GPU_TESTS", "cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -438,6 +442,42 @@ def test_no_session_waits_for_the_reply_of_another(model, processor):
         assert abs(steps[0] - steps[1]) <= 1
     for session in (*writers, watcher):
         assert session.close(30)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_sessions_on_a_gpu(model, processor, dtype, limit):
+    """Two live sessions with a window, whose frames and tokens share the device with each other's; their logits are
+    those of streams in float32 on the CPU that write the same."""
+    placed = make_realtime_model(processor, dtype).to(DEVICE)
+    recorders = [Recorder(), Recorder()]
+    for number, recorder in enumerate(recorders):
+        session = placed.create_realtime_session(
+            processor, max_tokens_per_turn=None, max_new_tokens=6, window_frames=2, logits_processor=[recorder]
+        )
+        recorder.session = session.start()
+        until(session, "Parked")
+    for seconds in range(4):
+        for recorder in recorders:
+            recorder.session.push_frame(picture(seconds, 64, 96), seconds)
+        for recorder in recorders:
+            until(recorder.session, "FrameTaken")
+            until(recorder.session, "Parked")
+    for recorder in recorders:
+        ids = recorder.session.stream.ids
+        assert recorder.session.close(60)
+        made, script = stream(model, processor, max_new_tokens=6, window_frames=2)
+        script.tokens = [ids[len(seen)] for seen, _ in recorder.seen]
+        run(made)
+        for seconds in range(4):
+            made.push_frame(picture(seconds, 64, 96), seconds)
+            run(made)
+        assert made.ids == ids and len(script.seen) == len(recorder.seen)
+        for (seen, expected), (same, found) in zip(script.seen, recorder.seen, strict=True):
+            assert seen == same
+            off = (found.float().cpu() - expected).norm() / expected.norm()
+            assert off < limit, f"token {len(seen) - 1}: off by {off:.1e}"
 
 
 # queues of dicts and strings
