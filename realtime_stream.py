@@ -455,7 +455,7 @@ class RealtimeStream:
 
     def _rest(self) -> bool:
         """If nothing is left to write: rolls over, parks or ends. Returns whether it did."""
-        if self.inbox.ended and (self.is_silent or self.ids[-1] == self.tokens.im_end):
+        if self.inbox.ended and not len(self.inbox) and (self.is_silent or self.ids[-1] == self.tokens.im_end):
             self._close_reply("ended")
             self._report(Ended)
             self.free()

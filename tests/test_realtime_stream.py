@@ -338,6 +338,25 @@ def test_the_end_of_the_source_loses_nothing_that_waits(model, processor):
     assert names(run(made)) == ["Silence", "PromptTaken", "FrameTaken", "Silence", "Ended"]
 
 
+def test_what_comes_just_before_the_end_is_not_lost(model, processor):
+    """A frame and the end come from another thread while a step looks at the empty queue."""
+    made, _ = stream(model, processor)
+    run(made)
+    take = made.inbox.take
+
+    def take_and_then_push():
+        made.inbox.take, taken = take, take()
+        made.push_frame(picture(1), 1.0)
+        made.end()
+        return taken
+
+    made.inbox.take = take_and_then_push
+    events = made.step()
+    while not made.ended:
+        events += made.step()
+    assert [name for name in names(events) if name != "Parked"] == ["FrameTaken", "Silence", "Ended"]
+
+
 def test_new_tokens_are_counted_since_the_last_input(model, processor):
     made, script = stream(model, processor, SILENCE, *["red"] * 20, max_new_tokens=3)
     run(made)
