@@ -37,7 +37,7 @@ VIDEO, IMAGES = (
 )
 
 
-def mixed_queries(tokens: int, options: str) -> list[dict]:
+def mixed_queries(tokens: int, options: str, longest_edge: int) -> list[dict]:
     """Eight queries. With `options` "equal" all answers have `tokens` tokens, so that they share a batch; with "mixed"
     they have from a quarter of that to all, as answers of other length do."""
     lengths = [tokens] * 8 if options == "equal" else [max(1, tokens * k // 8) for k in (8, 2, 3, 8, 4, 2, 6, 3)]
@@ -46,7 +46,7 @@ def mixed_queries(tokens: int, options: str) -> list[dict]:
         {
             "prompt": f"What happens in number {number}?",
             **medium,
-            "media_kwargs": {"max_pixels": 448 * 448},
+            "media_kwargs": {"max_pixels": longest_edge},
             "generate_kwargs": {"max_new_tokens": length, "min_new_tokens": length},
         }
         for number, (medium, length) in enumerate(zip(media, lengths, strict=True))
@@ -76,8 +76,8 @@ def streamed(model, processor, queries: list[dict], rows: int, states=None) -> d
 
 def measure(model, processor, args) -> dict:
     timer, seconds = Timer(args.device), {}
-    for options in ("equal", "mixed"):
-        queries = mixed_queries(args.tokens, options)
+    for options in [part for part in args.parts if part != "questions"]:
+        queries = mixed_queries(args.tokens, options, args.longest_edge)
 
         def alone(queries=queries) -> None:
             for query in queries:
@@ -90,7 +90,9 @@ def measure(model, processor, args) -> dict:
             "alone": lambda alone=alone: timer(alone),
         }
         seconds[options] = alternate(calls, args.rounds)
-        print(f"{options} measured", flush=True)
+        print(report(args.dtype, {options: seconds[options]}), flush=True)
+    if "questions" not in args.parts:
+        return seconds
     ask = {"prompt": "When?", "videos": [VIDEO], "generate_kwargs": {"max_new_tokens": 8}}
     [state] = model.offline_batch_generate(processor, [ask], keep_cache=True)["session_states"]
     questions = [
@@ -130,6 +132,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("shipped", "random"), default=["shipped"])
     parser.add_argument("--tokens", type=int, default=64, help="tokens of the longest answers")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("equal", "mixed", "questions"), default=["equal", "mixed", "questions"]
+    )
+    parser.add_argument("--longest-edge", type=int, default=224 * 224, help="most pixels per image or frame")
     add_model_flags(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)

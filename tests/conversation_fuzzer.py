@@ -1,6 +1,6 @@
 """Random conversations on a cache, checked against the float64 model: chunks, padding anywhere, media early and late,
-masks, forks, repeats, selections, reorders, crops, dropped frames and tokens that become padding. By hand, for many
-seeds: `python tests/conversation_fuzzer.py --seeds 0 5000`.
+masks, forks, repeats, selections, reorders, crops, dropped frames, tokens that become padding, and joint calls of
+forks. By hand, for many seeds: `python tests/conversation_fuzzer.py --seeds 0 5000`.
 
 A conversation is a batch of rows over one cache. Whatever is done to it, the logits of every real token of a row must
 be those that the oracle gives for the row's tokens, frames and visibility alone.
@@ -275,6 +275,22 @@ class Conversation:
                 visible_frames[i] = by_text[i]
         return mask
 
+    # a token of a joint call
+
+    def can_write(self) -> bool:
+        """Whether the conversation can take part in a joint call: one row without padding."""
+        return len(self.rows) == 1 and bool(self.length and self.mask.all())
+
+    def write(self, token: int, logits: torch.Tensor) -> None:
+        """Notes a token that a joint call has added to the cache. Whatever its id, it places no frame."""
+        [row] = self.rows
+        row.visible.append(row.last_visible)
+        row.ids.append(token)
+        row.at.append(self.length)
+        row.logits.append(logits)
+        self.mask = torch.cat([self.mask, torch.ones(1, 1, dtype=torch.long)], dim=1)
+        self.calls.append((self.length, False))
+
     # operations on the cache
 
     def repeat(self):
@@ -378,6 +394,14 @@ class Conversation:
             )
 
 
+def write_together(rng, talks: list[Conversation]) -> None:
+    """A token in each of these conversations, in one call."""
+    tokens = [IMAGE_PAD if rng.random() < 0.1 else rng.randint(1, 180) for _ in talks]
+    logits = talks[0].model.decode_rows(tokens, [talk.cache for talk in talks])
+    for talk, token, of_row in zip(talks, tokens, logits, strict=True):
+        talk.write(token, of_row)
+
+
 @torch.no_grad()
 def converse(seed: int, model, oracle) -> int:
     """One random conversation and its forks. Returns the number of operations; AssertionError, with the seed, if
@@ -406,6 +430,10 @@ def converse_with(rng, seed: int, model, oracle) -> int:
         done.append(f"{name}[{at}]")
         try:
             result = getattr(talk, name)()
+            writing = [talk for talk in branches if talk.can_write() and talk.length < SLOTS - 8]
+            if writing and rng.random() < 0.4:
+                done.append(f"write{[branches.index(talk) for talk in writing]}")
+                write_together(rng, writing)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__} {error} after {' '.join(done)}") from error
         if name == "fork" and len(branches) < 3:
