@@ -3,9 +3,10 @@
     python benchmarks/realtime.py --sessions 1 4 16 --json realtime.json
     python benchmarks/realtime.py --hours 2 --json hours.json
 
-With --sessions, N sessions on one model run live, twice. At a rate, each session gets --fps frames per second, and the
-delay of a frame is the time from its push to the decision about it. At most, each session gets its next frame when the
-last one is decided. Joint steps are compared with steps that are computed one by one.
+With --sessions, N sessions on one model run live. At a rate, each session gets --fps frames per second, and the delay
+of a frame is the time from its push to the decision about it. At most, each session gets its next frame when the last
+one is decided. While writing, each session gets one frame and writes a reply without an end; joint steps are compared
+with steps that are computed one by one.
 
 With --hours, one stream at 1 fps is run as fast as possible, with its window and its rollovers. Times on a CPU are
 those of the process, so that other processes do not count. Memory is that of the process, or of the GPU; its slope is
@@ -100,8 +101,7 @@ class Talk:
 class Watched:
     """A live session whose events are timed when they are reported."""
 
-    def __init__(self, args, model, processor):
-        talk = Talk(processor, args.every, args.reply)
+    def __init__(self, model, processor, talk: Talk):
         self.session = model.create_realtime_session(
             processor, max_tokens_per_turn=None, frame_queue_size=16, logits_processor=[talk]
         )
@@ -143,16 +143,26 @@ class Watched:
             if fps is None:
                 self.decided.wait(30)
             else:
-                time.sleep(max(0.0, number / fps - (time.perf_counter() - start)))
+                time.sleep(max(0.0, min(number / fps, seconds) - (time.perf_counter() - start)))
 
 
-def run_sessions(args, model, processor, count: int, fps: float | None, joint: bool = True) -> dict:
-    """Measures `count` sessions at once."""
+def run_sessions(
+    args, model, processor, count: int, fps: float | None, writes: bool = False, joint: bool = True
+) -> dict:
+    """Measures `count` sessions at once.
+
+    Args:
+        fps: frames per second of each; None for the next frame after the decision about the last one, 0 for one frame.
+        writes: whether replies have no end.
+        joint: whether steps that only write share a forward.
+    """
+    every, reply = (1, 10**9) if writes else (args.every, args.reply)
+    fps = 1e-9 if fps == 0 else fps
     images = [
         np.random.default_rng(number).integers(0, 256, (args.side, args.side, 3), dtype=np.uint8)
         for number in range(8)
     ]
-    watched = [Watched(args, model, processor) for _ in range(count)]
+    watched = [Watched(model, processor, Talk(processor, every, reply)) for _ in range(count)]
     if not joint:
         watched[0].session.scheduler._joint_logits = lambda streams: None
     for one in watched:
@@ -187,7 +197,8 @@ def measure_sessions(args, model, processor) -> dict:
         results[count] = {
             "rate": run_sessions(args, model, processor, count, args.fps),
             "most": run_sessions(args, model, processor, count, None),
-            "most, one by one": run_sessions(args, model, processor, count, None, joint=False),
+            "writing": run_sessions(args, model, processor, count, 0, writes=True),
+            "writing, one by one": run_sessions(args, model, processor, count, 0, writes=True, joint=False),
         }
     rows = [
         (
