@@ -52,6 +52,12 @@ if TYPE_CHECKING:
     from .processor_keywords import sort_options  # noqa: F401
     from .processor_loading import load_parts  # noqa: F401
     from .processor_settings import known_settings  # noqa: F401
+    from .realtime_events import Event  # noqa: F401
+    from .realtime_protocol import Protocol  # noqa: F401
+    from .realtime_sampling import Sampler  # noqa: F401
+    from .realtime_scheduler import Scheduler  # noqa: F401
+    from .realtime_session import RealtimeSession  # noqa: F401
+    from .realtime_stream import RealtimeStream  # noqa: F401
     from .resizing import fit_size  # noqa: F401
     from .samples import Sample  # noqa: F401
     from .signatures import image_kind  # noqa: F401

@@ -9,6 +9,7 @@ from pathlib import Path
 from moss_vl.conversation import collect_media, plain_medium, read_medium, replace_media
 from moss_vl.options import ALTERNATIVES, canonical
 from moss_vl.tools.command_line import above_0, at_least, message_of, share
+from moss_vl.tools.live import add_live_arguments, check_live_usage, watch
 from moss_vl.tools.query_files import MediaReader, count_results, extra_keys, parse_line, prepare_query, read_lines
 
 
@@ -20,6 +21,7 @@ examples:
   python infer.py before.jpg after.jpg clip.mp4 -p "Which picture shows the end of the clip?"
   python infer.py --allow-http https://example.com/photo.jpg -p "What does the sign say?"
   python infer.py --batch queries.jsonl --out results.jsonl
+  python infer.py --checkpoint REALTIME --live camera -p "Tell me when someone comes in."
 
 Images and videos are paths, file: or data: URLs, or, with --allow-http, http(s): URLs.
 
@@ -56,6 +58,8 @@ def main(argv=None) -> int:
     """Runs the command and returns its exit code. An error is one line on stderr."""
     args = parse(argv)
     try:
+        if args.live is not None:
+            return watch(args, load)
         return answer_many(args) if args.batch is not None else answer_one(args)
     except KeyboardInterrupt:
         return fail("interrupted" if args.batch is None else "interrupted; run the same command to continue", 130)
@@ -85,6 +89,7 @@ def parse(argv) -> argparse.Namespace:
     )
     _add_question(parser)
     _add_batch(parser.add_argument_group("many queries"))
+    add_live_arguments(parser.add_argument_group("live"))
     _add_media(parser.add_argument_group("media"))
     _add_answering(parser.add_argument_group("answering"))
     _add_running(parser.add_argument_group("running"))
@@ -191,8 +196,9 @@ def _add_running(group) -> None:
 
 def _check_usage(parser, args) -> None:
     """Exits if arguments are missing or contradict each other."""
-    if args.batch is None and not args.media and args.prompt is None:
-        parser.error("nothing to do: give images or videos, a prompt (-p), or --batch")
+    check_live_usage(parser, args)
+    if args.batch is None and args.live is None and not args.media and args.prompt is None:
+        parser.error("nothing to do: give images or videos, a prompt (-p), --batch or --live")
     if args.batch is None and args.out is not None:
         parser.error("--out goes with --batch")
     if args.batch is not None and args.out is None:

@@ -63,6 +63,12 @@ from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
 from .patches import normalise  # noqa: F401
 from .pretrained_model import MossVLPreTrainedModel
+from .realtime_events import Event  # noqa: F401
+from .realtime_protocol import Protocol  # noqa: F401
+from .realtime_sampling import Sampler  # noqa: F401
+from .realtime_scheduler import Scheduler  # noqa: F401
+from .realtime_session import MossVLRealtimeMixin
+from .realtime_stream import RealtimeStream  # noqa: F401
 from .signatures import image_kind  # noqa: F401
 from .vision_encoder import (
     MossVLVisionAttention,
@@ -483,7 +489,7 @@ def shift_labels(
 
 
 class MossVLForConditionalGeneration(
-    MossVLPreTrainedModel, MossVLGenerationMixin, MossVLGenerateHooks, GenerationMixin
+    MossVLPreTrainedModel, MossVLGenerationMixin, MossVLRealtimeMixin, MossVLGenerateHooks, GenerationMixin
 ):
     """MOSS-VL with its language model head."""
 

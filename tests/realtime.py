@@ -1,0 +1,111 @@
+"""What the tests of realtime sessions share: a tiny random model with a tokenizer that has the tokens of the protocol,
+frames, and scripts that force what the model writes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tiny import make_model
+from transformers import AutoTokenizer
+
+from moss_vl.image_processing_moss_vl import MossVLImageProcessor
+from moss_vl.processing_moss_vl import MossVLProcessor
+from moss_vl.realtime_stream import RealtimeStream
+from moss_vl.video_processing_moss_vl import MossVLVideoProcessor
+
+
+NANO = ROOT / "checkpoints/moss-vl-nano"
+SILENCE, RESPONSE, IM_END = "<|silence|>", "<|response|>", "<|im_end|>"
+
+
+def make_tokenizer(added=(SILENCE, RESPONSE)):
+    tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    return tokenizer
+
+
+def make_processor(tokenizer=None):
+    """Frames of 64 to 128 pixels a side: 4 to 16 vision tokens."""
+    size = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
+    template = (NANO / "chat_template.jinja").read_text()
+    return MossVLProcessor(
+        MossVLImageProcessor(size=size), tokenizer or make_tokenizer(), MossVLVideoProcessor(), chat_template=template
+    )
+
+
+def make_realtime_model(processor, dtype=torch.float32, attn_implementation="sdpa"):
+    ids = {
+        f"{kind}_token_id": getattr(processor, f"{kind}_token_id")
+        for kind in ("image", "video", "vision_start", "vision_end")
+    }
+    text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 1 << 20}
+    return make_model(attn_implementation, text=text, vision={"patch_size": 16}, **ids).to(dtype)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def model(processor):
+    return make_realtime_model(processor)
+
+
+def picture(seed: int, height: int = 64, width: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+class Script:
+    """A logits processor that forces the next tokens, and records the model's logits. After its end the model stays
+    silent, or is free.
+
+    Args:
+        words: token names, or texts that become several tokens.
+    """
+
+    def __init__(self, processor, *words, free=False):
+        self.tokenizer = processor.tokenizer
+        self.tokens = [token for word in words for token in self.encode(word)]
+        self.free = free
+        self.seen = []  # (ids, logits) of each step
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def __call__(self, input_ids, scores):
+        self.seen.append((input_ids[0].tolist(), scores[0].clone()))
+        if self.free and not self.tokens:
+            return scores
+        token = self.tokens.pop(0) if self.tokens else self.encode(SILENCE)[0]
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, token] = 0
+        return forced
+
+
+def stream(model, processor, *words, free=False, **options):
+    """A stream whose model writes `words`; (stream, script)."""
+    script = Script(processor, *words, free=free)
+    return RealtimeStream(model, processor, logits_processor=[script], **options), script
+
+
+def names(events) -> list[str]:
+    return [type(event).__name__ for event in events]
+
+
+def run(made: RealtimeStream, limit: int = 200) -> list:
+    """Steps until the stream parks or ends; all events."""
+    events = []
+    for _ in range(limit):
+        events += made.step()
+        if made.parked or made.ended:
+            return events
+    raise AssertionError(f"the stream did not park in {limit} steps")
+
+
+def raw(events) -> str:
+    return "".join(event.raw for event in events)
+
+
+def encode(processor, text):
+    return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
