@@ -485,12 +485,13 @@ def _is_float(tensor: torch.Tensor) -> bool:
 
 
 def plain_array(source, name: str) -> np.ndarray:
-    """The numpy array of a tensor of any layout, dtype and device; an array as it is.
+    """The numpy array of a tensor of any layout, dtype and device; an array in the byte order of this machine.
 
     Raises ValueError for a tensor that holds no numbers.
     """
     if not isinstance(source, torch.Tensor):
-        return np.asarray(source)
+        array = np.asarray(source)
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     try:
         tensor = source.detach()
         if tensor.is_quantized:

@@ -139,9 +139,10 @@ def check_sample_counts(file: str | io.BytesIO, name: str) -> None:
 
 
 PARENT_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+MAX_BOX_DEPTH = 16  # FFmpeg reads 10
 
 
-def _boxes(stream, start: int, end: int):
+def _boxes(stream, start: int, end: int, depth: int = 0):
     """Yields (kind, start of its content, end) of the boxes that count samples."""
     while start + 8 <= end:
         stream.seek(start)
@@ -156,8 +157,8 @@ def _boxes(stream, start: int, end: int):
         if length < content - start:
             return
         stop = min(end, start + length)
-        if kind in PARENT_BOXES:
-            yield from _boxes(stream, content, stop)
+        if kind in PARENT_BOXES and depth < MAX_BOX_DEPTH:
+            yield from _boxes(stream, content, stop, depth + 1)
         elif kind in (b"stsz", b"trun"):
             yield kind, content, stop
         start += length
@@ -260,6 +261,7 @@ class PacketScan:
     probed: list[int] = field(default_factory=list)  # the packets of the frames decoded so far
     first_frame: object = None
     reordered: bool = False  # frames are shown in another order than that of their packets
+    refreshes: bool = False  # a keyframe of H.264 only begins to refresh the picture, or refers back (no IDR)
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -301,6 +303,7 @@ class PacketScan:
         if not scan.probed:
             scan._add_frames(decode(av, context, None, problems))
         scan.reordered = scan.reordered or has_b_frames
+        scan.refreshes = reader.has_recovery_points
         return scan
 
     def _add(self, packet, reader: PictureReader) -> None:
