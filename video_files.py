@@ -153,8 +153,11 @@ class PyAVVideo(Video):
                 f"{name}: none of its {len(scan)} video packets can be decoded ({details}); frames over "
                 f"{limits.frame_pixels} pixels are not decoded, see max_source_pixels"
             )
+        if facts.format == "mjpeg" and len(scan) == 1:
+            raise ValueError(f"{name} is a still JPEG image; expected a video, or a list of images as its frames")
         self.facts, self._changes, self._refreshes = facts, scan.changes, scan.refreshes
-        self.index = index = FrameIndex.of(scan, facts, problems)
+        self._read_index(scan, problems)
+        index = self.index
         self._keys = self._trusted_keys()
         if ends_early := facts.ends_early(len(scan), len(index.times), index.duration):
             problems.insert(0, ends_early)
@@ -166,6 +169,20 @@ class PyAVVideo(Video):
         if self._matrix is not None and self._matrix[0] == self._matrix[3] == 0:  # a quarter turn
             size = size[::-1]
         super().__init__(name, index.times, index.duration, *size, problems)
+
+    def _read_index(self, scan: PacketScan, problems: list[str]) -> None:
+        """Sets `index`. An edited mp4 is decoded once, because only a decoder knows which frames each part shows."""
+        found = Problems(problems)
+        self.index = FrameIndex.of(scan, self.facts, found)
+        self._is_edited = self.facts.format.startswith("mov") and scan.is_edited
+        if self._is_edited:
+            found, reader = Problems(problems), _PacketReader(self)
+            try:
+                decoded = [frame.pts for frame in reader.decode(0, len(scan) - 1, found)]
+            finally:
+                reader.close()
+            self.index = FrameIndex.of_parts(scan, self.facts, list(dict.fromkeys(decoded)))
+        problems[:] = found
 
     def _refuse_packets(self, count: int):
         limit = self.limits.max_video_packets
@@ -179,9 +196,10 @@ class PyAVVideo(Video):
             )
 
     def _trusted_keys(self) -> np.ndarray:
-        """Packets that start with a keyframe. Only the first one if the decoder's configuration changes too often."""
+        """Packets that start with a keyframe. Only the first one if the decoder's configuration changes too often, or
+        if the parts of an edited file may overlap."""
         keys = np.flatnonzero(self.index.flags & KEY)
-        return keys if len(self._changes) <= MAX_CHANGES else keys[:1]
+        return keys if len(self._changes) <= MAX_CHANGES and not self._is_edited else keys[:1]
 
     def configuration(self, packet: int) -> list:
         """Side data that a decoder needs before it starts at a packet, of the packets up to this one."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from make_media import decode_all, draw, read_number, write_video
+from make_media import decode_all, draw, read_number, write_edits, write_video
+from PIL import Image
 from video_kinds import SMALL, make, warnings  # noqa: F401
 
 from moss_vl import decord_video
@@ -295,6 +296,41 @@ def test_pixels_that_ffmpeg_cannot_convert():
 
 
 # limits
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [(700, 0), (300, None), (800, 20)],
+        [(500, 10), (500, 0)],
+        [(520, 3), (520, 0), (640, 20.4)],
+        [(200, 8), (600, 4)],
+        [(760, 22), (941, 9.5), (105, 40)],
+        [(301, None), (1240, 13), (357, 11.7), (105, 38)],
+    ],
+)
+@pytest.mark.parametrize("options", [{"bf": "0", "g": "12"}, {"bf": "3", "g": "15", "x264-params": "open-gop=1"}])
+def test_an_mp4_that_joins_parts_of_its_video(edits, options, tmp_path):
+    source = write_video(tmp_path / "whole.mp4", count=50, rate=25, options=options, muxer={"movie_timescale": "1000"})
+    path = write_edits(source, tmp_path / "edited.mp4", edits)
+    expected = sorted(decode_all(path), key=lambda pair: pair[0])
+    video = open_video(path)
+    times = np.array([time for time, _ in expected])
+    assert video.problems == [] and np.allclose(video.times, times - times[0], atol=0.001)
+    for numbers in (range(len(times)), range(0, len(times), 7), [len(times) - 1]):
+        found = sorted(video.frames(list(numbers), problems := []), key=lambda frame: frame[0])
+        assert [frame[:2] for frame in found] == [(n, n) for n in numbers] and problems == []
+        assert [read_number(x) for *_, x in found] == [read_number(expected[n][1]) for n in numbers]
+
+
+def test_joined_jpegs_are_a_video_and_one_is_not(tmp_path):
+    path = write_video(tmp_path / "x.mjpeg", count=6, codec="mjpeg", pixels="yuvj420p")
+    for source in (path, path.read_bytes()):
+        found, problems = read(open_video(source), [0, 3, 5])
+        assert [read_number(image) for *_, image in found] == [0, 3, 5] and problems == []
+    Image.new("RGB", (64, 64)).save(photo := tmp_path / "one.jpg")
+    with pytest.raises(ValueError, match="is a still JPEG image; expected a video"):
+        open_video(photo)
 
 
 def test_samples_that_the_file_cannot_hold():
