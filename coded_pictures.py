@@ -88,6 +88,7 @@ class PictureReader:
         self._codec = codec
         self._sequences, self._sequence_of, self._length_bytes = {}, {}, 0
         self._has_fields = False
+        self.has_recovery_points = False  # a keyframe of H.264 without an IDR picture: it may only begin a refresh
         self._open_field = None  # (frame number, bottom) of a first field whose second is awaited
         self.read_extradata(extradata)
 
@@ -118,6 +119,9 @@ class PictureReader:
         """
         if self._codec != "h264":
             return False
+        if is_key and not self.has_recovery_points:
+            first = next((unit[0] & 31 for unit in self._units(data) if unit[0] & 31 in SLICES), 5)
+            self.has_recovery_points = first != 5
         if is_key and not self._has_fields:
             self._read_parameters(self._units(data), until_slice=True)
         return self._has_fields and self._completes(self._units(data))

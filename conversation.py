@@ -85,6 +85,14 @@ def scheme_of(source) -> str | None:
     return None
 
 
+def path_text(path: os.PathLike) -> str:
+    """A path object as a string. Raises ValueError for one that gives anything but text or bytes."""
+    try:
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise ValueError(f"a {type(path).__name__} is not a usable path: {error}") from error
+
+
 def local_path(source):
     """The path of a source that is a `file:` URL or begins with `~`; any other source unchanged.
 
@@ -92,7 +100,7 @@ def local_path(source):
         ValueError: for a `file:` URL of another machine.
     """
     if isinstance(source, os.PathLike):
-        source = os.fspath(source)
+        source = path_text(source)
     if scheme_of(source) == "file":
         url = urllib.parse.urlsplit(source)
         if url.netloc not in ("", "localhost"):

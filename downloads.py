@@ -62,8 +62,14 @@ def download(url: str, *, what: str, max_bytes: int, timeout: float, allow_priva
         raise ValueError(f"{name}{at} {error}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         at = "" if target == url else f" (redirected to {shorten(target, 500)})"
-        detail = shorten(error.reason) if isinstance(error, UnicodeError) else str(error) or type(error).__name__
+        reason = error.reason if isinstance(error, UnicodeError) else error
+        detail = printable(str(reason)) or type(error).__name__
         raise ValueError(f"{name}{at} cannot be downloaded: {detail[:500]}") from error
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class _Failed(Exception):

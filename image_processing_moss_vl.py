@@ -69,7 +69,8 @@ class MossVLImageProcessor(BaseImageProcessor):
         allow_http: True allows downloads from http(s) URLs.
         allow_private_hosts: True allows downloads from private, loopback, link-local and reserved addresses too.
         max_source_pixels: maximum pixels of an image before the resize, and of the images of a sample that are
-            decoded at once; two thirds of it for one image with a palette or transparency, or a WebP.
+            decoded at once; two thirds of it for one image with a palette or transparency, a third for a
+            WebP or JPEG 2000.
 
     The last three are not saved, and ignored in a file: a downloaded checkpoint must not decide them.
     """

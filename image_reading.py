@@ -128,7 +128,9 @@ def _read_all(file, name: str) -> bytes:
         raise ValueError(f"{name} is open as text; open it with mode 'rb'")
     try:
         return _read_file(file, name)
-    except (OSError, ValueError) as error:  # ValueError: the file is closed
+    except MemoryError:
+        raise
+    except Exception as error:  # file objects of callers raise all kinds of errors
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
         raise ValueError(f"{name} cannot be read: {error}") from error
@@ -262,7 +264,8 @@ def probe_image(
         allow_http: True allows downloads.
         allow_private_hosts: True allows downloads from private addresses too.
         unit: True if floats are in 0..1, False if they are in 0..255. None: 0..1 if no value of this image is above 1.
-        max_source_pixels: most pixels of the image; two thirds of it with a palette or transparency, and for WebP.
+        max_source_pixels: most pixels of the image; two thirds of it with a palette or transparency, a
+            third for WebP and JPEG 2000.
 
     Raises FileNotFoundError, or ValueError if the source is not an image, has no pixels, is over 200:1, or has too
     many pixels.
@@ -294,9 +297,11 @@ def check_size(height: int, width: int, name: str, limit: int) -> None:
 
 
 def _pixel_limit(image: Image.Image, max_source_pixels: int) -> int:
-    """The limit for an image that may not be loaded yet. Decoders of palettes, transparency and WebP need more
-    memory."""
-    has_extra = image.mode in ("P", *ALPHA_MODES) or image.format in ("GIF", "WEBP") or "transparency" in image.info
+    """The limit for an image that may not be loaded yet. Decoders of some formats, and of palettes and transparency,
+    need more memory: up to 18 bytes per pixel."""
+    if image.format in ("JPEG2000", "WEBP"):
+        return max(1, max_source_pixels // 3)
+    has_extra = image.mode in ("P", *ALPHA_MODES) or image.format == "GIF" or "transparency" in image.info
     return max(1, max_source_pixels * 2 // 3) if has_extra else max_source_pixels
 
 
@@ -485,12 +490,13 @@ def _is_float(tensor: torch.Tensor) -> bool:
 
 
 def plain_array(source, name: str) -> np.ndarray:
-    """The numpy array of a tensor of any layout, dtype and device; an array as it is.
+    """The numpy array of a tensor of any layout, dtype and device; an array in the byte order of this machine.
 
     Raises ValueError for a tensor that holds no numbers.
     """
     if not isinstance(source, torch.Tensor):
-        return np.asarray(source)
+        array = np.asarray(source)
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     try:
         tensor = source.detach()
         if tensor.is_quantized:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .colours import frame_to_rgb, tone_map_of
 from .image_reading import check_aspect, load_image
+from .signatures import read_head
 from .video_packets import (
     DEFAULT_LIMITS,
     DISCARDED,
@@ -110,6 +111,15 @@ class _DecodedFrame:
         return self._pixels
 
 
+def _begins_as_video(head: bytes) -> bool:
+    """Whether a file begins as an mp4, Matroska or AVI does, so that no FFmpeg takes it for a playlist.
+
+    An mp4 may begin with a box of any name, such as one that spells #EXTM3U.
+    """
+    is_mp4 = head[:1] == b"\0" and head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
+    return is_mp4 or head[:4] == b"\x1a\x45\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+
+
 class UntrueKeyframes(Exception):
     """Packets flagged as keyframes are not keyframes: the whole video has to be decoded from its start."""
 
@@ -143,8 +153,11 @@ class PyAVVideo(Video):
                 f"{name}: none of its {len(scan)} video packets can be decoded ({details}); frames over "
                 f"{limits.frame_pixels} pixels are not decoded, see max_source_pixels"
             )
-        self.facts, self._changes = facts, scan.changes
-        self.index = index = FrameIndex.of(scan, facts, problems)
+        if facts.format == "mjpeg" and len(scan) == 1:
+            raise ValueError(f"{name} is a still JPEG image; expected a video, or a list of images as its frames")
+        self.facts, self._changes, self._refreshes = facts, scan.changes, scan.refreshes
+        self._read_index(scan, problems)
+        index = self.index
         self._keys = self._trusted_keys()
         if ends_early := facts.ends_early(len(scan), len(index.times), index.duration):
             problems.insert(0, ends_early)
@@ -156,6 +169,20 @@ class PyAVVideo(Video):
         if self._matrix is not None and self._matrix[0] == self._matrix[3] == 0:  # a quarter turn
             size = size[::-1]
         super().__init__(name, index.times, index.duration, *size, problems)
+
+    def _read_index(self, scan: PacketScan, problems: list[str]) -> None:
+        """Sets `index`. An edited mp4 is decoded once, because only a decoder knows which frames each part shows."""
+        found = Problems(problems)
+        self.index = FrameIndex.of(scan, self.facts, found)
+        self._is_edited = self.facts.format.startswith("mov") and scan.is_edited
+        if self._is_edited:
+            found, reader = Problems(problems), _PacketReader(self)
+            try:
+                decoded = [frame.pts for frame in reader.decode(0, len(scan) - 1, found)]
+            finally:
+                reader.close()
+            self.index = FrameIndex.of_parts(scan, self.facts, list(dict.fromkeys(decoded)))
+        problems[:] = found
 
     def _refuse_packets(self, count: int):
         limit = self.limits.max_video_packets
@@ -169,9 +196,10 @@ class PyAVVideo(Video):
             )
 
     def _trusted_keys(self) -> np.ndarray:
-        """Packets that start with a keyframe. Only the first one if the decoder's configuration changes too often."""
+        """Packets that start with a keyframe. Only the first one if the decoder's configuration changes too often, or
+        if the parts of an edited file may overlap."""
         keys = np.flatnonzero(self.index.flags & KEY)
-        return keys if len(self._changes) <= MAX_CHANGES else keys[:1]
+        return keys if len(self._changes) <= MAX_CHANGES and not self._is_edited else keys[:1]
 
     def configuration(self, packet: int) -> list:
         """Side data that a decoder needs before it starts at a packet, of the packets up to this one."""
@@ -200,6 +228,10 @@ class PyAVVideo(Video):
         newest_key = np.maximum.accumulate(np.where(index.flags & KEY, index.stamps, index.stamps.min()))
         if (index.stamps < newest_key).any():
             return "frames refer to frames before their keyframe (open GOP)"
+        if self._refreshes:
+            return "a keyframe only begins to refresh the picture, and decord shows it unfinished"
+        if not _begins_as_video(read_head(self._file)):
+            return "its first bytes may mean another format to the older FFmpeg of decord"
         if isinstance(self._file, str) and "%" in self._file:
             return "FFmpeg may take its name for a pattern"
         return None

@@ -14,6 +14,7 @@ import numpy as np
 
 from .coded_pictures import PictureReader
 from .image_reading import MAX_ASPECT, MAX_SOURCE_PIXELS
+from .signatures import read_head
 from .threads import check_stop
 
 
@@ -32,6 +33,7 @@ MAX_REORDER = 16  # upper limit of frames that a decoder delays to put them in o
 PROBE_FRAMES = 16  # decoded to check that time stamps follow the order of frames, if the stream does not say so
 MAX_SECONDS = 10 * 366 * 86400.0  # longer videos have absurd time stamps
 MAX_LAST_SECONDS = 86400.0  # of the last frame
+JPEG_SIGNATURE, MULTI_PICTURE = b"\xff\xd8\xff", b"MPF\0"  # the latter marks a photograph with several pictures
 CONFIGURATION = ("new_extradata", "palette", "param_change")  # side data that a decoder needs from then on
 NO_STAMP = -(2**63)
 ABSURD_STAMP = 2**60
@@ -52,8 +54,8 @@ class VideoLimits:
 
     max_source_pixels: int = MAX_SOURCE_PIXELS
     max_video_packets: int = 5_000_000
-    max_animation_canvas: int = 2**25
-    max_animation_pixels: int = 2**32
+    max_animation_canvas: int = 2**24
+    max_animation_pixels: int = 2**31
 
     @property
     def frame_pixels(self) -> int:
@@ -99,6 +101,8 @@ def open_container(file: str | io.BytesIO, name: str, limits: VideoLimits = DEFA
     """
     import av
 
+    head = read_head(file)
+    is_jpeg = head.startswith(JPEG_SIGNATURE)  # FFmpeg recognises joined JPEGs only as a list of files
     if not isinstance(file, str):
         file, protocol = io.BytesIO(file.getvalue()), "data"  # threads must not share a position
     elif "%" in file:
@@ -108,6 +112,7 @@ def open_container(file: str | io.BytesIO, name: str, limits: VideoLimits = DEFA
     try:
         return av.open(
             file,
+            format="mjpeg" if is_jpeg and MULTI_PICTURE not in head else None,
             options={"max_pixels": str(limits.allocated_pixels)},
             container_options={"format_whitelist": DEMUXERS, "protocol_whitelist": protocol},
             metadata_errors="ignore",
@@ -139,9 +144,10 @@ def check_sample_counts(file: str | io.BytesIO, name: str) -> None:
 
 
 PARENT_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+MAX_BOX_DEPTH = 16  # FFmpeg reads 10
 
 
-def _boxes(stream, start: int, end: int):
+def _boxes(stream, start: int, end: int, depth: int = 0):
     """Yields (kind, start of its content, end) of the boxes that count samples."""
     while start + 8 <= end:
         stream.seek(start)
@@ -156,8 +162,8 @@ def _boxes(stream, start: int, end: int):
         if length < content - start:
             return
         stop = min(end, start + length)
-        if kind in PARENT_BOXES:
-            yield from _boxes(stream, content, stop)
+        if kind in PARENT_BOXES and depth < MAX_BOX_DEPTH:
+            yield from _boxes(stream, content, stop, depth + 1)
         elif kind in (b"stsz", b"trun"):
             yield kind, content, stop
         start += length
@@ -203,7 +209,8 @@ class StreamFacts:
     def ends_early(self, packets: int, frames: int, duration: float) -> str | None:
         """What is missing if the header announces more than the file holds. `duration`: seconds of its frames."""
         slack = 1.0 + 0.1 * self.announced if self.has_other_streams else 0.0
-        longest = duration + slack + 1.5 * duration / frames
+        lost = 4.5 if self.format == "avi" else 1.5  # frames: an AVI with B-frames announces their delay too
+        longest = duration + slack + lost * duration / frames
         if self.listed_packets <= packets and (self.listed_packets or self.announced <= longest):
             return None
         of = f" of {self.announced:.1f}" if self.announced > duration else ""
@@ -260,6 +267,7 @@ class PacketScan:
     probed: list[int] = field(default_factory=list)  # the packets of the frames decoded so far
     first_frame: object = None
     reordered: bool = False  # frames are shown in another order than that of their packets
+    refreshes: bool = False  # a keyframe of H.264 only begins to refresh the picture, or refers back (no IDR)
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -301,7 +309,14 @@ class PacketScan:
         if not scan.probed:
             scan._add_frames(decode(av, context, None, problems))
         scan.reordered = scan.reordered or has_b_frames
+        scan.refreshes = reader.has_recovery_points
         return scan
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether an mp4 joins several parts of its video (edit list): only then decoding stamps fall back in it."""
+        pts, dts = np.frombuffer(self.pts, np.int64), np.frombuffer(self.dts, np.int64)
+        return bool((np.diff(dts) < 0).any() and (np.minimum(pts, dts) > -ABSURD_STAMP).all())
 
     def _add(self, packet, reader: PictureReader) -> None:
         pts, dts, is_key = packet.pts, packet.dts, packet.is_keyframe
@@ -391,6 +406,24 @@ class FrameIndex:
             times, last_length = np.arange(len(shown)) * frame_seconds, frame_seconds
         duration = seconds_of(times, last_length or frame_seconds, facts.rate, tick)
         return cls(stamps, flags, shown, number_of, is_ordered, is_steady, times, duration)
+
+    @classmethod
+    def of_parts(cls, scan: PacketScan, facts: StreamFacts, decoded: list[int]) -> "FrameIndex":
+        """The index of an edited mp4, whose parts may repeat and overlap.
+
+        Args:
+            decoded: the packet of each frame that a decode of the whole file shows.
+        """
+        flags = np.frombuffer(bytes(scan.flags), np.uint8)
+        stamps = np.frombuffer(scan.pts, np.int64)
+        tick, shown = float(facts.time_base), np.array(decoded)
+        shown = shown[np.argsort(stamps[shown], kind="stable")]
+        number_of = np.full(len(flags), -1)
+        number_of[shown] = np.arange(len(shown))
+        times = (stamps[shown] - stamps[shown[0]]) * tick
+        last_length = scan.durations[int(shown[-1])] * tick or 1 / float(facts.rate or 25)
+        duration = seconds_of(times, last_length, facts.rate, tick)
+        return cls(stamps, flags, shown, number_of, True, False, times, duration)
 
 
 def seconds_of(times: np.ndarray, last_length: float, rate: Fraction | None, tick: float) -> float:

@@ -2,6 +2,7 @@
 
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -116,6 +117,25 @@ def turn(source, path, matrix):
     a, b, c, d = (FIXED_POINT * x for x in matrix)
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     open(path, "wb").write(data)
+    return path
+
+
+def write_edits(source, path, edits):
+    """An mp4 of `write_video` with other edits: (thousandths of a second, first frame or None for a gap)."""
+    data = bytearray(Path(source).read_bytes())
+    begin = data.find(b"elst") - 4
+    size, (first,) = int.from_bytes(data[begin : begin + 4], "big"), struct.unpack_from(">i", data, begin + 20)
+    with av.open(str(source)) as container:
+        stream = container.streams.video[0]
+        ticks = int(1 / stream.average_rate / stream.time_base)
+    entries = [(length, -1 if frame is None else first + round(frame * ticks), 1, 0) for length, frame in edits]
+    box = struct.pack(">I4sII", 16 + 12 * len(entries), b"elst", 0, len(entries))
+    box += b"".join(struct.pack(">Iihh", *entry) for entry in entries)
+    data[begin : begin + size] = box
+    for parent in (b"edts", b"trak", b"moov"):  # the index is after the frames, so that no offset changes
+        at = data.rfind(parent, 0, begin + 4) - 4
+        data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + len(box) - size).to_bytes(4, "big")
+    Path(path).write_bytes(data)
     return path
 
 

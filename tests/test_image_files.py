@@ -196,6 +196,17 @@ def test_the_canvas_is_checked_before_it_is_decoded(data, message, monkeypatch):
             MossVLImageProcessor(max_source_pixels=1000)(data)
 
 
+@pytest.mark.parametrize(
+    "kind, share", [("JPEG", 1), ("PNG", 1), ("GIF", 2 / 3), ("JPEG2000", 1 / 3), ("WEBP", 1 / 3)]
+)
+def test_formats_that_need_more_memory_have_lower_limits(kind, share):
+    data = encoded(Image.new("RGB", (100, 30)), kind)
+    limit = round(3000 / share)
+    assert probe_image(data, max_source_pixels=limit + 2).width == 100
+    with pytest.raises(ValueError, match="100 x 30 pixels, over the limit"):
+        probe_image(data, max_source_pixels=limit - 3)
+
+
 def test_the_limit_of_source_pixels_is_an_option():
     data, palette = encoded(Image.new("RGB", (40, 40))), encoded(Image.new("P", (40, 40)), "GIF")
     processor = MossVLImageProcessor(max_source_pixels=1600)
@@ -417,6 +428,23 @@ def test_tensors_of_every_kind_are_images_or_named_errors():
             MossVLImageProcessor()(bad)
     with pytest.raises(ValueError, match="has no values that can be read"):
         MossVLImageProcessor()(torch.rand(2, 3, 8, 8, device="meta"))
+
+
+class Broken(io.BytesIO):
+    def getvalue(self):
+        raise RuntimeError("the disk is gone")
+
+
+class NumberedPath:
+    def __fspath__(self):
+        return 7
+
+
+def test_sources_that_raise_are_named_errors():
+    with pytest.raises(ValueError, match="image in a Broken' cannot be read: the disk is gone"):
+        probe_image(Broken())
+    with pytest.raises(ValueError, match="a NumberedPath is not a usable path"):
+        probe_image(NumberedPath())
 
 
 def test_closed_files_are_named_errors(tmp_path):

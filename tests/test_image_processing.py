@@ -207,6 +207,7 @@ def test_all_sources_give_the_same_pixels(pixels, tmp_path):
             pixels / 255,
             torch.from_numpy(pixels / 255).float(),
             pixels.astype(np.uint16) * 257,
+            (pixels.astype(np.uint16) * 257).astype(">u2"),
             pixels[:, ::-1][:, ::-1],
             np.dstack([pixels, np.full((48, 80), 255, np.uint8)]),
         ]
