@@ -39,6 +39,7 @@ VIDEOS = [".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"]
 FILE, WEBCAM = "Video file", "Webcam"
 KEPT_SECONDS = (3600, 24 * 3600)  # how often old uploads are looked for, and when they are deleted
 REMARKS = 100  # latest remarks of a live run that are shown
+ENDS = {"cancelled": "stopped", "length": "cut off: the most tokens of an answer are reached"}
 HINT = "Click a word of the answer to see what it looked at."
 CSS = """
 .gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important}
@@ -392,7 +393,11 @@ class Page:
                 )
 
         def choose_source(kind):
-            return [gr.update(visible=kind == FILE), gr.update(visible=kind == WEBCAM)]
+            return [
+                gr.update(visible=kind == FILE),
+                gr.update(visible=kind == WEBCAM),
+                gr.update(visible=kind == FILE),
+            ]
 
         def run_live(kind, file, prompt, request: gr.Request):
             visitor = self.visitors.of(request.session_hash)
@@ -432,7 +437,7 @@ class Page:
             return ""
 
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        kind.change(choose_source, kind, [file, webcam], **quiet)
+        kind.change(choose_source, kind, [file, webcam, picture], **quiet)
         start.click(run_live, [kind, file, request_box], [status, picture, remarks], **quiet)
         stop.click(stop_run, None, None, **quiet)
         question.submit(ask_live, question, question, **quiet)
@@ -454,10 +459,6 @@ class Page:
             max_tokens_per_turn=TOKENS_PER_SECOND,
             media_kwargs=media_kwargs,
         )
-
-
-# How an answer ended that did not end by itself.
-ENDS = {"cancelled": "stopped", "length": "cut off: it reached the most tokens of an answer"}
 
 
 if __name__ == "__main__":
