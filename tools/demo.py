@@ -323,7 +323,7 @@ class Page:
             return show(look, int(number) - 1)
 
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        box.submit(ask, [box, length, temperature], shown, **quiet)
+        box.submit(ask, [box, length, temperature], shown, trigger_mode="multiple", **quiet)
         stop.click(stop_answer, None, None, **quiet)
         gr.on([new.click, chat.clear], begin_anew, None, shown, **quiet)
         words.select(choose, None, [words, caption, picture, frame], **quiet)
@@ -393,11 +393,8 @@ class Page:
                 )
 
         def choose_source(kind):
-            return [
-                gr.update(visible=kind == FILE),
-                gr.update(visible=kind == WEBCAM),
-                gr.update(visible=kind == FILE),
-            ]
+            of_file, of_webcam = gr.update(visible=kind == FILE), gr.update(visible=kind == WEBCAM)
+            return [of_file, of_webcam, of_file]
 
         def run_live(kind, file, prompt, request: gr.Request):
             visitor = self.visitors.of(request.session_hash)

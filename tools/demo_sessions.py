@@ -120,6 +120,9 @@ class Conversation:
         try:
             while True:
                 event = events.get()
+                while event is not None and event.kind == "piece" and not events.empty():  # a slow reader skips some
+                    text += event.text
+                    event = events.get()
                 ended = event is None or event.kind != "piece"
                 if event is None:
                     raise RuntimeError("the page was closed")
