@@ -1,10 +1,11 @@
 """The page of tools/demo.py in a headless browser: its server, tabs, and what a visitor does in them.
 
-    python tests/demo_browser.py docs/demo.jpg
+    python tests/demo_browser.py docs/demo.png
 
 takes the picture of the README.
 """
 
+import io
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+from PIL import Image
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +120,8 @@ def take_picture(file: str) -> None:
         tab.at("#words").get_by_text("orange", exact=False).click()
         tab.wait_for("#caption", "orange")
         tab.page.wait_for_timeout(1000)  # pictures are loaded
-        tab.page.screenshot(path=file, type="jpeg", quality=85)
+        picture = Image.open(io.BytesIO(tab.page.screenshot()))
+        picture.convert("RGB").crop((0, 0, picture.width, 870)).quantize(256, dither=Image.Dither.NONE).save(file)
 
 
 if __name__ == "__main__":

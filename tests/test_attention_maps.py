@@ -118,9 +118,9 @@ def test_wrong_tokens_and_conversations_without_frames_are_errors(model, process
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ("at 2.3 seconds the ring", ["at", " 2.3", " seconds", " the", " ring"]),
-        ("a  star;\n\nred\n", ["a", "  star;", "\n\nred", "\n"]),
-        ("漢字 é\N{GRINNING FACE}!", ["漢字", " é\N{GRINNING FACE}!"]),  # characters of several tokens
+        ("at 2.3 seconds, the ring.", ["at", " 2.3", " seconds", ",", " the", " ring", "."]),
+        ("a  star;\n\nred\n", ["a", "  star", ";", "\n\nred", "\n"]),
+        ("漢字。é\N{GRINNING FACE}!", ["漢", "字", "。", "é", "\N{GRINNING FACE}", "!"]),  # of several tokens each
         ("", []),
     ],
 )

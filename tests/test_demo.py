@@ -2,14 +2,18 @@
 test_demo_sessions.py. Needs requirements-demo.txt, playwright, and Chromium."""
 
 import re
+import time
 
 import pytest
 from conftest import ROOT
-from demo_browser import CHROMIUM, Tab, opened_browser, served
-from realtime import save_talking_checkpoint
+from demo_browser import CHROMIUM, SECONDS, Tab, free_port, opened_browser, served
+from realtime import make_talking_model
+
+from moss_vl.tools import demo
+from moss_vl.tools.demo_sessions import AnswerWriter, Visitors
 
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 pytest.importorskip("playwright")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
@@ -34,10 +38,10 @@ def nano():
 
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
-    """The page with a realtime checkpoint that says "red star" at every frame, and "Yes" without an end to questions
-    of the other tab."""
+    """The page with the checkpoint of `make_talking_model`."""
     folder = tmp_path_factory.mktemp("checkpoints") / "talking"
-    save_talking_checkpoint(folder)
+    for part in make_talking_model():
+        part.save_pretrained(folder)
     with served("--checkpoint", folder, "--max-new-tokens", "20000", "--fps", "2") as address:
         yield address
 
@@ -74,7 +78,7 @@ def test_questions_about_a_video(nano, tab):
     assert len(seen) > 2 and all(RING.startswith(text) for text in seen), seen  # it came in pieces
 
     page.at("#words").get_by_text("orange").click()
-    page.wait_for("#caption", "orange;")
+    page.wait_for("#caption", "orange")
     found = re.search(r"frame (\d) of 6, at (\d\.\d) s: (\d+)% of the attention", page.at("#caption").inner_text())
     assert found and float(found[2]) >= 2.0  # the ring is orange from 2.0 s on
     page.at("#map img").wait_for()
@@ -191,3 +195,36 @@ def test_other_checkpoints_say_why_they_are_not_live(nano, tab):
     page.open_live()
     page.wait_for("#not-live", "<|silence|>")
     assert not page.at("#start").is_visible()
+
+
+def test_a_closed_tab_leaves_nothing(browser):
+    """Served in this process. The answer and the live run of the tab end with it; those of another tab go on."""
+    args = demo.parse(["--port", str(free_port()), "--max-new-tokens", "1000000"])
+    processor, model = make_talking_model()
+    visitors = Visitors(AnswerWriter(model, processor))
+    page = demo.Page(args, model, processor, visitors).build(gradio)
+    demo.launch(gradio, page, args)
+    try:
+        tabs = [Tab(browser, page.local_url) for _ in range(2)]
+        for tab in tabs:
+            tab.ask("Are you there?")
+            tab.wait_for("#chat [data-testid=bot]", "YesYes")
+            tab.open_live()
+            tab.page.get_by_label("Webcam", exact=True).check()
+            tab.at("#start").click()
+            tab.wait_for("#remarks", "Tell me what happens.")
+        both = list(visitors.visitors.values())
+        runs = [visitor.live for visitor in both]
+        assert [run.active for run in runs] == [True, True] and len(visitors.writer.queues) == 2
+        tabs[0].page.close()
+        deadline = time.monotonic() + SECONDS
+        while len(visitors.visitors) == 2 or len(visitors.writer.queues) == 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        [stays] = visitors.visitors.values()
+        assert [run.active for run in runs] == [visitor is stays for visitor in both]
+        assert stays.conversation.is_writing and [one for one in both if one.messages] == [stays]
+        tabs[1].page.close()
+    finally:
+        page.close(verbose=False)
+        visitors.close()

@@ -22,6 +22,7 @@ from PIL import Image
 SIDE = 448  # pixels of the longer side of a picture
 COLOURS = ((0x2C, 0x10, 0x7E), (0xB5, 0x2A, 0x7A), (0xF9, 0x73, 0x16), (0xFD, 0xE0, 0x47))  # low to high weights
 OPACITY = (0.25, 0.8)  # of the colours at weight 0 and at the peak
+UNSPACED = "\u2e80"  # from here on, scripts such as Chinese write no spaces between words
 TIME = re.compile(r"(\d+\.\d) seconds\D*$")
 
 
@@ -67,15 +68,32 @@ def group_words(tokenizer, ids: Sequence[int], start: int, answer: str) -> list[
     written = "".join(text for text, _ in pieces)
     pieces.append((answer[len(written) :] if answer.startswith(written) else "", waiting or [len(ids)]))
 
-    words: list[AnswerWord] = []
+    words: list[list[tuple[str, list[int]]]] = []  # parts of each word
     for text, tokens in pieces:
         for part in re.findall(r"\s*\S+|\s+", text):
-            if words and (not part[0].isspace() or not words[-1].text.strip()):
-                text_before, tokens_before = words.pop()
-                words.append(AnswerWord(text_before + part, tuple(dict.fromkeys((*tokens_before, *tokens)))))
+            if words and _continues(words[-1][-1][0], part):
+                words[-1].append((part, tokens))
             else:
-                words.append(AnswerWord(part, tuple(tokens)))
-    return words
+                words.append([(part, tokens)])
+    return [_joined(parts) for word in words for parts in _without_punctuation(word) if parts]
+
+
+def _continues(before: str, part: str) -> bool:
+    """Whether a part belongs to the word that ends with `before`. Scripts without spaces have a word per part."""
+    return before.isspace() or (not part[0].isspace() and before[-1] < UNSPACED and part[0] < UNSPACED)
+
+
+def _without_punctuation(parts: list[tuple[str, list[int]]]) -> tuple[list, list]:
+    """A word, and the punctuation at its end that has tokens of its own."""
+    end = len(parts)
+    while end and not any(letter.isalnum() for letter in parts[end - 1][0]):
+        end -= 1
+    return (parts[:end], parts[end:]) if end else (parts, [])
+
+
+def _joined(parts: list[tuple[str, list[int]]]) -> AnswerWord:
+    tokens = dict.fromkeys(token for _, tokens in parts for token in tokens)
+    return AnswerWord("".join(text for text, _ in parts), tuple(tokens))
 
 
 # weights

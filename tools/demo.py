@@ -78,7 +78,9 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument(
         "--fps", metavar="RATE", type=above_0, help="frames per second of video (default: the checkpoint's; live 1)"
     )
-    parser.add_argument("--frames", metavar="N", type=at_least(int, 1), help="most frames of all videos of a turn")
+    parser.add_argument(
+        "--frames", metavar="N", type=at_least(int, 1), help="most frames of the videos of a conversation"
+    )
     parser.add_argument(
         "--max-pixels", metavar="N", type=at_least(int, 1), help="most pixels of an image or frame after its resize"
     )
@@ -136,6 +138,7 @@ def launch(gr, page, args) -> None:
         server_port=args.port,
         share=False,
         prevent_thread_lock=True,
+        max_threads=256,  # a live run waits for its events on one of them
         quiet=True,
         max_file_size=MAX_VIDEO_BYTES,
         footer_links=[],
@@ -336,14 +339,14 @@ class Page:
             raise ValueError("an answer is still being written; stop it, or wait for its end")
         files, prompt = message.get("files") or [], message.get("text") or ""
         query = make_query(self.args, self.processor.video_processor, files, prompt, max_new_tokens, temperature)
-        visitor.look = None
+        visitor.look, number = None, visitor.number
         asked = [{"role": "user", "content": {"path": file}} for file in files]
         asked += [{"role": "user", "content": prompt}] if prompt.strip() else []
         begun = visitor.messages = [*visitor.messages, *asked]
         yield begun
         for text in conversation.ask(query):
-            if visitor.messages is not begun and visitor.messages[: len(begun)] != begun:
-                return  # the visitor began anew
+            if visitor.number != number:
+                return
             visitor.messages = [*begun, {"role": "assistant", "content": text}]
             yield visitor.messages
         if conversation.reason in ENDS:

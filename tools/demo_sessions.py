@@ -336,6 +336,7 @@ class Visitor:
 
     Attributes:
         conversation: its questions.
+        number: counts the conversations.
         messages: the conversation as the page shows it.
         look: what the chosen word looked at, or None.
         live: its live run, or None.
@@ -343,12 +344,14 @@ class Visitor:
 
     def __init__(self, writer: AnswerWriter):
         self.conversation = Conversation(writer)
+        self.number = 0
         self.messages: list[dict] = []
         self.look: Look | None = None
         self.live: LiveRun | None = None
 
     def begin_anew(self) -> None:
         """Starts a new conversation."""
+        self.number += 1
         self.conversation.clear()
         self.messages, self.look = [], None
 
