@@ -77,7 +77,8 @@ def test_maps_have_the_grids_of_the_frames(model, processor, state):  # noqa: F8
 
 def test_one_token_is_computed_and_nothing_is_changed(model, processor, state, monkeypatch):  # noqa: F811
     kept, forks, lengths = state[0].kept, [], []
-    tensors = [part.clone() for part in kept.tensors()]
+    held = [part for layer in kept.cache.layers for part in (layer.keys, layer.values)]
+    before = [part.clone() for part in held]
     fork_cache, forward = type(model).fork_cache, model.model.forward
 
     def noting_fork(self, cache):
@@ -97,7 +98,8 @@ def test_one_token_is_computed_and_nothing_is_changed(model, processor, state, m
         assert forks[0].layers[index].keys.data_ptr() == kept.cache.layers[index].keys.data_ptr()  # no copy
     assert (model.config.to_dict(), model.config.text_config._attn_implementation) == settings
     assert settings[1] == "sdpa"
-    assert all(torch.equal(one, other) for one, other in zip(kept.tensors(), tensors, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))
+    assert all(layer.keys is part for layer, part in zip(kept.cache.layers, held[::2], strict=True))
 
 
 def test_wrong_tokens_and_conversations_without_frames_are_errors(model, processor, state):  # noqa: F811

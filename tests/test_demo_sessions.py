@@ -11,6 +11,7 @@ from offline import SMALL, VIDEO, model, pictures, processor, text_of  # noqa: F
 from realtime import RESPONSE, SILENCE, Script, make_processor, make_realtime_model, picture
 
 from moss_vl.tools import demo
+from moss_vl.tools.attention_maps import AnswerWord
 from moss_vl.tools.demo_sessions import AnswerWriter, Conversation, LiveRun, Visitor, Visitors, message_for_user
 from moss_vl.tools.live_sources import iterator_source
 
@@ -291,6 +292,14 @@ def test_queries_have_the_options_of_the_command(processor, pictures):  # noqa: 
     assert set(greedy["media_kwargs"].values()) == {None}  # the settings of the checkpoint
     with pytest.raises(ValueError, match="write a question"):
         demo.make_query(args, processor.video_processor, [], " ", 5, 0)
+
+
+def test_parts_of_the_shown_answer_are_words():
+    words = [AnswerWord(text, (1,)) for text in ("\n", " at", " 2.3", "漢", "字", ", ", "end", "\n")]
+    parts = demo.highlighted(words, 2)
+    assert [text for text, _ in parts] == ["\n", " ", "at", " ", "2.3", "漢", "字", ", ", "end", "\n"]
+    assert [label for _, label in parts] == [None] * 4 + ["chosen"] + [None] * 5
+    assert [demo.word_at(words, part) for part in range(11)] == [0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("wrong", [["--port", "0"], ["--fps", "0"], ["--rows", "0"], ["--cache-gb", "-1"]])

@@ -14,11 +14,13 @@ import signal
 import sys
 import tempfile
 import threading
+from itertools import accumulate
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moss_vl.infer import CHECKPOINT_OPTIONS, NANO, add_running_arguments, load
+from moss_vl.tools.attention_maps import AnswerWord
 from moss_vl.tools.command_line import above_0, at_least, message_of
 from moss_vl.tools.demo_sessions import (
     AnswerWriter,
@@ -193,6 +195,23 @@ def live_messages(remarks: list[Remark]) -> list[dict]:
     ]
 
 
+def highlighted(words: list[AnswerWord], chosen: int | None = None) -> list[tuple[str, str | None]]:
+    """Words as parts of a `HighlightedText`: the white space before each word, if there is some, is a part as well."""
+    parts = []
+    for number, word in enumerate(words):
+        bare = word.text.lstrip()
+        space = word.text[: len(word.text) - len(bare)]
+        parts += [(space, None)] if space else []
+        parts += [(bare, "chosen" if number == chosen else None)] if bare else []
+    return parts
+
+
+def word_at(words: list[AnswerWord], part: int) -> int:
+    """The number of the word that a part of `highlighted` belongs to."""
+    ends = accumulate(len(highlighted([word])) for word in words)
+    return next((number for number, end in enumerate(ends) if part < end), len(words))
+
+
 class Page:
     """The page, and what its buttons do.
 
@@ -290,7 +309,7 @@ class Page:
                     visitor.messages = before
                     yield [before, message, *[gr.skip()] * 4]
                 raise self.error(error) from error
-            yield [gr.skip(), gr.skip(), mark_word(visitor, None), *[gr.skip()] * 3]
+            yield [gr.skip(), gr.skip(), highlighted(visitor.conversation.words), *[gr.skip()] * 3]
 
         def stop_answer(request: gr.Request):
             self.visitors.of(request.session_hash).conversation.stop()
@@ -302,16 +321,13 @@ class Page:
         def choose(event: gr.SelectData, request: gr.Request):
             visitor = self.visitors.of(request.session_hash)
             try:
-                look = visitor.look = visitor.conversation.look(int(event.index))
+                chosen = word_at(visitor.conversation.words, int(event.index))
+                look = visitor.look = visitor.conversation.look(chosen)
             except Exception as error:
                 raise self.error(error) from error
             number = look.strongest
             slider = gr.update(minimum=1, maximum=look.count, value=number + 1, visible=look.count > 1)
-            return [mark_word(visitor, int(event.index)), *show(look, number), slider]
-
-        def mark_word(visitor: Visitor, number: int | None):
-            texts = [word.text for word in visitor.conversation.words]
-            return [(text, "chosen" if index == number else None) for index, text in enumerate(texts)]
+            return [highlighted(visitor.conversation.words, chosen), *show(look, number), slider]
 
         def show(look: Look, number: int) -> list:
             return [
