@@ -1,11 +1,12 @@
 """The page of tools/demo.py as its visitors see it, in a headless browser. What it does without one is tested in
 test_demo_sessions.py. Needs requirements-demo.txt, playwright, and Chromium."""
 
+import os
 import re
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRATCH
 from demo_browser import CHROMIUM, SECONDS, Tab, free_port, opened_browser, served
 from realtime import make_talking_model
 
@@ -13,6 +14,7 @@ from moss_vl.tools import demo
 from moss_vl.tools.demo_sessions import AnswerWriter, Visitors
 
 
+os.environ["GRADIO_TEMP_DIR"] = str(SCRATCH / "gradio")  # read by the import
 gradio = pytest.importorskip("gradio")
 pytest.importorskip("playwright")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
