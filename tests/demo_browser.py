@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,8 +86,8 @@ class Tab:
     def at(self, selector: str):
         return self.page.locator(selector)
 
-    def wait_for(self, selector: str, text: str) -> None:
-        """Waits until an element has this text."""
+    def wait_for(self, selector: str, text: str | re.Pattern) -> None:
+        """Waits until an element has a text."""
         self.at(selector).filter(has_text=text).first.wait_for()
 
     def upload(self, file: Path | str, selector: str = "#question") -> None:
@@ -98,8 +99,14 @@ class Tab:
         box.fill(question)
         box.press("Enter")
 
-    def answers(self) -> list[str]:
-        return [one.inner_text().strip() for one in self.at("#chat [data-testid=bot]").all()]
+    def answers(self, expected: list[str] | None = None) -> list[str]:
+        """The answers of the conversation, after a wait until they are the expected ones."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            shown = [one.strip() for one in self.at("#chat [data-testid=bot]").all_inner_texts()]
+            if expected is None or shown == expected or time.monotonic() > deadline:
+                return shown
+            self.page.wait_for_timeout(100)
 
     def message(self) -> str:
         """The text of an error that the page shows."""
