@@ -117,6 +117,11 @@ class SessionState(dict):
         return self._kept is not None and self._kept.cache is not None
 
     @property
+    def kept(self) -> Optional[KeptCache]:
+        """The cache with the tokens and media that it holds, which must not be changed; None after it was dropped."""
+        return self._kept if self.has_cache else None
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values, free space included."""
         return 0 if self._kept is None else storage_bytes(self._kept.tensors())

@@ -92,7 +92,7 @@ def parse(argv) -> argparse.Namespace:
     add_live_arguments(parser.add_argument_group("live"))
     _add_media(parser.add_argument_group("media"))
     _add_answering(parser.add_argument_group("answering"))
-    _add_running(parser.add_argument_group("running"))
+    add_running_arguments(parser.add_argument_group("running"))
     args = parser.parse_intermixed_args(argv)
     _check_usage(parser, args)
     return args
@@ -181,7 +181,8 @@ def _add_answering(group) -> None:
     )
 
 
-def _add_running(group) -> None:
+def add_running_arguments(group) -> None:
+    """The options that `load` reads, apart from the checkpoint."""
     group.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, all GPUs if there are any, else cpu)"
     )

@@ -52,7 +52,7 @@ def infer_commands():
 
 def test_python_examples_run_one_after_the_other():
     names = {"__name__": "__main__"}
-    for name, page in (("README.md", README), ("docs/usage.md", USAGE)):
+    for name, page in (("README.md", README), ("docs/usage.md", USAGE), ("docs/demo.md", PAGES["docs/demo.md"])):
         exec(compile("\n".join(blocks(page, "python")), name, "exec"), names)
         found = SimpleNamespace(**names)
         assert isinstance(found.text, str) and isinstance(found.answer, str)
@@ -61,6 +61,7 @@ def test_python_examples_run_one_after_the_other():
     assert len(found.texts) == 2 and all(isinstance(item, str) for item in found.texts)
     assert sorted(found.pieces) == [0, 1] and found.state.has_cache
     assert [bool(result["text"]) for result in found.replies["results"]] == [True, True]
+    assert found.word.text == "yellow" and found.weights.shares[0] > 0.5  # docs/demo.md
     assert found.loss.item() > 0 and "image_features" in found.inputs
 
 
