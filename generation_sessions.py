@@ -21,7 +21,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.utils import logging
@@ -246,13 +246,18 @@ def tokenise(processor, text: str) -> list[int]:
 
 
 def model_fingerprint(model) -> str:
-    """A name for the weights: a hash of names, shapes and first values of all parameters. A cache is of no use to a
-    model with other weights."""
+    """A name for the weights: a hash of names, shapes, dtypes and some values of all parameters, and of the PEFT
+    adapters that are active. A cache is of no use to a model with other weights."""
     digest, values = hashlib.sha256(), {}
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         if parameter.is_floating_point() and parameter.device.type != "meta":
-            values.setdefault(parameter.device, []).append(parameter.detach().reshape(-1)[:4].float())
+            flat = parameter.detach().reshape(-1)
+            values.setdefault(parameter.device, []).append(flat[:: len(flat) // 4 + 1].float())
+    for name, module in model.named_modules():
+        active, is_off = (getattr(module, one, None) for one in ("active_adapters", "disable_adapters"))
+        if isinstance(active, list) and isinstance(is_off, bool):
+            digest.update(f"{name} {active} {is_off}".encode())
     for parts in values.values():
         digest.update(torch.cat(parts).cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -472,7 +477,8 @@ def save_session(state: dict, kept: KeptCache, file) -> None:
         "state": {name: getattr(vision, name) for name in STATE_LISTS},
         "last_visible": [frames_to_list(frames) for frames in vision.last_visible],
     }
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    whole = torch.contiguous_format  # files hold no views
+    tensors = {name: tensor.detach().clone(memory_format=whole) for name, tensor in tensors.items()}
     save_file(tensors, file, {"moss_vl_session": json.dumps(content)})
 
 
@@ -482,7 +488,11 @@ def load_session(model, file) -> SessionState:
     Raises:
         ValueError: if the file is no session, or of a model with other weights.
     """
-    with safe_open(file, framework="pt") as opened:
+    try:
+        opening = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no session of MOSS-VL, or not whole: {error}") from error
+    with opening as opened:
         content = json.loads((opened.metadata() or {}).get("moss_vl_session", "null"))
         if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
             raise ValueError(f"{file} is no session of MOSS-VL in format {FILE_FORMAT}; expected a file of state.save")
@@ -541,7 +551,9 @@ def packed(value, tensors: dict[str, torch.Tensor]):
         )
     name = f"media.{len(tensors)}"
     tensors[name] = (
-        torch.frombuffer(bytearray(value), dtype=torch.uint8) if kind == "bytes" else torch.as_tensor(value)
+        torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        if kind == "bytes"
+        else torch.as_tensor(np.ascontiguousarray(value) if kind == "array" else value)
     )
     return {PACKED: name, "kind": kind}
 

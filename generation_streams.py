@@ -7,7 +7,6 @@ does everything on the model: it prefills a prompt as soon as a row is free, and
 import asyncio
 import numbers
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from .generation_sessions import (
     keep_cache_of,
     prepare_turn,
 )
+from .threads import clear_frames
 
 
 PREPARED_BYTES = 1 << 30  # pixels that wait, by default
@@ -242,29 +242,29 @@ class BatchStream:
         return self
 
     def __next__(self) -> AnswerEvent:
-        event = self._take_event()
-        if event is None:
-            raise StopIteration
-        return event
+        while self._wait():
+            if (event := self._pop()) is not None:
+                return event
+        raise StopIteration
 
     def __aiter__(self) -> "BatchStream":
         return self
 
     async def __anext__(self) -> AnswerEvent:
-        """The model runs on a thread. If the waiting task is cancelled, the event is kept for the next one."""
-        if self._next is None:
-            self._next = asyncio.ensure_future(asyncio.to_thread(self._take_event))
-        try:
-            event = await asyncio.shield(self._next)
-        except asyncio.CancelledError:
-            raise
-        except BaseException:
-            self._next = None
-            raise
-        self._next = None
-        if event is None:
-            raise StopAsyncIteration
-        return event
+        """The model runs on a thread. No event is lost if the waiting task is cancelled, or its loop ends."""
+        while True:
+            waiting, loop = self._next, asyncio.get_running_loop()
+            if waiting is None or waiting.get_loop() is not loop:
+                waiting = self._next = asyncio.ensure_future(asyncio.to_thread(self._wait))
+            try:
+                goes_on = await asyncio.shield(waiting)
+            finally:
+                if waiting.done() and self._next is waiting:
+                    self._next = None
+            if not goes_on:
+                raise StopAsyncIteration
+            if (event := self._pop()) is not None:
+                return event
 
     # the background thread
 
@@ -307,18 +307,23 @@ class BatchStream:
 
     # the thread that uses the model
 
-    def _take_event(self) -> Optional[AnswerEvent]:
-        """The next event; None at the end."""
+    def _wait(self) -> bool:
+        """Works until there is an event. False at the end."""
         with self._at_model, on_device_of(self._model):
             while True:
                 with self._changed:
-                    if self._closed:
-                        return None
-                    if self._events:
-                        self._told = True
-                        return self._events.popleft()
+                    if self._closed or self._events:
+                        return not self._closed
                 if not self._advance():
-                    return None
+                    return False
+
+    def _pop(self) -> Optional[AnswerEvent]:
+        """The next event; None if another reader took it."""
+        with self._changed:
+            if not self._events:
+                return None
+            self._told = True
+            return self._events.popleft()
 
     def _advance(self) -> bool:
         """Prefills the next prompt if a row is free, then adds a token to each row; waits if there is nothing to do.
@@ -437,7 +442,7 @@ class BatchStream:
         self._events.append(AnswerEnd(entry.index, text, reason, result, state))
 
     def _fail(self, entry: _Entry, error: Exception) -> None:
-        traceback.clear_frames(error.__traceback__)  # else the event would keep pixels and caches alive
+        clear_frames(error)  # else the event would keep pixels and caches alive
         self._leave(entry)
         self._events.append(AnswerError(entry.index, error))
 

@@ -246,7 +246,7 @@ class RealtimeSession:
         joined = True
         if self.started_at is not None:
             joined = self.scheduler.remove(self, timeout)
-        if joined and threading.current_thread() is not self.scheduler.thread:
+        if joined and self not in self.scheduler.current:  # otherwise its step frees it
             self.stream.free()
         self._finish()
         return joined
@@ -319,6 +319,7 @@ class RealtimeSession:
         """The first part of a step; None if it computes nothing more."""
         stream = self.stream
         if self.closed:
+            stream.free()
             return None
         try:
             if self._interrupted:
@@ -348,6 +349,8 @@ class RealtimeSession:
             stream.finish(stream.forward(work) if logits is None else logits)
         except Exception as error:
             stream.fail(error)
+        if self.closed:  # by a function of the caller's that the step called
+            stream.free()
         now = time.monotonic()
         self._next_token_at = max(self._next_token_at, now - self.pause) + self.pause
         self._deliver()

@@ -12,7 +12,6 @@ forward feeds: the last sampled token, and the blocks of what was taken in after
 import math
 import queue
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from .realtime_events import (
 )
 from .realtime_protocol import SILENCE, SYSTEM_PROMPT, Protocol, TextPieces
 from .realtime_sampling import Sampler, SamplingOptions
+from .threads import clear_frames
 
 
 FRAME_QUEUE_SIZE = 256
@@ -392,8 +392,9 @@ class RealtimeStream:
         if not taken and self._rest():
             return None
         # One token more will be written. The limit holds after that.
-        if self._is_above(sum(map(len, prompts + frames)) + 1, self.rollover_forced):
-            self._roll_over("forced")
+        added = sum(map(len, prompts + frames)) + 1
+        if self._is_above(added, self.rollover_forced):
+            self._roll_over("forced", added)
         if taken:
             self._take_in(taken, prompts, frames)
         self.parked = False
@@ -426,7 +427,7 @@ class RealtimeStream:
 
     def fail(self, error: BaseException) -> None:
         """Ends the stream by an error."""
-        traceback.clear_frames(error.__traceback__)  # the error must not keep the tensors of a failed forward
+        clear_frames(error)  # the error must not keep the tensors of a failed forward
         self._report(Failed, error=error)
         self.free()
 
@@ -581,23 +582,27 @@ class RealtimeStream:
         quarter of the limit has to be added until the next one."""
         if limit is None:
             return False
-        return len(self.ids) + added > (limit if self.rebuilt <= limit else self.rebuilt + limit // 4)
+        # a rollover leaves `rebuilt` tokens and the last one; with one more, they must be within the limit
+        return len(self.ids) + added > (limit if self.rebuilt + 2 <= limit else self.rebuilt + max(2, limit // 4))
 
-    def _roll_over(self, reason: str) -> None:
+    def _roll_over(self, reason: str, added: int = 0) -> None:
         """Starts anew: the cache is made again from the words of the conversation, the frames of the window, and the
         reply that is being written. The last token stays the one that comes next, so nothing is decided again.
 
-        If all that is above the limit, or if the last rollover won little, then the oldest words are left out until
-        they have half of the limit, and the oldest frames until a quarter of the limit is free.
+        If all that is above the limit, or with the `added` tokens above the forced one, or if the last rollover won
+        little, then the oldest words are left out until they have half of the limit, and the oldest frames until a
+        quarter of the limit is free; more of both if the added tokens need it, but not for a prompt that needs nearly
+        all.
         """
         before = len(self.ids)
         limit = min(limit for limit in (self.rollover_idle, self.rollover_forced) if limit is not None)
         last = self.reply_ids if self.replying else [self.tokens.silence if self.is_silent else self.ids[-1]]
         ids, dropped = self.protocol.opening(self._messages()), 0
         others = len(last) + sum(len(frame.block) for frame in self.frames)
-        if len(ids) + others > limit or self.rebuilt > limit - limit // 8:
-            most = limit - limit // 4
-            dropped = self._drop_words(max(most - others, limit // 2))
+        forced = math.inf if self.rollover_forced is None else self.rollover_forced
+        if len(ids) + others > min(limit, forced - added) or self.rebuilt > limit - limit // 8:
+            most = max(limit // 4, min(limit - limit // 4, forced - added))
+            dropped = self._drop_words(max(most - others, min(limit // 2, most)))
             ids = self.protocol.opening(self._messages())
             while len(ids) + others > most and len(self.frames) > 1:
                 others -= len(self.frames.popleft().block)

@@ -1,6 +1,8 @@
-"""A parallel `map` that keeps torch's inference mode, and stops its threads if one of them or the caller fails."""
+"""A parallel `map` that keeps torch's inference mode, and stops its threads if one of them or the caller fails. And a
+function that frees what errors keep alive."""
 
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -63,3 +65,13 @@ def in_threads(threads: int, function: Callable, *columns) -> list:
     finally:
         stop.set()
         pool.shutdown(wait=waits, cancel_futures=True)
+
+
+def clear_frames(error: BaseException) -> None:
+    """Frees what the frames of an error hold, and those of the errors that caused it. The error itself may be kept for
+    long, or go to another thread."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -317,6 +317,20 @@ def test_an_error_keeps_no_tensors_alive(model, processor, pictures):
     assert event.kind == "error" and event.error.__traceback__ is not None and fails.seen() is None
 
 
+def test_an_error_of_a_query_keeps_no_pixels_alive(model, processor, pictures, monkeypatch):
+    seen, process = [], MossVLProcessor.__call__
+
+    def fails(*args, **kwargs):
+        made = process(*args, **kwargs)
+        seen.append(weakref.ref(made["pixel_values"]))
+        raise ValueError("no idea")
+
+    monkeypatch.setattr(MossVLProcessor, "__call__", fails)
+    events = list(model.stream_batch(processor, [query_of("a", images=picture) for picture in pictures]))
+    gc.collect()
+    assert [event.kind for event in events] == ["error"] * 3 and [one() for one in seen] == [None] * 3
+
+
 def test_async_iteration_loses_no_event_if_a_wait_is_cancelled(model, processor, pictures):
     queries = mixed(pictures)[:4]
     alone = [text_of(model, processor, query) for query in queries]
@@ -340,6 +354,31 @@ def test_async_iteration_loses_no_event_if_a_wait_is_cancelled(model, processor,
         return [event async for event in model.stream_batch(processor, queries)]
 
     assert [pieces_of(asyncio.run(whole()))[1][index].text for index in range(4)] == alone
+
+
+def test_async_readers_share_events_and_another_loop_goes_on(model, processor, pictures):
+    queries = mixed(pictures)[:4]
+    alone = [text_of(model, processor, query) for query in queries]
+    events, stream = [], model.stream_batch(processor, queries)
+
+    async def read():
+        async for event in stream:
+            events.append(event)
+
+    async def leave():
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        waiting.cancel()
+
+    async def read_twice():
+        await asyncio.gather(read(), read())
+
+    asyncio.run(leave())
+    asyncio.run(read_twice())
+    texts, ends = pieces_of(sorted(events, key=lambda event: event.kind == "end"))
+    assert len({id(event) for event in events}) == len(events)
+    assert [ends[index].text for index in range(4)] == alone
+    assert ["".join(texts.get(index, [])) for index in range(4)] == alone
 
 
 # the background thread

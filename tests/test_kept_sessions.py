@@ -203,6 +203,29 @@ def test_a_cache_of_other_media_or_weights_is_not_used(model, processor, picture
         weight[0, 0] = before
 
 
+def test_a_cache_of_another_adapter_or_dtype_is_not_used(processor, pictures, model, tmp_path):
+    peft = pytest.importorskip("peft")
+    own = copy.deepcopy(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapters = peft.get_peft_model(own, config, adapter_name="a")
+    adapters.add_adapter("b", config)
+    adapters.set_adapter("a")
+    _, [state] = talk(own, processor, query_of("What?", images=pictures[0]), keep_cache=True)
+    state.save(tmp_path / "state.safetensors")
+    own.load_session(tmp_path / "state.safetensors")
+    adapters.set_adapter("b")
+    with pytest.raises(ValueError, match="saved with other weights"):
+        own.load_session(tmp_path / "state.safetensors")
+    adapters.set_adapter("a")
+    with adapters.disable_adapter(), pytest.raises(ValueError, match="saved with other weights"):
+        own.load_session(tmp_path / "state.safetensors")
+    half = copy.deepcopy(model).bfloat16()
+    _, [state] = talk(copy.deepcopy(half).float(), processor, query_of("Hi"), keep_cache=True)
+    state.save(tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match="saved with other weights"):
+        half.load_session(tmp_path / "state.safetensors")
+
+
 def test_persist_and_cancel(model, processor, pictures):
     _, [state] = talk(model, processor, query_of("What?", images=pictures[0]), keep_cache=True)
     _, [same] = talk(model, processor, query_of("a", persist_session=False), keep_cache=True, state=state)
@@ -302,6 +325,20 @@ def test_pixels_in_a_conversation_are_saved_too(model, processor, tmp_path, work
         loaded.save(tmp_path / "other.safetensors")
 
 
+def test_views_of_pixels_are_saved_as_they_look(model, processor, tmp_path):
+    """Channels in reverse order, and a tensor with channels first."""
+    image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    images = [image[:, :, ::-1], torch.from_numpy(image).permute(2, 0, 1)]
+    _, [state] = talk(model, processor, query_of("What?", images=images), keep_cache=True)
+    state.save(tmp_path / "state.safetensors")
+    loaded = model.load_session(tmp_path / "state.safetensors")
+    loaded.drop_cache()
+    ask = query_of("And?")
+    assert text_of(model, processor, ask, session_states=[loaded]) == text_of(
+        model, processor, ask, session_states=[state]
+    )
+
+
 def test_files_that_are_no_sessions_of_this_model(model, processor, tmp_path):
     from safetensors.torch import save_file
 
@@ -310,6 +347,9 @@ def test_files_that_are_no_sessions_of_this_model(model, processor, tmp_path):
         model.load_session(tmp_path / "other.safetensors")
     _, [state] = talk(model, processor, query_of("Hi"), keep_cache=True)
     state.save(tmp_path / "state.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "state.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is no session of MOSS-VL, or not whole"):
+        model.load_session(tmp_path / "cut.safetensors")
     bias = model.model.language_model.norm.weight
     before = bias[0].item()
     with torch.no_grad():

@@ -342,6 +342,27 @@ def test_a_source_that_breaks_ends_the_command(command, tmp_path):
     assert code == 2 and "broken.mp4" in err
 
 
+def test_a_record_that_breaks_does_not_end_the_others(command, tmp_path):
+    (tmp_path / "clip.mp4").symlink_to(CLIP)
+    lost = record()
+    lost["videos"][0]["video_path"] = "lost.mp4"
+    file = write_records(tmp_path / "s.jsonl", lost, record())
+    code, printed, err = command("--live", file, words=WORDS)
+    assert code == 1 and f"{file}:1: no such video file" in err
+    assert printed == f"{file}:1:\n{file}:2:\n[   1.5s] red star\n"
+
+
+def test_a_stream_that_fails_is_one_error(model, processor):
+    made, _ = stream(model, processor)
+
+    def fail(features, grids):
+        raise RuntimeError("out of memory")
+
+    made._run = fail
+    events = [*live.play(made, [Item(float(i), picture(i)) for i in range(3)], 12)]
+    assert names(events) == ["Failed"]
+
+
 def test_a_saved_realtime_checkpoint_is_watched_with(tmp_path, capsys):
     """Loaded with the code in its folder, as users load it."""
     processor = make_processor()

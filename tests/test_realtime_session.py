@@ -291,6 +291,44 @@ def test_close_frees_the_caches_and_the_thread_while_a_reply_is_written(processo
     assert reference() is None, "nothing keeps the model"
 
 
+def test_close_within_a_step_frees_the_caches(model, processor):
+    """A caller's function, on the thread of the sessions, closes its own session and a parked one."""
+    parked, _ = open_session(model, processor)
+    opened = []
+
+    def close_all(input_ids, scores):
+        for session in opened:
+            assert session.close()
+        return scores
+
+    own = model.create_realtime_session(processor, logits_processor=[close_all])
+    parked.start()
+    until(parked, "Parked")
+    opened += [own, parked]
+    own.start()
+    deadline = time.monotonic() + 30
+    while own.scheduler.thread is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert own.stream.cache is None and parked.stream.cache is None
+
+
+def test_a_close_that_does_not_wait_frees_the_caches_after_the_step(model, processor):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(input_ids, scores):
+        begun.set()
+        assert go_on.wait(30)
+        return scores
+
+    session = model.create_realtime_session(processor, logits_processor=[wait]).start()
+    assert begun.wait(30) and not session.close(0)
+    go_on.set()
+    deadline = time.monotonic() + 30
+    while session.scheduler.thread is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert session.stream.cache is None
+
+
 def test_a_session_leaves_no_trace_on_the_model(model, processor):
     before = {*vars(model)}
     session, _ = open_session(model, processor)

@@ -282,6 +282,26 @@ def test_a_limit_below_the_words_does_not_roll_over_without_end(model, processor
     assert made.parked and names(events).count("RolledOver") < 8
 
 
+def test_a_limit_at_the_words_does_not_roll_over_without_end(model, processor):
+    made, _ = stream(model, processor)
+    run(made)
+    for limit in (1, 7, *range(len(made.ids) - 2, len(made.ids) + 2)):
+        again, _ = stream(model, processor, rollover_idle=limit)
+        assert names(run(again, 10)).count("RolledOver") < 3, limit
+
+
+def test_a_forced_rollover_makes_space_for_what_waits(model, processor):
+    made, _ = stream(model, processor, rollover_idle=None, rollover_forced=400)
+    run(made)
+    events = []
+    for number in range(12):
+        made.push_prompt(f"{number} " + "a b " * 25)
+        events += made.step()
+        assert len(made.ids) <= 400
+    dropped = [event.words_dropped for event in events if names([event]) == ["RolledOver"]]
+    assert dropped and all(dropped)
+
+
 def test_an_answer_that_was_interrupted_or_cut_is_remembered(model, processor):
     made, script = stream(model, processor, SILENCE, RESPONSE, *["red"] * 9, max_new_tokens=4)
     run(made)

@@ -104,7 +104,12 @@ def _watch_record(args, model, processor, record, index: int, out) -> int:
     stream = model.create_realtime_stream(processor, record.prompt, record.system_prompt, **stream_options(args))
     reporter = Reporter(out, {"record": index})
     print(f"{record.where}:")
-    return reporter.report(play(stream, record.items(), args.pace))
+    try:
+        return reporter.report(play(stream, record.items(), args.pace))
+    except (ValueError, OSError) as error:  # an error in one record must not end the run
+        reporter.end_line()
+        print(f"infer.py: {record.where}: {error}", file=sys.stderr)
+        return 1
 
 
 def _watch_source(args, model, processor, source: Source, out) -> int:
@@ -145,12 +150,15 @@ def play(stream, items: Iterable[Item], tokens_per_second: float) -> Iterator:
         if item.seconds is not None:
             budget = min(budget, 0.0) + (item.seconds - now) * tokens_per_second
             now = item.seconds
-            while budget >= 1 and not stream.parked and not stream.ended:
+            while budget >= 1 and not stream.parked:
                 yield from stream.step()
                 budget -= 1
-            stream.push_frame(item.image, item.seconds, item.prompt)
-        else:
+        if stream.ended:  # by an error
+            return
+        if item.seconds is None:
             stream.push_prompt(item.prompt)
+        else:
+            stream.push_frame(item.image, item.seconds, item.prompt)
         yield from stream.step()
         budget -= 1
     stream.end()
@@ -234,18 +242,18 @@ class Reporter:
                     self.in_line, self.begun = True, None
                 print(event.text, end="", flush=True)
             elif name == "ReplyEnds" and self.in_line:
-                self._end_line()
+                self.end_line()
             elif name == "Failed":
-                self._end_line()
+                self.end_line()
                 print(f"infer.py: {event.message}", file=sys.stderr)
                 code = 1
             if self.out is not None:
                 self.out.write(json.dumps({**self.extra, **event_fields(event)}, ensure_ascii=False) + "\n")
                 self.out.flush()
-        self._end_line()
+        self.end_line()
         return code
 
-    def _end_line(self) -> None:
+    def end_line(self) -> None:
         if self.in_line:
             print(flush=True)
         self.in_line = False
