@@ -63,15 +63,20 @@ def flag(name: str, value) -> bool:
 
 def positive_number(name: str, value) -> float:
     """`value` as a float. Raises ValueError unless it is a finite number above 0 or a string of one."""
+    given = value
     number = isinstance(value, (int, float, np.integer, np.floating, Fraction)) and not isinstance(value, bool)
     if isinstance(value, str):  # examples for Qwen models write numbers as strings
         try:
             value, number = float(value), True
         except ValueError:
             pass
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return float(value)
+    try:
+        value = float(value) if number else math.nan
+    except OverflowError:  # an int of more than 308 digits
+        value = math.inf
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a number above 0, got {shorten(given)}")
+    return value
 
 
 def three_floats(name: str, value) -> tuple[float, float, float]:
@@ -99,7 +104,7 @@ def finite_number(name: str, value) -> float:
     """`value` as a float. Raises ValueError unless it is a finite number or a string of one."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a number, got {shorten(value)}")

@@ -362,8 +362,11 @@ def test_frames_with_their_metadata_as_transformers_loads_them(processor, as_arr
 def test_a_rate_as_a_string_and_frames_under_a_wrong_key(processor):
     chat = [{"role": "user", "content": [{"type": "video", "video": VIDEO, "fps": "0.5"}]}]
     assert processor.apply_chat_template(chat, tokenize=True, return_dict=True)["grid_thw"].tolist()[0][0] == 5
-    with pytest.raises(ValueError, match="video_fps must be a number above 0, got 'fast'"):
-        processor(text="<|video|>", videos=VIDEO, fps="fast")
+    for rate, shown in (("fast", "'fast'"), (10**400, "1000"), ("1e999", "'1e999'"), (0, "0")):
+        with pytest.raises(ValueError, match=f"video_fps must be a number above 0, got {shown}"):
+            processor(text="<|video|>", videos=VIDEO, fps=rate)
+    with pytest.raises(ValueError, match="video_start must be a number, got 1000"):
+        processor(text="<|video|>", videos={"video": VIDEO, "video_start": 10**400})
     with pytest.raises(
         ValueError,
         match=r"a list of frames goes under 'video', as in \{'video': frames, 'fps': rate\}; got it under 'frames'",
