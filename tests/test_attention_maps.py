@@ -98,7 +98,8 @@ def test_one_token_is_computed_and_nothing_is_changed(model, processor, state, m
         assert forks[0].layers[index].keys.data_ptr() == kept.cache.layers[index].keys.data_ptr()  # no copy
     assert (model.config.to_dict(), model.config.text_config._attn_implementation) == settings
     assert settings[1] == "sdpa"
-    assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))
+    for one, other in zip(held, before, strict=True):  # free space may hold anything, also nan
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
     assert all(layer.keys is part for layer, part in zip(kept.cache.layers, held[::2], strict=True))
 
 

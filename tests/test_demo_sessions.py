@@ -189,7 +189,9 @@ def test_a_new_live_run_stops_the_earlier_one(writer, live_model):
     running = runs[0].run()
     next(running)
     visitor.start_live(LiveRun(*live_model))
-    assert not runs[0].active and list(running) == [] and runs[0].stopped
+    assert not runs[0].active
+    list(running)  # ends; what had happened before may still come
+    assert runs[0].stopped
     visitor.close()
     assert visitor.live is None
 
