@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from .signatures import begins_as_video
+
 
 # In the order in which they are tried: TGA has no signature. HEIF is there if a plugin of Pillow adds it.
 FORMATS = (
@@ -90,7 +92,10 @@ def _identify(stream: BinaryIO, path: str) -> Image.Image:
             try:
                 return make(stream, path)
             except (SyntaxError, IndexError, TypeError, struct.error) as error:
-                hints.append(f"{kind}: {error}")
+                if accepts:
+                    hints.append(f"{kind}: {error}")
+    if begins_as_video(prefix):
+        raise ValueError("it begins as a video does; videos are given as videos, not as images")
     raise ValueError(f"expected one of {', '.join(FORMATS)}" + "".join(f"; {hint}" for hint in hints))
 
 

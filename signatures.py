@@ -36,6 +36,15 @@ def image_kind(head: bytes) -> str | None:
     return "still" if head.startswith(STILL_SIGNATURES) else None
 
 
+def begins_as_video(head: bytes) -> bool:
+    """Whether a file begins as an mp4, Matroska or AVI does, so that no FFmpeg takes it for a playlist.
+
+    An mp4 may begin with a box of any name, such as one that spells #EXTM3U.
+    """
+    is_mp4 = head[:1] == b"\0" and head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
+    return is_mp4 or head[:4] == b"\x1a\x45\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+
+
 def _has_animation_chunk(head: bytes) -> bool:
     """Whether a PNG has the chunk acTL, which comes before its pixels."""
     position = 8

@@ -12,7 +12,7 @@ import numpy as np
 
 from .colours import frame_to_rgb, tone_map_of
 from .image_reading import check_aspect, load_image
-from .signatures import read_head
+from .signatures import begins_as_video, read_head
 from .video_packets import (
     DEFAULT_LIMITS,
     DISCARDED,
@@ -109,15 +109,6 @@ class _DecodedFrame:
         if self._pixels is None:
             self._pixels, self._frame = self._to_rgb(self._frame), None
         return self._pixels
-
-
-def _begins_as_video(head: bytes) -> bool:
-    """Whether a file begins as an mp4, Matroska or AVI does, so that no FFmpeg takes it for a playlist.
-
-    An mp4 may begin with a box of any name, such as one that spells #EXTM3U.
-    """
-    is_mp4 = head[:1] == b"\0" and head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
-    return is_mp4 or head[:4] == b"\x1a\x45\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
 
 
 class UntrueKeyframes(Exception):
@@ -230,7 +221,7 @@ class PyAVVideo(Video):
             return "frames refer to frames before their keyframe (open GOP)"
         if self._refreshes:
             return "a keyframe only begins to refresh the picture, and decord shows it unfinished"
-        if not _begins_as_video(read_head(self._file)):
+        if not begins_as_video(read_head(self._file)):
             return "its first bytes may mean another format to the older FFmpeg of decord"
         if isinstance(self._file, str) and "%" in self._file:
             return "FFmpeg may take its name for a pattern"

@@ -169,11 +169,15 @@ def _numbers(key: str, values, name: str) -> np.ndarray:
         raise ValueError(f"{name}: {key} are {shorten(values)}; expected one number per frame") from None
 
 
+SINGLE = " (one image alone is given as an image, not as a video)"
+
+
 def _times_of_rate(total: int, fps: float | None, duration: float | None, name: str) -> FrameTimes:
     if fps is None:
         raise ValueError(
-            f"{name}: nothing says when they are shown; pass video_metadata={{'fps': ...}} or "
-            "{'timestamps': [...]}, or give the list as {'video': frames, 'fps': the rate at which they were taken}"
+            f"{name}: nothing says when they are shown{SINGLE if total == 1 else ''}; pass "
+            "video_metadata={'fps': ...} or {'timestamps': [...]}, or give the list as {'video': frames, 'fps': the "
+            "rate at which they were taken}"
         )
     if duration is not None and abs(duration - total / fps) > 1 / fps:
         raise ValueError(

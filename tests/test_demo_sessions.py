@@ -196,6 +196,11 @@ def test_a_new_live_run_stops_the_earlier_one(writer, live_model):
     assert visitor.live is None
 
 
+def test_messages_name_uploads_without_their_folders():
+    error = ValueError("query 3: '/tmp/moss-vl-demo-ab_1/148f3a/my clip.mp4' is not a video that PyAV can read")
+    assert message_for_user(error) == "'my clip.mp4' is not a video that PyAV can read"
+
+
 # live runs
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from moss_vl.image_reading import (
     split_array,
 )
 from moss_vl.resizing import resize_rows, resize_uint8
+from moss_vl.video_reading import open_video
 
 
 RNG = np.random.default_rng(0)
@@ -445,6 +447,14 @@ def test_sources_that_raise_are_named_errors():
         probe_image(Broken())
     with pytest.raises(ValueError, match="a NumberedPath is not a usable path"):
         probe_image(NumberedPath())
+
+
+def test_a_video_as_an_image_and_an_image_as_a_video():
+    data = Path(__file__).resolve().parents[1] / "data"
+    with pytest.raises(ValueError, match="sample_b.mp4' is not an image .*videos are given as videos"):
+        probe_image(data / "sample_b.mp4")
+    with pytest.raises(ValueError, match="one image alone is given as an image"):
+        open_video([data / "sample_a.jpg"])
 
 
 def test_closed_files_are_named_errors(tmp_path):

@@ -23,6 +23,7 @@ from moss_vl.infer import CHECKPOINT_OPTIONS, NANO, add_running_arguments, load
 from moss_vl.tools.attention_maps import AnswerWord
 from moss_vl.tools.command_line import above_0, at_least, message_of
 from moss_vl.tools.demo_sessions import (
+    UPLOADS_PREFIX,
     AnswerWriter,
     LiveRun,
     Look,
@@ -54,7 +55,7 @@ def main(argv=None) -> int:
     """Runs the command and returns its exit code. An error is one line on stderr."""
     args = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as an interrupt does
-    with tempfile.TemporaryDirectory(prefix="moss-vl-demo-") as uploads:
+    with tempfile.TemporaryDirectory(prefix=UPLOADS_PREFIX) as uploads:
         # Gradio reads them when it is imported.
         os.environ.update(GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False")
         try:
@@ -242,10 +243,12 @@ class Page:
             page.unload(leave)
         return page
 
-    def error(self, error: Exception):
-        """An exception that Gradio shows as a message. Only errors of this program are printed with their trace."""
-        of_user = isinstance(error, (ValueError, OSError))
-        return self.gr.Error(html.escape(message_for_user(error)), duration=10, print_exception=not of_user)
+    def show_error(self, error: Exception) -> None:
+        """Shows an error as a message beside the page, which stays as it is. Raises errors of this program."""
+        message = html.escape(message_for_user(error))
+        if not isinstance(error, (ValueError, OSError)):
+            raise self.gr.Error(message, duration=10) from error
+        self.gr.Warning(message, duration=10, title="This did not work")
 
     # questions
 
@@ -308,7 +311,8 @@ class Page:
                 if not visitor.conversation.is_writing:  # else the error is that of a second question
                     visitor.messages = before
                     yield [before, message, *[gr.skip()] * 4]
-                raise self.error(error) from error
+                self.show_error(error)
+                return
             yield [gr.skip(), gr.skip(), highlighted(visitor.conversation.words), *[gr.skip()] * 3]
 
         def stop_answer(request: gr.Request):
@@ -324,7 +328,8 @@ class Page:
                 chosen = word_at(visitor.conversation.words, int(event.index))
                 look = visitor.look = visitor.conversation.look(chosen)
             except Exception as error:
-                raise self.error(error) from error
+                self.show_error(error)
+                return [gr.skip()] * 4
             number = look.strongest
             slider = gr.update(minimum=1, maximum=look.count, value=number + 1, visible=look.count > 1)
             return [highlighted(visitor.conversation.words, chosen), *show(look, number), slider]
@@ -428,7 +433,7 @@ class Page:
                 yield [watched("Stopped" if run.stopped else "Ended", run), gr.skip(), gr.skip()]
             except Exception as error:
                 yield ["Ended by an error.", gr.skip(), gr.skip()]
-                raise self.error(error) from error
+                self.show_error(error)
 
         def watched(what: str, run: LiveRun) -> str:
             return f"{what}." if run.seconds is None else f"{what} \N{MIDDLE DOT} {run.seconds:.1f} s"
@@ -449,7 +454,8 @@ class Page:
                 if prompt.strip():
                     run.ask(prompt.strip())
             except ValueError as error:
-                raise self.error(error) from error
+                self.show_error(error)
+                return gr.skip()
             return ""
 
         quiet = {"show_progress": "hidden", "api_visibility": "private"}

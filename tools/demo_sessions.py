@@ -18,9 +18,14 @@ from moss_vl.tools.live import TOKENS_PER_SECOND, Feeder
 from moss_vl.tools.live_sources import Item, Source
 
 
+UPLOADS_PREFIX = "moss-vl-demo-"  # of the temporary folder
+
+
 def message_for_user(error: BaseException) -> str:
-    """An error as one line, without the number that a query has in the stream of all visitors."""
-    return re.sub(r"^query \d+: ", "", message_of(error))
+    """An error as one line, without the number that a query has in the stream of all visitors, and without the folders
+    of uploads."""
+    message = re.sub(r"^query \d+: ", "", message_of(error))
+    return re.sub(rf"[^\s'\"]*{UPLOADS_PREFIX}[^/\\]*[/\\]+\w+[/\\]+", "", message)
 
 
 # answers
