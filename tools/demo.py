@@ -308,10 +308,12 @@ class Page:
                     yield [messages, gr.skip() if begun else None, *(nothing if not begun else [gr.skip()] * 4)]
                     begun = True
             except Exception as error:
-                if not visitor.conversation.is_writing:  # else the error is that of a second question
-                    visitor.messages = before
-                    yield [before, message, *[gr.skip()] * 4]
                 self.show_error(error)
+                if visitor.conversation.is_writing:  # the error is that of a second question
+                    yield [gr.skip()] * 6
+                    return
+                visitor.messages = before
+                yield [before, message, *[gr.skip()] * 4]
                 return
             yield [gr.skip(), gr.skip(), highlighted(visitor.conversation.words), *[gr.skip()] * 3]
 
