@@ -208,21 +208,35 @@ def played(frames, **options):
     return iterator_source([(picture(number), seconds) for number, seconds in enumerate(frames)], **options)
 
 
+class AfterFrames:
+    """A logits processor that says each text once the model has seen so many frames, and else is silent."""
+
+    def __init__(self, processor, texts):
+        self.pad = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.parts = {count: Script(processor, RESPONSE, text, SILENCE) for count, text in texts.items()}
+        self.silent = Script(processor)
+
+    def __call__(self, input_ids, scores):
+        seen = int((input_ids == self.pad).sum())
+        writing = [part for count, part in self.parts.items() if count <= seen and part.tokens]
+        return (writing or [self.silent])[0](input_ids, scores)
+
+
 def test_remarks_come_at_their_times(live_model):
     live, made = live_model
-    script = Script(made, RESPONSE, "A ring.", SILENCE, SILENCE, RESPONSE, "It is red.", SILENCE)
-    run = LiveRun(live, made, "", played([0.0, 0.4, 0.8]), logits_processor=[script], max_tokens_per_turn=None)
+    script = AfterFrames(made, {1: "A ring.", 3: "It is red."})
+    run = LiveRun(live, made, "", played([0.0, 1.0, 2.0]), logits_processor=[script], max_tokens_per_turn=None)
     seen = [(view.seconds, view.image) for view in run.run()]
     assert [(one.seconds, one.role, one.text) for one in run.remarks] == [
         (0.0, "assistant", "A ring."),
-        (0.8, "assistant", "It is red."),
+        (2.0, "assistant", "It is red."),
     ]
     times = [seconds for seconds, _ in seen[1:]]
-    assert seen[0] == (None, None) and times == sorted(times) and set(times) == {0.0, 0.4, 0.8}
+    assert seen[0] == (None, None) and times == sorted(times) and set(times) == {0.0, 1.0, 2.0}
     for seconds, image in seen[1:]:
-        assert np.array_equal(image, picture([0.0, 0.4, 0.8].index(seconds)))
+        assert np.array_equal(image, picture([0.0, 1.0, 2.0].index(seconds)))
     assert not run.stopped and not run.active and run.session.stream.cache is None
-    assert demo.live_messages(run.remarks)[1] == {"role": "assistant", "content": "0.8 s · It is red."}
+    assert demo.live_messages(run.remarks)[1] == {"role": "assistant", "content": "2.0 s · It is red."}
 
 
 def test_questions_are_answered_meanwhile(live_model):
