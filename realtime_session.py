@@ -326,6 +326,8 @@ class RealtimeSession:
                 self._interrupted = False
                 if stream.cache is not None:
                     stream.interrupt()
+                if stream.parked and not len(stream.inbox) and not stream.inbox.ended:
+                    return None  # there was nothing to end
             work = stream.take()
         except Exception as error:
             stream.fail(error)
