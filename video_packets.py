@@ -392,16 +392,13 @@ class FrameIndex:
         origin = 0
         if is_ordered:
             shown, origin = _without_lost_start(scan, facts, flags, stamps, shown, problems)
-        number_of = np.full(len(flags), -1)
-        number_of[shown] = np.arange(len(shown))
+        number_of = _numbers_of(shown, len(flags))
         second = np.flatnonzero((flags & (KEY | DISCARDED | SHOWN)) == 0)  # a field whose first one is lost
         number_of[second[second > 0]] = number_of[second[second > 0] - 1]
 
         if has_stamps:
             times = (stamps[shown] - stamps[shown[0]] + origin) * tick
-            last_length = scan.durations[int(shown[-1])] * tick
-            if not 0 < last_length <= MAX_LAST_SECONDS:
-                last_length = float(np.median(np.diff(times))) if len(times) > 1 else frame_seconds
+            last_length = _last_length(scan, facts, shown, times)
         else:
             times, last_length = np.arange(len(shown)) * frame_seconds, frame_seconds
         duration = seconds_of(times, last_length or frame_seconds, facts.rate, tick)
@@ -418,12 +415,25 @@ class FrameIndex:
         stamps = np.frombuffer(scan.pts, np.int64)
         tick, shown = float(facts.time_base), np.array(decoded)
         shown = shown[np.argsort(stamps[shown], kind="stable")]
-        number_of = np.full(len(flags), -1)
-        number_of[shown] = np.arange(len(shown))
         times = (stamps[shown] - stamps[shown[0]]) * tick
-        last_length = scan.durations[int(shown[-1])] * tick or 1 / float(facts.rate or 25)
+        last_length = _last_length(scan, facts, shown, times) or 1 / float(facts.rate or 25)
         duration = seconds_of(times, last_length, facts.rate, tick)
-        return cls(stamps, flags, shown, number_of, True, False, times, duration)
+        return cls(stamps, flags, shown, _numbers_of(shown, len(flags)), True, False, times, duration)
+
+
+def _numbers_of(shown: np.ndarray, packets: int) -> np.ndarray:
+    """[N], the packet of each frame -> [K], the frame of each packet, or -1."""
+    numbers = np.full(packets, -1)
+    numbers[shown] = np.arange(len(shown))
+    return numbers
+
+
+def _last_length(scan: PacketScan, facts: StreamFacts, shown: np.ndarray, times: np.ndarray) -> float:
+    """Seconds of the last frame: those of its packet, else the usual distance between frames."""
+    length = scan.durations[int(shown[-1])] * float(facts.time_base)
+    if 0 < length <= MAX_LAST_SECONDS:
+        return length
+    return float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(facts.rate or 25)
 
 
 def seconds_of(times: np.ndarray, last_length: float, rate: Fraction | None, tick: float) -> float:

@@ -147,3 +147,17 @@ def decode_all(path):
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
     first = frames[0][0]
     return [(None if time is None else time - first, image) for time, image in frames]
+
+
+def sequential(path):
+    """{time stamp in ticks: uint8 [h, w, 3]} of all packets on one thread, without seeking."""
+    frames = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for packet in container.demux(stream):
+            try:
+                frames.update((frame.pts, frame.to_ndarray(format="rgb24")) for frame in packet.decode())
+            except av.error.FFmpegError:
+                continue
+    return frames

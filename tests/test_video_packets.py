@@ -1,8 +1,6 @@
 """Which formats are opened, what each packet shows and when, in files where packets are not simply frames; limits."""
 
-import signal
 import struct
-import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from make_media import decode_all, draw, read_number, write_edits, write_video
+from interrupts import seconds_to_stop
+from make_media import decode_all, draw, read_number, sequential, write_edits, write_video
 from PIL import Image
 from video_kinds import SMALL, make, warnings  # noqa: F401
 
@@ -24,20 +23,6 @@ from moss_vl.video_reading import open_video
 
 
 MEDIA = Path(__file__).parent / "media"
-
-
-def sequential(path):
-    """{time stamp in ticks: uint8 [h, w, 3]} of all packets on one thread, without seeking."""
-    frames = {}
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        for packet in container.demux(stream):
-            try:
-                frames.update((frame.pts, frame.to_ndarray(format="rgb24")) for frame in packet.decode())
-            except av.error.FFmpegError:
-                continue
-    return frames
 
 
 def read(video, numbers):
@@ -377,22 +362,12 @@ def test_a_canvas_over_the_limit_is_not_allocated():
 def test_an_interrupt_stops_all_threads(threads, tmp_path):
     path = write_video(tmp_path / "long.mp4", count=2000, size=(640, 360), options={"preset": "ultrafast", "g": "250"})
     processor = MossVLVideoProcessor(num_frames=200, **SMALL)
-    began = []
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
-    def interrupt():
-        time.sleep(0.3)
-        began.append(time.monotonic())
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    def work():
+        for _ in range(50):
+            processor.extract(path, num_extract_threads=threads)
 
-    threading.Thread(target=interrupt).start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            for _ in range(50):
-                processor.extract(path, num_extract_threads=threads)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    assert time.monotonic() - began[0] < 0.5
+    assert seconds_to_stop(work, after=0.3) < 0.5
 
 
 # decord
