@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from .vision_sequence import VisionCall, VisionState
@@ -126,9 +126,81 @@ class TextCacheLayer(InPlaceLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         return self.keys, self.values
 
+    def with_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, K, S + 1, d] of a filled layer. The last token is yet to be written, and belongs to the
+        layer after `take_token`."""
+        length, buffer = self.get_seq_length(), self._key_buffer
+        if not self.can_write(slice(length, length + 1)):
+            self._key_buffer = self._value_buffer = None
+        self._key_buffer = with_space(self.keys, self._key_buffer, self.keys, 1)
+        self._value_buffer = with_space(self.values, self._value_buffer, self.values, 1)
+        if self._key_buffer is not buffer:
+            self.keys, self.values = (part[..., :length, :] for part in (self._key_buffer, self._value_buffer))
+            self.renew_buffer(slice(0, length))
+        return self._key_buffer.narrow(2, 0, length + 1), self._value_buffer.narrow(2, 0, length + 1)
+
+    def take_token(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes over the keys and values of `with_token`, after the token was written."""
+        self.keys, self.values = keys, values
+        self.mark_written(slice(0, keys.shape[2]))
+
     def reset(self) -> None:
         super().reset()
         self._key_buffer = self._value_buffer = None
+
+
+class StaticTextLayer(StaticLayer):
+    """A static layer of transformers that counts its tokens on the host, so that the host never waits for the device.
+    Its buffers [B, K, C, d] of C slots keep their addresses, as CUDA graphs need."""
+
+    def __init__(self, max_cache_len: int):
+        super().__init__(max_cache_len=max_cache_len)
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: Optional[torch.Tensor] = None) -> None:
+        shape = (*key_states.shape[:2], self.max_cache_len, key_states.shape[-1])
+        self.keys, self.values = (static_zeros(key_states, shape) for _ in range(2))
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+        first, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[:, :, first : self.length] = key_states
+        self.values[:, :, first : self.length] = value_states
+        return self.keys, self.values
+
+    def with_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots [B, K, C, d] of keys and values, the next of which is yet to be written."""
+        return self.keys, self.values
+
+    def take_token(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Counts the token that was written into the next slot."""
+        self.length += 1
+
+    def get_seq_length(self, *args) -> int:
+        return self.length
+
+    def crop(self, count: int) -> None:
+        """Removes the last -`count` tokens; a positive `count` is the number of tokens that stay."""
+        self.length = min(self.length, count) if count > 0 else max(0, self.length + count)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_initialized:
+            for part in (self.keys, self.values):
+                part.copy_(part.index_select(0, beam_idx.to(part.device)))
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+
+
+def static_zeros(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Zeros at an address on which CUDA graphs may rely. A compiled step takes those of another cache without a new
+    compilation."""
+    zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    torch._dynamo.mark_static_address(zeros, guard=False)
+    return zeros
 
 
 def append(
@@ -144,20 +216,31 @@ def append(
         return (new if past is None else torch.cat([past, new], dim=-2)), None
     length = 0 if past is None else past.shape[-2]
     total = length + new.shape[-2]
+    buffer = with_space(past, buffer, new, new.shape[-2])
+    buffer[..., length:total, :] = new
+    return buffer[..., :total, :], buffer
+
+
+def with_space(
+    past: Optional[torch.Tensor], buffer: Optional[torch.Tensor], like: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """The buffer if `past` [B, K, S, d] is still a view of it and it has space for more `tokens` of the form of
+    `like`; otherwise a new one that begins with `past`."""
+    length = 0 if past is None else past.shape[-2]
+    total = length + tokens
     is_view = (
         buffer is not None
         and past is not None
         and past.data_ptr() == buffer.data_ptr()
         and past.shape[:-2] == buffer.shape[:-2]
-        and buffer.dtype == new.dtype
+        and buffer.dtype == like.dtype
         and is_writable(buffer)
     )
     if not is_view or buffer.shape[-2] < total:
-        buffer = new.new_empty(*new.shape[:-2], total + max(TEXT_BUFFER, total // 8), new.shape[-1])
+        buffer = like.new_empty(*like.shape[:-2], total + max(TEXT_BUFFER, total // 8), like.shape[-1])
         if length:
             buffer[..., :length, :] = past
-    buffer[..., length:total, :] = new
-    return buffer[..., :total, :], buffer
+    return buffer
 
 
 def is_writable(tensor: torch.Tensor) -> bool:
@@ -167,11 +250,19 @@ def is_writable(tensor: torch.Tensor) -> bool:
 
 class VisionCacheLayer(InPlaceLayer):
     """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer, with free space where
-    `VisionState` has it. The first such layer of a cache also holds the `VisionState`."""
+    `VisionState` has it. The first such layer of a cache also holds the `VisionState`.
 
-    def __init__(self, index: int):
+    Args:
+        index: that of the layer.
+        capacity: most vision tokens, for a layer whose keys and values stay at one address (`static_cache`); None for
+            one that grows.
+    """
+
+    def __init__(self, index: int, capacity: Optional[int] = None):
         super().__init__()
-        self.index = index
+        self.index, self.capacity = index, capacity
+        self.buffers: Optional[tuple[torch.Tensor, torch.Tensor]] = None  # [1, K, capacity, d] each
+        self.step_mask: Optional[tuple] = None  # the latest plan of a static step and its masks (decode_step.py)
         self.state: Optional[VisionState] = None
         self._cache: Optional[weakref.ref] = None
 
@@ -211,15 +302,36 @@ class VisionCacheLayer(InPlaceLayer):
             self.keys = write_packed(self.keys, keys, call, in_place)
             self.values = write_packed(self.values, values, call, in_place)
             if not in_place:
+                if self.capacity is not None:
+                    self._copy_to_buffers()
                 self.renew_buffer(*(self.written if call.moves is None else (part for _, part in call.moves)))
             self.mark_written(*parts)
             self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         return self.keys, self.values
 
+    def _copy_to_buffers(self) -> None:
+        """Copies the keys and values to the buffers of the layer, or to new ones if a copy of the layer has these."""
+        if self.keys.requires_grad or self.values.requires_grad:
+            self.buffers = None
+            return
+        length = self.keys.shape[2]
+        stale = self.buffers is None or self.buffers[0].dtype != self.keys.dtype
+        if stale or self.shared or self.protected or not is_writable(self.buffers[0]):
+            shape = (*self.keys.shape[:2], self.capacity, self.keys.shape[3])
+            self.buffers = (static_zeros(self.keys, shape), static_zeros(self.values, shape))
+        key, value = (buffer.narrow(2, 0, length) for buffer in self.buffers)
+        self.keys, self.values = key.copy_(self.keys), value.copy_(self.values)
+
+    def in_buffers(self) -> bool:
+        """Whether the keys and values are the first tokens of `buffers`."""
+        return self.buffers is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
+
     def in_dtype(self, dtype: torch.dtype):
         """Converts the stored keys and values to a dtype, as autocast may differ between calls, and returns them."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
+            if self.capacity is not None:
+                self._copy_to_buffers()
             self.renew_buffer(*self.written)
         return self.keys, self.values
 
@@ -248,6 +360,8 @@ class VisionCacheLayer(InPlaceLayer):
             self.state = self.state.select_rows(rows.tolist())
 
     def reset(self) -> None:
+        if self.shared or self.protected:
+            self.buffers = None  # a fork reads them
         super().reset()
         self.state = None
 
@@ -310,9 +424,14 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
             cache.layers.append(cache.layer_class_to_replicate())
         for index, layer in enumerate(cache.layers):
             if index in config.cross_attention_layers:
-                cache.layers[index] = VisionCacheLayer(index)
+                if getattr(layer, "capacity", None) is not None:
+                    layer.reset()
+                else:
+                    cache.layers[index] = VisionCacheLayer(index)
             elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
                 cache.layers[index] = TextCacheLayer()
+            elif type(layer) is StaticLayer and not getattr(cache, "offloading", False):
+                cache.layers[index] = StaticTextLayer(layer.max_cache_len)
     layers = [cache.layers[index] for index in config.cross_attention_layers]
     for layer in layers:
         layer.claim(cache)
@@ -355,7 +474,41 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
     return layer.state
 
 
+def vision_capacity(cache: Optional[Cache]) -> Optional[int]:
+    """Most vision tokens of a cache of `static_cache`; None for other caches."""
+    layers = [] if cache is None else cache.layers
+    return next((layer.capacity for layer in layers if isinstance(layer, VisionCacheLayer)), None)
+
+
 # What callers do with a whole cache
+
+
+def static_cache(config, text_length: int, vision_tokens: int) -> Cache:
+    """An empty static cache. Its keys and values keep their addresses and shapes from prompt to prompt, also after
+    `reset()`, so a compiled step is compiled once for all prompts, and CUDA graphs stay valid.
+
+    A step reads all slots, so its cost is that of `text_length` and `vision_tokens`, whatever the cache holds.
+
+    Args:
+        config: the text config.
+        text_length: most text tokens of each row, generated ones included.
+        vision_tokens: most vision tokens of all samples together: height * width + 1 per frame of a merged grid
+            height x width, and free space if frames come in several calls (docs/model.md, "Cache").
+
+    Raises:
+        ValueError: for numbers that are not positive.
+    """
+    for name, value in (("text_length", text_length), ("vision_tokens", vision_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; expected a positive number of tokens.")
+    cache = StaticCache(config=config, max_cache_len=text_length)
+    cache.layers = [
+        VisionCacheLayer(index, vision_tokens)
+        if index in config.cross_attention_layers
+        else StaticTextLayer(text_length)
+        for index in range(config.num_hidden_layers)
+    ]
+    return cache
 
 
 def fork_cache(cache: Cache) -> Cache:
@@ -504,8 +657,9 @@ def cache_contents(cache: Cache, config) -> CacheContents:
 
 def layer_bytes(layer) -> int:
     """Bytes of the keys and values of a layer, or of the buffers that hold them."""
-    key, value = (getattr(layer, name, None) for name in ("_key_buffer", "_value_buffer"))
-    held = (layer.keys if key is None else key, layer.values if value is None else value)
+    key, value = getattr(layer, "buffers", None) or (layer.keys, layer.values)
+    held = (getattr(layer, "_key_buffer", None), getattr(layer, "_value_buffer", None))
+    held = (key if held[0] is None else held[0], value if held[1] is None else held[1])
     return sum(tensor_bytes(part) for part in held if part is not None)
 
 
