@@ -145,9 +145,7 @@ def with_step(config, state: VisionState, device: torch.device) -> tuple[VisionS
     written = torch.empty(len(state.row_sample), 1, 0, device=device)  # without ids: a written token places no frame
     nothing = Media(Grid(()), config.vision_config.spatial_merge_size)
     known = replace(state, is_token=None, token_counts=None)
-    request = read_request(
-        config.image_token_id, known, state.length, written, None, nothing, whole_prompt=False
-    )
+    request = read_request(config.image_token_id, known, state.length, written, None, nothing, whole_prompt=False)
     _, call = plan_call(request, walk_request(request))
     return replace(state, step=call), call
 
@@ -161,9 +159,7 @@ def text_mask(state: VisionState, length: int, slots: Optional[int], device) -> 
     return (filled[None] if known is None else filled & known.to(device))[:, None, None]
 
 
-def with_keys(
-    plan: StepPlan, cache: Cache, config, call: VisionCall, rows: int
-) -> tuple[StepPlan, StepCache]:
+def with_keys(plan: StepPlan, cache: Cache, config, call: VisionCall, rows: int) -> tuple[StepPlan, StepCache]:
     """The plan with its spans, and the keys and values of the step. Makes space for the new token in the buffers."""
     crossing = [cache.layers[index] for index in config.cross_attention_layers] if call.spans else []
     is_static = bool(crossing) and all(layer.in_buffers() for layer in crossing)
@@ -209,9 +205,7 @@ def views(packed: torch.Tensor, spans: tuple[StepSpan, ...], vision: list[slice]
     return tuple(None if part is None else packed.narrow(2, part.start, part.stop - part.start) for part in slices)
 
 
-def static_visible(
-    layer: VisionCacheLayer, call: VisionCall, rows: int, device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def static_visible(layer: VisionCacheLayer, call: VisionCall, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """What each row sees of a static cache, bool [1, 1, rows, C], and `has_visible` [rows, 1, 1]. A row that sees
     nothing may see all, as `has_visible` is 0 there. Kept in the layer for the later steps of the same plan."""
     if layer.step_mask is None or layer.step_mask[0] is not call or layer.step_mask[1].device != device:
