@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+from .static_layers import StaticTextLayer, static_zeros
 from .vision_sequence import VisionCall, VisionState
 
 
@@ -147,60 +148,6 @@ class TextCacheLayer(InPlaceLayer):
     def reset(self) -> None:
         super().reset()
         self._key_buffer = self._value_buffer = None
-
-
-class StaticTextLayer(StaticLayer):
-    """A static layer of transformers that counts its tokens on the host, so that the host never waits for the device.
-    Its buffers [B, K, C, d] of C slots keep their addresses, as CUDA graphs need."""
-
-    def __init__(self, max_cache_len: int):
-        super().__init__(max_cache_len=max_cache_len)
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: Optional[torch.Tensor] = None) -> None:
-        shape = (*key_states.shape[:2], self.max_cache_len, key_states.shape[-1])
-        self.keys, self.values = (static_zeros(key_states, shape) for _ in range(2))
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states)
-        first, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, first : self.length] = key_states
-        self.values[:, :, first : self.length] = value_states
-        return self.keys, self.values
-
-    def with_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All slots [B, K, C, d] of keys and values, the next of which is yet to be written."""
-        return self.keys, self.values
-
-    def take_token(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Counts the token that was written into the next slot."""
-        self.length += 1
-
-    def get_seq_length(self, *args) -> int:
-        return self.length
-
-    def crop(self, count: int) -> None:
-        """Removes the last -`count` tokens; a positive `count` is the number of tokens that stay."""
-        self.length = min(self.length, count) if count > 0 else max(0, self.length + count)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.is_initialized:
-            for part in (self.keys, self.values):
-                part.copy_(part.index_select(0, beam_idx.to(part.device)))
-
-    def reset(self) -> None:
-        super().reset()
-        self.length = 0
-
-
-def static_zeros(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Zeros at an address on which CUDA graphs may rely. A compiled step takes those of another cache without a new
-    compilation."""
-    zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    torch._dynamo.mark_static_address(zeros, guard=False)
-    return zeros
 
 
 def append(
@@ -474,41 +421,7 @@ def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
     return layer.state
 
 
-def vision_capacity(cache: Optional[Cache]) -> Optional[int]:
-    """Most vision tokens of a cache of `static_cache`; None for other caches."""
-    layers = [] if cache is None else cache.layers
-    return next((layer.capacity for layer in layers if isinstance(layer, VisionCacheLayer)), None)
-
-
 # What callers do with a whole cache
-
-
-def static_cache(config, text_length: int, vision_tokens: int) -> Cache:
-    """An empty static cache. Its keys and values keep their addresses and shapes from prompt to prompt, also after
-    `reset()`, so a compiled step is compiled once for all prompts, and CUDA graphs stay valid.
-
-    A step reads all slots, so its cost is that of `text_length` and `vision_tokens`, whatever the cache holds.
-
-    Args:
-        config: the text config.
-        text_length: most text tokens of each row, generated ones included.
-        vision_tokens: most vision tokens of all samples together: height * width + 1 per frame of a merged grid
-            height x width, and free space if frames come in several calls (docs/model.md, "Cache").
-
-    Raises:
-        ValueError: for numbers that are not positive.
-    """
-    for name, value in (("text_length", text_length), ("vision_tokens", vision_tokens)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}; expected a positive number of tokens.")
-    cache = StaticCache(config=config, max_cache_len=text_length)
-    cache.layers = [
-        VisionCacheLayer(index, vision_tokens)
-        if index in config.cross_attention_layers
-        else StaticTextLayer(text_length)
-        for index in range(config.num_hidden_layers)
-    ]
-    return cache
 
 
 def fork_cache(cache: Cache) -> Cache:

@@ -1,5 +1,6 @@
 """A decode step: one token per row, with nothing new on the vision side.
 
+    static_cache     a cache of a fixed size, whose steps can be CUDA graphs
     read_step        whether a call is such a step, and its plan, from what the cache holds
     StepCache        the keys and values that the step reads and writes, as tensors
     run_step         the step itself. It reads no tensor on the host, so `torch.compile` makes one graph of it
@@ -10,6 +11,7 @@ Other calls, and steps with gradients, positions or masks of the caller, take th
 cache, V vision tokens, or all for which a static cache has space, d head size.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -17,12 +19,13 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 
 from .attention import compute_dtype
-from .cache_layers import StaticTextLayer, TextCacheLayer, VisionCacheLayer, static_length, vision_state
+from .cache_layers import TextCacheLayer, VisionCacheLayer, static_length, vision_state
 from .call_positions import walk_request
 from .media import Grid, Media
+from .static_layers import StaticTextLayer
 from .vision_plan import plan_call
 from .vision_request import read_request
 from .vision_sequence import VisionCall, VisionState
@@ -81,6 +84,73 @@ class DecodeStep(NamedTuple):
     state: VisionState
     plan: StepPlan
     cache: StepCache
+
+
+def static_cache(config, text_length: int, vision_tokens: int) -> Cache:
+    """An empty static cache. Its keys and values keep their addresses and shapes from prompt to prompt, also after
+    `reset()`, so a compiled step is compiled once for all prompts, and CUDA graphs stay valid.
+
+    A step reads all slots, so its cost is that of `text_length` and `vision_tokens`, whatever the cache holds.
+
+    Args:
+        config: the text config.
+        text_length: most text tokens of each row, generated ones included.
+        vision_tokens: most vision tokens of all samples together: height * width + 1 per frame of a merged grid
+            height x width, and free space if frames come in several calls (docs/model.md, "Cache").
+
+    Raises:
+        ValueError: for numbers that are not positive.
+    """
+    for name, value in (("text_length", text_length), ("vision_tokens", vision_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; expected a positive number of tokens.")
+    cache = StaticCache(config=config, max_cache_len=text_length)
+    cache.layers = [
+        VisionCacheLayer(index, vision_tokens)
+        if index in config.cross_attention_layers
+        else StaticTextLayer(text_length)
+        for index in range(config.num_hidden_layers)
+    ]
+    return cache
+
+
+def vision_capacity(cache: Optional[Cache]) -> Optional[int]:
+    """Most vision tokens of a cache of `static_cache`; None for other caches."""
+    layers = [] if cache is None else cache.layers
+    return next((layer.capacity for layer in layers if isinstance(layer, VisionCacheLayer)), None)
+
+
+def check_capacity(cache: Optional[Cache], vision_tokens: int) -> None:
+    """Refuses a call after which a static cache would hold more vision tokens than it has space for.
+
+    Raises:
+        ValueError: in that case.
+    """
+    capacity = vision_capacity(cache)
+    if capacity is not None and vision_tokens > capacity:
+        raise ValueError(
+            f"The static cache has space for {capacity} vision tokens, and needs {vision_tokens} for the frames of "
+            "this call and of earlier ones; expected a larger `vision_tokens` in `static_cache`, or fewer or smaller "
+            "frames."
+        )
+
+
+def compile_settings(model: nn.Module, settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The settings of `compile_decode`, checked.
+
+    Raises:
+        ValueError: for unknown settings, and for a model that is spread over several devices.
+    """
+    known = sorted(set(inspect.signature(torch.compile).parameters) - {"model"})
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` is no setting of torch.compile; expected some of {known}.")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(
+            "The model is spread over several devices by hooks, which cannot be compiled; expected one device: load "
+            "it without `device_map`, or leave `compile_decode` out."
+        )
+    return tuple(sorted(settings.items()))
 
 
 def read_step(config, cache: Optional[Cache], text: torch.Tensor, attention_mask, dtype) -> Optional[DecodeStep]:

@@ -160,7 +160,7 @@ class MossVLTextAttention(nn.Module):
     def token_heads(
         self, projected: torch.Tensor, norm: Optional[nn.Module] = None, rotary: Optional[Rotary] = None
     ) -> torch.Tensor:
-        """`_rotated` for one token per row: [B, 1, heads * d] -> [B, heads, 1, d]. Without a norm, as values need it."""
+        """`_rotated` for one token per row: [B, 1, heads * d] -> [B, heads, 1, d]; without a norm for values."""
         states = projected.reshape(len(projected), -1, 1, self.head_dim)
         return states if norm is None else rotate(norm(states), *rotary).to(states.dtype)
 

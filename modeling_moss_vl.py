@@ -6,7 +6,6 @@ other without padding), v those of them that are new in this call. docs/architec
 glossary.
 """
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Optional, Union
 
@@ -32,16 +31,22 @@ from .cache_layers import (
     drop_frames,
     fork_cache,
     install_layers,
-    static_cache,
     static_length,
-    vision_capacity,
     vision_state,
 )
 from .call_positions import read_positions, walk_request
 from .checks import nearest_name  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
 from .configuration_moss_vl import MossVLConfig
 from .conversation import PLACEHOLDERS  # noqa: F401
-from .decode_step import compiled_step, keep_token, read_step, run_step
+from .decode_step import (
+    check_capacity,
+    compile_settings,
+    compiled_step,
+    keep_token,
+    read_step,
+    run_step,
+    static_cache,
+)
 from .decoder import (
     MossVLCrossAttention,
     MossVLCrossAttentionLayer,
@@ -74,6 +79,7 @@ from .realtime_scheduler import Scheduler  # noqa: F401
 from .realtime_session import MossVLRealtimeMixin
 from .realtime_stream import RealtimeStream  # noqa: F401
 from .signatures import image_kind  # noqa: F401
+from .static_layers import StaticTextLayer  # noqa: F401
 from .vision_encoder import (
     MossVLVisionAttention,
     MossVLVisionBlock,
@@ -467,21 +473,6 @@ class MossVLModel(MossVLPreTrainedModel):
         return concatenate(placed) if placed else None, waiting
 
 
-def check_capacity(cache: Optional[Cache], vision_tokens: int) -> None:
-    """Refuses a call after which a static cache would hold more vision tokens than it has space for.
-
-    Raises:
-        ValueError: in that case.
-    """
-    capacity = vision_capacity(cache)
-    if capacity is not None and vision_tokens > capacity:
-        raise ValueError(
-            f"The static cache has space for {capacity} vision tokens, and needs {vision_tokens} for the frames of "
-            "this call and of earlier ones; expected a larger `vision_tokens` in `static_cache`, or fewer or smaller "
-            "frames."
-        )
-
-
 def has_other_ranks() -> bool:
     """Whether this process is one of several that train together (torch.distributed)."""
     distributed = torch.distributed
@@ -776,19 +767,10 @@ class MossVLForConditionalGeneration(
         Raises:
             ValueError: for unknown settings, and for a model that is spread over several devices.
         """
-        known = set(inspect.signature(torch.compile).parameters) - {"model"}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise ValueError(f"`{unknown[0]}` is no setting of torch.compile; expected some of {sorted(known)}.")
-        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
-            raise ValueError(
-                "The model is spread over several devices by hooks, which cannot be compiled; expected one device: "
-                "load it without `device_map`, or leave `compile_decode` out."
-            )
-        self.model.step_settings = tuple(sorted(settings.items()))
+        self.model.step_settings = compile_settings(self, settings)
 
     def static_cache(self, text_length: int, vision_tokens: int) -> Cache:
-        """An empty cache of a fixed size, for CUDA graphs: see `cache_layers.static_cache`."""
+        """An empty cache of a fixed size, for CUDA graphs: see `decode_step.static_cache`."""
         return static_cache(self.config.text_config, text_length, vision_tokens)
 
     def fork_cache(self, cache: Cache) -> Cache:
