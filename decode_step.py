@@ -54,16 +54,26 @@ class StepPlan(NamedTuple):
     Attributes:
         positions: long [B, 1].
         slot: long [1], where the new token is written.
-        text_mask: bool [B or 1, 1, 1, S], True = visible; None if all are.
+        slots: S for a static cache, whose slots after `slot` are empty; None for a growing one.
+        is_token: bool [B, S], False at padding; None if there is none.
         spans: the spans of all rows, in order; none if no row sees a frame.
         has_visible: as in `VisionCall`.
     """
 
     positions: torch.Tensor
     slot: torch.Tensor
-    text_mask: Optional[torch.Tensor]
+    slots: Optional[int]
+    is_token: Optional[torch.Tensor]
     spans: tuple[StepSpan, ...]
     has_visible: Optional[torch.Tensor]
+
+    def text_mask(self) -> Optional[torch.Tensor]:
+        """The tokens that each row sees, bool [B or 1, 1, 1, S]; None if they are all."""
+        mask = self.is_token
+        if self.slots is not None:
+            filled = (torch.arange(self.slots, device=self.slot.device) <= self.slot)[None]
+            mask = filled if mask is None else filled & mask
+        return None if mask is None else mask[:, None, None]
 
 
 class StepCache:
@@ -175,10 +185,12 @@ def read_step(config, cache: Optional[Cache], text: torch.Tensor, attention_mask
     if attention_mask is not None and not continues_mask(state, attention_mask, length):
         return None
     state, call = with_step(config, state, text.device)
+    known = state.known_mask(length if slots is None else slots)
     plan = StepPlan(
         positions=(state.rope_delta.to(text.device) + length - 1)[:, None],
         slot=torch.full((1,), length - 1, dtype=torch.long, device=text.device),
-        text_mask=text_mask(state, length, slots, text.device),
+        slots=slots,
+        is_token=None if known is None else known.to(text.device),
         spans=(),
         has_visible=call.has_visible,
     )
@@ -218,15 +230,6 @@ def with_step(config, state: VisionState, device: torch.device) -> tuple[VisionS
     request = read_request(config.image_token_id, known, state.length, written, None, nothing, whole_prompt=False)
     _, call = plan_call(request, walk_request(request))
     return replace(state, step=call), call
-
-
-def text_mask(state: VisionState, length: int, slots: Optional[int], device) -> Optional[torch.Tensor]:
-    """`StepPlan.text_mask`: without padding, and in a static cache without empty slots."""
-    known = state.known_mask(length if slots is None else slots)
-    if slots is None:
-        return None if known is None else known.to(device)[:, None, None]
-    filled = torch.arange(slots, device=device) < length
-    return (filled[None] if known is None else filled & known.to(device))[:, None, None]
 
 
 def with_keys(plan: StepPlan, cache: Cache, config, call: VisionCall, rows: int) -> tuple[StepPlan, StepCache]:

@@ -69,8 +69,8 @@ class DecoderCall(NamedTuple):
         output_attentions: whether the layers return their weights.
         rows: the rows of a joint call, whose cache is a `JointCache`. The masks and cache positions of the call itself
             are not used then. None in other calls.
-        step: the plan of a decode step, whose cache is a `StepCache`; the mask, cache position and vision call are not
-            used then. None in other calls.
+        step: the plan of a decode step, whose cache is a `StepCache`; the cache position and the vision call are None
+            then. None in other calls.
     """
 
     rotary: Rotary
@@ -196,7 +196,7 @@ class MossVLSelfAttention(MossVLTextAttention):
         key, value, step = cache.keys[self.layer_idx], cache.values[self.layer_idx], call.step
         key.index_copy_(2, step.slot, self.token_heads(self.k_proj(hidden_states), self.k_norm, call.rotary))
         value.index_copy_(2, step.slot, self.token_heads(self.v_proj(hidden_states)))
-        return self.o_proj(attend_token(self, query, key, value, step.text_mask, call.self_implementation))
+        return self.o_proj(attend_token(self, query, key, value, call.self_mask.mask, call.self_implementation))
 
     def _attend(
         self,
@@ -544,10 +544,11 @@ class MossVLTextModel(MossVLPreTrainedModel):
         cross_implementation = implementation
         if config.cross_attention_implementation is not None:
             cross_implementation = self._implementation(config.cross_attention_implementation, hidden_states, False)
+        mask = step.text_mask()
         call = DecoderCall(
             rotary=(cos[:, None], sin[:, None]),
-            self_mask=None,
-            self_implementation=implementation if step.text_mask is None else masked_implementation(implementation),
+            self_mask=SelfAttentionMask(mask, causal=False),
+            self_implementation=implementation if mask is None else masked_implementation(implementation),
             cross_implementation=cross_implementation,
             cache_position=None,
             vision_rotary=None,
