@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     # configuration file would get the model class of the first one, even if its code differs.
     from .animations import AnimatedImage  # noqa: F401
     from .attention import attend  # noqa: F401
+    from .block_attention import attend_in_blocks  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .call_positions import CallPositions  # noqa: F401
     from .checks import nearest_name  # noqa: F401

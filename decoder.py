@@ -21,9 +21,11 @@ from .attention import (
     attend,
     attention_kind,
     compute_dtype,
+    prefers_blockwise,
     self_attention_mask,
     usable_implementation,
 )
+from .block_attention import Blocks, attend_in_blocks, blocks_can_run
 from .cache_layers import CACHE, InPlaceLayer, JointCache, cache_of, cached_length
 from .configuration_moss_vl import MossVLTextConfig
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
@@ -64,6 +66,7 @@ class DecoderCall(NamedTuple):
         vision_rotary: rotary of the vision tokens that are new in this call, each [v, d]; None if there are none.
         vision_call: which tokens see which vision tokens.
         output_attentions: whether the layers return their weights.
+        blocks: the blocks of the vision call, if it has any.
         rows: the rows of a joint call, whose cache is a `JointCache`. The masks and cache positions of the call itself
             are not used then. None in other calls.
     """
@@ -76,6 +79,7 @@ class DecoderCall(NamedTuple):
     vision_rotary: Optional[Rotary]
     vision_call: Optional[VisionCall]
     output_attentions: bool
+    blocks: Optional[Blocks] = None
     rows: Optional[tuple[RowCall, ...]] = None
 
 
@@ -228,8 +232,10 @@ class MossVLCrossAttention(MossVLTextAttention):
 
     def _attend_spans(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: DecoderCall):
         """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
-        weights of each span."""
+        weights of each span, if they are wanted."""
         implementation = call.cross_implementation
+        if self._takes_blocks(query, key, call):
+            return attend_in_blocks(query, key, value, call.blocks, self.scaling), []
         with_mask = masked_implementation(implementation)
         outs, weights, done = [], [], 0  # done: text tokens whose output is in outs
         for span in call.vision_call.spans:
@@ -251,6 +257,17 @@ class MossVLCrossAttention(MossVLTextAttention):
         if done < query.shape[0]:
             outs.append(query.new_zeros(query.shape[0] - done, *query.shape[1:]))
         return (torch.cat(outs) if len(outs) > 1 else outs[0]), weights
+
+    def _takes_blocks(self, query: torch.Tensor, key: torch.Tensor, call: DecoderCall) -> bool:
+        """Whether blocks are computed in place of spans: they are fewer calls on a GPU and larger products on a CPU.
+        They have no dropout, and other functions than torch's do not return what they need."""
+        return (
+            call.blocks is not None
+            and attention_kind(call.cross_implementation) in ("sdpa", "flash")
+            and not (self.training and self.attention_dropout)
+            and not prefers_blockwise(query[None], key, 0.0)
+            and blocks_can_run(query, key)
+        )
 
     def _attend_rows(self, query: torch.Tensor, call: DecoderCall, joint: JointCache) -> torch.Tensor:
         """query [B, H, d], one token for each row of a joint call -> [B, H, d], 0 at rows that see no vision token.
@@ -506,7 +523,9 @@ class MossVLTextModel(MossVLPreTrainedModel):
         if config.cross_attention_implementation is not None:
             name = config.cross_attention_implementation
             cross_implementation = self._implementation(name, hidden_states, output_attentions)
-        rows = None
+        blocks = rows = None
+        if vision_call is not None and vision_call.blocks is not None:
+            blocks = Blocks(vision_call.blocks, config.num_attention_heads // config.num_key_value_heads)
         if joint:
             rows = self._row_calls(hidden_states, cache, implementation, vision_calls_of_rows)
         self_mask, self_implementation = self_attention_mask(
@@ -521,6 +540,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
             vision_rotary=vision_rotary,
             vision_call=vision_call,
             output_attentions=output_attentions,
+            blocks=blocks,
             rows=rows,
         )
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .attention import check_implementations, check_ready_mask
+from .block_attention import attend_in_blocks  # noqa: F401
 from .cache_layers import (
     CACHE,
     CacheContents,

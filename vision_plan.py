@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .block_attention import plan_blocks, staircases
 from .call_positions import CallPositions
 from .vision_request import VisionRequest, count_vision_tokens
 from .vision_sequence import (
@@ -438,7 +439,17 @@ def vision_call(request: VisionRequest, runs: list[list[TextRun]], layout: Packe
         for span in spans:
             sees_vision[span.text] = 1.0
         has_visible = torch.from_numpy(sees_vision).view(rows, length, 1).to(device)
-    return VisionCall(join_small_spans(spans, device), has_visible, layout.spaces.length, layout.writes, layout.moves)
+    joined = join_small_spans(spans, device)
+    # Not for a staircase that one call with a small mask computes.
+    in_blocks = len(joined) > len(staircases(spans)) and all(span.visible is None for span in spans)
+    return VisionCall(
+        joined,
+        has_visible,
+        layout.spaces.length,
+        layout.writes,
+        layout.moves,
+        blocks=plan_blocks(spans) if in_blocks else None,
+    )
 
 
 def blank_call(request: VisionRequest) -> VisionCall:
