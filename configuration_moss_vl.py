@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .image_files import open_image  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .image_reading import probe_image  # noqa: F401
+    from .int8_states import Int8States  # noqa: F401
     from .joint_decoding import plan_step  # noqa: F401
     from .media import Media  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401

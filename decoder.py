@@ -21,15 +21,15 @@ from .attention import (
     attend,
     attention_kind,
     compute_dtype,
-    prefers_blockwise,
     self_attention_mask,
     usable_implementation,
 )
-from .block_attention import Blocks, attend_in_blocks, blocks_can_run
-from .cache_layers import CACHE, InPlaceLayer, JointCache, cache_of, cached_length
+from .block_attention import Blocks, attend_in_blocks, attend_to_int8, blocks_can_run, unmasked_calls
+from .cache_layers import CACHE, InPlaceLayer, Int8VisionLayer, JointCache, cache_of, cached_length
 from .configuration_moss_vl import MossVLTextConfig
+from .int8_states import Int8States
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
-from .vision_sequence import VisionCall
+from .vision_sequence import Span, VisionCall
 from .xrope import rotate, xrope_rotary
 
 
@@ -37,6 +37,8 @@ logger = logging.get_logger(__name__)
 
 VISION_PIECE = 4096  # vision tokens whose keys and values are computed at once without gradients
 
+# Keys or values of vision tokens, as the cache keeps them.
+States = Union[torch.Tensor, Int8States]
 # Cosines and signed sines of a rotary position embedding, as `rotate` takes them.
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -215,59 +217,68 @@ class MossVLCrossAttention(MossVLTextAttention):
             the weights [B, H, T, W], see `MossVLModelOutput`, else None.
         """
         key = value = None
+        layer = None if cache is None or call.rows is not None else cache.layers[self.layer_idx]
         if vision_states is not None:
-            key, value = self.vision_keys_values(vision_states, call.vision_rotary)
+            in_int8 = isinstance(layer, Int8VisionLayer)
+            key, value = self.vision_keys_values(vision_states, call.vision_rotary, in_int8)
         query = self.queries(hidden_states, call.rotary).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
         if call.rows is not None:
             out = self._attend_rows(query, call, cache)
             return self.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
-        if cache is not None:
-            layer = cache.layers[self.layer_idx]
+        if layer is not None:
             layer.store(key, value, call.vision_call)
-            key, value = layer.in_dtype(query.dtype)
-            keep_for_gradients(layer, query, key, value)
+            key, value = layer.read(query.dtype)
+            keep_for_gradients(layer, query, *layer.tensors())
         out, weights = self._attend_spans(query, key, value, call)  # [B * T, H, d]
         out = self.o_proj(out.reshape(*hidden_states.shape[:2], -1))
         return out, self._all_weights(weights, call.vision_call, hidden_states) if call.output_attentions else None
 
-    def _attend_spans(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: DecoderCall):
+    def _attend_spans(self, query: torch.Tensor, key: States, value: States, call: DecoderCall):
         """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
         weights of each span, if they are wanted."""
-        implementation = call.cross_implementation
-        if self._takes_blocks(query, key, call):
-            return attend_in_blocks(query, key, value, call.blocks, self.scaling), []
-        with_mask = masked_implementation(implementation)
+        plan, blocks = call.vision_call, call.blocks
+        if isinstance(key, Int8States):
+            if self._takes_blocks(call):
+                masked = [] if blocks else [span for span in plan.spans if span.visible is not None]
+                blocks = blocks or Blocks(unmasked_calls(plan.spans), self.num_key_value_groups)
+                return attend_to_int8(query, key, value, blocks, masked, self.scaling), []
+            key, value = (part.read(slice(None), query.dtype) for part in (key, value))
+        elif blocks and self._takes_blocks(call) and blocks_can_run(query, key):
+            return attend_in_blocks(query, key, value, blocks, self.scaling), []
         outs, weights, done = [], [], 0  # done: text tokens whose output is in outs
-        for span in call.vision_call.spans:
+        for span in plan.spans:
             if span.text.start > done:
                 outs.append(query.new_zeros(span.text.start - done, *query.shape[1:]))
-            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
-            out, weight = attend(
-                self,
-                query[span.text].transpose(0, 1)[None],  # [1, H, text tokens, d]
-                key[:, :, span.vision],
-                value[:, :, span.vision],
-                mask,
-                implementation if mask is None else with_mask,
-                dropout=self.attention_dropout,
-            )
-            outs.append(out[0])
+            out, weight = self._attend_span(query[span.text], key, value, span, call)
+            outs.append(out)
             weights.append(weight if call.output_attentions else None)
             done = span.text.stop
         if done < query.shape[0]:
             outs.append(query.new_zeros(query.shape[0] - done, *query.shape[1:]))
         return (torch.cat(outs) if len(outs) > 1 else outs[0]), weights
 
-    def _takes_blocks(self, query: torch.Tensor, key: torch.Tensor, call: DecoderCall) -> bool:
-        """Whether blocks are computed in place of spans: they are fewer calls on a GPU and larger products on a CPU.
-        They have no dropout, and other functions than torch's do not return what they need."""
-        return (
-            call.blocks is not None
-            and attention_kind(call.cross_implementation) in ("sdpa", "flash")
-            and not (self.training and self.attention_dropout)
-            and not prefers_blockwise(query[None], key, 0.0)
-            and blocks_can_run(query, key)
+    def _attend_span(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, call: DecoderCall
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Attends to the vision tokens of one span: query [tokens, H, d] -> [tokens, H, d] and the weights."""
+        mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
+        implementation = call.cross_implementation
+        out, weights = attend(
+            self,
+            query.transpose(0, 1)[None],  # [1, H, tokens, d]
+            key[:, :, span.vision],
+            value[:, :, span.vision],
+            mask,
+            implementation if mask is None else masked_implementation(implementation),
+            dropout=self.attention_dropout,
         )
+        return out[0], weights
+
+    def _takes_blocks(self, call: DecoderCall) -> bool:
+        """Whether blocks may be computed in place of spans. They have no dropout and no weights, and are computed by
+        functions of torch, not by those of the caller."""
+        has_dropout = self.training and self.attention_dropout > 0
+        return attention_kind(call.cross_implementation) in ("sdpa", "flash") and not has_dropout
 
     def _attend_rows(self, query: torch.Tensor, call: DecoderCall, joint: JointCache) -> torch.Tensor:
         """query [B, H, d], one token for each row of a joint call -> [B, H, d], 0 at rows that see no vision token.
@@ -280,39 +291,44 @@ class MossVLCrossAttention(MossVLTextAttention):
             for span in row.vision_call.spans:  # one, or none
                 layer = cache.layers[self.layer_idx]
                 layer.store(None, None, row.vision_call)
-                stored[index] = layer.in_dtype(query.dtype)
-                keep_for_gradients(layer, query, *stored[index])
+                stored[index] = layer.read(query.dtype)
+                keep_for_gradients(layer, query, *layer.tensors())
                 alone = None if span.visible is None else index
-                storage = tuple((part.data_ptr(), part.stride()) for part in stored[index])
+                storage = tuple((part.data_ptr(), part.stride()) for part in layer.tensors())
                 groups.setdefault((storage, span.vision.start, span.vision.stop, alone), []).append(index)
         for rows in groups.values():
             (key, value), [span] = stored[rows[0]], call.rows[rows[0]].vision_call.spans
-            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
-            implementation = call.cross_implementation
-            attended, _ = attend(
-                self,
-                torch.cat([queries[row] for row in rows]).transpose(0, 1)[None],  # [1, H, rows, d]
-                key[:, :, span.vision],
-                value[:, :, span.vision],
-                mask,
-                implementation if mask is None else masked_implementation(implementation),
-                dropout=self.attention_dropout,
-            )
-            for row, out in zip(rows, attended[0].split(1), strict=True):
+            span = span._replace(text=slice(0, len(rows)))
+            of_rows = call._replace(vision_call=VisionCall([span], None, 0), blocks=None)
+            attended, _ = self._attend_spans(torch.cat([queries[row] for row in rows]), key, value, of_rows)
+            for row, out in zip(rows, attended.split(1), strict=True):
                 outs[row] = out
         return torch.cat(outs)
 
-    def vision_keys_values(self, states: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+    def vision_keys_values(self, states: torch.Tensor, rotary: Rotary, in_int8: bool = False) -> tuple[States, States]:
         """[v, D] -> keys and values, each [1, K, v, d]. Without gradients they are computed in pieces to save memory,
-        and are contiguous per head, which later tokens read faster."""
-        if torch.is_grad_enabled():
+        and are contiguous per head, which later tokens read faster.
+
+        Args:
+            in_int8: whether each piece is converted to 8 bits, so that the whole is never there in another dtype.
+        """
+        if torch.is_grad_enabled() and not in_int8:
             return self.keys_values(states[None], rotary)
         shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
-        key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
+        if in_int8:
+            key, value = (Int8States.empty(shape, states.device) for _ in range(2))
+        else:
+            key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         cos, sin = rotary
         for first in range(0, len(states), VISION_PIECE):
             piece = slice(first, first + VISION_PIECE)
-            key[:, :, piece], value[:, :, piece] = self.keys_values(states[None, piece], (cos[piece], sin[piece]))
+            for whole, part in zip(
+                (key, value), self.keys_values(states[None, piece], (cos[piece], sin[piece])), strict=True
+            ):
+                if in_int8:
+                    whole.write(piece, part)
+                else:
+                    whole[:, :, piece] = part
         return key, value
 
     def _all_weights(self, weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor) -> torch.Tensor:
