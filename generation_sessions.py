@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from .cache_layers import cached_length, fork_cache, install_layers
+from .cache_layers import cached_length, fork_cache, install_layers, vision_cache_dtype
 from .checks import check_number, shorten
 from .conversation import PLACEHOLDERS, collect_media
 from .generation_batches import encode_turn
@@ -310,7 +310,10 @@ def can_continue(model, turn: Turn, kept: KeptCache) -> bool:
     """Whether the cache holds the media of the turn's conversation up to some message, as this turn would encode them,
     and `generate` takes a cache with the turn's options."""
     options = turn.generate
-    if options.get("use_cache") is False or options.get("cache_implementation") is not None:
+    implementation = options.get("cache_implementation", model.generation_config.cache_implementation)
+    if options.get("use_cache") is False or implementation is not None:
+        return False
+    if options.get("vision_cache_dtype") != vision_cache_dtype(kept.cache, model.config.text_config):
         return False
     for kind, media, kwargs, now in (
         ("image", kept.images, kept.images_kwargs, turn.images_kwargs),

@@ -58,3 +58,14 @@ def is_int8(name: Optional[str]) -> bool:
             "the dtype of the model."
         )
     return name is not None
+
+
+def dtype_of_settings(generation_config) -> Optional[str]:
+    """The `vision_cache_dtype` that a generation config means: "int8" with a quantized cache of 8 bits, else None.
+
+    Released checkpoints have `cache_implementation` "quantized" and a `cache_config` with `nbits` 8 in
+    generation_config.json, and keep their vision tokens in 8 bits as well.
+    """
+    if getattr(generation_config, "cache_implementation", None) != "quantized":
+        return None
+    return "int8" if (generation_config.cache_config or {}).get("nbits") == 8 else None
