@@ -36,6 +36,7 @@ from .vision_sequence import (
 logger = logging.get_logger(__name__)
 
 JOINED_SIZE = 1 << 15  # most text tokens x vision tokens of spans that are joined into one
+LEAST_STEPS = 8  # spans of a staircase from which on blocks are faster
 
 
 def plan_call(request: VisionRequest, positions: CallPositions) -> tuple[VisionState, VisionCall]:
@@ -439,9 +440,12 @@ def vision_call(request: VisionRequest, runs: list[list[TextRun]], layout: Packe
         for span in spans:
             sees_vision[span.text] = 1.0
         has_visible = torch.from_numpy(sees_vision).view(rows, length, 1).to(device)
-    joined = join_small_spans(spans, device)
-    # Not for a staircase that one call with a small mask computes.
-    in_blocks = len(joined) > len(staircases(spans)) and all(span.visible is None for span in spans)
+    joined, found = join_small_spans(spans, device), staircases(spans)
+    in_blocks = (
+        len(joined) > len(found)  # else one call with a small mask computes each staircase
+        and max(map(len, found)) >= LEAST_STEPS
+        and all(span.visible is None for span in spans)
+    )
     return VisionCall(
         joined,
         has_visible,

@@ -176,6 +176,7 @@ def used(monkeypatch):
     """No spans are joined, so that few frames make blocks. The list has an entry for each layer that used blocks."""
     calls = []
     monkeypatch.setattr(vision_plan, "JOINED_SIZE", 0)
+    monkeypatch.setattr(vision_plan, "LEAST_STEPS", 2)
     of_layer = decoder.attend_in_blocks
     monkeypatch.setattr(decoder, "attend_in_blocks", lambda *args: calls.append(args[0]) or of_layer(*args))
     return calls

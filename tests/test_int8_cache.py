@@ -51,6 +51,7 @@ def small(request, monkeypatch):
     monkeypatch.setattr(block_attention, "CPU_PIECE", 7)
     if request.param == "blocks":
         monkeypatch.setattr(vision_plan, "JOINED_SIZE", 0)
+        monkeypatch.setattr(vision_plan, "LEAST_STEPS", 2)
 
 
 @torch.no_grad()
