@@ -114,29 +114,27 @@ class Borders(NamedTuple):
     sequences of their own.
 
     Attributes:
-        rows, keys: int32 [sequences + 1], where each sequence begins, and the end of the last one.
+        of_rows, of_keys: int32 [sequences + 1], where each sequence begins, and the end of the last one.
         most_rows, most_keys: of any sequence.
     """
 
-    rows: torch.Tensor
-    keys: torch.Tensor
+    of_rows: torch.Tensor
+    of_keys: torch.Tensor
     most_rows: int
     most_keys: int
 
     @classmethod
-    def of(cls, blocks: tuple[Span, ...], rows: int, keys: int, device: torch.device) -> "Borders":
+    def of(cls, blocks: tuple[Span, ...], device: torch.device) -> "Borders":
         """
         Args:
-            blocks: `text` in rows of the scores.
-            rows, keys: number of all rows and all keys.
+            blocks: `text` in rows of the scores. The sequences begin with the first block and end with the last one.
         """
-        corners = [(0, 0)]
-        for block in (*blocks, Span(slice(rows, rows), slice(keys, keys))):
-            for corner in (
-                (block.text.start, corners[-1][1]),
-                (block.text.start, block.vision.start),
-                (block.text.stop, block.vision.stop),
-            ):
+        first, corners = blocks[0], [(0, 0)]
+        for text, vision, _ in blocks:
+            start, stop = ((text.start, vision.start), (text.stop, vision.stop))
+            for rows, keys in ((start[0], None), start, stop):
+                keys = corners[-1][1] if keys is None else keys - first.vision.start
+                corner = rows - first.text.start, keys
                 if corner != corners[-1]:
                     corners.append(corner)
         borders = torch.tensor(corners, dtype=torch.int32).T
@@ -174,12 +172,19 @@ class Blocks:
         start, stop = max(vision.start, keys.start), min(vision.stop, keys.stop)
         return Span(slice(text.start * size, text.stop * size), slice(start - keys.start, stop - keys.start))
 
-    def borders(self, rows: int, keys: slice, device: torch.device) -> list[Borders]:
-        """The same calls as `Borders`, made at the first layer on each device."""
-        at = (rows, keys.start, keys.stop, device)
+    def borders(self, keys: slice, device: torch.device) -> list[tuple[slice, slice, Borders]]:
+        """The same calls as `Borders`, each with the rows and keys from its first to its last block. They are made at
+        the first layer on each device."""
+        at = (keys.start, keys.stop, device)
         if at not in self._borders:
-            length = keys.stop - keys.start
-            self._borders[at] = [Borders.of(call, rows, length, device) for call in self.rows(keys)]
+            self._borders[at] = [
+                (
+                    slice(call[0].text.start, call[-1].text.stop),
+                    slice(call[0].vision.start, call[-1].vision.stop),
+                    Borders.of(call, device),
+                )
+                for call in self.rows(keys)
+            ]
         return self._borders[at]
 
 
@@ -266,14 +271,13 @@ def parts_of(query, key, value, blocks: Blocks, keys: slice, scale: float) -> It
         for rows, vision, _ in (block for call in blocks.rows(keys) for block in call):
             yield rows, *attend_to_block(query[:, rows], key[:, vision], value[:, vision], scale)
         return
-    states = [part.transpose(0, 1) for part in (query, key, value)]
-    for call, borders in zip(blocks.rows(keys), blocks.borders(query.shape[1], keys, query.device), strict=True):
+    for call, (rows, vision, borders) in zip(blocks.rows(keys), blocks.borders(keys, query.device), strict=True):
+        of_call = query[:, rows], key[:, vision], value[:, vision]
         if len(call) == 1:  # one block for few rows uses the whole GPU in this kernel
-            rows, vision, _ = call[0]
-            yield rows, *attend_to_block(query[:, rows], key[:, vision], value[:, vision], scale)
+            yield rows, *attend_to_block(*of_call, scale)
         else:
-            out, lse = varlen_forward(*states, borders, scale)
-            yield slice(None), out.transpose(0, 1), lse
+            out, lse = varlen_forward(*(part.transpose(0, 1) for part in of_call), borders, scale)
+            yield rows, out.transpose(0, 1), lse
 
 
 def merge(parts: Iterable[Part], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,12 +337,14 @@ def block_gradients(grad, query, key, value, out, lse, blocks: Blocks, scale: fl
 
 def varlen_gradients(grad, query, key, value, out, lse, blocks: Blocks, scale: float) -> tuple[torch.Tensor, ...]:
     """Gradients of query, key and value on a GPU, call by call."""
-    sums: list[Optional[torch.Tensor]] = [None] * 3
-    states = [part.transpose(0, 1) for part in (grad, query, key, value, out)]
-    for borders in blocks.borders(query.shape[1], slice(0, key.shape[1]), query.device):
-        parts = varlen_backward(*states, lse, borders, scale)
-        sums = [part if whole is None else whole.add_(part) for whole, part in zip(sums, parts, strict=True)]
-    return tuple(part.transpose(0, 1) for part in sums)
+    grads = [torch.zeros_like(part) for part in (query, key, value)]
+    for rows, keys, borders in blocks.borders(slice(0, key.shape[1]), query.device):
+        of_rows = [part[:, rows].transpose(0, 1) for part in (grad, query, out)]
+        of_keys = [part[:, keys].transpose(0, 1) for part in (key, value)]
+        parts = varlen_backward(*of_rows[:2], *of_keys, of_rows[2], lse[:, rows].contiguous(), borders, scale)
+        for whole, part, where in zip(grads, parts, (rows, keys, keys), strict=True):
+            whole[:, where] += part.transpose(0, 1)
+    return tuple(grads)
 
 
 def attend_in_blocks(

@@ -35,7 +35,8 @@ from .xrope import rotate, xrope_rotary
 
 logger = logging.get_logger(__name__)
 
-VISION_PIECE = 4096  # vision tokens whose keys and values are computed at once without gradients
+# Vision tokens whose keys and values are computed at once without gradients, on a CPU and on other devices.
+CPU_VISION_PIECE, GPU_VISION_PIECE = 1 << 12, 1 << 14
 
 # Keys or values of vision tokens, as the cache keeps them.
 States = Union[torch.Tensor, Int8States]
@@ -320,8 +321,9 @@ class MossVLCrossAttention(MossVLTextAttention):
         else:
             key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         cos, sin = rotary
-        for first in range(0, len(states), VISION_PIECE):
-            piece = slice(first, first + VISION_PIECE)
+        size = CPU_VISION_PIECE if states.device.type == "cpu" else GPU_VISION_PIECE
+        for first in range(0, len(states), size):
+            piece = slice(first, first + size)
             for whole, part in zip(
                 (key, value), self.keys_values(states[None, piece], (cos[piece], sin[piece])), strict=True
             ):

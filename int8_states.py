@@ -33,7 +33,7 @@ class Int8States(NamedTuple):
         """Quantizes states. The error is at most half a scale, or one at the largest value of a token and head."""
         largest = states.abs().amax(-1, keepdim=True).float()
         scales = (largest / LEVELS).to(SCALE_DTYPE)
-        divisors = scales.float().clamp(min=torch.finfo(SCALE_DTYPE).tiny)
+        divisors = scales.float().clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
         return cls((states / divisors).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scales)
 
     def write(self, tokens: slice, states: torch.Tensor) -> None:

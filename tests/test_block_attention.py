@@ -1,5 +1,5 @@
 """Cross-attention in blocks: the plan, both kinds of kernels and their gradients against dense attention, and the
-model against eager. The kernel for several lengths runs on GPUs only; here it is replaced by one in plain PyTorch.
+model against eager. The kernel for several lengths is the one of varlen_kernels.py.
 """
 
 import random
@@ -11,68 +11,15 @@ from tiny import Sample, assorted_samples, batch, make_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from varlen_kernels import varlen  # noqa: F401
 
-from moss_vl import block_attention, decoder, vision_plan
-from moss_vl.block_attention import Blocks, Borders, attend_in_blocks, plan_blocks
+from moss_vl import decoder, vision_plan
+from moss_vl.block_attention import Blocks, attend_in_blocks, plan_blocks
 from moss_vl.modeling_moss_vl import CACHE
 from moss_vl.vision_sequence import Span
 
 
 SCALE = 8**-0.5
-
-
-# Kernels in plain PyTorch
-
-
-class VarlenKernels:
-    """The contract of flash-attention for several lengths. `calls` has the number of sequences of each forward."""
-
-    def __init__(self):
-        self.calls = []
-
-    def forward(self, query, key, value, borders, scale):
-        out, lse = torch.full_like(query, float("nan")), query.new_full(query.shape[1::-1], float("nan"))
-        for rows, keys in self.sequences(query, key, borders):
-            scores = torch.einsum("rkd,skd->krs", query[rows], key[keys]) * scale
-            lse[:, rows] = scores.logsumexp(-1)
-            out[rows] = torch.einsum("krs,skd->rkd", scores.softmax(-1), value[keys])
-        self.calls.append(len(borders.rows) - 1)
-        return out, lse
-
-    def backward(self, grad, query, key, value, out, lse, borders, scale):
-        grads = [torch.full_like(part, float("nan")) for part in (query, key, value)]
-        for rows, keys in self.sequences(query, key, borders):
-            scores = torch.einsum("rkd,skd->krs", query[rows], key[keys]) * scale
-            weights = (scores - lse[:, rows, None]).exp()
-            of_weights = torch.einsum("rkd,skd->krs", grad[rows], value[keys])
-            of_scores = weights * (of_weights - (grad[rows] * out[rows]).sum(-1).T[..., None]) * scale
-            grads[0][rows] = torch.einsum("krs,skd->rkd", of_scores, key[keys])
-            grads[1][keys] = torch.einsum("krs,rkd->skd", of_scores, query[rows])
-            grads[2][keys] = torch.einsum("krs,rkd->skd", weights, grad[rows])
-        return tuple(grads)
-
-    @staticmethod
-    def sequences(query, key, borders: Borders):
-        for ends, most, states in (
-            (borders.rows, borders.most_rows, query),
-            (borders.keys, borders.most_keys, key),
-        ):
-            assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(states)
-            assert (ends.diff() >= 0).all() and ends.diff().max() == most
-        pairs = [
-            [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
-            for ends in map(torch.Tensor.tolist, borders[:2])
-        ]
-        return zip(*pairs, strict=True)
-
-
-@pytest.fixture
-def varlen(monkeypatch):
-    kernels = VarlenKernels()
-    monkeypatch.setattr(block_attention, "varlen_can_run", lambda query: True)
-    monkeypatch.setattr(block_attention, "varlen_forward", kernels.forward)
-    monkeypatch.setattr(block_attention, "varlen_backward", kernels.backward)
-    return kernels
 
 
 @pytest.fixture(params=["cpu", "varlen"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from varlen_kernels import varlen  # noqa: F401
 
 from moss_vl import block_attention, vision_plan
 from moss_vl.cache_layers import Int8VisionLayer
@@ -45,11 +46,13 @@ def whole(model):
     return model
 
 
-@pytest.fixture(params=["pieces", "blocks"])
+@pytest.fixture(params=["pieces", "blocks", "varlen"])
 def small(request, monkeypatch):
     """Pieces of few tokens, so that small prompts have several; joined spans with masks, or blocks."""
     monkeypatch.setattr(block_attention, "CPU_PIECE", 7)
-    if request.param == "blocks":
+    if request.param == "varlen":
+        request.getfixturevalue("varlen")
+    if request.param != "pieces":
         monkeypatch.setattr(vision_plan, "JOINED_SIZE", 0)
         monkeypatch.setattr(vision_plan, "LEAST_STEPS", 2)
 
