@@ -74,7 +74,9 @@ def prefill_bytes(
     states = tokens * text.hidden_size * size
     caches = per_vision_token * cross_layers * tokens + per_token * (text.num_hidden_layers - cross_layers) * buffer
     vision_rotary = 2 * tokens * text.head_dim * size
-    new_keys_values = min(CPU_VISION_PIECE if device == "cpu" else GPU_VISION_PIECE, tokens) * per_token
+    rounding = 4 * text.num_key_value_heads * text.head_dim if int8 else 0  # keys or values in float32
+    piece = min(CPU_VISION_PIECE if device == "cpu" else GPU_VISION_PIECE, tokens)
+    new_keys_values = piece * (per_token + rounding)
     decoder = (
         vision_rotary + new_keys_values + 3 * text_tokens * (text.intermediate_size + 2 * text.hidden_size) * size
     )
@@ -128,6 +130,30 @@ def released_table(frame_counts=(64, 256, 1024)) -> str:
     return table(("frames", "vision tokens", *names), lines)
 
 
+DRIVER = 0.07  # share of the memory of a GPU that is left to its driver
+
+
+def frames_that_fit(config: MossVLConfig, free: float, int8: bool = False) -> int:
+    """The most frames of 448x448 with 10 text tokens each whose prefill on a GPU needs at most `free` bytes."""
+    fitting, too_many = 1, 1 << 16
+    while too_many - fitting > 1:
+        frames = (fitting + too_many) // 2
+        parts = prefill_bytes(config, frames, 28, 28, 10 * frames, torch.bfloat16, device="cuda", int8=int8)
+        fitting, too_many = (frames, too_many) if parts["peak"] <= free else (fitting, frames)
+    return fitting
+
+
+def fitting_table() -> str:
+    """`frames_that_fit` beside the weights of the 11B model, rounded down to tens."""
+    config = MossVLConfig.from_pretrained(ROOT)
+    lines = []
+    for memory, bits, weights in ((80, "bfloat16", 22.7), (24, "8 bits", 12.6), (24, "4 bits", 8.2)):
+        free = (memory * (1 - DRIVER) - weights) * 1e9
+        counts = (frames_that_fit(config, free, int8) // 10 * 10 for int8 in (False, True))
+        lines.append((f"{memory} GB", f"{bits}, {weights} GB", *(f"{count:,}" for count in counts)))
+    return table(("memory", "weights", "frames of 448x448", 'with `vision_cache_dtype="int8"`'), lines)
+
+
 def measured_table(rows: list[dict]) -> str:
     """Formula and measurement of each row, in MB."""
     lines = [
@@ -166,6 +192,7 @@ def main() -> None:
     print(f"\nMB besides weights and pixels\n\n{measured_table(result['rows'])}")
     print("\nThe 11B model in bfloat16 on a GPU with 10 text tokens per frame, by the formula, GB")
     print(f"\n{released_table()}")
+    print(f"\nFrames that fit\n\n{fitting_table()}")
 
 
 if __name__ == "__main__":
