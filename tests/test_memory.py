@@ -75,7 +75,7 @@ def test_the_formula_for_a_vision_cache_in_8_bits(dtype, monkeypatch):
     model = sized_model(dtype, **sizes)
     formulas = [prefill_bytes(model.config, *numbers, dtype, chunk=chunk, int8=int8) for int8 in (True, False)]
     measured = measured_bytes(model, *numbers, chunk=chunk, int8=True)
-    assert measured <= formulas[0]["peak"] <= 1.2 * measured and formulas[0]["peak"] < 0.9 * formulas[1]["peak"]
+    assert measured <= formulas[0]["peak"] <= 1.2 * measured and formulas[0]["peak"] < 0.95 * formulas[1]["peak"]
 
 
 @torch.no_grad()
