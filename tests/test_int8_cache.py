@@ -207,7 +207,7 @@ def test_reordered_and_repeated_rows():
     model, inputs = make_model(), batch(assorted_samples()[1:4], "left")
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **INT8}
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    for more in ({}, beams, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+    for more in ({}, beams, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2, "eos_token_id": 1}):
         rows = slice(0, 1) if "prompt_lookup_num_tokens" in more else slice(None)
         given = assorted_samples()[3].inputs() if rows.stop else inputs
         assert torch.equal(
