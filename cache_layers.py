@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+from .int8_states import Int8States, is_int8
 from .static_layers import StaticTextLayer, static_zeros
 from .vision_sequence import VisionCall, VisionState
 
@@ -203,13 +204,20 @@ class VisionCacheLayer(InPlaceLayer):
         index: that of the layer.
         capacity: most vision tokens, for a layer whose keys and values stay at one address (`static_cache`); None for
             one that grows.
+
+    Attributes:
+        tensor_names: the attributes that hold keys and values.
+        buffers: [1, K, capacity, d] each, which begin with the keys and values.
+        step_mask: the latest plan of a static step, and its masks (decode_step.py).
     """
+
+    tensor_names: tuple[str, ...] = ("keys", "values")
 
     def __init__(self, index: int, capacity: Optional[int] = None):
         super().__init__()
         self.index, self.capacity = index, capacity
-        self.buffers: Optional[tuple[torch.Tensor, torch.Tensor]] = None  # [1, K, capacity, d] each
-        self.step_mask: Optional[tuple] = None  # the latest plan of a static step and its masks (decode_step.py)
+        self.buffers: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+        self.step_mask: Optional[tuple] = None
         self.state: Optional[VisionState] = None
         self._cache: Optional[weakref.ref] = None
 
@@ -229,32 +237,33 @@ class VisionCacheLayer(InPlaceLayer):
         self._cache = weakref.ref(cache)
         return True
 
-    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
+    def store(self, keys, values, call: VisionCall) -> None:
         """Stores the keys and values [1, K, v, d] of the new vision tokens, and moves those that the call moves.
 
-        Returns:
-            Keys and values [1, K, V, d] of the whole packed sequence.
+        Args:
+            keys, values: as `read` returns them; None without new vision tokens.
         """
+        old, new = self.tensors(), self.tensors_of(keys, values)
         if self.keys is not None and torch.is_grad_enabled() and not is_writable(self.keys):
-            self.keys, self.values = self.keys.clone(), self.values.clone()  # autograd cannot record inference tensors
+            old = [part.clone() for part in old]  # autograd cannot record inference tensors
+            self.set_tensors(old)
             self.renew_buffer(*self.written)
-        if call.writes:
-            self.in_dtype(keys.dtype)
+        if call.writes and self.keys is not None:
+            old = self.in_dtype_of(new)
         parts = [part for _, part in call.writes]
         if call.writes or (call.moves is not None and self.keys is not None):
-            states = (keys, values, self.keys, self.values)
-            in_graph = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)
+            has_gradients = any(part is not None and part.requires_grad for part in (*new, *old))
+            in_graph = torch.is_grad_enabled() and has_gradients
             can_write = self.keys is not None and is_writable(self.keys) and self.can_write(*parts)
             in_place = can_write and call.moves is None and not in_graph
-            self.keys = write_packed(self.keys, keys, call, in_place)
-            self.values = write_packed(self.values, values, call, in_place)
+            pairs = zip(old, new, strict=True)
+            self.set_tensors([write_packed(before, after, call, in_place) for before, after in pairs])
             if not in_place:
                 if self.capacity is not None:
                     self._copy_to_buffers()
                 self.renew_buffer(*(self.written if call.moves is None else (part for _, part in call.moves)))
             self.mark_written(*parts)
             self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        return self.keys, self.values
 
     def _copy_to_buffers(self) -> None:
         """Copies the keys and values to the buffers of the layer, or to new ones if a copy of the layer has these."""
@@ -273,8 +282,25 @@ class VisionCacheLayer(InPlaceLayer):
         """Whether the keys and values are the first tokens of `buffers`."""
         return self.buffers is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
 
-    def in_dtype(self, dtype: torch.dtype):
-        """Converts the stored keys and values to a dtype, as autocast may differ between calls, and returns them."""
+    def tensors(self) -> list[Optional[torch.Tensor]]:
+        """What is stored, or None for each if nothing is."""
+        return [getattr(self, name) for name in self.tensor_names]
+
+    def set_tensors(self, tensors: Sequence[Optional[torch.Tensor]]) -> None:
+        for name, tensor in zip(self.tensor_names, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    def tensors_of(self, keys, values) -> tuple[Optional[torch.Tensor], ...]:
+        """Keys and values as they are stored, in the order of `tensor_names`."""
+        return keys, values
+
+    def in_dtype_of(self, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The stored tensors, in the dtype of new ones."""
+        return list(self.read(new[0].dtype))
+
+    def read(self, dtype: torch.dtype):
+        """Keys and values [1, K, V, d] of the whole packed sequence. They are converted to a dtype, as autocast may
+        differ between calls."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
             if self.capacity is not None:
@@ -309,8 +335,31 @@ class VisionCacheLayer(InPlaceLayer):
     def reset(self) -> None:
         if self.shared or self.protected:
             self.buffers = None  # a fork reads them
+        self.set_tensors([None] * len(self.tensor_names))
         super().reset()
         self.state = None
+
+
+class Int8VisionLayer(VisionCacheLayer):
+    """A `VisionCacheLayer` in 8 bits: `keys` and `values` are int8, and each token and head has a scale."""
+
+    tensor_names = ("keys", "key_scales", "values", "value_scales")
+
+    def __init__(self, index: int):
+        super().__init__(index)
+        self.key_scales = self.value_scales = None
+
+    def tensors_of(self, keys: Optional[Int8States], values: Optional[Int8States]):
+        return (None,) * 4 if keys is None else (*keys, *values)
+
+    def in_dtype_of(self, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self.tensors()
+
+    def read(self, dtype: torch.dtype) -> tuple[Optional[Int8States], Optional[Int8States]]:
+        """Keys and values of the whole packed sequence, which the reader converts in pieces."""
+        if self.keys is None:
+            return None, None
+        return Int8States(self.keys, self.key_scales), Int8States(self.values, self.value_scales)
 
 
 def write_packed(
@@ -356,12 +405,13 @@ class JointCache:
             )
 
 
-def install_layers(cache: Cache, config) -> VisionCacheLayer:
+def install_layers(cache: Cache, config, vision_dtype: Optional[str] = None) -> VisionCacheLayer:
     """Puts layers for the vision sequence into an empty cache, and text layers that write in place. A filled cache has
     these layers already.
 
     Args:
         config: the text config.
+        vision_dtype: "int8" for vision layers in 8 bits.
 
     Returns:
         The layer that holds the vision state.
@@ -374,7 +424,7 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
                 if getattr(layer, "capacity", None) is not None:
                     layer.reset()
                 else:
-                    cache.layers[index] = VisionCacheLayer(index)
+                    cache.layers[index] = (Int8VisionLayer if is_int8(vision_dtype) else VisionCacheLayer)(index)
             elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
                 cache.layers[index] = TextCacheLayer()
             elif type(layer) is StaticLayer and not getattr(cache, "offloading", False):
@@ -383,6 +433,50 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
     for layer in layers:
         layer.claim(cache)
     return layers[0]
+
+
+def check_vision_dtype(
+    cache: Optional[Cache], config, vision_dtype: Optional[str], use_cache: Optional[bool]
+) -> Optional[bool]:
+    """Checks the `vision_cache_dtype` of a call.
+
+    Args:
+        config: the text config.
+
+    Returns:
+        `use_cache`: True if it was None and the option needs a cache.
+
+    Raises:
+        ValueError: for an unknown dtype, without a cache, with gradients, and if the cache is static, or filled in
+            another dtype.
+    """
+    if not is_int8(vision_dtype):
+        return use_cache
+    if cache is None and use_cache is False:
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', but the call has no cache; expected `use_cache=True` or a cache."
+        )
+    if any(getattr(layer, "capacity", None) is not None for layer in ([] if cache is None else cache.layers)):
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', and the cache is one of `static_cache`, which keeps the dtype of the "
+            "model; expected another cache."
+        )
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', and rounding to 8 bits has no gradients; expected a call under "
+            "`torch.no_grad()` or `torch.inference_mode()`. Leave it out to train."
+        )
+    if cached_length(cache) and vision_cache_dtype(cache, config) != vision_dtype:
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', but the cache keeps its vision tokens in the dtype of the model; "
+            "expected the option at the first call of a cache, and later the same or none."
+        )
+    return True
+
+
+def vision_cache_dtype(cache: Cache, config) -> Optional[str]:
+    """The `vision_cache_dtype` of a filled cache: "int8", or None."""
+    return "int8" if isinstance(cache.layers[config.cross_attention_layers[0]], Int8VisionLayer) else None
 
 
 def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
@@ -570,9 +664,11 @@ def cache_contents(cache: Cache, config) -> CacheContents:
 
 def layer_bytes(layer) -> int:
     """Bytes of the keys and values of a layer, or of the buffers that hold them."""
-    key, value = getattr(layer, "buffers", None) or (layer.keys, layer.values)
-    held = (getattr(layer, "_key_buffer", None), getattr(layer, "_value_buffer", None))
-    held = (key if held[0] is None else held[0], value if held[1] is None else held[1])
+    if isinstance(layer, VisionCacheLayer):
+        held = layer.buffers or layer.tensors()
+        return sum(tensor_bytes(part) for part in held if part is not None)
+    key, value = (getattr(layer, name, None) for name in ("_key_buffer", "_value_buffer"))
+    held = (layer.keys if key is None else key, layer.values if value is None else value)
     return sum(tensor_bytes(part) for part in held if part is not None)
 
 
