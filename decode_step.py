@@ -52,7 +52,6 @@ class StepPlan(NamedTuple):
     """A decode step as tensors and constants. It is a tuple, because hooks of accelerate move tensors in tuples only.
 
     Attributes:
-        positions: long [B, 1].
         slot: long [1], where the new token is written.
         slots: S for a static cache, whose slots after `slot` are empty; None for a growing one.
         is_token: bool [B, S], False at padding; None if there is none.
@@ -60,7 +59,6 @@ class StepPlan(NamedTuple):
         has_visible: as in `VisionCall`.
     """
 
-    positions: torch.Tensor
     slot: torch.Tensor
     slots: Optional[int]
     is_token: Optional[torch.Tensor]
@@ -89,9 +87,10 @@ class StepCache:
 
 
 class DecodeStep(NamedTuple):
-    """A planned step: the state of the cache after it, and what `run_step` takes."""
+    """A planned step: the state of the cache after it, the positions [B, 1], and what `run_step` takes besides."""
 
     state: VisionState
+    positions: torch.Tensor
     plan: StepPlan
     cache: StepCache
 
@@ -187,7 +186,6 @@ def read_step(config, cache: Optional[Cache], text: torch.Tensor, attention_mask
     state, call = with_step(config, state, text.device)
     known = state.known_mask(length if slots is None else slots)
     plan = StepPlan(
-        positions=(state.rope_delta.to(text.device) + length - 1)[:, None],
         slot=torch.full((1,), length - 1, dtype=torch.long, device=text.device),
         slots=slots,
         is_token=None if known is None else known.to(text.device),
@@ -195,8 +193,9 @@ def read_step(config, cache: Optional[Cache], text: torch.Tensor, attention_mask
         has_visible=call.has_visible,
     )
     counts = None if state.token_counts is None else state.token_counts + 1
+    positions = (state.rope_delta.to(text.device) + length - 1)[:, None]
     after = replace(state, length=length, token_counts=counts)
-    return DecodeStep(after, *with_keys(plan, cache, config.text_config, call, len(text)))
+    return DecodeStep(after, positions, *with_keys(plan, cache, config.text_config, call, len(text)))
 
 
 def has_own_layers(cache: Optional[Cache], config) -> bool:
@@ -237,7 +236,7 @@ def with_keys(plan: StepPlan, cache: Cache, config, call: VisionCall, rows: int)
     crossing = [cache.layers[index] for index in config.cross_attention_layers] if call.spans else []
     is_static = bool(crossing) and all(layer.in_buffers() for layer in crossing)
     if is_static:
-        visible, has_visible = static_visible(crossing[0], call, rows, plan.positions.device)
+        visible, has_visible = static_visible(crossing[0], call, rows, plan.slot.device)
         plan = plan._replace(spans=(StepSpan(rows, visible=visible),), has_visible=has_visible)
     elif crossing:
         plan = plan._replace(spans=growing_spans(call, rows))
@@ -295,11 +294,13 @@ def run_step(
     model: nn.Module,
     input_ids: Optional[torch.Tensor],
     inputs_embeds: Optional[torch.Tensor],
+    positions: torch.Tensor,
     plan: StepPlan,
     cache: StepCache,
 ) -> torch.Tensor:
     """One step of the text model: the hidden states [B, 1, D]. Writes the new keys and values."""
-    return model(input_ids, inputs_embeds=inputs_embeds, step=plan, cache=cache).last_hidden_state
+    inputs = {"position_ids": positions, "inputs_embeds": inputs_embeds}
+    return model(input_ids, **inputs, step=plan, cache=cache).last_hidden_state
 
 
 @lru_cache

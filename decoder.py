@@ -99,8 +99,9 @@ class MossVLRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # in float32 whatever the dtype
+        by_hand = x.device.type == "cpu" and x.dtype != torch.float64
+        if not by_hand or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # half precision in float32
         # The same by fewer operations: torch has no fused kernel for CPUs.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.addcmul(cpu_constant(self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
@@ -526,14 +527,14 @@ class MossVLTextModel(MossVLPreTrainedModel):
             text_index: [B, T], for packed rows the index of each token's text, rising along the row. A token sees only
                 tokens of the same text. Not with a filled cache; without effect beside a ready 4D mask.
             vision_calls_of_rows: with a `JointCache`, which vision tokens of its own cache each row sees.
-            step: with a `StepCache`, the plan of a decode step; all but the text is taken from it.
+            step: with a `StepCache`, the plan of a decode step; besides it only the text and position_ids [B, 1].
 
         Raises:
             ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if step is not None:
-            return MossVLModelOutput(last_hidden_state=self._step(hidden_states, step, cache))
+            return MossVLModelOutput(last_hidden_state=self._step(hidden_states, position_ids, step, cache))
         cache = cache if isinstance(cache, JointCache) else cache_of(cache, past_key_values)
         if vision_states is not None:  # the encoder may have another dtype
             vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))
@@ -568,11 +569,13 @@ class MossVLTextModel(MossVLPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
 
-    def _step(self, hidden_states: torch.Tensor, step: StepPlan, cache: StepCache) -> torch.Tensor:
-        """A decode step, [B, 1, D] -> [B, 1, D]. It reads no tensor on the host."""
+    def _step(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, step: StepPlan, cache: StepCache
+    ) -> torch.Tensor:
+        """A decode step, [B, 1, D] at positions [B, 1] -> [B, 1, D]. It reads no tensor on the host."""
         config = self.config
         cos, sin = text_rotary(
-            step.positions, config.head_dim, config.rope_parameters["rope_theta"], hidden_states.dtype
+            position_ids, config.head_dim, config.rope_parameters["rope_theta"], hidden_states.dtype
         )
         name = config._attn_implementation
         implementation = self._implementation(name, hidden_states, need_weights=False)

@@ -309,7 +309,7 @@ class MossVLModel(MossVLPreTrainedModel):
         run = run_step
         if self.step_settings is not None:
             run = compiled_step(self.step_settings, static_length(cache) is not None)
-        hidden_states = run(self.language_model, input_ids, inputs_embeds, step.plan, step.cache)
+        hidden_states = run(self.language_model, input_ids, inputs_embeds, step.positions, step.plan, step.cache)
         keep_token(config, cache, step, input_ids)
         return MossVLModelOutput(
             last_hidden_state=hidden_states if self.step_settings is None else hidden_states.clone(),
