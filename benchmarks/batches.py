@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.end_to_end import NANO, load
 from moss_vl.benchmarks.measuring import ROOT, alternate, machine, spread, summary, table, write_json
-from moss_vl.benchmarks.model import add_model_flags
+from moss_vl.benchmarks.random_models import add_model_flags
 from moss_vl.processing_moss_vl import MossVLProcessor
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moss_vl import decoder, vision_encoder
 from moss_vl import modeling_moss_vl as modeling
 from moss_vl.benchmarks.measuring import Clock, machine, summary, table, write_json
-from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config, make_prompt
+from moss_vl.benchmarks.random_models import add_model_flags, add_prompt_flags, make_config, make_prompt
 
 
 PARTS = {
