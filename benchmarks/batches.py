@@ -2,8 +2,8 @@
 
     python benchmarks/batches.py --json batches.json
 
-Eight queries of text, images, a video and a long text, through a checkpoint with random answers. Compares, in alternating rounds of
-one run, seconds of wall clock and of all CPU cores:
+Eight queries of text, images, a video and a long text, through a checkpoint with random answers. Compares, in
+alternating rounds of one run, seconds of wall clock and of all CPU cores:
   padded       the same queries in left-padded batches, one `generate` call for all with equal options
   batch        `offline_batch_generate`
   stream       `stream_batch`

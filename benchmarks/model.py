@@ -49,8 +49,10 @@ from moss_vl.benchmarks.peers import Ours, Plain, Qwen3VL, Qwen3VLAsShipped, Ste
 from moss_vl.benchmarks.random_models import (
     PAD,
     Prompt,
+    add_clock_flag,
     add_model_flags,
     add_prompt_flags,
+    make_clock,
     make_config,
     make_model,
     make_prompt,
@@ -174,7 +176,7 @@ def make_implementations(args, config: MossVLConfig, clock: Clock) -> dict:
 
 def run(args, result: dict) -> None:
     """Measures all lengths, adds a row for each to `result`, and prints the tables."""
-    dtype, clock = getattr(torch, args.dtype[0]), Clock(args.device, args.clock == "cpu")
+    dtype, clock = getattr(torch, args.dtype[0]), make_clock(args)
     config = make_config(args)
     implementations = make_implementations(args, config, clock)
     model = implementations["ours"].model
@@ -312,13 +314,10 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded per round; their median counts")
     parser.add_argument("--without", nargs="+", choices=("plain", "qwen3vl", "qwen3vl video"), default=[])
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds on all cores")
+    add_clock_flag(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args(given)
-    if args.clock == "cpu" and args.device != "cpu":
-        parser.error(f"--clock cpu measures models on the CPU; --device is {args.device}")
-    return args
+    return parser.parse_args(given)
 
 
 def main() -> None:

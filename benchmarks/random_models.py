@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moss_vl.benchmarks.measuring import ROOT
+from moss_vl.benchmarks.measuring import ROOT, Clock
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 
@@ -123,3 +123,14 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", type=int, default=448, help="pixels per side of a frame, a multiple of 32")
     parser.add_argument("--tokens", type=int, default=10, help="text tokens per frame")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+
+
+def add_clock_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds on all cores")
+
+
+def make_clock(args) -> Clock:
+    """The clock of the flags. Raises SystemExit for CPU time of a model on another device."""
+    if args.clock == "cpu" and args.device != "cpu":
+        raise SystemExit(f"--clock cpu measures models on the CPU; --device is {args.device}")
+    return Clock(args.device, args.clock == "cpu")
