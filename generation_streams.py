@@ -167,9 +167,11 @@ class BatchStream:
         keep_cache: Union[bool, CacheBudget],
         open_ended: bool = False,
         names_queries: bool = True,
+        fills_rows: bool = False,
     ):
         self._model, self._processor, self._limits = model, processor, limits
         self._vision_chunked_length, self._names_queries = vision_chunked_length, names_queries
+        self._fills_rows = fills_rows  # before a token is added: fewer calls, but later first pieces
         self._open = flag("open_ended", open_ended)
         check_keep_cache(keep_cache)
         self._keeps = keep_cache is not False
@@ -366,27 +368,37 @@ class BatchStream:
             return self._events.popleft()
 
     def _advance(self) -> bool:
-        """Prefills the next prompt if a row is free, then adds a token to each row; waits if there is nothing to do.
+        """Prefills the next prompts if rows are free, then adds a token to each row; waits if there is nothing to do.
         False at the end."""
         with self._changed:
             if self._end_cancelled():
                 return True
-            entry = None
-            if self._to_start and self._to_start[0].prepared and self._fits(self._to_start[0]):
-                entry = self._to_start.popleft()
-                self._prepare_next()
-            elif not self._rows:
+            if not self._rows and not self._can_start():
                 if not self._to_start and not self._open:
                     return False
                 self._changed.wait()
                 return True
-        if entry is not None:
+        while (entry := self._next_to_start()) is not None:
             self._start(entry)
+            if not self._fills_rows:
+                break
         if self._rows:
             self._add_tokens(list(self._rows))
         if self._closed:  # meanwhile, by another thread
             self._rows.clear()
         return True
+
+    def _can_start(self) -> bool:
+        return bool(self._to_start) and self._to_start[0].prepared and self._fits(self._to_start[0])
+
+    def _next_to_start(self) -> Optional[_Entry]:
+        """Takes the next query if its media are ready and it fits."""
+        with self._changed:
+            if not self._can_start():
+                return None
+            entry = self._to_start.popleft()
+            self._prepare_next()
+            return entry
 
     def _fits(self, entry: _Entry, beside: Sequence[_Entry] = ()) -> bool:
         """Whether an answer fits into the limits, with those of the rows and the answers `beside` them."""

@@ -246,6 +246,7 @@ class MossVLGenerationMixin:
             limits=limits,
             vision_chunked_length=vision_chunked_length,
             keep_cache=keep_cache,
+            fills_rows=True,
         ) as stream:
             del turns  # the stream frees those that were answered
             for event in stream:

@@ -20,6 +20,7 @@ from offline import (  # noqa: F401 - most are fixtures
 from transformers import TextIteratorStreamer
 
 from moss_vl import generation_utils, video_files
+from moss_vl.generation_streams import BatchStream
 from moss_vl.processing_moss_vl import MossVLProcessor
 
 
@@ -49,10 +50,24 @@ def forwards(model, monkeypatch):
     hook.remove()
 
 
+@pytest.fixture
+def media_come_first(monkeypatch):
+    """No token is computed while the background thread prepares a query, so that rows do not depend on its speed."""
+    advance = BatchStream._advance
+
+    def waits(stream):
+        with stream._changed:
+            while stream._preparing:
+                assert stream._changed.wait(60)
+        return advance(stream)
+
+    monkeypatch.setattr(BatchStream, "_advance", waits)
+
+
 # what is computed
 
 
-def test_prompts_of_a_batch_are_computed_without_padding(model, processor, pictures, forwards):
+def test_prompts_of_a_batch_are_computed_without_padding(model, processor, pictures, forwards, media_come_first):
     queries = [
         query_of("Hi"),
         query_of("Describe the picture, please, in a few words.", images=pictures[0]),
@@ -184,10 +199,10 @@ def test_the_streamer_of_each_query_gets_its_own_answer(model, processor):
 # limits
 
 
-def test_limits_bound_what_is_written_at_once(model, processor, pictures, forwards):
+def test_limits_bound_what_is_written_at_once(model, processor, pictures, forwards, media_come_first):
     """Rows, tokens of prompts and answers, vision tokens. An answer that exceeds a limit alone is written."""
     options = endless(processor, 3)
-    texts = [query_of(f"query {n}", generate=options) for n in range(5)]
+    texts = [query_of("a", generate=options) for _ in range(5)]
     images = [query_of("a", images=pictures[2], generate=options) for _ in range(5)]
     alone = {"text": texts_of(model, processor, texts), "image": texts_of(model, processor, images)}
     forwards[0].clear()
@@ -225,7 +240,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def test_memory_does_not_grow_with_the_number_of_queries(model, processor, pictures, monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_queries(model, processor, pictures, monkeypatch, media_come_first):
     """The most bytes of tensors at one of 12 joint calls of 2 rows, for 8, 80 and 800 queries."""
     decode, peaks, options = model.decode_rows, [], endless(processor, 3)
     for count in (8, 80, 800):
