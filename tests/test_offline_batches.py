@@ -201,7 +201,7 @@ def test_the_streamer_of_each_query_gets_its_own_answer(model, processor):
 
 def test_limits_bound_what_is_written_at_once(model, processor, pictures, forwards, media_come_first):
     """Rows, tokens of prompts and answers, vision tokens. An answer that exceeds a limit alone is written."""
-    options = endless(processor, 3)
+    options = endless(processor, 6)
     texts = [query_of("a", generate=options) for _ in range(5)]
     images = [query_of("a", images=pictures[2], generate=options) for _ in range(5)]
     alone = {"text": texts_of(model, processor, texts), "image": texts_of(model, processor, images)}
