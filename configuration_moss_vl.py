@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .decoder import MossVLTextModel  # noqa: F401
     from .decord_video import open_decord  # noqa: F401
     from .downloads import download  # noqa: F401
-    from .generation_batches import answer_turns  # noqa: F401
+    from .generation_batches import answer_turn  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
     from .generation_queries import Turn  # noqa: F401

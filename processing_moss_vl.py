@@ -60,7 +60,7 @@ from .text_rows import (
 from .threads import in_threads  # noqa: F401
 from .video_files import Video  # noqa: F401
 from .video_packets import FrameIndex  # noqa: F401
-from .video_processing_moss_vl import MossVLVideoProcessor
+from .video_processing_moss_vl import MossVLVideoProcessor, are_planned
 from .video_reading import open_video  # noqa: F401
 from .video_sampling import ClipPlan  # noqa: F401
 
@@ -256,7 +256,7 @@ class MossVLProcessor(ProcessorMixin):
         for sample in samples:
             if sample.images:
                 sample.images = self.image_processor.probe(sample.images, **options.images)
-            if sample.videos:
+            if sample.videos and not are_planned(sample.videos):
                 rates = {} if sample.video_fps is None else {"video_fps": sample.video_fps}
                 sample.videos = self.video_processor.plan(
                     sample.videos, sample.video_metadata, **options.videos, **rates

@@ -314,7 +314,7 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                 that returns features [P / merge_size^2, D]. It is called on this thread while other frames are
                 decoded.
         """
-        is_planned = isinstance(videos, list) and bool(videos) and all(isinstance(x, ClipPlan) for x in videos)
+        is_planned = are_planned(videos)
         if is_planned and (options or video_metadata is not None):
             raise ValueError(f"a plan holds its options already, got {sorted(options) or ['video_metadata']}")
         plans = videos if is_planned else self.plan(videos, video_metadata, **options)
@@ -353,6 +353,11 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         if return_metadata:
             out["video_metadata"] = [clip.metadata for clip in clips]
         return out
+
+
+def are_planned(videos) -> bool:
+    """Whether `videos` is what `plan` returns."""
+    return isinstance(videos, list) and bool(videos) and all(isinstance(x, ClipPlan) for x in videos)
 
 
 def flat_videos(videos) -> list:
