@@ -1,7 +1,7 @@
 """What the visitors of the page of demo.py have: a conversation, and a live run. It works without Gradio.
 
-The answers of all visitors are written beside each other, by one stream of the model on one thread. The steps of live
-runs are taken by the scheduler of the model.
+The answers of all visitors are written beside each other, by one stream of the model on one thread; tools/serve.py
+uses the same `AnswerWriter`. The steps of live runs are taken by the scheduler of the model.
 """
 
 import queue
@@ -50,11 +50,15 @@ class AnswerWriter:
         self.thread = threading.Thread(target=self._run, name="moss-vl-answers", daemon=True)
         self.thread.start()
 
-    def begin(self, query: dict, state: dict | None) -> tuple[int, queue.Queue]:
-        """The index of an answer, and a queue of its events. None in the queue: the writer was closed."""
+    def begin(self, query: dict, state: dict | None, events=None) -> tuple[int, queue.Queue]:
+        """The index of an answer, and a queue of its events. None in the queue: the writer was closed.
+
+        Args:
+            events: takes the events in place of a new queue; anything with `put`.
+        """
         with self.lock:
             index = self.stream.add(query, state)
-            self.queues[index] = queue.Queue()
+            self.queues[index] = queue.Queue() if events is None else events
             return index, self.queues[index]
 
     def cancel(self, index: int) -> None:
