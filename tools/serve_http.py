@@ -182,7 +182,6 @@ def describe_error(service: Service, error: BaseException) -> tuple[int, str]:
     if isinstance(error, (ValueError, FileNotFoundError)):
         message = message_of(error)
         return 400, service.media.clean(message.split(": ", 1)[1] if message.startswith("query ") else message)
-    service.log_error(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return 503, "out of memory; try a request with fewer frames or pixels"
     return 500, "an error of the server; its log has more"
@@ -340,6 +339,8 @@ async def event_stream(service: Service, answer: ChatAnswer, first: str, texts):
         yield "data: [DONE]\n\n"
     except Exception as error:
         status, message = describe_error(service, error)
+        if status >= 500:
+            service.log_error(error)
         yield sent(json.loads(error_response(status, message).body))
     finally:
         await texts.aclose()
@@ -356,8 +357,7 @@ def add_file_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/files")
     async def upload(request: Request):
-        form = await limited(request, store.max_bytes + FORM_BYTES).form(max_files=1, max_fields=2)
-        async with form:
+        async with limited(request, store.max_bytes + FORM_BYTES).form(max_files=1, max_fields=2) as form:
             file, unknown = form.get("file"), set(form) - {"file", "purpose"}
             if unknown or not hasattr(file, "filename"):
                 raise HTTPException(400, f"a form needs 'file' and 'purpose', and nothing else; got {sorted(form)}")

@@ -183,9 +183,9 @@ class MediaSources:
         return path
 
     def identify(self, source) -> dict:
-        """The plain part of an uploaded or inline file that may be an image or a video."""
-        kind, medium = MediaReader(allow_http=False).identify(self.source(source))
-        return {"type": kind, kind: medium}
+        """The part of an uploaded or inline file that may be an image or a video."""
+        kind, _ = MediaReader(**self.downloads).identify(self.source(source))
+        return {"type": kind, kind: source}
 
     def clean(self, message: str) -> str:
         """A message without the folders of the server."""

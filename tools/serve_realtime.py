@@ -104,14 +104,8 @@ class RealtimeConnection:
 
     def _make_session(self, message: dict):
         limits = self.service.limits
-        size = positive_int("frame_queue_size", message.pop("frame_queue_size", MAX_QUEUE))
-        length = positive_int("max_new_tokens", message.pop("max_new_tokens", limits.max_new_tokens))
-        for name, got, limit in (
-            ("frame_queue_size", size, MAX_QUEUE),
-            ("max_new_tokens", length, limits.max_new_tokens),
-        ):
-            if got > limit:
-                raise ValueError(f"{name} is at most {limit} on this server, got {got}")
+        size = at_most("frame_queue_size", message.pop("frame_queue_size", MAX_QUEUE), MAX_QUEUE)
+        most = limits.max_new_tokens
         pixels = limits.defaults["max_pixels"]
         return self.service.model.create_realtime_session(
             self.service.processor,
@@ -119,7 +113,7 @@ class RealtimeConnection:
             message.pop("system_prompt", None),
             frame_queue_size=size,
             max_tokens_per_turn=message.pop("max_tokens_per_second", TOKENS_PER_SECOND),
-            max_new_tokens=length,
+            max_new_tokens=at_most("max_new_tokens", message.pop("max_new_tokens", most), most),
             media_kwargs={} if pixels is None else {"max_pixels": pixels},
             **message,
         )
@@ -297,3 +291,9 @@ def require_text(name: str, value) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text, got {shorten(value)}")
     return value
+
+
+def at_most(name: str, value, limit: int) -> int:
+    if positive_int(name, value) > limit:
+        raise ValueError(f"{name} is at most {limit} on this server, got {value}")
+    return int(value)
