@@ -156,7 +156,7 @@ def import_server():
 def make_server(uvicorn, service, app):
     """The `uvicorn.Server`. When it is stopped, it takes no more requests, ends realtime sessions, and waits for
     answers."""
-    from moss_vl.tools.serve_realtime import MAX_FRAME_BYTES
+    from moss_vl.tools.serve_realtime import MAX_MESSAGE_BYTES
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
@@ -178,7 +178,7 @@ def make_server(uvicorn, service, app):
             log_level="warning",
             access_log=False,
             server_header=False,
-            ws_max_size=MAX_FRAME_BYTES,
+            ws_max_size=MAX_MESSAGE_BYTES,
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=max(1, round(args.grace)),
         )

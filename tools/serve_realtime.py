@@ -16,7 +16,8 @@ from moss_vl.tools.live import TOKENS_PER_SECOND
 from moss_vl.tools.live_sources import video_frames
 
 
-MAX_FRAME_BYTES = 20 * 2**20  # of one WebSocket message
+MAX_FRAME_BYTES = 20 * 2**20
+MAX_MESSAGE_BYTES = 2 * MAX_FRAME_BYTES  # a connection with a larger message is closed
 MAX_QUEUE = 256  # frames that wait: `frame_queue_size`
 START_SECONDS = 30.0  # within which a client says how its session starts
 CLOSE_SECONDS = 10.0  # that the end of a session waits for its current step
@@ -74,8 +75,8 @@ class RealtimeConnection:
         except WebSocketDisconnect:
             code = None
         finally:
-            self.service.connections.discard(self)
             await asyncio.shield(self._free())
+            self.service.connections.discard(self)
             if code is not None:
                 with suppress(RuntimeError, WebSocketDisconnect):  # the client has left meanwhile
                     await self.socket.close(code)
@@ -91,7 +92,7 @@ class RealtimeConnection:
             kind, message = read_message(await asyncio.wait_for(self._receive(), START_SECONDS))
             if kind != "start":
                 raise ValueError(f"the first message must be of type start, got {kind}")
-            self.session = await asyncio.to_thread(self._make_session, message)
+            self.session = await asyncio.to_thread(self._make_session, check_fields(kind, message))
             self.session.start()
         except asyncio.TimeoutError:
             await self._fail(ValueError(f"no start within {START_SECONDS:g} seconds"))
@@ -170,25 +171,17 @@ class RealtimeConnection:
 
     async def _read(self) -> None:
         """Takes messages until the client leaves. A wrong message gets an error, and the session goes on."""
-        data = None
+        following = None
         while True:
-            data = await self._receive() if data is None else data
-            image, following = None, None
+            data, following = await self._receive() if following is None else following, None
             try:
                 kind, message = read_message(data)
-            except ValueError as error:
-                await self._fail(error)
-                data = None
-                continue
-            if kind == "frame":
-                image = await self._receive()
-                if isinstance(image, str):  # no image, but the next message
+                image = await self._receive() if kind == "frame" else None
+                if isinstance(image, str):  # the next message, in place of the image
                     image, following = None, image
-            try:
-                await self._take(kind, message, image)
+                await self._take(kind, check_fields(kind, message), image)
             except (ValueError, OSError) as error:
                 await self._fail(error)
-            data = following
 
     async def _take(self, kind: str, message: dict, image: bytes | None) -> None:
         if kind == "start":
@@ -213,6 +206,8 @@ class RealtimeConnection:
     def _push(self, message: dict, image: bytes | None) -> bool:
         if image is None:
             raise ValueError("a frame must be followed at once by a binary message with its JPEG or PNG")
+        if len(image) > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(image)}")
         if not image.startswith(FRAME_SIGNATURES):
             raise ValueError(f"a frame must be a JPEG or PNG, got {len(image)} bytes of something else")
         seconds, prompt = message.get("timestamp"), message.get("prompt")
@@ -265,11 +260,7 @@ class RealtimeConnection:
 
 
 def read_message(data: str | bytes) -> tuple[str, dict]:
-    """The type and the fields of a message. Fields that are null are left out.
-
-    Raises:
-        ValueError: for anything but a JSON object of a known type with known fields.
-    """
+    """The type and the fields of a message. Raises ValueError for anything but a JSON object of a known type."""
     if isinstance(data, bytes):
         raise ValueError(f"a binary message of {len(data)} bytes has no frame before it; send its JSON message first")
     try:
@@ -281,10 +272,15 @@ def read_message(data: str | bytes) -> tuple[str, dict]:
     kind = message.pop("type")
     if kind not in KEYS:
         raise ValueError(f"a message has the unknown type {kind!r}; {name_hint(kind, KEYS)}")
+    return kind, message
+
+
+def check_fields(kind: str, message: dict) -> dict:
+    """The fields of a message that are not null. Raises ValueError for an unknown one."""
     for name in message:
         if name not in KEYS[kind]:
             raise ValueError(f"a message of type {kind} has the unknown field {name!r}; {name_hint(name, KEYS[kind])}")
-    return kind, {name: value for name, value in message.items() if value is not None}
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def require_text(name: str, value) -> str:
