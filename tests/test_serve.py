@@ -1,7 +1,6 @@
 """The server of tools/serve.py: chat completions, files, keys and limits, by the openai client."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -551,29 +550,29 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
     assert "pip install -r requirements-serve.txt" in capsys.readouterr().err
 
 
+def long_stream(client):
+    """A stream of 600 tokens of the talking model, which has begun."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = client.chat.completions.create(model="talking", messages=user("Go on."), max_tokens=600, **options)
+    next(stream)
+    return stream
+
+
 def test_the_command_stops_after_its_answers(tmp_path, monkeypatch):
-    """An answer that is being written when the command is told to stop is finished; nothing is left behind."""
+    """An answer that is being written is finished, and nothing is left behind."""
     monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setenv("MOSS_VL_API_KEY", KEY)
     for part in make_talking_model():
         part.save_pretrained(tmp_path / "talking")
     command = [sys.executable, str(ROOT / "tools/serve.py"), "--port", "0", "--checkpoint", str(tmp_path / "talking")]
-    environment = {**os.environ, "MOSS_VL_API_KEY": KEY}
-    server = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(command, cwd=tmp_path, **pipes)
     try:
         line = server.stdout.readline()
         assert line.startswith("MOSS-VL: http://127.0.0.1:"), server.stderr.read()
         client = openai.OpenAI(base_url=line.split()[1], api_key=KEY, max_retries=0)
         client.files.create(file=("a.bin", b"x"), purpose="vision")
-        stream = client.chat.completions.create(
-            model="talking",
-            messages=user("Go on."),
-            max_tokens=600,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        next(stream)
+        stream = long_stream(client)
         server.send_signal(signal.SIGTERM)
         *_, last = stream
         assert last.usage.completion_tokens == 600
@@ -583,3 +582,14 @@ def test_the_command_stops_after_its_answers(tmp_path, monkeypatch):
         server.send_signal(signal.SIGTERM)
         _, errors = server.communicate(timeout=60)
     assert server.returncode == 0 and not errors
+
+
+def test_answers_that_take_too_long_are_cut_at_the_end(tmp_path, caplog):
+    made, talking = make_talking_model()
+    with served(talking, made, tmp_path, "--grace", "0", "--name", "talking") as running:
+        client = running.client()
+        stream = long_stream(client)
+        running.server.should_exit = True
+        with pytest.raises(openai.APIError, match="the server stops"):
+            list(stream)
+    assert not caplog.text

@@ -25,6 +25,7 @@ from moss_vl.tools.command_line import above_0, at_least, message_of
 
 
 UPLOADS_PREFIX = "moss-vl-serve-"  # of the temporary folder
+FLUSH_SECONDS = 5  # that clients have to take the ends of their answers
 KEY_VARIABLE = "MOSS_VL_API_KEY"
 
 
@@ -166,7 +167,9 @@ def make_server(uvicorn, service, app):
                 print(f"MOSS-VL: http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl+C ends it)", flush=True)
 
         async def shutdown(self, sockets=None):
-            await service.close_connections()
+            for server in self.servers:
+                server.close()
+            await service.stop(lambda: self.force_exit)
             await super().shutdown(sockets)
 
     args = service.args
@@ -180,7 +183,7 @@ def make_server(uvicorn, service, app):
             server_header=False,
             ws_max_size=MAX_MESSAGE_BYTES,
             ws_per_message_deflate=False,
-            timeout_graceful_shutdown=max(1, round(args.grace)),
+            timeout_graceful_shutdown=FLUSH_SECONDS,
         )
     )
 

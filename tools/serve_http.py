@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import FastAPI, Request, WebSocket
@@ -25,6 +26,7 @@ logger = logging.getLogger("moss_vl.serve")
 
 MB = 10**6
 FORM_BYTES = 2**20  # of an upload beside its file
+UPLOADS = 4  # at once; others wait
 DRAIN_SECONDS = 5.0  # that the rest of a body over the limit is read, so that its client reads the error
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 KEY_PROTOCOL = "openai-insecure-api-key."  # of a WebSocket of a browser, which can send no header
@@ -40,6 +42,7 @@ class Service:
     Attributes:
         args: the arguments of the command.
         connections: the realtime connections.
+        reading: requests whose bodies are being read.
         stopping: whether the server stops.
     """
 
@@ -51,39 +54,46 @@ class Service:
         self.store = FileStore(uploads, int(args.file_mb * MB), int(args.files_gb * 1000 * MB))
         self.media = MediaSources(self.store, args.media, args.allow_http, args.allow_private_hosts)
         self.connections: set[RealtimeConnection] = set()
+        self.reading = 0
         self.stopping = False
         self.writer = AnswerWriter(model, processor, args.rows)
-
-    def close(self) -> None:
-        """Ends all answers."""
-        self.stopping = True
-        self.writer.close()
-
-    async def close_connections(self) -> None:
-        """Ends all realtime sessions; their clients are told."""
-        self.stopping = True
-        connections = list(self.connections)
-        for connection in connections:
-            connection.going.set()
-        while self.connections & set(connections):
-            await asyncio.sleep(0.02)
 
     @property
     def model_card(self) -> dict:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "moss-vl"}
 
-    def begin(self, request: ChatRequest) -> ChatAnswer:
-        """Adds a request to those that are answered.
+    @property
+    def usable(self) -> bool:
+        return self.writer.thread.is_alive() and not self.stopping
 
-        Raises:
-            HTTPException: if too many wait, or the server stops.
-        """
-        if self.stopping or not self.writer.thread.is_alive():
+    def check_room(self) -> None:
+        """Raises HTTPException if too many requests wait, or the server stops."""
+        if not self.usable:
             raise HTTPException(503, "the server stops")
-        if len(self.writer.queues) >= self.args.rows + self.args.waiting:
+        if self.reading + len(self.writer.queues) >= self.args.rows + self.args.waiting:
             raise HTTPException(429, "too many requests wait; try again later", {"Retry-After": "1"})
+
+    def begin(self, request: ChatRequest) -> ChatAnswer:
+        """Adds a request to those that are answered. Raises as `check_room`."""
+        self.check_room()
         index, events = self.writer.begin(request.query, None, EventQueue())
         return ChatAnswer(request, events, lambda: self.writer.cancel(index), self.name)
+
+    async def stop(self, is_urgent: Callable[[], bool]) -> None:
+        """Ends realtime sessions, whose clients are told, and waits for answers, but not longer than `args.grace`
+        seconds, or until `is_urgent` is true."""
+        self.stopping = True
+        for connection in self.connections:
+            connection.going.set()
+        end = time.monotonic() + self.args.grace
+        while self.connections or (self.writer.queues and time.monotonic() < end and not is_urgent()):
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Ends all answers."""
+        self.stopping = True
+        self.writer.close()
 
     def log_error(self, error: BaseException) -> None:
         logger.error("an error of the server", exc_info=error)
@@ -253,8 +263,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health():
-        alive = service.writer.thread.is_alive() and not service.stopping
-        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if service.usable else "stopping"}, 200 if service.usable else 503)
 
     @app.get("/v1/models")
     async def models():
@@ -267,10 +276,15 @@ def build_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request):
-        body = await read_json(request, int(args.request_mb * MB))
-        if isinstance(body, dict) and body.get("model") is not None:
-            check_model(service, body["model"])
-        read = await asyncio.to_thread(ChatRequest.read, body, service.media, service.limits)
+        service.check_room()
+        service.reading += 1
+        try:
+            body = await read_json(request, int(args.request_mb * MB))
+            if isinstance(body, dict) and body.get("model") is not None:
+                check_model(service, body["model"])
+            read = await asyncio.to_thread(ChatRequest.read, body, service.media, service.limits)
+        finally:
+            service.reading -= 1
         return await answer(service, request, service.begin(read))
 
     @app.websocket("/v1/realtime")
@@ -339,7 +353,7 @@ async def event_stream(service: Service, answer: ChatAnswer, first: str, texts):
         yield "data: [DONE]\n\n"
     except Exception as error:
         status, message = describe_error(service, error)
-        if status >= 500:
+        if status >= 500 and not isinstance(error, ConnectionAbortedError):
             service.log_error(error)
         yield sent(json.loads(error_response(status, message).body))
     finally:
@@ -347,7 +361,7 @@ async def event_stream(service: Service, answer: ChatAnswer, first: str, texts):
 
 
 def add_file_routes(app: FastAPI, service: Service) -> None:
-    store = service.store
+    store, uploading = service.store, asyncio.Semaphore(UPLOADS)
 
     def find(name: str):
         try:
@@ -357,7 +371,8 @@ def add_file_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/files")
     async def upload(request: Request):
-        async with limited(request, store.max_bytes + FORM_BYTES).form(max_files=1, max_fields=2) as form:
+        body = limited(request, store.max_bytes + FORM_BYTES)
+        async with uploading, body.form(max_files=1, max_fields=2) as form:
             file, unknown = form.get("file"), set(form) - {"file", "purpose"}
             if unknown or not hasattr(file, "filename"):
                 raise HTTPException(400, f"a form needs 'file' and 'purpose', and nothing else; got {sorted(form)}")
