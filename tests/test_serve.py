@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from offline import LONGER_VIDEO, SMALL, VIDEO, model, pictures, processor, text_of  # noqa: F401 - fixtures
-from realtime import make_talking_model
+from realtime import encode, make_talking_model
 
 from moss_vl.tools import serve
 from moss_vl.tools.serve_chat import SeededSampling, StopFilter
@@ -31,6 +31,7 @@ from serving import NAME, data_url, image, served, user, video  # noqa: E402
 
 
 LONG = 400  # tokens: an answer that does not end before it is cancelled
+LONG_STREAM = 1200
 KEY = "secret-key"
 
 
@@ -130,14 +131,20 @@ def test_usage_counts_text_tokens(model, processor, pictures, client):  # noqa: 
 
 
 def test_a_streamed_answer(model, processor, pictures, client):  # noqa: F811
-    expected = offline(model, processor, "What?", 20, images=[pictures[1]])
+    query = {
+        "prompt": "What?",
+        "images": [pictures[1]],
+        "media_kwargs": SMALL,
+        "generate_kwargs": {"max_new_tokens": 20},
+    }
+    expected = [event.text for event in model.stream_batch(processor, [query]) if event.kind == "piece"]
     messages = user(image(data_url(pictures[1])), "What?")
     chunks = list(ask(client, messages, 20, stream=True, stream_options={"include_usage": True}))
     assert len({(chunk.id, chunk.model, chunk.object) for chunk in chunks}) == 1
     *deltas, last = chunks
     assert last.choices == [] and last.usage.completion_tokens == 20
-    assert deltas[0].choices[0].delta.role == "assistant" and len(deltas) > 4
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in deltas) == expected
+    assert deltas[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].delta.content for chunk in deltas] == [*expected, None]
     assert [chunk.choices[0].finish_reason for chunk in deltas] == [None] * (len(deltas) - 1) + ["length"]
     assert all(chunk.usage is None for chunk in ask(client, messages, stream=True))
 
@@ -550,10 +557,21 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
     assert "pip install -r requirements-serve.txt" in capsys.readouterr().err
 
 
+def make_star_model():
+    """(processor, model) that answers "star star star ..." without an end, so that pieces come at once."""
+    made, talking = make_talking_model()
+    [yes], [star] = (encode(made, word) for word in ("Y", " star"))
+    with torch.no_grad():
+        head = talking.lm_head.weight
+        head[star] += head[yes]  # what followed on a silence
+        head[yes] = 0
+    return made, talking
+
+
 def long_stream(client):
-    """A stream of 600 tokens of the talking model, which has begun."""
+    """A stream of that model, which has begun."""
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    stream = client.chat.completions.create(model="talking", messages=user("Go on."), max_tokens=600, **options)
+    stream = client.chat.completions.create(model="star", messages=user("Go on."), max_tokens=LONG_STREAM, **options)
     next(stream)
     return stream
 
@@ -562,9 +580,9 @@ def test_the_command_stops_after_its_answers(tmp_path, monkeypatch):
     """An answer that is being written is finished, and nothing is left behind."""
     monkeypatch.delenv("PYTHONPATH")
     monkeypatch.setenv("MOSS_VL_API_KEY", KEY)
-    for part in make_talking_model():
-        part.save_pretrained(tmp_path / "talking")
-    command = [sys.executable, str(ROOT / "tools/serve.py"), "--port", "0", "--checkpoint", str(tmp_path / "talking")]
+    for part in make_star_model():
+        part.save_pretrained(tmp_path / "star")
+    command = [sys.executable, str(ROOT / "tools/serve.py"), "--port", "0", "--checkpoint", str(tmp_path / "star")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     server = subprocess.Popen(command, cwd=tmp_path, **pipes)
     try:
@@ -575,7 +593,7 @@ def test_the_command_stops_after_its_answers(tmp_path, monkeypatch):
         stream = long_stream(client)
         server.send_signal(signal.SIGTERM)
         *_, last = stream
-        assert last.usage.completion_tokens == 600
+        assert last.usage.completion_tokens == LONG_STREAM
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
     finally:
@@ -585,8 +603,8 @@ def test_the_command_stops_after_its_answers(tmp_path, monkeypatch):
 
 
 def test_answers_that_take_too_long_are_cut_at_the_end(tmp_path, caplog):
-    made, talking = make_talking_model()
-    with served(talking, made, tmp_path, "--grace", "0", "--name", "talking") as running:
+    made, talking = make_star_model()
+    with served(talking, made, tmp_path, "--grace", "0", "--name", "star") as running:
         client = running.client()
         stream = long_stream(client)
         running.server.should_exit = True
