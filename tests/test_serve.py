@@ -19,6 +19,7 @@ from conftest import ROOT
 from offline import LONGER_VIDEO, SMALL, VIDEO, model, pictures, processor, text_of  # noqa: F401 - fixtures
 from realtime import encode, make_talking_model
 
+from moss_vl import infer
 from moss_vl.tools import serve
 from moss_vl.tools.serve_chat import SeededSampling, StopFilter
 
@@ -226,6 +227,29 @@ def test_seeded_sampling_draws_from_the_distribution():
     assert ((shares[:3] - expected).abs() < 5 * deviation).all() and not shares[3:].any()
     only = SeededSampling(0, temperature=1.0, top_k=0, top_p=0.5)(None, scores.expand(100, -1)).argmax(-1)
     assert not only.any()  # the first has more than half
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    nano_processor, nano = infer.load(serve.parse(["--dtype", "float32"]))
+    [example] = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    with served(nano, nano_processor, tmp_path) as running:
+        example = example.replace("127.0.0.1:8000", running.address)
+        capsys.readouterr()
+        exec(compile(example, "docs/serving.md", "exec"), {"__name__": "__main__"})
+        assert capsys.readouterr().out.startswith("yellow\nat 0.0 seconds a large white ring at the top left")
+        assert running.is_idle() and not running.service.store.list()
+
+
+def test_the_limits_in_the_documentation():
+    args = serve.parse([])
+    text = (ROOT / "docs/serving.md").read_text()
+    for option in ("--rows", "--waiting", "--max-new-tokens", "--request-mb", "--sessions"):
+        value = getattr(args, option[2:].replace("-", "_"))
+        assert re.search(rf"^\| {value:,} .*`{option}`", text, re.MULTILINE), option
+    assert (
+        f"| {args.file_mb:,} MB of a file, {args.files_gb} GB" in text and f"`--grace` seconds ({args.grace})" in text
+    )
 
 
 # leaving
