@@ -1,6 +1,7 @@
 """The server of tools/serve.py: chat completions, files, keys and limits, by the openai client."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ from realtime import encode, make_talking_model
 
 from moss_vl import infer
 from moss_vl.tools import serve
-from moss_vl.tools.serve_chat import SeededSampling, StopFilter
+from moss_vl.tools.serve_chat import ChatRequest, SeededSampling, StopFilter
+from moss_vl.tools.serve_conversations import Conversations, MessageKeys
 
 
 for package in ("fastapi", "uvicorn", "websockets", "python_multipart", "openai"):
@@ -250,6 +253,74 @@ def test_the_limits_in_the_documentation():
         assert re.search(rf"^\| {value:,} .*`{option}`", text, re.MULTILINE), option
     for words in (f"| {args.file_mb:,} MB of a file, {args.files_gb} GB", f"`--grace` seconds ({args.grace})"):
         assert words in text
+
+
+# conversations
+
+
+def test_a_conversation_is_continued_on_its_cache(model, processor, pictures, running, client, monkeypatch):  # noqa: F811
+    """The later turns of a conversation are prefilled alone, with the answers of the whole one."""
+    prefilled, forward = [], model.forward
+
+    def spy(*args, **kwargs):
+        prefilled.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    messages, cold = user(video("deep/clip.mp4"), "What?"), user({"type": "video", "video": VIDEO}, "What?")
+    later = user(image(data_url(pictures[0])), "And now?"), user({"type": "image", "image": pictures[0]}, "And now?")
+    for number in range(3):
+        prefilled.clear()
+        got = text_in(ask(client, messages))
+        longest = max(prefilled, default=0)
+        query = {"messages": cold, "media_kwargs": SMALL, "generate_kwargs": {"max_new_tokens": 8}}
+        prefilled.clear()
+        assert got == text_of(model, processor, query)
+        assert (longest < max(prefilled)) == (number > 0)
+        said = [{"role": "assistant", "content": got}]
+        messages, cold = [*messages, *said, *later[0]], [*cold, *said, *later[1]]
+    changed = [*messages[:1], {"role": "assistant", "content": "Something else."}, *messages[-1:]]
+    keys = ChatRequest.read({"messages": changed}, running.service.media, running.service.limits).keys
+    assert keys.earlier is not None and running.service.conversations.find(keys) is None
+    keys = ChatRequest.read({"messages": messages}, running.service.media, running.service.limits).keys
+    assert running.service.conversations.find(keys).has_cache
+
+
+def test_what_makes_a_conversation_another_one(running, folder, pictures):  # noqa: F811
+    def earlier(first="What?", path="deep/clip.mp4", answer="A ring.", **options):
+        body = {"messages": [*user(video(path), first), {"role": "assistant", "content": answer}, *user("And?")]}
+        keys = ChatRequest.read({**body, **options}, running.service.media, running.service.limits).keys
+        assert keys.new == 2
+        return keys.earlier
+
+    same = earlier()
+    assert same == earlier(temperature=1, stream=True) == earlier(path=f"file://{folder}/deep/clip.mp4")
+    shutil.copy(VIDEO, folder / "same.mp4")
+    others = [
+        earlier("Where?"),
+        earlier(answer="A ring"),
+        earlier(path="same.mp4"),
+        earlier(media_kwargs={"max_frames": 2}),
+    ]
+    os.utime(folder / "same.mp4", (1, 1))
+    others.append(earlier(path="same.mp4"))
+    assert len({same, *others}) == 6
+    for messages in (user("Hello."), [*user("Hello."), {"role": "assistant", "content": "Yes"}]):
+        keys = ChatRequest.read({"messages": messages}, running.service.media, running.service.limits).keys
+        assert (keys.earlier, keys.new) == (None, 0)
+
+
+def test_conversations_whose_caches_were_dropped_are_forgotten():
+    kept, (first, second) = Conversations(), (MessageKeys.of(user(text), {}) for text in ("a", "b"))
+    states = [SimpleNamespace(has_cache=True) for _ in range(2)]
+    for keys, state in zip((first, second), states, strict=True):
+        kept.keep(keys, "yes", state)
+    continued = [*user("a"), {"role": "assistant", "content": "yes"}, *user("b")]
+    assert kept.find(MessageKeys.of(continued, {})) is states[0]
+    states[0].has_cache = False  # as the budget does
+    assert kept.find(MessageKeys.of(continued, {})) is None
+    kept.keep(second, "no", {"messages": []})  # a state without a cache
+    assert [state for state, _ in kept.states.values()] == [states[1]]
 
 
 # leaving

@@ -37,14 +37,14 @@ class AnswerWriter:
     Args:
         rows: most answers that are written at once.
         cache_bytes: most bytes of the caches of all conversations. Those that were not continued for longest are
-            encoded again when they go on.
+            encoded again when they go on. With 0, no caches are kept.
     """
 
     def __init__(self, model, processor, rows: int = 8, cache_bytes: int = 4 << 30):
         self.model = model
         self.processor = processor
-        budget = model.cache_budget(cache_bytes)
-        self.stream = model.stream_batch(processor, batch_size=rows, open_ended=True, keep_cache=budget)
+        keep_cache = model.cache_budget(cache_bytes) if cache_bytes else False
+        self.stream = model.stream_batch(processor, batch_size=rows, open_ended=True, keep_cache=keep_cache)
         self.lock = threading.Lock()  # so that no event comes before `begin` has its queue
         self.queues: dict[int, queue.Queue] = {}
         self.thread = threading.Thread(target=self._run, name="moss-vl-answers", daemon=True)

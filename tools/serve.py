@@ -5,10 +5,11 @@
 
 docs/serving.md has requests, limits and the protocol of sessions.
 
-    serve_http.py        routes, keys, errors
-    serve_chat.py        chat completions: requests to queries, answers to responses
-    serve_media.py       what a request may open
-    serve_realtime.py    realtime sessions
+    serve_http.py             routes, keys, errors
+    serve_chat.py             chat completions: requests to queries, answers to responses
+    serve_conversations.py    conversations that keep their caches
+    serve_media.py            what a request may open
+    serve_realtime.py         realtime sessions
 """
 
 import argparse
@@ -122,6 +123,7 @@ def _add_limits(group) -> None:
     add("--max-new-tokens", at_least_1, 4096, "most tokens of an answer")
     add("--rows", at_least_1, 8, "answers that are written at once")
     add("--waiting", at_least(int, 0), 64, "requests that wait beside them; more get status 429")
+    add("--cache-gb", at_least(float, 0), 4, "memory for the caches of conversations; 0 keeps none")
     add("--sessions", at_least(int, 0), 8, "realtime sessions at once")
     add("--request-mb", above_0, 64, "size of a request, with its data: URLs")
     add("--file-mb", above_0, 1024, "size of an uploaded file")

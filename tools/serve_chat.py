@@ -23,6 +23,7 @@ from moss_vl.checks import finite_number, flag_or, name_hint, positive_int, shor
 from moss_vl.conversation import read_messages, replace_media
 from moss_vl.infer import CHECKPOINT_OPTIONS
 from moss_vl.options import FIXED_SIZE, names_of, read_options
+from moss_vl.tools.serve_conversations import Conversations, MessageKeys
 from moss_vl.tools.serve_media import MediaSources
 
 
@@ -170,10 +171,12 @@ class ChatRequest:
 
     Attributes:
         query: for `stream_batch`.
+        keys: what its messages are recognised by.
         stops: texts that end the answer.
     """
 
     query: dict
+    keys: MessageKeys
     stream: bool
     include_usage: bool
     stops: tuple[str, ...]
@@ -193,7 +196,12 @@ class ChatRequest:
             "media_kwargs": _read_media_kwargs(body.get("media_kwargs", {}), media, limits),
             "generate_kwargs": {**_read_sampling(body, limits), "streamer": counter},
         }
-        return cls(query, stream, _wants_usage(body, stream), _read_stops(body.get("stop", [])), counter)
+        keys = MessageKeys.of(query["messages"], query["media_kwargs"])
+        return cls(query, keys, stream, _wants_usage(body, stream), _read_stops(body.get("stop", [])), counter)
+
+    def query_after(self, state) -> dict:
+        """The query that continues the session state of the earlier messages; the whole one if `state` is None."""
+        return self.query if state is None else {**self.query, "messages": self.query["messages"][self.keys.new :]}
 
 
 def _check_fields(body: dict) -> None:
@@ -359,6 +367,7 @@ class ChatAnswer:
         events: a queue of the events of the answer.
         cancel: ends it.
         model: the name in the responses.
+        conversations: where the session state after the answer is kept.
         finish_reason: why it ended; None before.
     """
 
@@ -366,6 +375,7 @@ class ChatAnswer:
     events: object
     cancel: Callable[[], None]
     model: str
+    conversations: Conversations
     finish_reason: str | None = None
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
@@ -389,6 +399,8 @@ class ChatAnswer:
                 if text:
                     yield text
             self.finish_reason = "stop" if stops.found else event.reason
+            if not stops.found:
+                self.conversations.keep(self.request.keys, event.text, event.session_state)
         finally:
             if not ended:
                 self.cancel()

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from moss_vl.tools.command_line import message_of
 from moss_vl.tools.demo_sessions import AnswerWriter
 from moss_vl.tools.serve_chat import ChatAnswer, ChatLimits, ChatRequest, sent
+from moss_vl.tools.serve_conversations import Conversations
 from moss_vl.tools.serve_media import FileStore, MediaSources, TooLarge
 from moss_vl.tools.serve_realtime import RealtimeConnection
 
@@ -56,7 +57,8 @@ class Service:
         self.connections: set[RealtimeConnection] = set()
         self.reading = 0
         self.stopping = False
-        self.writer = AnswerWriter(model, processor, args.rows)
+        self.writer = AnswerWriter(model, processor, args.rows, int(args.cache_gb * 1000 * MB))
+        self.conversations = Conversations()
 
     @property
     def model_card(self) -> dict:
@@ -76,8 +78,9 @@ class Service:
     def begin(self, request: ChatRequest) -> ChatAnswer:
         """Adds a request to those that are answered. Raises as `check_room`."""
         self.check_room()
-        index, events = self.writer.begin(request.query, None, EventQueue())
-        return ChatAnswer(request, events, lambda: self.writer.cancel(index), self.name)
+        state = self.conversations.find(request.keys)
+        index, events = self.writer.begin(request.query_after(state), state, EventQueue())
+        return ChatAnswer(request, events, lambda: self.writer.cancel(index), self.name, self.conversations)
 
     async def stop(self, is_urgent: Callable[[], bool]) -> None:
         """Ends realtime sessions, whose clients are told, and waits for answers, but not longer than `args.grace`
