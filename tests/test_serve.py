@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, wraps
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ from serving import NAME, data_url, image, served, user, video  # noqa: E402
 
 
 LONG = 400  # tokens: an answer that does not end before it is cancelled
-LONG_STREAM = 1200
+LONG_STREAM = 600
 KEY = "secret-key"
 
 
@@ -262,6 +262,7 @@ def test_a_conversation_is_continued_on_its_cache(model, processor, pictures, ru
     """The later turns of a conversation are prefilled alone, with the answers of the whole one."""
     prefilled, forward = [], model.forward
 
+    @wraps(forward)  # generate reads its signature
     def spy(*args, **kwargs):
         prefilled.append(kwargs["input_ids"].shape[1])
         return forward(*args, **kwargs)
@@ -402,6 +403,11 @@ def test_too_many_requests_are_refused(running):
         ({"messages": user(video("deep/clip.mp4", max_pixels=10**6))}, "at most 16384"),
         ({"messages": user(video("deep/clip.mp4", resized_height=320, resized_width=320))}, "at most 16384"),
         ({"messages": user(video("deep/clip.mp4", do_sample_frames=False))}, "takes all frames"),
+        ({"messages": user(video("deep/clip.mp4", do_sample_frames=0))}, "takes all frames"),
+        ({"messages": user(video("deep/clip.mp4", max_pixels="1000000"))}, "max_pixels"),
+        ({"messages": user(video("deep/clip.mp4", segments=[[0.1]] * 65))}, "64"),
+        ({"messages": user(video(["picture.png"] * 65, sample_fps=1))}, "64"),
+        ({"messages": user(video(["picture.png", "../other.png"], sample_fps=1))}, "media folder"),
         ({"media_kwargs": {"max_source_pixels": 10**9}}, "max_source_pixels"),
         ({"media_kwargs": {"allow_http": True}}, "allow_http"),
         ({"media_kwargs": {"num_extract_threads": 64}}, "num_extract_threads"),
@@ -678,6 +684,7 @@ def test_the_command_stops_after_its_answers(tmp_path, monkeypatch):
     for part in make_star_model():
         part.save_pretrained(tmp_path / "star")
     command = [sys.executable, str(ROOT / "tools/serve.py"), "--port", "0", "--checkpoint", str(tmp_path / "star")]
+    command += ["--grace", "600"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     server = subprocess.Popen(command, cwd=tmp_path, **pipes)
     try:

@@ -113,7 +113,7 @@ class ChatLimits:
         area = math.prod(options.get(name, 1) for name in FIXED_SIZE)
         if area > self.pixels:
             raise ValueError(f"{what}: {' x '.join(FIXED_SIZE)} is at most {self.pixels} on this server, got {area}")
-        if options.get("do_sample_frames", True) is False:
+        if not options.get("do_sample_frames", True):
             raise ValueError(f"{what}: do_sample_frames=False takes all frames, which this server does not allow")
 
 
