@@ -136,7 +136,8 @@ def test_forms_of_videos(processor):
     segments = {"video_path": CLIP, "segments": [[0, 2], [3.0]]}
     out = call(processor, "<|video|><|video|>What?", videos=[segments])
     assert out["grid_thw"].tolist() == [[2, 16, 12], [1, 16, 12]] and out["media_nums_per_sample"] == [2]
-    fewer = call(processor, "<|video|>What?", videos=[CLIP], videos_kwargs={"max_frames": 3})  # --mm-process-config
+    options = {"video_fps": 2, "max_frames": 3}  # of --mm-process-config
+    fewer = call(processor, "<|video|>What?", videos=[CLIP], videos_kwargs=options)
     assert fewer["grid_thw"].tolist() == [[3, 16, 12]]
 
 

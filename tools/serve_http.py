@@ -7,6 +7,7 @@ import logging
 import time
 import urllib.parse
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fastapi import FastAPI, Request, WebSocket
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from moss_vl.checks import shorten
 from moss_vl.tools.command_line import message_of
 from moss_vl.tools.demo_sessions import AnswerWriter
 from moss_vl.tools.serve_chat import ChatAnswer, ChatLimits, ChatRequest, sent
@@ -109,7 +111,7 @@ class EventQueue:
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
 
     def put(self, event) -> None:
-        if not self.loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
     async def get(self):
@@ -154,13 +156,22 @@ class Guard:
             if scope["path"] in OPEN_PATHS or hmac.compare_digest(given_key(headers), self.api_key.encode()):
                 return None
             return 401, "wrong API key; send it as 'Authorization: Bearer KEY'"
-        host = urllib.parse.urlsplit(f"//{headers.get('host', '')}")
-        if self.hosts is not None and host.hostname not in self.hosts:
-            return 403, f"the host {host.hostname!r} is not one of {', '.join(sorted(self.hosts))}"
+        name, place = read_place(f"//{headers.get('host', '')}")
+        if self.hosts is not None and name not in self.hosts:
+            return 403, f"the host {name!r} is not one of {', '.join(sorted(self.hosts))}"
         origin = headers.get("origin")
-        if origin is None or origin in self.origins or urllib.parse.urlsplit(origin).netloc == host.netloc:
+        if origin is None or origin in self.origins or read_place(origin)[1] == place:
             return None
         return 403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin"
+
+
+def read_place(url: str) -> tuple[str | None, str]:
+    """(host, host with port) of a URL; (None, "") if it cannot be read."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.hostname, parts.netloc
+    except ValueError:
+        return None, ""
 
 
 def given_key(headers: dict) -> bytes:
@@ -288,7 +299,7 @@ def build_app(service: Service) -> FastAPI:
             read = await asyncio.to_thread(ChatRequest.read, body, service.media, service.limits)
         finally:
             service.reading -= 1
-        return await answer(service, request, service.begin(read))
+        return await begin_response(service, request, service.begin(read))
 
     @app.websocket("/v1/realtime")
     async def realtime(socket: WebSocket):
@@ -310,10 +321,10 @@ def build_app(service: Service) -> FastAPI:
 
 def check_model(service: Service, name) -> None:
     if name != service.name:
-        raise HTTPException(404, f"there is no model {name!r} here; expected {service.name!r}")
+        raise HTTPException(404, f"there is no model {shorten(name)} here; expected {service.name!r}")
 
 
-async def answer(service: Service, request: Request, answer: ChatAnswer) -> Response:
+async def begin_response(service: Service, request: Request, answer: ChatAnswer) -> Response:
     """The response to a chat completion. It begins with the first piece, so that earlier errors have a status."""
     texts = answer.texts()
     if not answer.request.stream:
