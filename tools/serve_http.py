@@ -31,6 +31,7 @@ MB = 10**6
 FORM_BYTES = 2**20  # of an upload beside its file
 UPLOADS = 4  # at once; others wait
 DRAIN_SECONDS = 5.0  # that the rest of a body over the limit is read, so that its client reads the error
+LEAVE_SECONDS = 15.0  # that realtime clients have to take the end of their session
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 KEY_PROTOCOL = "openai-insecure-api-key."  # of a WebSocket of a browser, which can send no header
 REALTIME_PROTOCOL = "realtime"
@@ -90,8 +91,12 @@ class Service:
         self.stopping = True
         for connection in self.connections:
             connection.going.set()
-        end = time.monotonic() + self.args.grace
-        while self.connections or (self.writer.queues and time.monotonic() < end and not is_urgent()):
+        begun = time.monotonic()
+        while not is_urgent():
+            seconds = time.monotonic() - begun
+            leaving = self.connections and seconds < LEAVE_SECONDS
+            if not leaving and not (self.writer.queues and seconds < self.args.grace):
+                break
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self.close)
 
