@@ -8,6 +8,7 @@ import copy
 import math
 import numbers
 import os
+import re
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
@@ -359,6 +360,18 @@ class MossVLTextConfig(PretrainedConfig):
         _require(0.0 <= self.attention_dropout < 1.0, "`attention_dropout`", self.attention_dropout, "0 <= p < 1")
 
 
+def _is_saved(reference: str, folder) -> bool:
+    """Whether a saved folder holds the class of a reference "module.Class". Saving copies the files beside this one to
+    the folder, where other files may lie already."""
+    module, _, name = reference.rpartition(".")
+    paths = [os.path.join(place, f"{module}.py") for place in (os.path.dirname(__file__), folder)]
+    path = next((path for path in paths if os.path.isfile(path)), None)
+    if path is None:
+        return False
+    with open(path, encoding="utf-8") as file:
+        return re.search(rf"\b{name}\b", file.read()) is not None
+
+
 class _Pipelines:
     """A class attribute that returns a new dict at each access, because `pipeline` writes into the dict."""
 
@@ -454,17 +467,17 @@ class MossVLConfig(PretrainedConfig):
         return {"AutoConfig": "configuration_moss_vl.MossVLConfig", **dict.fromkeys(AUTO_MODELS, model), **given}
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """In `auto_map`, replaces references to another repository ("owner/name--module.Class") by those to files that
-        are in the folder."""
+        """In `auto_map`, names the code that is saved with the config: references to another repository
+        ("owner/name--module.Class") become local, and a class that the saved code lacks becomes that of this code."""
+        own = self._complete_auto_map({})
 
-        def localised(reference):
-            if not isinstance(reference, str) or "--" not in reference:
-                return reference
-            local = reference.split("--")[-1]
-            path = os.path.join(save_directory, f"{local.split('.')[0]}.py")
-            return local if os.path.isfile(path) else reference
+        def localised(name, reference):
+            local = reference.split("--")[-1] if isinstance(reference, str) else None
+            if local is not None and _is_saved(local, save_directory):
+                return local
+            return own.get(name, reference)
 
-        self.auto_map = {name: localised(reference) for name, reference in self.auto_map.items()}
+        self.auto_map = {name: localised(name, reference) for name, reference in self.auto_map.items()}
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _sub_config(self, name: str, value) -> PretrainedConfig:
