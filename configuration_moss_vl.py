@@ -233,6 +233,7 @@ class MossVLTextConfig(PretrainedConfig):
     base_config_key = "text_config"
     ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    pad_token_id = bos_token_id = eos_token_id = None  # if not given; the base class of transformers 5 lacks them
 
     def __init__(
         self,
@@ -372,6 +373,29 @@ def _is_saved(reference: str, folder) -> bool:
         return re.search(rf"\b{name}\b", file.read()) is not None
 
 
+TEXT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+
+
+def _text_size(name: str) -> property:
+    """An attribute of the whole config that reads, and writes with its checks, one of the text config."""
+
+    def get(config) -> int:
+        return getattr(config.get_text_config(), name)
+
+    def put(config, value: int) -> None:
+        text = config.get_text_config()
+        before = getattr(text, name)
+        setattr(text, name, value)
+        try:
+            text._check()
+            config._check()
+        except ValueError:
+            setattr(text, name, before)
+            raise
+
+    return property(get, put)
+
+
 class _Pipelines:
     """A class attribute that returns a new dict at each access, because `pipeline` writes into the dict."""
 
@@ -408,6 +432,7 @@ class MossVLConfig(PretrainedConfig):
         "attentions",
         "cross_attentions",
     ]
+    pad_token_id = bos_token_id = eos_token_id = None  # as in the text config
     custom_pipelines = _Pipelines()  # task -> pipeline class of this package
 
     def __init__(
@@ -434,9 +459,19 @@ class MossVLConfig(PretrainedConfig):
             tie_word_embeddings = self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = tie_word_embeddings
         kwargs = copy.deepcopy(kwargs)
+        self._check_text_sizes(kwargs)
         kwargs["auto_map"] = self._complete_auto_map(kwargs.get("auto_map") or {})
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
+
+    vocab_size, hidden_size, num_hidden_layers = map(_text_size, TEXT_SIZES)
+
+    def _check_text_sizes(self, given: dict) -> None:
+        """Removes the sizes of the text model from the arguments. Raises ValueError if they are not those of
+        `text_config`."""
+        for name in TEXT_SIZES:
+            value, size = given.pop(name, None), getattr(self.text_config, name)
+            _require(value is None or value == size, f"`{name}`", value, f"`text_config.{name}` = {size}, or none")
 
     @property
     def _attn_implementation(self):

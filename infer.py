@@ -186,7 +186,9 @@ def _add_answering(group) -> None:
 def add_running_arguments(group) -> None:
     """The options that `load` reads, apart from the checkpoint."""
     group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, all GPUs if there are any, else cpu)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, npu, ... (default: auto, all accelerators if there are any, else cpu)",
     )
     group.add_argument(
         "--dtype",
@@ -339,12 +341,13 @@ def load(args):
         device = None if args.device == "auto" else torch.device(args.device)
     except RuntimeError as error:
         raise ValueError(f"--device {args.device}: {error}") from error
-    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this torch finds no CUDA device")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is not None and device.type not in ("cpu", accelerator and accelerator.type):
+        raise ValueError(f"--device {args.device}: this torch finds no {device.type.upper()} device")
     if not Path(args.checkpoint).exists() and (args.checkpoint == str(NANO) or args.checkpoint.count("/") != 1):
         raise FileNotFoundError(f"no such checkpoint folder: {args.checkpoint}")
 
-    options = {"device_map": "auto"} if device is None and torch.cuda.is_available() else {}
+    options = {"device_map": "auto"} if device is None and accelerator is not None else {}
     if args.attn is not None:
         options["attn_implementation"] = args.attn
     try:

@@ -6,6 +6,7 @@ the same folders as remote code.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -301,6 +302,15 @@ def test_pipelines_of_the_installed_package(site, folders, tmp_path):
     assert done.returncode == 0, done.stderr
     answer, text, refusal = done.stdout.splitlines()
     assert answer == "blue" and text.startswith("A star is") and "expected text alone" in refusal
+
+
+def test_the_examples_of_the_page_run(start, tmp_path):
+    page = (ROOT / "docs/package.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    script = tmp_path / "examples.py"
+    script.write_text(f"import os; os.chdir({str(ROOT)!r})\n{''.join(examples)}\nprint(answer, text, sep='\\n')\n")
+    answer, text = start(script).stdout.splitlines()
+    assert answer == "blue" and text.startswith("A star is")
 
 
 # An editable install
