@@ -6,13 +6,14 @@ from importlib import import_module
 from pathlib import Path
 
 
+# name -> (module with a `main`, what the command does)
 COMMANDS = {
-    "infer": "answers questions about images and videos",
-    "live": "watches a video, a camera or a stream, and says what it sees: moss-vl live SOURCE ARGUMENTS",
-    "install": "writes the code of this package into the folder of a checkpoint",
+    "infer": ("infer", "answers questions about images and videos"),
+    "live": ("infer", "watches a video, a camera or a stream, and says what it sees: moss-vl live SOURCE ARGUMENTS"),
+    "install": ("tools.install_into", "writes the code of this package into the folder of a checkpoint"),
 }
 USAGE = "usage: moss-vl COMMAND ARGUMENTS\n\ncommands, each with its own --help:\n" + "".join(
-    f"  {name:10}{what}\n" for name, what in COMMANDS.items()
+    f"  {name:10}{what}\n" for name, (_, what) in COMMANDS.items()
 )
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return install(rest)
     if name == "live" and rest[:1] not in (["-h"], ["--help"]):
         rest = ["--live", *rest]
-    return import_module("moss_vl.infer").main(rest)
+    return import_module(f"moss_vl.{COMMANDS[name][0]}").main(rest)
 
 
 def install(arguments: list[str]) -> int:
