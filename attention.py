@@ -343,7 +343,8 @@ def sdpa_attention(
         mask = mask.reshape(len(mask), kv_heads, group_size, -1)  # one row: [B or 1, K, G, S]
     grouped = query.reshape(batch, kv_heads, -1, d)  # [B, K, G * T, d]
     out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=module.scaling)
-    return out.view(batch, heads, rows, -1).transpose(1, 2)
+    # A GPU's kernels write [B, rows, K, d] in memory, so this may be a copy.
+    return out.reshape(batch, heads, rows, -1).transpose(1, 2)
 
 
 def lower_triangle(query: torch.Tensor) -> torch.Tensor:
