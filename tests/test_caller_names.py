@@ -1,8 +1,6 @@
 """Names that servers and training software read and write on processors and configs, without the media."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -151,62 +149,3 @@ def test_ids_that_are_not_given_are_none():
     assert (config.text_config.pad_token_id, config.text_config.eos_token_id) == (3, None)
     assert config.pad_token_id is config.bos_token_id is config.eos_token_id is None
     assert "pad_token_id" not in json.loads(config.to_json_string())
-
-
-# other accelerators
-
-STAND_IN = """
-import sys
-import torch
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
-
-entered = []
-
-
-class Module(_DummyBackendModule):
-    class device:
-        def __init__(self, device):
-            self.device = torch.device(device)
-
-        def __enter__(self):
-            entered.append(self.device)
-
-        def __exit__(self, *error):
-            entered.append(None)
-
-    def is_bf16_supported(self):
-        return True
-
-
-_setup_privateuseone_for_python_backend("npu", Module())
-from moss_vl import infer
-from moss_vl.threads import on_device
-from moss_vl.training.tuning_options import computes_in_bfloat16
-
-with on_device(torch.device("npu:0")):
-    assert entered == [torch.device("npu:0")]
-assert entered == [torch.device("npu:0"), None]
-for name in ("npu", "cpu", "meta", "cpu:0"):
-    with on_device(torch.device(name)):
-        assert len(entered) == 2
-assert computes_in_bfloat16()
-try:
-    infer.load(infer.parse(["-p", "", "--device", "xpu"]))
-except ValueError as error:
-    print(error)
-loaded = []
-infer_model = sys.modules["moss_vl.modeling_moss_vl"].MossVLForConditionalGeneration
-infer_model.from_pretrained = classmethod(lambda cls, folder, **options: loaded.append(options))
-infer.load(infer.parse(["-p", ""]))
-assert loaded[0]["device_map"] == "auto"
-"""
-
-
-def test_an_accelerator_that_is_not_cuda_is_used_as_one():
-    """A stand-in: a backend that torch knows, with a device module and without kernels."""
-    backends = pytest.importorskip("torch.utils.backend_registration")
-    if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch cannot make a backend in Python")
-    done = subprocess.run([sys.executable, "-c", STAND_IN], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "--device xpu: this torch finds no XPU device"
