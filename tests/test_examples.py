@@ -72,7 +72,30 @@ def test_the_notebook(monkeypatch):
     assert not any(cell.get("outputs") for cell in notebook["cells"]), "outputs are not committed"
 
 
+def test_the_adapter_answers_documents_of_lmms_eval(monkeypatch):
+    instances = pytest.importorskip("lmms_eval.api.instance", reason="lmms-eval is not installed")
+    monkeypatch.chdir(ROOT)
+    model = runpy.run_path(str(EXAMPLES / "lmms_eval_adapter.py"))["MossVL"](fps=2.0)
+    docs = [
+        ({"type": "image", "url": Image.open("data/example_image.jpg")}, "What color is the star?"),
+        ({"type": "video", "url": "data/example_video.mp4"}, "When does the star appear?"),
+    ]
+    model.task_dict = {"shapes": {"test": docs}}
+
+    def messages(doc):
+        return [{"role": "user", "content": [doc[0], {"type": "text", "text": doc[1]}]}]
+
+    options = {"until": [" seconds"], "max_new_tokens": 16, "temperature": 0, "top_p": None, "num_beams": 1}
+    requests = [
+        instances.Instance("generate_until", ("", messages, options, index, "shapes", "test"), index, {})
+        for index in range(2)
+    ]
+    assert model.generate_until(requests) == ["blue", "3.5"]
+    assert "until" in options
+
+
 def test_every_example_is_short_and_run_here():
     programs = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
+    assert programs.pop("lmms_eval_adapter")
     assert set(programs) == {"pipeline", "streaming", "batches", "sessions", "realtime", "heat_maps"}
     assert all(len(text.splitlines()) < 30 for text in programs.values())
