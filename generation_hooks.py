@@ -1,20 +1,25 @@
 """Overrides of transformers' `GenerationMixin`: how `generate` checks a prompt, prepares the inputs of each call, and
 continues a cache."""
 
+import copy
 import inspect
 from typing import Optional
 
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, StaticCache
+from transformers.utils import is_hqq_available, logging
 
 from .cache_layers import CACHE, cache_of, cached_length, vision_state
 from .checks import nearest_name
+from .int8_states import dtype_of_settings
 from .media import choose_grid, read_media
 from .vision_plan import whole_mask
 from .vision_request import media_of_new_turn, pads_of_samples, read_request
 from .vision_sequence import VisionState
 
+
+logger = logging.get_logger(__name__)
 
 MEDIA_INPUTS = ("pixel_values", "image_mean", "image_std", "image_features", "grid_thw", "media_nums_per_sample")
 MEDIA_KWARGS = (*MEDIA_INPUTS, "cross_attention_mask")
@@ -92,6 +97,21 @@ class MossVLGenerateHooks:
         call."""
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """transformers makes the cache. This override adds that a quantized cache of 8 bits also keeps the vision
+        tokens in 8 bits, and that the text stays as it is if the package of its backend is missing."""
+        if generation_config.cache_implementation == "quantized" and model_kwargs.get(CACHE) is None:
+            if generation_config.use_cache is not False and model_kwargs.get("vision_cache_dtype") is None:
+                model_kwargs["vision_cache_dtype"] = dtype_of_settings(generation_config)
+            if (generation_config.cache_config or {}).get("backend") == "hqq" and not is_hqq_available():
+                logger.warning_once(
+                    "The checkpoint or the caller asks for a quantized cache by hqq, which is not installed; the text "
+                    "is cached in the dtype of the model. Install it by `pip install hqq`."
+                )
+                generation_config = copy.copy(generation_config)
+                generation_config.cache_implementation = generation_config.cache_config = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(
         self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
