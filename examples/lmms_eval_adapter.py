@@ -21,17 +21,10 @@ SAMPLING = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num
 class MossVL(lmms):
     is_simple = False  # tasks give conversations
 
-    def __init__(
-        self,
-        pretrained="checkpoints/moss-vl-nano",
-        batch_size=8,
-        max_batch_size=None,
-        device=None,
-        dtype="auto",
-        **media,
-    ):
+    def __init__(self, pretrained="checkpoints/moss-vl-nano", batch_size=8, device=None, dtype="auto", **media):
         super().__init__()
-        self.batch_size, self.media = int(batch_size), media  # max_batch_size is of batches that lmms-eval makes
+        media.pop("max_batch_size", None)  # of batches that lmms-eval makes
+        self.batch_size, self.media = int(batch_size), media
         self.processor = MossVLProcessor.from_pretrained(pretrained)
         options = {"dtype": dtype, "device_map": "auto" if device is None else device}
         self.model = MossVLForConditionalGeneration.from_pretrained(pretrained, **options)

@@ -75,7 +75,7 @@ def test_the_notebook(monkeypatch):
 def test_the_adapter_answers_documents_of_lmms_eval(monkeypatch):
     instances = pytest.importorskip("lmms_eval.api.instance", reason="lmms-eval is not installed")
     monkeypatch.chdir(ROOT)
-    model = runpy.run_path(str(EXAMPLES / "lmms_eval_adapter.py"))["MossVL"](fps=2.0)
+    model = runpy.run_path(str(EXAMPLES / "lmms_eval_adapter.py"))["MossVL"](fps=1.0)
     docs = [
         ({"type": "image", "url": Image.open("data/example_image.jpg")}, "What color is the star?"),
         ({"type": "video", "url": "data/example_video.mp4"}, "When does the star appear?"),
@@ -86,11 +86,12 @@ def test_the_adapter_answers_documents_of_lmms_eval(monkeypatch):
         return [{"role": "user", "content": [doc[0], {"type": "text", "text": doc[1]}]}]
 
     options = {"until": [" seconds"], "max_new_tokens": 16, "temperature": 0, "top_p": None, "num_beams": 1}
-    requests = [
-        instances.Instance("generate_until", ("", messages, options, index, "shapes", "test"), index, {})
-        for index in range(2)
-    ]
-    assert model.generate_until(requests) == ["blue", "3.5"]
+    requests = []
+    for index in range(2):
+        metadata = {"task": "shapes", "doc_id": index, "repeats": 1}
+        arguments = ("", messages, options, index, "shapes", "test")
+        requests.append(instances.Instance("generate_until", arguments, index, metadata))
+    assert model.generate_until(requests) == ["blue", "3.3"]
     assert "until" in options
 
 
