@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moss_vl.realtime_protocol import Protocol
 from moss_vl.training.nano.facts import (
     IGNORED,
     SLOTS,
@@ -42,7 +41,7 @@ from moss_vl.training.nano.questions import (
     ask_picture,
     sampled_times,
 )
-from moss_vl.training.nano.streams import DECISION, END, Player, Stream, random_budgets
+from moss_vl.training.nano.streams import DECISION, END, Player, QuickProtocol, Stream, random_budgets
 from moss_vl.training.nano.watching import random_script, watched_clip
 from moss_vl.training.nano.world import (
     Scene,
@@ -413,7 +412,7 @@ class Lessons:
 
     def __init__(self, processor, seed: int, size: int = 16):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
-        self.protocol = Protocol(processor, len(processor.tokenizer))
+        self.protocol = QuickProtocol(processor, len(processor.tokenizer))
         self.picture_limits = (self.image_processor.min_pixels, self.image_processor.max_pixels)
         self.frame_limits = (processor.video_processor.min_pixels, processor.video_processor.max_pixels)
         self.seed, self.size = seed, size

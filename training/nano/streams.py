@@ -15,8 +15,24 @@ from moss_vl.training.nano.watching import Request, Script
 
 
 UNLIMITED = 1 << 30
+KNOWN_TEXTS = 50_000
 MOST_WRITTEN = 64  # tokens after one input, in case a model does not fall silent
 DECISION, WORD, END = "decision", "word", "end"  # what a written token is: the last is the silence after words
+
+
+class QuickProtocol(Protocol):
+    """Keeps the tokens of texts that come again and again."""
+
+    def __init__(self, processor, vocab_size: int):
+        super().__init__(processor, vocab_size)
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        if text not in self.known:
+            if len(self.known) >= KNOWN_TEXTS:
+                self.known.clear()
+            self.known[text] = super().encode(text)
+        return list(self.known[text])
 
 
 @dataclass(frozen=True)

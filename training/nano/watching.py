@@ -221,11 +221,11 @@ class Requests:
             return f"{thing.colour} {thing.shape}"
         return usual
 
-    def present(self) -> Watch | None:
-        """A request for an event that comes; None if there is none."""
+    def present(self, kind: str | None = None) -> Watch | None:
+        """A request for an event that comes, of a random kind by default; None if there is none."""
         if not self.events:
             return None
-        kind = self.rng.choice(sorted({event.kind for event in self.events}))
+        kind = kind or self.rng.choice(sorted({event.kind for event in self.events}))
         event = self.rng.choice([event for event in self.events if event.kind == kind])
         return Watch(kind, self.name(event.number), event.number)
 
@@ -247,10 +247,20 @@ class Requests:
         name = f"{colour} {shape}" if known or self.rng.random() < 0.25 else shape
         return Watch(self.rng.choice(kinds if self.rng.random() < 0.6 else KINDS), name, None)
 
-    def watch(self, frame: int = 0, comes: bool | None = None, count: int = 1) -> Request | None:
-        """A request for `count` events. `comes`: whether the first event comes after `frame`; None: at random."""
-        comes = self.rng.random() < 0.65 if comes is None else comes
-        first = self.present() if comes else self.absent()
+    def watch(
+        self, frame: int = 0, comes: bool | None = None, count: int = 1, kind: str | None = None
+    ) -> Request | None:
+        """A request for `count` events.
+
+        Args:
+            comes: whether the first event comes in the clip, maybe before `frame`; None: at random.
+            kind: of the first event, which then comes.
+
+        Returns:
+            None if nothing happens in the clip.
+        """
+        comes = kind is not None or (self.rng.random() < 0.65 if comes is None else comes)
+        first = self.present(kind) if comes else self.absent()
         if first is None:
             return None
         watches = [first]
