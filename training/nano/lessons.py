@@ -86,7 +86,10 @@ STREAM_SECONDS = ((6, 10), (8, 14), (12, 20))  # of watched clips; before LATE t
 LONG_STREAM_SECONDS = ((20, 32), (32, 46), (46, 60))
 LONG_STREAMS = 0.25  # share of batches of streams that are long
 SCRIPTS = 2  # per watched clip
-SILENCE_WEIGHTS = (0.2, 0.7)  # of silent decisions at the beginning and at the end of a run; others weigh 1
+SILENCE_WEIGHTS = (
+    0.2,
+    0.8,
+)  # of silence about nothing, at the beginning and the end; other decisions weigh 1
 LEAPING = 0.5  # share of those clips whose frames leap to later positions than their text gives them
 FURTHEST = 600  # largest leap, in positions
 SAME_SIZE = 8  # pictures of one size in a batch: kernels are prepared per shape, and equal grids are encoded together
@@ -194,10 +197,12 @@ class RowText:
             self.add(question)
 
 
-def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float) -> RowText:
+def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float, happening: set[int]) -> RowText:
     """The row of a stream with frames of a merged grid: nothing but media, in which the written tokens are learned.
 
-    `silence`: weight of a silent decision, except at a frame at which something happens that is not asked for.
+    Args:
+        silence: weight of a silent decision, except at the frames `happening`: something happens there, and silence
+            is right only because it is not asked for.
     """
     row = RowText(tokenizer, False, "", [])
     row.set_ids(stream.ids, [grid] * len(stream.pads))
@@ -211,7 +216,8 @@ def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float
         silent = one.role == DECISION and token == stream.silence
         row.labels[one.index] = token
         row.tasks[one.index] = TASKS.index(WORDS if one.role != DECISION else SILENT if silent else RESPONDS)
-        row.weights[one.index] = silence if silent else 1.0 if one.role == DECISION else min(1.0, 2 * words**-0.5)
+        weight = silence if silent and one.frame not in happening else 1.0
+        row.weights[one.index] = weight if one.role == DECISION else min(1.0, 2 * words**-0.5)
         if one.shown >= 0 and not silent and one.role != END:
             row.evidence.append((one.index - 1, Evidence(frame=one.shown)))
     return row
@@ -667,7 +673,8 @@ class Lessons:
             script = random_script(rng, scene, times)
             player = Player(self.protocol, script, random_budgets(rng, len(times)), rng.random() < 0.5)
             stream = player.play()
-            text = stream_text(self.tokenizer, stream, drawn.merged, silence)
+            happening = {times.index(event.time) for event in script.events}
+            text = stream_text(self.tokenizer, stream, drawn.merged, silence, happening)
             facts = [values | {"fires": int(number in stream.due)} for number, values in enumerate(known)]
             rows.append(Clip(text, drawn, [0] * len(times), fact_rows(facts), frames))
         return rows
