@@ -221,7 +221,7 @@ def test_a_row_of_lessons_is_a_session(processor, model, protocol):
 def test_streams_in_a_batch_are_those_of_sessions():
     """With a model that says "red star" at every frame, and "Yes" to every prompt."""
     processor, model = make_talking_model()
-    scripts = [script for script, _ in random_scripts(5)]
+    scripts = [script for script, _ in random_scripts(3, seconds=6)]
     items = [evaluate_streams.Item("describe", script) for script in scripts]
     found = dict(evaluate_streams.ask(model, processor, items, size=2, workers=0))
     said = 0
@@ -231,7 +231,7 @@ def test_streams_in_a_batch_are_those_of_sessions():
         drive(stream, item.script, frames_of(item.script.scene, item.script.times), budgets)
         assert stream.ids == found[item].ids
         said += len(evaluate_streams.replies(found[item], QuickProtocol(processor, len(processor.tokenizer))))
-    assert said >= 8 * len(items)
+    assert said >= 6 * len(items)
 
 
 # clips and requests
@@ -392,8 +392,8 @@ def test_the_examination_asks_as_its_tasks_say(protocol):
 
 def test_the_table_of_the_examination(monkeypatch):
     """With a model that says "red star" at every frame: every answer is wrong, and there are false alarms."""
-    monkeypatch.setattr(evaluate_streams, "SECONDS", 5)
-    monkeypatch.setattr(evaluate_streams, "LONG_SECONDS", 6)
+    monkeypatch.setattr(evaluate_streams, "SECONDS", 4)
+    monkeypatch.setattr(evaluate_streams, "LONG_SECONDS", 5)
     processor, model = make_talking_model()
     items = evaluate_streams.examination(["never comes", "appears"], 2, 1, seed=1)
     found = evaluate_streams.examine(model, processor, items, 4, 0)
