@@ -41,6 +41,8 @@ from moss_vl.training.nano.questions import (
     ask_picture,
     sampled_times,
 )
+from moss_vl.training.nano.streams import DECISION, END, Player, QuickProtocol, Stream, random_budgets
+from moss_vl.training.nano.watching import random_script, watched_clip
 from moss_vl.training.nano.world import (
     Scene,
     Sign,
@@ -54,7 +56,9 @@ from moss_vl.training.nano.world import (
 )
 
 
-TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
+KINDS = ("look", "pictures", "images", "clips", "streams")
+SILENT, RESPONDS, WORDS = STREAM_TASKS = ("silent decisions", "responses", "words of responses")
+TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS, *STREAM_TASKS)
 CHANCES = {  # expected number of questions of each task about a picture or clip
     "describe picture": 0.7,
     "color": 0.4,
@@ -72,7 +76,16 @@ CHANCES = {  # expected number of questions of each task about a picture or clip
     "color after": 0.6,
     "duration": 0.15,
 }
+LATE = 2 / 3  # progress from which clips may be long, and parts of longer ones: earlier it harms (README.md)
 LATEST = 20.0  # latest start, in seconds, of a clip as part of a longer one
+LATER = 0.5  # share of clips that are parts of longer ones
+LONG = 0.1  # share of batches with long clips
+LONG_SECONDS = (18, 42)
+STREAM_SECONDS = ((6, 10), (8, 14), (12, 20))  # of watched clips; before LATE the last is rarer
+LONG_STREAM_SECONDS = ((20, 32), (32, 46), (46, 60))
+LONG_STREAMS = 0.25  # share of batches of streams that are long
+SCRIPTS = 2  # per watched clip
+SILENCE_WEIGHTS = (0.2, 0.7)  # of silent decisions at the beginning and at the end of a run; others weigh 1
 LEAPING = 0.5  # share of those clips whose frames leap to later positions than their text gives them
 FURTHEST = 600  # largest leap, in positions
 SAME_SIZE = 8  # pictures of one size in a batch: kernels are prepared per shape, and equal grids are encoded together
@@ -93,26 +106,26 @@ class RowText:
     def __init__(self, tokenizer, template: bool, media: str, grids: list[tuple[int, int]]):
         self.tokenizer, self.template = tokenizer, template
         image_pad, self.point = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "."])
-        self.ids = self.encode(("<|im_start|>user\n" if template else "") + media)
-        self.positions, position, frames = [], 0, iter(grids)
-        for token in self.ids:
-            position += max(next(frames)) if token == image_pad else 0
-            self.positions.append(position)
-            position += 1
-        self.begin = position  # of the questions
-        length = len(self.ids)
-        self.labels, self.parts, self.tasks, self.weights = (
-            [IGNORED] * length,
-            [0] * length,
-            [-1] * length,
-            [0.0] * length,
-        )
+        self.image_pad = image_pad
+        self.set_ids(self.encode(("<|im_start|>user\n" if template else "") + media), grids)
         # Pairs (text token, what it should attend to):
         self.evidence: list[tuple[int, Evidence]] = []  # of the next token of the answer
         self.subjects: list[tuple[int, Evidence]] = []  # the thing that the question names
-        self.pads = [index for index, token in enumerate(self.ids) if token == image_pad]
+        self.requests: list[tuple[int, list[int]]] = []  # (text token of a frame, tokens of the standing request)
         points = [index for index, token in enumerate(self.ids) if token == self.point]  # one in each time stamp
         self.stamps = [(pad, self.digits(point)) for pad, point in zip(self.pads, points, strict=False)]
+
+    def set_ids(self, ids: list[int], grids) -> None:
+        """Sets the text of the media, with the merged grid of each picture or frame."""
+        self.ids, self.positions, position, frames = ids, [], 0, iter(grids)
+        for token in ids:
+            position += max(next(frames)) if token == self.image_pad else 0
+            self.positions.append(position)
+            position += 1
+        self.begin = position  # of the questions
+        self.labels, self.parts = [IGNORED] * len(ids), [0] * len(ids)
+        self.tasks, self.weights = [-1] * len(ids), [0.0] * len(ids)
+        self.pads = [index for index, token in enumerate(ids) if token == self.image_pad]
 
     def leap(self, leaps: list[int]) -> None:
         """Moves each frame, with the text before it, and the questions to positions later by `leaps`."""
@@ -171,6 +184,29 @@ class RowText:
     def add_all(self, questions) -> None:
         for question in sorted(questions, key=lambda question: question.prompt != ""):
             self.add(question)
+
+
+def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float) -> RowText:
+    """The row of a stream with frames of a merged grid: nothing but media, in which the written tokens are learned.
+
+    `silence`: weight of a silent decision, except at a frame at which something happens that is not asked for.
+    """
+    row = RowText(tokenizer, False, "", [])
+    row.set_ids(stream.ids, [grid] * len(stream.pads))
+    row.stamps = [(pad, row.digits(point)) for pad, point in zip(stream.pads, stream.points, strict=True)]
+    row.requests = [
+        (pad, list(range(*span))) for pad, span in zip(stream.pads, stream.standing, strict=True) if span is not None
+    ]
+    words = sum(one.role != DECISION for one in stream.written) or 1
+    for one in stream.written:
+        token = stream.ids[one.index]
+        silent = one.role == DECISION and token == stream.silence
+        row.labels[one.index] = token
+        row.tasks[one.index] = TASKS.index(WORDS if one.role != DECISION else SILENT if silent else RESPONDS)
+        row.weights[one.index] = silence if silent else 1.0 if one.role == DECISION else min(1.0, 2 * words**-0.5)
+        if one.shown >= 0 and not silent and one.role != END:
+            row.evidence.append((one.index - 1, Evidence(frame=one.shown)))
+    return row
 
 
 def choose(rng: random.Random, tasks, ask) -> list[Question]:
@@ -260,10 +296,11 @@ class AttentionTargets:
         "asked": answer -> the thing that the question names, or the separator if it is absent.
         "looks": answer -> the vision tokens of a picture that show it.
         "frames": answer -> the text token of the picture or frame that shows it.
+        "request": text token of a frame of a stream -> the standing request.
     The three digits and the slots have a head each.
     """
 
-    NAMES = ("stamps", "slots", "before", "asked", "looks", "frames")
+    NAMES = ("stamps", "slots", "before", "asked", "looks", "frames", "request")
     HALF = range(len(SLOTS) // 2)  # heads with targets, of one per slot; the other half is free
 
     def __init__(self):
@@ -283,6 +320,8 @@ class AttentionTargets:
         for token, digits in text.stamps:
             for head, digit in enumerate(digits):
                 self.add_group("stamps", row, [head], token, [digit])
+        for token, request in text.requests:
+            self.add_group("request", row, self.HALF, token, request)
         for token, evidence in text.evidence:
             whole_frame = evidence.thing is None and evidence.letter is None
             if whole_frame or len(frames) > 1:
@@ -323,13 +362,30 @@ def compressed(rng: random.Random, picture: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The frames of a clip, each distinct picture drawn once.
+
+    Attributes:
+        pixels: uint8 [pictures, patches, values].
+        grid: patch rows and columns.
+        moments: for each frame the index of its picture.
+    """
+
+    pixels: torch.Tensor
+    grid: tuple[int, int]
+    moments: list[int]
+
+    @property
+    def merged(self) -> tuple[int, int]:
+        return self.grid[0] // 2, self.grid[1] // 2
+
+
+@dataclass(frozen=True)
 class Clip:
     """A row about a clip."""
 
     text: RowText
-    pixel_values: torch.Tensor
-    grid: list[int]
-    moments: list[int]  # per frame; frames of one moment look the same
+    drawn: Drawn
     leaps: list[int]  # per frame, how much later its position is than its text gives
     facts: torch.Tensor
     frames: list[FrameView]
@@ -348,37 +404,50 @@ def random_leaps(rng: random.Random, frames: int) -> list[int]:
 
 
 class Lessons:
-    """The batches of a run, the same for the same seed.
+    """The batches of a run: the same for the same seed and arguments, in any process.
 
     Args:
-        plan: step -> kind of its batch: "look" (pictures without questions), "pictures", "images" (several pictures
-            per row), "clips", or "later" (clips as parts of longer ones).
         size: pictures per batch, a multiple of 8; batches of other kinds cost about as much.
     """
 
-    def __init__(self, processor, seed: int, plan, size: int = 16):
+    def __init__(self, processor, seed: int, size: int = 16):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.protocol = QuickProtocol(processor, len(processor.tokenizer))
         self.picture_limits = (self.image_processor.min_pixels, self.image_processor.max_pixels)
         self.frame_limits = (processor.video_processor.min_pixels, processor.video_processor.max_pixels)
-        self.seed, self.plan, self.size = seed, plan, size
+        self.seed, self.size = seed, size
 
-    def batch(self, step: int, rank: int = 0) -> dict:
-        """The batch of one of several processes. Batches of a step have equal sizes, so that no process waits."""
+    def batch(self, step: int, kind: str, progress: float, rank: int = 0) -> dict:
+        """One of several batches of a step, whose pictures have equal sizes and whose rows similar lengths.
+
+        Args:
+            kind: one of KINDS.
+            progress: share of the run before this batch, 0 to 1.
+
+        Returns:
+            uint8 `pixel_values` [P, values] of distinct pictures with their `picture_grids`, and if there is text:
+            `grid_thw` of the media of the rows, and `gather`, which for each of their vision tokens, without
+            separators, is the index of that of a picture.
+        """
+        draw = self._kinds().get(kind)
+        if draw is None:
+            raise ValueError(f"no kind of batch named {kind!r}; expected one of {', '.join(KINDS)}")
         rng, sizes = random.Random(f"{self.seed} {step} {rank}"), random.Random(f"{self.seed} {step}")
-        kind = self.plan(step)
-        if kind in ("clips", "later"):
-            return {"kind": kind, **self.clips(rng, sizes, later=kind == "later")}
-        make = {"look": self.look, "pictures": self.pictures, "images": self.images}[kind]
-        return {"kind": kind, **make(rng, sizes)}
+        return {"kind": kind, **draw(rng, sizes, progress)}
+
+    def _kinds(self) -> dict:
+        return dict(zip(KINDS, (self.look, self.pictures, self.images, self.clips, self.streams), strict=True))
 
     def random_limits(self, sizes: random.Random) -> tuple[int, int]:
         """Pixel limits: mostly those of pictures, sometimes those of frames or wide ones, which users may set."""
         return sizes.choices((self.picture_limits, self.frame_limits, WIDE_LIMITS), (0.66, 0.2, 0.14))[0]
 
     def pixels(self, pictures, limits) -> tuple[torch.Tensor, list[list[int]]]:
-        """pixel_values [P, 768] in bfloat16 and grids (t, h, w) of pictures at these limits."""
-        inputs = self.image_processor(pictures, min_pixels=limits[0], max_pixels=limits[1], return_tensors="pt")
-        return inputs["pixel_values"].to(torch.bfloat16), inputs["image_grid_thw"].tolist()
+        """uint8 pixel_values [P, 768] and grids (t, h, w) of pictures at these limits."""
+        inputs = self.image_processor.preprocess(
+            pictures, min_pixels=limits[0], max_pixels=limits[1], do_normalize=False, return_tensors="pt"
+        )
+        return inputs["pixel_values"], inputs["image_grid_thw"].tolist()
 
     def render(self, rng, scenes: list[Scene], limits) -> tuple[dict, list[tuple[int, int]]]:
         """Pixels, grids, token facts and ink of pictures; and the merged grids."""
@@ -393,7 +462,7 @@ class Lessons:
         ink = [ink_patches(scene, grid) for scene, grid in zip(scenes, merged, strict=True)]
         inputs = {
             "pixel_values": pixel_values,
-            "grid_thw": grids,
+            "picture_grids": grids,
             "token_facts": torch.from_numpy(np.concatenate(facts)),
             "ink": torch.from_numpy(np.concatenate(ink)),
         }
@@ -406,7 +475,7 @@ class Lessons:
         canvases.sort(key=lambda canvas: canvas[0] / canvas[1])  # equal grids follow each other
         return [random_picture(rng, count, sign_share, canvas) for canvas in canvases for _ in range(SAME_SIZE)]
 
-    def look(self, rng, sizes) -> dict:
+    def look(self, rng, sizes, progress) -> dict:
         """Crowded pictures without text."""
         limits = self.frame_limits if sizes.random() < 0.3 else self.random_limits(sizes)
         scenes = self.scenes(rng, limits, count=rng.choice((3, 4, 4)), sign_share=0.7)
@@ -414,7 +483,8 @@ class Lessons:
             scenes = [random_crowd(rng, (scene.width, scene.height)) for scene in scenes]
         return self.render(rng, scenes, limits)[0]
 
-    def pictures(self, rng, sizes) -> dict:
+    def pictures(self, rng, sizes, progress) -> dict:
+        """Pictures, each with questions."""
         limits = self.random_limits(sizes)
         scenes, rows, attention = self.scenes(rng, limits), [], AttentionTargets()
         inputs, grids = self.render(rng, scenes, limits)
@@ -428,9 +498,9 @@ class Lessons:
             attention.add(len(rows), row, [FrameView.of(scene, grid)])
             rows.append(row)
         facts = [frame_facts(scene.numbered_at(0.0)) for scene in scenes]
-        return {**inputs, **self.text_inputs(rows, facts, attention), "media_nums": [1] * len(scenes)}
+        return {**inputs, **self.text_inputs(rows, facts, attention, [1] * len(scenes), inputs["picture_grids"])}
 
-    def images(self, rng, sizes) -> dict:
+    def images(self, rng, sizes, progress) -> dict:
         """Several pictures per row, and questions which of them shows a thing."""
         limits = sizes.choices((self.picture_limits, self.frame_limits), (0.6, 0.4))[0]
         groups, questions = self.picture_groups(rng, limits)
@@ -444,7 +514,8 @@ class Lessons:
             attention.add(len(rows), row, frames)
             rows.append(row)
         facts = [frame_facts(scene.numbered_at(0.0), i) for group in groups for i, scene in enumerate(group)]
-        return {**inputs, **self.text_inputs(rows, facts, attention), "media_nums": [len(group) for group in groups]}
+        media_nums = [len(group) for group in groups]
+        return {**inputs, **self.text_inputs(rows, facts, attention, media_nums, inputs["picture_grids"])}
 
     def picture_groups(self, rng, limits) -> tuple[list[list[Scene]], list[list[Question]]]:
         """Groups of two to four pictures that fill a batch, and the questions about each group."""
@@ -461,31 +532,62 @@ class Lessons:
                 questions.append(list(by_prompt.values()))
         return groups, questions
 
-    def text_inputs(self, rows: list[RowText], facts: list[dict[str, int]], attention: AttentionTargets) -> dict:
+    def text_inputs(self, rows: list[RowText], facts, attention: AttentionTargets, media_nums, grids) -> dict:
+        """The inputs of rows about whole pictures."""
         text = join(rows, self.tokenizer.pad_token_id)
-        return {**text, "frame_facts": fact_rows(facts), "attention": attention.points()}
+        tokens = sum(h * w // 4 for _, h, w in grids)
+        return {
+            **text,
+            "frame_facts": fact_rows(facts),
+            "attention": attention.points(),
+            "grid_thw": grids,
+            "gather": torch.arange(tokens),
+            "media_nums": media_nums,
+        }
 
-    def clips(self, rng, sizes, later: bool = False) -> dict:
+    def clips(self, rng, sizes, progress) -> dict:
         """Clips of similar length, drawn at the times that the video processor samples."""
         fps, limits = sizes.choice((1, 2)), self.frame_limits if sizes.random() < 0.85 else WIDE_LIMITS
+        late = progress >= LATE
         seconds = sizes.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (2, 2, 2, 3))[0]
-        clips = []
-        while sum(len(clip.moments) for clip in clips) < 8 * self.size and len(clips) < self.size * 3 // 4:
+        if late and sizes.random() < LONG:
+            seconds = LONG_SECONDS
+        clips, frames = [], 0
+        while frames < 8 * self.size and len(clips) < self.size * 3 // 4:
             if len(clips) % 4 == 0:
                 canvas = random_canvas(rng)
+            later = late and rng.random() < LATER
             clips.append(self.clip(rng, random_clip(rng, seconds, canvas), fps, limits, later))
-        clips.sort(key=lambda clip: clip.grid[1:])  # equal grids follow each other
+            frames += len(clips[-1].frames)
+        return self.clip_inputs(rng, clips)
+
+    def clip_inputs(self, rng, clips: list[Clip]) -> dict:
+        """The inputs of rows about clips."""
+        clips = sorted(clips, key=lambda clip: clip.drawn.grid)  # equal grids follow each other
         attention = AttentionTargets()
         for row, clip in enumerate(clips):
             attention.add(row, clip.text, clip.frames, clip=True)
+        pictures, begins, gather = {}, [], []  # id of what was drawn -> it
+        for clip in clips:
+            pictures.setdefault(id(clip.drawn), clip.drawn)
+        first = 0
+        for drawn in pictures.values():
+            begins.append(first)
+            first += len(drawn.pixels) * drawn.grid[0] * drawn.grid[1] // 4
+        begin_of = dict(zip(pictures, begins, strict=True))
+        for clip in clips:
+            tokens = clip.drawn.grid[0] * clip.drawn.grid[1] // 4
+            begin = begin_of[id(clip.drawn)] + tokens * torch.tensor(clip.drawn.moments)
+            gather.append((begin[:, None] + torch.arange(tokens)).flatten())
         # vision tokens of each frame, with its separator
-        tokens = torch.tensor([clip.grid[1] * clip.grid[2] // 4 + 1 for clip in clips for _ in clip.moments])
+        tokens = torch.tensor([h * w // 4 + 1 for clip in clips for h, w in [clip.drawn.grid] * len(clip.frames)])
         leaps = torch.tensor([leap for clip in clips for leap in clip.leaps])
         return {
-            "pixel_values": torch.cat([clip.pixel_values for clip in clips]),
-            "grid_thw": [clip.grid for clip in clips],
+            "pixel_values": torch.cat([drawn.pixels.flatten(0, 1) for drawn in pictures.values()]),
+            "picture_grids": [[1, *drawn.grid] for drawn in pictures.values() for _ in drawn.pixels],
+            "grid_thw": [[len(clip.frames), *clip.drawn.grid] for clip in clips],
+            "gather": torch.cat(gather),
             "frame_facts": torch.cat([clip.facts for clip in clips]),
-            "moments": [clip.moments for clip in clips],
             "grain": rng.getrandbits(32),
             "leaps": leaps.repeat_interleave(tokens),
             "attention": attention.points(),
@@ -496,28 +598,59 @@ class Lessons:
     def clip(self, rng, scene: Scene, fps: int, limits, later: bool) -> Clip:
         """A row about a clip. `later`: as part of a longer clip, half of the time with leaps."""
         times = sampled_times(scene, fps)
-        pixel_values, (h, w), moments = self.clip_pixels(rng, scene, times, limits)
+        drawn = self.draw(rng, scene, times, limits)
         if later:
             seconds = round(rng.uniform(0, LATEST), 1)
             scene, times = scene.later(seconds), [time + seconds for time in times]
         stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
-        media, merged = f"<|vision_start|>{stamps}<|vision_end|>", (h // 2, w // 2)
-        text, leaps = RowText(self.tokenizer, rng.random() < 0.5, media, [merged] * len(times)), [0] * len(times)
+        media = f"<|vision_start|>{stamps}<|vision_end|>"
+        text, leaps = RowText(self.tokenizer, rng.random() < 0.5, media, [drawn.merged] * len(times)), [0] * len(times)
         if later and rng.random() < LEAPING:
             leaps = random_leaps(rng, len(times))
         text.leap(leaps)
         text.add_all(choose(rng, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, rng, plain)))
-        frames = [FrameView.of(scene, merged, time) for time in times]
-        facts = fact_rows(clip_facts(scene, times))
-        return Clip(text, pixel_values, [len(times), h, w], moments, leaps, facts, frames)
+        frames = [FrameView.of(scene, drawn.merged, time) for time in times]
+        return Clip(text, drawn, leaps, fact_rows(clip_facts(scene, times)), frames)
 
-    def clip_pixels(self, rng, scene: Scene, times, limits) -> tuple[torch.Tensor, tuple[int, int], list[int]]:
-        """pixel_values of all frames, patch rows and columns, and the moment of each frame, which is drawn once."""
-        background, drawn = draw_background(scene), {}  # things -> (moment, picture)
+    def draw(self, rng, scene: Scene, times, limits) -> Drawn:
+        """The frames of a clip at these times."""
+        background, drawn, moments = draw_background(scene), {}, []  # things -> (index, picture)
         for time in times:
-            if tuple(scene.at(time)) not in drawn:
-                drawn[tuple(scene.at(time))] = len(drawn), compressed(rng, draw_scene(scene, time, background))
-        pixel_values, grids = self.pixels([picture for _, picture in drawn.values()], limits)
-        moments = [drawn[tuple(scene.at(time))][0] for time in times]
-        pixel_values = pixel_values.view(len(grids), -1, pixel_values.shape[1])[moments].flatten(0, 1)
-        return pixel_values, tuple(grids[0][1:]), moments
+            things = tuple(scene.at(time))
+            if things not in drawn:
+                drawn[things] = len(drawn), compressed(rng, draw_scene(scene, time, background))
+            moments.append(drawn[things][0])
+        pixels, grids = self.pixels([picture for _, picture in drawn.values()], limits)
+        return Drawn(pixels.view(len(grids), -1, pixels.shape[1]), tuple(grids[0][1:]), moments)
+
+    def streams(self, rng, sizes, progress) -> dict:
+        """Realtime streams of watched clips of similar length, SCRIPTS of each clip."""
+        rate, limits = sizes.choice((1, 1, 2)), self.picture_limits if sizes.random() < 0.85 else WIDE_LIMITS
+        if progress >= LATE and sizes.random() < LONG_STREAMS:
+            low, high = sizes.choice(LONG_STREAM_SECONDS)
+        else:
+            low, high = sizes.choices(STREAM_SECONDS, (3, 3, 1 if progress < LATE else 3))[0]
+        silence = SILENCE_WEIGHTS[0] + progress * (SILENCE_WEIGHTS[1] - SILENCE_WEIGHTS[0])
+        rows, frames = [], 0
+        while frames < 8 * self.size and len(rows) < self.size * 3 // 4:
+            if len(rows) % (2 * SCRIPTS) == 0:
+                canvas = random_canvas(rng)
+            rows += self.stream_rows(rng, rng.randint(low, high), rate, limits, canvas, silence)
+            frames = sum(len(row.frames) for row in rows)
+        return self.clip_inputs(rng, rows)
+
+    def stream_rows(self, rng, seconds: int, rate: int, limits, canvas, silence: float) -> list[Clip]:
+        """Rows about one watched clip, of `rate` frames per second."""
+        scene = watched_clip(rng, seconds, canvas)
+        times = [number / rate for number in range(seconds * rate)]
+        drawn, known = self.draw(rng, scene, times, limits), clip_facts(scene, times)
+        frames = [FrameView.of(scene, drawn.merged, time) for time in times]
+        rows = []
+        for _ in range(SCRIPTS):
+            script = random_script(rng, scene, times)
+            player = Player(self.protocol, script, random_budgets(rng, len(times)), rng.random() < 0.5)
+            stream = player.play()
+            text = stream_text(self.tokenizer, stream, drawn.merged, silence)
+            facts = [values | {"fires": int(number in stream.due)} for number, values in enumerate(known)]
+            rows.append(Clip(text, drawn, [0] * len(times), fact_rows(facts), frames))
+        return rows

@@ -31,8 +31,8 @@ FRAME_FACT_WEIGHTS = {
     "kind": 0.5,
     "size": 0.3,
     "place": 1.0,
-    "across": 0.1,
-    "down": 0.1,
+    "across": 0.4,
+    "down": 0.4,
     "rank": 0.2,
     "count": 0.3,
     "event": 2.0,
@@ -41,9 +41,18 @@ FRAME_FACT_WEIGHTS = {
     "events": 0.5,
     "begins": 1.0,
     "subject": 0.5,
+    "fires": 1.0,
 }
 ABSENT_WEIGHTS = {"shape": 0.3, "letter": 0.05, "event": 0.03, "begins": 0.1}  # of the last class, "none"
-ATTENTION_WEIGHTS = {"stamps": 0.1, "slots": 0.2, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}
+ATTENTION_WEIGHTS = {
+    "stamps": 0.1,
+    "slots": 0.2,
+    "before": 0.1,
+    "asked": 0.2,
+    "looks": 0.2,
+    "frames": 0.2,
+    "request": 0.2,
+}
 INK_WEIGHT = 4.0
 FRAME_FACTS_WEIGHT = 0.2
 NOISE = 0.02  # of vision tokens, in standard deviations: frames of a file that show the same are not quite equal
@@ -131,6 +140,7 @@ class Tutor(nn.Module):
             "asked": first,
             "looks": second,
             "frames": second + 1,
+            "request": first + 2,
         }
         # The names of these modules are keys of state.pt.
         self.sights = FactHeads(vision.out_hidden_size, TOKEN_FACTS, TOKEN_FACT_WEIGHTS)

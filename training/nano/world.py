@@ -35,6 +35,7 @@ SIGN_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 SMALL, LARGE = (0.09, 0.14), (0.18, 0.26)  # radii
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOVE_SECONDS = 1.0
+ALIGNED = 0.12  # share of things that stand exactly above or below another one
 SUPERSAMPLING = 4
 
 
@@ -127,8 +128,8 @@ class Scene:
         return self.more_signs if self.sign is None else (self.sign, *self.more_signs)
 
     def at(self, time: float) -> list[Thing]:
-        """The things present at `time`, from left to right."""
-        return sorted((thing for _, thing in self.numbered_at(time)), key=lambda thing: thing.x)
+        """The things present at `time`, in reading order."""
+        return sorted((thing for _, thing in self.numbered_at(time)), key=reading_order)
 
     def numbered_at(self, time: float) -> list[tuple[int, Thing]]:
         """The things present at `time`, each with its index in `things`."""
@@ -140,6 +141,11 @@ class Scene:
         return replace(
             self, seconds=self.seconds + seconds, things=tuple(thing.later(seconds) for thing in self.things)
         )
+
+
+def reading_order(thing: Thing) -> tuple[float, float]:
+    """A sort key: from left to right, and from top to bottom if one thing is exactly above another."""
+    return round(thing.x, 3), thing.y
 
 
 # rendering
@@ -471,6 +477,15 @@ def at_random_position(rng: random.Random, thing: Thing, stage: dict) -> Thing:
     return replace(thing, x=rng.uniform(x, max(1 - x, x)), y=rng.uniform(y, max(1 - y, y)))
 
 
+def at_some_position(rng: random.Random, thing: Thing, others: list[Thing], stage: dict) -> Thing:
+    """The thing at a random position, completely on the canvas; sometimes exactly above or below one of the others."""
+    placed = at_random_position(rng, thing, stage)
+    if others and rng.random() < ALIGNED:
+        aligned = replace(placed, x=rng.choice(others).x)
+        return aligned if on_canvas(aligned, stage) else placed
+    return placed
+
+
 def on_canvas(thing: Thing, stage: dict) -> bool:
     reach = thing.radius * thing.fill * min(stage["width"], stage["height"])
     return all(
@@ -495,7 +510,7 @@ def random_things(rng: random.Random, stage: dict, count: int, sign: Sign | None
     for _ in range(count):
         thing = random_thing(rng, stage, {(other.shape, other.colour) for other in things})
         for _ in range(30):
-            thing = at_random_position(rng, thing, stage)
+            thing = at_some_position(rng, thing, things, stage)
             if all(clear_of(thing, other, stage) for other in things) and (
                 sign is None or clear_of_sign(thing, sign, box, stage)
             ):
@@ -576,7 +591,7 @@ def random_move(
     taken = [point for other in others for point in path_of(other)]
     for _ in range(40):
         right, down = (rng.uniform(0.34, 0.6) * step for step in DIRECTIONS[rng.choice(tuple(DIRECTIONS))])
-        moved = at_random_position(rng, thing, stage)
+        moved = at_some_position(rng, thing, others, stage)
         moving = replace(moved, moves=(time, right, down), move_seconds=rng.choice(seconds))
         path = path_of(moving)
         if on_canvas(path[-1], stage) and all(clear_of(point, other, stage) for point in path for other in taken):
