@@ -33,6 +33,8 @@ class Muon:
         decay: float = 0.02,
     ):
         self.rate, self.adam_rate, self.momentum, self.decay = rate, adam_rate, momentum, decay
+        named_parameters = list(named_parameters)
+        self.scale = torch.ones((), device=named_parameters[0][1].device)
         stacks, rests = defaultdict(dict), defaultdict(dict)
         for name, parameter in named_parameters:
             section = "encoder" if name.startswith(ENCODER) else "language model"
@@ -45,20 +47,23 @@ class Muon:
         self.stacks = {key: MatrixStack(parameters, key) for key, parameters in stacks.items()}
         self.vectors = {key: Vector(parameters) for key, parameters in rests.items()}
 
-    def step(self, scale: float) -> None:
-        """One update with both rates times `scale`. Sections without gradients do not change."""
+    def set_scale(self, scale: float) -> None:
+        """Sets the factor of both rates. It is a tensor, so a recorded step reads its present value."""
+        self.scale.fill_(scale)
+
+    def step(self) -> None:
+        """One update. Sections without gradients do not change."""
         for stack in self.stacks.values():
-            stack.step(scale * self.rate, self.momentum, self.decay)
+            stack.step(self.scale * self.rate, self.momentum, self.decay)
         for vector in self.vectors.values():
-            vector.step(scale * self.adam_rate)
+            vector.step(self.scale * self.adam_rate)
 
     def state_dict(self) -> dict:
         return {key: group.state for key, group in (self.stacks | self.vectors).items()}
 
     def load_state_dict(self, state: dict) -> None:
         for key, group in (self.stacks | self.vectors).items():
-            group.state = state[key]
-            group.write_back()
+            group.load(state[key])
 
 
 class Group:
@@ -68,7 +73,7 @@ class Group:
         self.parameters, self.shape = list(parameters.values()), shape
         self.sizes = [len(parameter.view(shape)) for parameter in self.parameters]
         weights = torch.cat([parameter.detach().view(shape).float() for parameter in self.parameters])
-        self.state = {"weights": weights, "moments": [torch.zeros_like(weights) for _ in range(moments)], "steps": 0}
+        self.state = {"weights": weights, "moments": [torch.zeros_like(weights) for _ in range(moments)], "steps": torch.zeros((), device=weights.device)}
 
     def take_gradients(self) -> torch.Tensor | None:
         """All gradients as one float32 tensor, and removes them; None if no parameter has one."""
@@ -79,8 +84,15 @@ class Group:
             parameter.grad = None
         parts = zip(self.parameters, gradients, strict=True)
         parts = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in parts]
-        self.state["steps"] += 1
+        self.state["steps"].add_(1)
         return torch.cat([part.reshape(self.shape) for part in parts]).float()
+
+    def load(self, state: dict) -> None:
+        self.state["weights"].copy_(state["weights"])
+        self.state["steps"].copy_(state["steps"])
+        for moment, saved in zip(self.state["moments"], state["moments"], strict=True):
+            moment.copy_(saved)
+        self.write_back()
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -98,14 +110,14 @@ class MatrixStack(Group):
         self.dtype = self.parameters[0].dtype
 
     @torch.no_grad()
-    def step(self, rate: float, momentum: float, decay: float) -> None:
+    def step(self, rate: torch.Tensor, momentum: float, decay: float) -> None:
         gradient = self.take_gradients()
         if gradient is None:
             return
         weights, [moment] = self.state["weights"], self.state["moments"]
         moment.lerp_(gradient, 1 - momentum)
         update = orthogonal(gradient.lerp_(moment, momentum).to(self.dtype))  # of Nesterov's momentum
-        weights.mul_(1 - rate * decay).sub_(update, alpha=rate * self.aspect)
+        weights.mul_(1 - rate * decay).sub_(update * (rate * self.aspect))
         self.write_back()
 
 
@@ -120,7 +132,7 @@ class Vector(Group):
         self.factors = factors.repeat_interleave(sizes).to(self.state["weights"].device)
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: torch.Tensor) -> None:
         gradient = self.take_gradients()
         if gradient is None:
             return
@@ -128,7 +140,7 @@ class Vector(Group):
         first.lerp_(gradient, 0.1)
         second.lerp_(gradient.square_(), 0.02)
         spread = (second / (1 - 0.98**steps)).sqrt_().add_(1e-8)
-        weights.sub_(first.mul(self.factors).div_(spread), alpha=rate / (1 - 0.9**steps))
+        weights.sub_(first.mul(self.factors).div_(spread).mul_(rate / (1 - 0.9**steps)))
         self.write_back()
 
 

@@ -55,6 +55,7 @@ ATTENTION_WEIGHTS = {
 }
 INK_WEIGHT = 4.0
 FRAME_FACTS_WEIGHT = 0.2
+NOISY = ("clips", "streams")  # kinds of batches with NOISE
 NOISE = 0.02  # of vision tokens, in standard deviations: frames of a file that show the same are not quite equal
 
 
@@ -84,16 +85,21 @@ class FactHeads(nn.Module):
             member[index, self.groups.index(group)] = 1.0
         for name, table in {**tables, "member": member}.items():
             self.register_buffer(name, table, persistent=False)
+        self.register_buffer("group_weights", torch.zeros(len(self.groups)), persistent=False)
+        self.weigh()
+
+    def weigh(self, **weights: float) -> None:
+        """Sets the weights of groups, those not given to their default."""
+        self.group_weights.copy_(torch.tensor([(self.default_weights | weights)[group] for group in self.groups]))
 
     def forward(
-        self, states: torch.Tensor, targets: torch.Tensor, **weights: float
+        self, states: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, and for each of `groups` the number of right predictions and of all.
 
         Args:
             states: [N, D].
             targets: [N, facts], IGNORED if a fact does not apply.
-            weights: of groups, instead of the default ones.
         """
         logits = self.heads(self.norm(states)).unflatten(1, (-1, self.most)).float() + self.absent.float()
         applies = targets != IGNORED
@@ -105,17 +111,11 @@ class FactHeads(nn.Module):
 
         class_weights = of_targets(self.class_weights)
         loss = (losses * class_weights).sum(0) / class_weights.sum(0).clamp(min=1e-6)
-        group_weights = [(self.default_weights | weights)[group] for group in self.groups]
         member = self.member.float()
-        total = sum_with(loss @ member, group_weights)
+        total = (loss @ member * self.group_weights.float()).sum()
         counted = of_targets(self.counted)
         right = (logits.detach().argmax(2) == target[..., 0]) * counted
         return total, right.sum(0) @ member, counted.sum(0) @ member
-
-
-def sum_with(values: torch.Tensor, weights: list[float]) -> torch.Tensor:
-    """The sum of values [n] times weights, which are numbers of the host."""
-    return (values * torch.tensor(weights).to(values.device, non_blocking=True)).sum()
 
 
 class Tutor(nn.Module):
@@ -147,50 +147,55 @@ class Tutor(nn.Module):
         self.ink_norm, self.inks = nn.LayerNorm(vision.hidden_size), nn.Linear(vision.hidden_size, 64)
         parts = (CONTENTS, CHANGES, COURSE)
         self.facts = nn.ModuleList(FactHeads(text.hidden_size, part, FRAME_FACT_WEIGHTS) for part in parts)
+        self.register_buffer("attention_weights", torch.zeros(len(ATTENTION_WEIGHTS)), persistent=False)
+        self.weigh()
+
+    def weigh(self, **weights: float) -> None:
+        """Sets the weights of groups of frame facts and of attention targets, those not given to their default."""
+        for heads in self.facts:
+            heads.weigh(**weights)
+        values = [weights.get(name, weight) for name, weight in ATTENTION_WEIGHTS.items()]
+        self.attention_weights.copy_(torch.tensor(values))
 
     def encoder_loss(self, model, step: dict, fused: bool = False) -> tuple[torch.Tensor, "Counts"]:
-        """Loss of the vision encoder for a step of `dense.collate`, and what to log."""
+        """Loss of the vision encoder for a step of `collation.collate`, and what to log."""
         tokens, states = encode(model.model.visual, step, self.ink_layer, fused)
         naming, right, counted = self.sights(tokens.flatten(0, 1), step["token_facts"].flatten(0, 1))
         known = step["ink"] >= 0
         inks = self.inks(self.ink_norm(states)).float()
-        inking = F.binary_cross_entropy_with_logits(inks, step["ink"].clamp(min=0), reduction="none")
+        inking = F.binary_cross_entropy_with_logits(inks, step["ink"].clamp(min=0).float(), reduction="none")
         inking = (inking * known).sum() / known.sum()
         counts = Counts()
         counts.add([f"names {group}" for group in self.sights.groups], right, counted)
         counts.add_means({"naming": naming, "inking": inking})
         return naming + INK_WEIGHT * inking, counts
 
-    def language_model_loss(
-        self, model, step: dict, fused: bool = False, **weights: float
-    ) -> tuple[torch.Tensor, "Counts"]:
-        """Loss of answers, facts and attention for a step of `dense.collate`, and what to log.
-
-        Args:
-            weights: of groups of facts and of attention layers, instead of the default ones.
-        """
+    def language_model_loss(self, model, step: dict, fused: bool = False) -> tuple[torch.Tensor, "Counts"]:
+        """Loss of answers, facts and attention for a step of `collation.collate`, and what to log."""
         with torch.no_grad():
             tokens, _ = encode(model.model.visual, step, fused=fused)
-        vision = rows_of_vision(tokens, model.model.separator_token, step, NOISE)
-        layers_of_weights = {self.attention_layers[name] for name in step["attention"]}
-        states, facts_states, attended = decode(
-            model.model.language_model, step, vision, self.fact_layers, layers_of_weights, fused
+        noise = NOISE if step["kind"] in NOISY else 0.0
+        vision = rows_of_vision(tokens, model.model.separator_token, step, noise)
+        names = [name for name in ATTENTION_WEIGHTS if f"points {name}" in step]
+        layers = {self.attention_layers[name] for name in names}
+        states, fact_states, attended = decode(
+            model.model.language_model, step, vision, self.fact_layers, layers, fused
         )
-        counts = Counts()
         logits = model.lm_head(states.flatten(0, 1).index_select(0, step["learned"])).float()
         loss = answer_loss(logits, step)
-        means = {f"loss {step['kind']}": loss}
+        means, counts = {f"loss {step['kind']}": loss}, Counts()
         counts.add(TASKS, *right_answers(logits.detach(), step))
         targets = step["frame_facts"].split([len(heads.facts) for heads in self.facts], dim=1)
         for heads, layer, target in zip(self.facts, self.fact_layers, targets, strict=True):
-            hidden = facts_states[layer].flatten(0, 1).index_select(0, step["pads"])
-            fact_loss, right, counted = heads(hidden, target, **weights)
+            hidden = fact_states[layer].flatten(0, 1).index_select(0, step["pads"])
+            fact_loss, right, counted = heads(hidden, target)
             loss = loss + FRAME_FACTS_WEIGHT * fact_loss
             counts.add([f"knows {group}" for group in heads.groups], right, counted)
-        for name, (points, groups) in step["attention"].items():
-            share = attention_on(attended[self.attention_layers[name]], points, groups)
-            loss = loss - weights.get(name, ATTENTION_WEIGHTS[name]) * (share + 1e-4).log().mean()
-            means[f"attends {name}"] = share.mean()
+        for name in names:
+            weights, number = attended[self.attention_layers[name]], step[f"groups {name}"]
+            logarithms, share = attention_on(weights, step[f"points {name}"], number)
+            loss = loss - self.attention_weights[list(ATTENTION_WEIGHTS).index(name)].float() * logarithms
+            means[f"attends {name}"] = share
         counts.add_means(means)
         return loss, counts
 
@@ -199,14 +204,20 @@ class Counts:
     """What a step logs, on the device: for each name a sum and the number of its summands."""
 
     def __init__(self):
-        self.parts: list[tuple[tuple[str, ...], torch.Tensor, torch.Tensor]] = []
+        self.names: tuple[str, ...] = ()
+        self.parts: list[torch.Tensor] = []  # [2, names]
 
     def add(self, names, sums: torch.Tensor, numbers: torch.Tensor) -> None:
-        self.parts.append((tuple(names), sums, numbers))
+        self.names += tuple(names)
+        self.parts.append(torch.stack([sums, numbers]))
 
     def add_means(self, values: dict[str, torch.Tensor]) -> None:
         means = torch.stack([value.detach().float() for value in values.values()])
         self.add(values, means, torch.ones_like(means))
+
+    def joined(self) -> tuple[tuple[str, ...], torch.Tensor]:
+        """All names, and [2, names]: sums and numbers."""
+        return self.names, torch.cat(self.parts, dim=1)
 
 
 def answer_loss(logits: torch.Tensor, step: dict) -> torch.Tensor:
@@ -223,18 +234,25 @@ def right_answers(logits: torch.Tensor, step: dict) -> tuple[torch.Tensor, torch
     tasks = step["answer_tasks"]
     missed = (logits.argmax(-1) != step["targets"]).float()
     missed = torch.zeros_like(tasks, dtype=torch.float).index_add_(0, step["answer"], missed)
-    sums = torch.zeros(2, len(TASKS), device=logits.device)
+    sums = torch.zeros(2, len(TASKS) + 1, device=logits.device)
     right = torch.stack([(missed == 0).float(), torch.ones_like(missed)])
-    return tuple(sums.index_add_(1, tasks, right))
+    return tuple(sums.index_add_(1, tasks, right)[:, 1:])
 
 
-def attention_on(weights: torch.Tensor, points: torch.Tensor, groups: int) -> torch.Tensor:
-    """The sum of attention weights in each group of targets.
+def attention_on(
+    weights: torch.Tensor, points: torch.Tensor, groups: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means over all groups of targets of the logarithm of the attention weight in the group, and of that weight.
 
-    weights [B, H, T, S], points [5, points] of `dense.joined_points` -> [groups]
+    Args:
+        weights: [B, H, T, S].
+        points, groups: of `collation.joined_points`; group 0 does not count.
     """
     row, head, text, token, group = points
     _, heads, length, attended = weights.shape
     index = ((row * heads + head) * length + text) * attended + token
-    sums = torch.zeros(groups, device=weights.device)
-    return sums.index_add_(0, group, weights.flatten().index_select(0, index).float())
+    shares = torch.zeros(points.shape[1] + 1, device=weights.device)
+    shares = shares.index_add_(0, group, weights.flatten().index_select(0, index).float())[1:]
+    counted = torch.arange(len(shares), device=shares.device) < groups
+    logarithms = ((shares + 1e-4).log() * counted).sum() / groups
+    return logarithms, (shares * counted).sum() / groups
