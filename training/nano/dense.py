@@ -110,10 +110,9 @@ def rows_of_vision(tokens: torch.Tensor, separator: torch.Tensor, step: dict, no
     Args:
         noise: in standard deviations of the tokens.
     """
-    flat = torch.cat([tokens.flatten(0, 1), separator.to(tokens)[None]])
-    index = step["vision_index"]
-    vision = F.embedding(index, flat)
+    flat, index = tokens.flatten(0, 1), step["vision_index"]
+    separates = (index == len(flat))[..., None]
+    vision = F.embedding(index.clamp(max=len(flat) - 1), flat)
     if noise:
-        spread = noise * flat[:-1].std(0) * (index < len(flat) - 1)[..., None]
-        vision = vision + spread * torch.randn_like(vision)
-    return vision
+        vision = vision + noise * flat.std(0) * torch.randn_like(vision)
+    return torch.where(separates, separator.to(vision), vision)

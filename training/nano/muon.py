@@ -10,7 +10,11 @@ import torch
 
 
 FAST = 5.0  # factor of AdamW's rate in the language model: the gains of its norms sharpen attention
-ENCODER = ("model.visual", "tutor.sights", "tutor.ink")  # parameters of the encoder's section; else the language model's
+ENCODER = (
+    "model.visual",
+    "tutor.sights",
+    "tutor.ink",
+)  # parameters of the encoder's section; else the language model's
 
 
 class Muon:
@@ -73,7 +77,11 @@ class Group:
         self.parameters, self.shape = list(parameters.values()), shape
         self.sizes = [len(parameter.view(shape)) for parameter in self.parameters]
         weights = torch.cat([parameter.detach().view(shape).float() for parameter in self.parameters])
-        self.state = {"weights": weights, "moments": [torch.zeros_like(weights) for _ in range(moments)], "steps": torch.zeros((), device=weights.device)}
+        self.state = {
+            "weights": weights,
+            "moments": [torch.zeros_like(weights) for _ in range(moments)],
+            "steps": torch.zeros((), device=weights.device),
+        }
 
     def take_gradients(self) -> torch.Tensor | None:
         """All gradients as one float32 tensor, and removes them; None if no parameter has one."""

@@ -40,6 +40,9 @@ class EagerSteps:
         }
         self.log.add(self.compute(moved))
 
+    def __str__(self):
+        return "all computed at once"
+
 
 class GraphSteps:
     """Records a step as a CUDA graph when a shape occurs for the first time, and replays it for later steps.
@@ -77,10 +80,13 @@ class GraphSteps:
             try:
                 known.record(self.compute, self.pool)
             except Exception as error:
-                self.failed = known.graph = None
-                self.failed = repr(error)
+                known.graph, self.failed = None, repr(error)
                 print(f"steps are not recorded: {self.failed}", flush=True)
                 torch.cuda.synchronize()
+
+    def __str__(self):
+        state = f"not recorded: {self.failed}" if self.failed else f"{self.replays} steps replayed"
+        return f"{len(self.recorded)} shapes recorded, {len(self.dropped)} replaced, {state}"
 
 
 class Recorded:

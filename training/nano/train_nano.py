@@ -279,6 +279,7 @@ def train(args) -> None:
         if clock.progress(done) >= 1:
             break
     save(model, trainer.optimizer, args.output, done, clock.seconds())
+    print(f"{done} steps in {clock.seconds():.0f} s; {trainer.steps}", flush=True)
 
 
 def load(args) -> tuple:
@@ -338,7 +339,12 @@ def main():
     if not (args.output / "start" / "model.safetensors").exists():
         make_nano = PROJECT / "training/nano/make_nano.py"  # in a process of its own: it changes HF_MODULES_CACHE
         subprocess.run([sys.executable, str(make_nano), "--output", str(args.output / "start")], check=True)
-    train(args)
+    if args.device == "cpu":
+        train(args)
+        return
+    stream = torch.cuda.Stream(args.device)  # graphs cannot be recorded on the default one
+    with torch.cuda.stream(stream):
+        train(args)
 
 
 if __name__ == "__main__":

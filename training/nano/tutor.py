@@ -92,9 +92,7 @@ class FactHeads(nn.Module):
         """Sets the weights of groups, those not given to their default."""
         self.group_weights.copy_(torch.tensor([(self.default_weights | weights)[group] for group in self.groups]))
 
-    def forward(
-        self, states: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, and for each of `groups` the number of right predictions and of all.
 
         Args:
