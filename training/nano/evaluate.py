@@ -305,9 +305,9 @@ def edits(first: str, second: str) -> int:
     return row[-1]
 
 
-def seconds_in(text: str) -> float | None:
-    found = re.fullmatch(r"(\d+\.\d) seconds", text)
-    return float(found[1]) if found else None
+def seconds_in(text: str) -> int | None:
+    found = re.fullmatch(r"(\d+) seconds", text)
+    return int(found[1]) if found else None
 
 
 def within_a_frame(item: Item, given: str, right: str) -> bool:
@@ -334,8 +334,8 @@ def scores(item: Item, given: str) -> dict[str, float]:
     elif task == "when":
         out["within a frame"] = float(within_a_frame(item, given, right))
     elif task == "duration":
-        out["within 0.2 s"] = float(
-            seconds_in(given) is not None and abs(seconds_in(given) - seconds_in(right)) < 0.25
+        out["within a second"] = float(
+            seconds_in(given) is not None and abs(seconds_in(given) - seconds_in(right)) <= 1
         )
     elif task == "describe clip":
         expected, found = events_in(right), events_in(given)
