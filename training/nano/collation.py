@@ -3,7 +3,8 @@ draw.
 
 The padded axes have few different lengths, so that few different shapes occur (steps.py).
 
-Axes: N pictures, P patches of the largest one, G grids, B rows, T text tokens, S vision tokens of the row with the most.
+Axes: N pictures, P patches of the largest one, G grids, B rows, T text tokens, S vision tokens of the row with the
+most.
 """
 
 import functools
@@ -19,7 +20,7 @@ from moss_vl.xrope import grid_rotary
 
 MERGED = 4  # patches of a vision token
 FAR = 1 << 30  # frame number of padding
-STEPS = {"pictures": 16, "patches": 32, "grids": 4, "rows": 8, "text": 64, "vision": 64}
+LEAST = {"pictures": 16, "patches": 64, "grids": 16, "rows": 8, "text": 64, "vision": 64}  # lengths of padded axes
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Sizes:
 
 
 def rounded(size: int, axis: str) -> int:
-    """The length of a padded axis: a multiple of its step, which is 1/8 to 1/4 of long ones."""
-    step = STEPS[axis]
-    while size > 8 * step:
-        step *= 2
-    return -(-size // step) * step
+    """The length of a padded axis: a power of two, or 1.5 times one."""
+    length = LEAST[axis]
+    while length < size:
+        length *= 2
+    return length * 3 // 4 if size <= length * 3 // 4 and length > LEAST[axis] else length
 
 
 def collate(batches: list[dict], sizes: Sizes) -> dict:

@@ -1,11 +1,11 @@
 """The model's forward over padded tensors, for train_nano.py: a few large operations in place of many small ones.
 
-`encode` and `decode` compute what `MossVLForConditionalGeneration` computes, with its parameters, as a test checks: all
-pictures of a step (collation.py) are encoded at once, and all rows attend to their vision tokens in one operation a
+`encode` and `decode` compute what `MossVLForConditionalGeneration` computes, with its parameters, as a test checks:
+all pictures of a step (collation.py) are encoded at once, and all rows attend to their vision tokens in one operation a
 layer. Nothing waits for the device.
 
-Axes: N pictures, P patches of the largest one, B rows, T text tokens, S vision tokens of the row with the most, H heads,
-K key/value heads, d head size, D channels.
+Axes: N pictures, P patches of the largest one, B rows, T text tokens, S vision tokens of the row with the most, H
+heads, K key/value heads, d head size, D channels.
 """
 
 import torch
@@ -37,7 +37,7 @@ def attend(query, key, value, bias, scaling: float, fused: bool):
 
 
 def encode(visual, step: dict, record: int | None = None, fused: bool = False):
-    """Vision tokens [N, P / 4, D] of all frames, padding included; and the states [N, P, D] after the block `record`."""
+    """Vision tokens [N, P / 4, D] of all pictures, padding included; states [N, P, D] after the block `record`."""
     dtype = visual.patch_embed.proj.weight.dtype
     pixels = ((step["pixels"].float() - 127.5) / 127.5).to(dtype)
     learned = (step["interpolation"] @ visual.pos_embed.weight.float()).to(dtype)
@@ -72,7 +72,8 @@ def decode(language_model, step: dict, vision: torch.Tensor, states_of=(), weigh
     """The decoder over text and the vision tokens [B, S, D] of each row.
 
     Returns:
-        Final states [B, T, D]; the outputs of the layers `states_of`; the attention weights of the layers `weights_of`.
+        Final states [B, T, D]; the outputs of the layers `states_of`; the attention weights of the layers
+        `weights_of`.
     """
     config, dtype = language_model.config, language_model.embed_tokens.weight.dtype
     rope = config.rope_parameters

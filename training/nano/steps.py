@@ -1,5 +1,5 @@
-"""The optimizer steps of train_nano.py. On a GPU they are recorded as CUDA graphs, one for each shape of inputs, because
-the host would take longer to launch the many small operations of a step than the GPU to compute them.
+"""The optimizer steps of train_nano.py. On a GPU they are recorded as CUDA graphs, one for each shape of inputs,
+because the host would take longer to launch the many small operations of a step than the GPU to compute them.
 """
 
 import gc

@@ -3,8 +3,8 @@
 First the vision encoder alone learns to classify what each of its tokens shows. Then the language model learns to
 answer questions, in turns with the encoder, which continues its classification. Worker processes draw the batches of
 each step. Learning rate, stages and mixture depend only on the progress of the run, so a run may have any length, in
-steps or in minutes. The same command resumes a stopped run. The output folder becomes a checkpoint; log.jsonl in it has
-a line per 20 steps, and state.pt the state to resume from.
+steps or in minutes. The same command resumes a stopped run. The output folder becomes a checkpoint; log.jsonl in it
+has a line per 20 steps, and state.pt the state to resume from.
 """
 
 import argparse
