@@ -1,8 +1,8 @@
 """The model's forward over padded tensors, for train_nano.py: a few large operations in place of many small ones.
 
 `encode` and `decode` compute what `MossVLForConditionalGeneration` computes, with its parameters, as a test checks:
-all pictures of a step (collation.py) are encoded at once, and all rows attend to their vision tokens in one operation a
-layer. Nothing waits for the device.
+all pictures of a step (collation.py) are encoded at once, and all rows attend to their vision tokens in one operation
+a layer. Nothing waits for the device.
 
 Axes: N pictures, P patches of the largest one, B rows, T text tokens, S vision tokens of the row with the most, H
 heads, K key/value heads, d head size, D channels.

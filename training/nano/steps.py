@@ -3,6 +3,7 @@ because the host would take longer to launch the many small operations of a step
 """
 
 import gc
+import time
 from collections import defaultdict
 
 import torch
@@ -27,10 +28,11 @@ class EagerSteps:
     """Computes each step at once.
 
     Args:
-        compute: (tensors of a step) -> Counts; the whole step with its update.
+        compute: (tensors of a step) -> what `CountsLog` adds; the whole step with its update.
+        note: prints a line.
     """
 
-    def __init__(self, compute, device):
+    def __init__(self, compute, device, note):
         self.compute, self.device, self.log = compute, device, CountsLog()
 
     def __call__(self, step: dict) -> None:
@@ -50,8 +52,8 @@ class GraphSteps:
     If recording fails, all further steps are computed at once.
     """
 
-    def __init__(self, compute, device):
-        self.compute, self.device, self.log = compute, device, CountsLog()
+    def __init__(self, compute, device, note):
+        self.compute, self.device, self.note, self.log = compute, device, note, CountsLog()
         self.recorded: dict[tuple, Recorded] = {}
         self.pool, self.failed = torch.cuda.graph_pool_handle(), None
         self.replays = 0
@@ -74,14 +76,20 @@ class GraphSteps:
                 lengths = {name: max(length, known.space[name]) for name, length in lengths.items()}
             known = self.recorded[key] = Recorded(step, tensors, lengths, self.device)
             known.fill(tensors)
-        counts = self.compute(known.inputs)
-        self.log.add(counts)
+        began = time.monotonic()
+        self.log.add(self.compute(known.inputs))
+        computed = time.monotonic()
         if self.failed is None:
             try:
                 known.record(self.compute, self.pool)
+                took = f"{computed - began:.2f} s to launch, {time.monotonic() - computed:.2f} s to record"
+                shapes = [
+                    tuple(known.inputs[name].shape) for name in ("pixels", "ids", "vision_index") if name in step
+                ]
+                self.note(f"shape {len(self.recorded)}: {step['kind']} {shapes}, {took}")
             except Exception as error:
                 known.graph, self.failed = None, repr(error)
-                print(f"steps are not recorded: {self.failed}", flush=True)
+                self.note(f"steps are not recorded: {self.failed}")
                 torch.cuda.synchronize()
 
     def __str__(self):

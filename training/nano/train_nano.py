@@ -39,6 +39,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 SEED = 2026
 WARM_UP = 50  # steps
 LOG_STEPS = 20  # per line of log.jsonl
+NOTE_SECONDS = 5.0  # between lines of progress
+BEGAN = time.monotonic()
 PREFETCHED = 4  # steps that each worker draws ahead
 
 
@@ -194,12 +196,18 @@ def cut_log(path: Path, step: int) -> None:
     path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
+def note(text: str) -> None:
+    """Prints a line with the seconds since the start of the command."""
+    print(f"{time.monotonic() - BEGAN:6.1f} s  {text}", flush=True)
+
+
 class Log:
     """Writes lines of log.jsonl: means, numbers of steps of each kind, and seconds of waiting and of all."""
 
     def __init__(self, path: Path):
         self.path, self.kinds = path, defaultdict(int)
         self.waited, self.began = 0.0, time.monotonic()
+        self.noted = 0.0
 
     def write(self, step: int, progress: float, sums: dict[str, tuple[float, float]]) -> None:
         """Raises FloatingPointError if a mean is not finite."""
@@ -208,9 +216,10 @@ class Log:
         line = {"step": step, "progress": round(progress, 5), "time": round(time.time(), 1), **means}
         with self.path.open("a") as file:
             file.write(json.dumps(line | {"kinds": dict(self.kinds), "seconds": seconds}) + "\n")
-        if step % (10 * LOG_STEPS) == 0:
+        if time.monotonic() - self.noted > NOTE_SECONDS:
             shown = {name: value for name, value in means.items() if name.startswith(("loss", "naming"))}
-            print(f"step {step}, {progress:.1%}: {shown} {seconds}", flush=True)
+            note(f"step {step}, {progress:.1%}: {shown} seconds {seconds}")
+            self.noted = time.monotonic()
         if not all(math.isfinite(value) for value in means.values()):
             raise FloatingPointError(f"the loss of step {step} is not finite; resume the last state with another seed")
         self.kinds.clear()
@@ -228,7 +237,7 @@ class Trainer:
         self.tutor = Tutor(model.config).to(device, model.dtype)
         tutored = [(f"tutor.{name}", parameter) for name, parameter in self.tutor.named_parameters()]
         self.optimizer = Muon([*model.named_parameters(), *tutored], args.rate, args.adam_rate)
-        self.steps = (GraphSteps if self.fused and not args.eager else EagerSteps)(self.compute, device)
+        self.steps = (GraphSteps if self.fused and not args.eager else EagerSteps)(self.compute, device, note)
         self.stage = None
 
     def compute(self, step: dict):
@@ -254,32 +263,33 @@ def train(args) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     torch.set_flush_denormal(True)  # old moments decay to denormal numbers, which are slow
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan of seconds for each new shape
     processor, model = load(args)
     clock = Clock(args.steps, args.minutes)
     drawing = Drawing(processor, model.config, args.size, args.batches)
     trainer = Trainer(args, model.to(device), device)
-    first, clock.earlier = resume(trainer.optimizer, args.output, device)
+    done, clock.earlier = resume(trainer.optimizer, args.output, device)
+    note(f"begins with step {done}")
     log, saved_at = Log(args.output / "log.jsonl"), time.monotonic()
     clock.start()
-    loader = load_steps(drawing, Plan(first, clock), args.workers, pinned=device.type == "cuda")
-    done = first
-    began = time.monotonic()
-    for packed in repeated(loader, args.repeats, args.distance):
+    loader = load_steps(drawing, Plan(done, clock), args.workers, pinned=device.type == "cuda")
+    steps = repeated((unpack(packed, device) for packed in loader), args.repeats, args.distance)
+    while (progress := clock.progress(done)) < 1:
+        began = time.monotonic()
+        step = next(steps, None)
+        if step is None:
+            break
         log.waited += time.monotonic() - began
-        progress = clock.progress(done)
-        trainer.step(unpack(packed, device), rate_at(done, progress), progress)
-        log.kinds[packed["kind"]] += 1
+        trainer.step(step, rate_at(done, progress), progress)
+        log.kinds[step["kind"]] += 1
         done += 1
         if done % LOG_STEPS == 0:
             log.write(done, clock.progress(done), trainer.steps.log.take())
         if time.monotonic() - saved_at > 60 * args.save_minutes:
             save(model, trainer.optimizer, args.output, done, clock.seconds())
             saved_at = time.monotonic()
-        began = time.monotonic()
-        if clock.progress(done) >= 1:
-            break
     save(model, trainer.optimizer, args.output, done, clock.seconds())
-    print(f"{done} steps in {clock.seconds():.0f} s; {trainer.steps}", flush=True)
+    note(f"{done} steps in {clock.seconds():.0f} s; {trainer.steps}")
 
 
 def load(args) -> tuple:
