@@ -173,18 +173,21 @@ def encode_media(processor, item: Item, drawn: bool = False):
 def drawn_clip(processor, item: Item) -> dict:
     """What `encode_media` returns for a clip, of its sampled frames as JPEG pictures."""
     [scene], videos = item.scenes, processor.video_processor
-    rng, background = random.Random(scene.grain), draw_background(scene)
-    read = processor.image_processor.preprocess(
-        [compressed(rng, draw_scene(scene, time, background)) for time in item.times],
-        min_pixels=videos.min_pixels,
-        max_pixels=videos.max_pixels,
-        return_tensors="pt",
-    )
+    rng, background, pictures = random.Random(scene.grain), draw_background(scene), {}  # things -> picture
+    shown = [tuple(scene.at(time)) for time in item.times]
+    for time, things in zip(item.times, shown, strict=True):
+        if things not in pictures:
+            pictures[things] = compressed(rng, draw_scene(scene, time, background))
+    limits = {"min_pixels": videos.min_pixels, "max_pixels": videos.max_pixels}
+    read = processor.image_processor.preprocess(list(pictures.values()), **limits, return_tensors="pt")
+    patches = read["pixel_values"].unflatten(0, (len(pictures), -1))
+    places = dict(zip(pictures, range(len(pictures)), strict=True))
     stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in item.times)
-    ids = processor.tokenizer(f"<|vision_start|>{stamps}<|vision_end|>", return_tensors="pt")["input_ids"]
-    grids = read["image_grid_thw"]
-    grid = torch.tensor([[len(grids), *grids[0, 1:].tolist()]])
-    return {"pixel_values": read["pixel_values"], "grid_thw": grid, "input_ids": ids}
+    return {
+        "pixel_values": patches[[places[things] for things in shown]].flatten(0, 1),
+        "grid_thw": torch.tensor([[len(shown), *read["image_grid_thw"][0, 1:].tolist()]]),
+        "input_ids": processor.tokenizer(f"<|vision_start|>{stamps}<|vision_end|>", return_tensors="pt")["input_ids"],
+    }
 
 
 def prompt_ids(processor, item: Item, media_ids: list[int]) -> list[int]:
@@ -508,8 +511,9 @@ def main(arguments=None):
 
     args.dtype = args.dtype or faster_dtype(args.device)
     processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    attention = "eager" if args.device.startswith("cuda") else None  # other kernels plan for each new length
     model = AutoModelForCausalLM.from_pretrained(
-        args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype)
+        args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype), attn_implementation=attention
     )
     model = model.to(args.device).eval()
     controls = min(args.control_n, args.n)

@@ -112,16 +112,20 @@ class Clock:
 
 
 class Plan(torch.utils.data.Sampler):
-    """(step, kind, progress) of each step from the first one on, made when a worker is told to draw it."""
+    """(step, kind, progress) of each step that is drawn, made when a worker is told to draw it.
 
-    def __init__(self, first: int, clock: Clock):
-        self.first, self.clock = first, clock
+    Args:
+        repeats: how often each is used: one of as many steps is drawn.
+    """
+
+    def __init__(self, first: int, clock: Clock, repeats: int = 1):
+        self.first, self.clock, self.repeats = first, clock, repeats
 
     def __iter__(self):
         step = self.first
         while (progress := self.clock.progress(step)) < 1:
             yield step, kind_at(step, progress), progress
-            step += 1
+            step += self.repeats
 
 
 class Drawing(torch.utils.data.Dataset):
@@ -272,7 +276,7 @@ def train(args) -> None:
     note(f"begins with step {done}")
     log, saved_at = Log(args.output / "log.jsonl"), time.monotonic()
     clock.start()
-    loader = load_steps(drawing, Plan(done, clock), args.workers, pinned=device.type == "cuda")
+    loader = load_steps(drawing, Plan(done, clock, args.repeats), args.workers, pinned=device.type == "cuda")
     steps = repeated((unpack(packed, device) for packed in loader), args.repeats, args.distance)
     while (progress := clock.progress(done)) < 1:
         began = time.monotonic()
