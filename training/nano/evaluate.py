@@ -174,15 +174,15 @@ def drawn_clip(processor, item: Item) -> dict:
     """What `encode_media` returns for a clip, of its sampled frames as JPEG pictures."""
     [scene], videos = item.scenes, processor.video_processor
     rng, background, pictures = random.Random(scene.grain), draw_background(scene), {}  # things -> picture
-    shown = [tuple(scene.at(time)) for time in item.times]
-    for time, things in zip(item.times, shown, strict=True):
+    shown = [tuple(scene.at(moment)) for moment in item.times]
+    for moment, things in zip(item.times, shown, strict=True):
         if things not in pictures:
-            pictures[things] = compressed(rng, draw_scene(scene, time, background))
+            pictures[things] = compressed(rng, draw_scene(scene, moment, background))
     limits = {"min_pixels": videos.min_pixels, "max_pixels": videos.max_pixels}
     read = processor.image_processor.preprocess(list(pictures.values()), **limits, return_tensors="pt")
     patches = read["pixel_values"].unflatten(0, (len(pictures), -1))
     places = dict(zip(pictures, range(len(pictures)), strict=True))
-    stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in item.times)
+    stamps = "".join(f"<|time_start|>{moment:.1f} seconds<|time_end|><|image_pad|>" for moment in item.times)
     return {
         "pixel_values": patches[[places[things] for things in shown]].flatten(0, 1),
         "grid_thw": torch.tensor([[len(shown), *read["image_grid_thw"][0, 1:].tolist()]]),
