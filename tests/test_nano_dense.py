@@ -2,48 +2,44 @@
 
 import pytest
 import torch
-from conftest import ROOT
-from transformers import AutoModelForCausalLM, AutoProcessor
+from nano_batches import make_processor, media_inputs, one_font  # noqa: F401
+from nano_batches import model as random_model  # noqa: F401
 
-from moss_vl.training.nano import world
 from moss_vl.training.nano.collation import Sizes, collate, pack, unpack
 from moss_vl.training.nano.dense import decode, encode, rows_of_vision
 from moss_vl.training.nano.lessons import KINDS, Lessons, visible_parts
 
 
-NANO = ROOT / "checkpoints/moss-vl-nano"
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
 
 
 @pytest.fixture(scope="module")
-def model():
-    """With random weights everywhere: an untrained model has zeros, which hide errors."""
-    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32)
+def model(random_model):  # noqa: F811
+    """With random weights everywhere: gates and norms, too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in random_model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return random_model
 
 
 @pytest.fixture
-def batches(monkeypatch):
+def batches(processor):
     """kind -> two batches with small pictures."""
-    monkeypatch.setattr(world, "fonts", lambda: (None,))
-    lessons = Lessons(AutoProcessor.from_pretrained(NANO, trust_remote_code=True), 0, 8)
+    lessons = Lessons(processor, 0, 8)
     lessons.picture_limits = lessons.frame_limits = (64 * 64, 96 * 96)
-    return lambda kind: [lessons.batch(3, kind, 0.5, rank) for rank in range(2)]
+    return lambda kind, progress=0.5: [lessons.batch(3, kind, progress, rank) for rank in range(2)]
 
 
 def logits_of_model(model, batch: dict) -> torch.Tensor:
     """At all tokens before those of answers."""
-    pixels = (batch["pixel_values"].float() - 127.5) / 127.5
     out = model(
         input_ids=batch["input_ids"],
         attention_mask=visible_parts(batch["parts"]),
         position_ids=batch["position_ids"],
-        image_features=model.model.visual(pixels, batch["picture_grids"])[batch["gather"]],
-        grid_thw=batch["grid_thw"],
-        media_nums_per_sample=batch["media_nums"],
+        **media_inputs(model, batch),
     )
     return out.logits[:, :-1][batch["labels"][:, 1:] != -100]
 
