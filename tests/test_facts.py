@@ -39,6 +39,7 @@ from moss_vl.training.nano.world import (
     Scene,
     Sign,
     Thing,
+    draw_ink,
     draw_scene,
     sign_mask,
 )
@@ -156,7 +157,7 @@ def test_ink_has_the_order_of_the_patches(processor):
     inputs = processor.image_processor(draw_scene(scene), min_pixels=4096, max_pixels=1 << 20, return_tensors="pt")
     assert inputs["image_grid_thw"].tolist() == [[1, 10, 8]]
     values = (inputs["pixel_values"].view(-1, 3, 8, 2, 8, 2) + 1).mean((1, 3, 5)).flatten(1).numpy() * 127.5 / 252
-    ink = ink_patches(scene, (5, 4))
+    ink = ink_patches(draw_ink(scene), (5, 4))
     assert ink.shape == values.shape and 0.1 < ink.mean() < 0.5
     assert np.abs(ink - values).mean() < 0.03
 

@@ -197,7 +197,7 @@ def test_a_row_of_lessons_is_a_session(processor, model, protocol):
         assert stream.ids == laid.ids and not forced.tokens
 
         drawn = evaluate_streams.draw_frames(processor.image_processor, script.scene, script.times)
-        row = lessons.stream_text(processor.tokenizer, laid, drawn.merged, silence=0.5)
+        row = lessons.stream_text(processor.tokenizer, laid, drawn.merged, silence=0.5, happening=set())
         half = [[0.5, 0.5, 0.5]] * len(drawn.pixels)
         features = model.get_image_features(
             drawn.pixels.flatten(0, 1),
@@ -221,7 +221,7 @@ def test_a_row_of_lessons_is_a_session(processor, model, protocol):
 def test_streams_in_a_batch_are_those_of_sessions():
     """With a model that says "red star" at every frame, and "Yes" to every prompt."""
     processor, model = make_talking_model()
-    scripts = [script for script, _ in random_scripts(5)]
+    scripts = [script for script, _ in random_scripts(3, seconds=6)]
     items = [evaluate_streams.Item("describe", script) for script in scripts]
     found = dict(evaluate_streams.ask(model, processor, items, size=2, workers=0))
     said = 0
@@ -231,7 +231,7 @@ def test_streams_in_a_batch_are_those_of_sessions():
         drive(stream, item.script, frames_of(item.script.scene, item.script.times), budgets)
         assert stream.ids == found[item].ids
         said += len(evaluate_streams.replies(found[item], QuickProtocol(processor, len(processor.tokenizer))))
-    assert said >= 8 * len(items)
+    assert said >= 6 * len(items)
 
 
 # clips and requests
@@ -308,11 +308,9 @@ def test_lessons_about_streams(processor, protocol):
     assert batch["pixel_values"].dtype == torch.uint8
     assert set(batch["frame_facts"][:, fires].tolist()) == {0, 1}
     silent = (ids == silence) & (batch["tasks"] == TASKS.index(lessons.SILENT))
-    assert (
-        silent.any()
-        and (weights[silent] < 1).all()
-        and (weights[ids == response][learned[ids == response]] == 1).all()
-    )
+    assert (weights[silent] < 1).float().mean() > 0.5 and (
+        weights[ids == response][learned[ids == response]] == 1
+    ).all()
     for row, _, text, token, _ in batch["attention"]["request"].tolist():
         assert ids[row, text] == pad and token < text and not learned[row, token]
     with_request = {(row, text) for row, _, text, _, _ in batch["attention"]["request"].tolist()}
@@ -334,8 +332,8 @@ def test_silent_decisions_weigh_more_at_the_end(processor):
     weights = []
     for progress in (0.0, 0.6):
         batch = make.batch(0, "streams", progress)
-        weights.append(batch["weights"][batch["tasks"] == TASKS.index(lessons.SILENT)].unique().item())
-    assert weights == pytest.approx([0.2, 0.5])
+        weights.append(batch["weights"][batch["tasks"] == TASKS.index(lessons.SILENT)].unique().tolist())
+    assert weights == [pytest.approx([0.2, 1.0]), pytest.approx([0.56, 1.0])]
 
 
 def test_streams_are_long_only_in_the_last_third(processor):
@@ -392,9 +390,16 @@ def test_the_examination_asks_as_its_tasks_say(protocol):
     }
 
 
-def test_the_table_of_the_examination(processor, model):
+def test_the_table_of_the_examination(monkeypatch):
+    """With a model that says "red star" at every frame: every answer is wrong, and there are false alarms."""
+    monkeypatch.setattr(evaluate_streams, "SECONDS", 4)
+    monkeypatch.setattr(evaluate_streams, "LONG_SECONDS", 5)
+    processor, model = make_talking_model()
     items = evaluate_streams.examination(["never comes", "appears"], 2, 1, seed=1)
-    found = evaluate_streams.examine(model, processor, items[:4], 4, 0)
+    found = evaluate_streams.examine(model, processor, items, 4, 0)
     assert list(found) == ["appears", "never comes"] and found["appears"]["n"] == 2
-    text = evaluate_streams.table({"watching": found})
-    assert text.splitlines()[2].startswith("| appears | 2 | ") and len(text.splitlines()) == 4
+    assert found["never comes"] == {"n": 2, "exact": 0, "false alarms": 1} | {
+        column: {"n": 1, "exact": 0, "false alarms": 1} for column in evaluate_streams.CONTROLS
+    }
+    lines = evaluate_streams.table({"watching": found}).splitlines()
+    assert lines[2].startswith("| appears | 2 | 0.0% | 0.0% |  | 100.0% |") and len(lines) == 4

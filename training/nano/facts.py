@@ -19,7 +19,6 @@ from moss_vl.training.nano.world import (
     Scene,
     Sign,
     Thing,
-    draw_ink,
     load_font,
     reading_order,
     text_box,
@@ -190,10 +189,13 @@ def write_letter_facts(out: np.ndarray, signs, canvas: tuple[int, int]) -> None:
                 filled[cell] += 1
 
 
-def ink_patches(scene: Scene, grid: tuple[int, int]) -> np.ndarray:
-    """The share of each 8 x 8 square that things and letters cover: [P, 64], 0 to 1, patches as in `pixel_values`."""
+def ink_patches(ink: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+    """The share of each 8 x 8 square that things and letters cover: [P, 64], 0 to 1, patches as in `pixel_values`.
+
+    `ink`: the picture's `draw_ink`.
+    """
     rows, columns = grid  # merged
-    ink = draw_ink(scene).resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR)
+    ink = ink.resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR)
     covered = np.asarray(ink, dtype=np.float32) / 255
     # [Y, my, py, X, mx, px] -> [Y, X, my, mx, py, px]
     return covered.reshape(rows, 2, 8, columns, 2, 8).transpose(0, 3, 1, 4, 2, 5).reshape(-1, 64)

@@ -49,6 +49,7 @@ from moss_vl.training.nano.world import (
     Thing,
     draw_background,
     draw_scene,
+    draw_with_ink,
     random_canvas,
     random_clip,
     random_crowd,
@@ -85,7 +86,10 @@ STREAM_SECONDS = ((6, 10), (8, 14), (12, 20))  # of watched clips; before LATE t
 LONG_STREAM_SECONDS = ((20, 32), (32, 46), (46, 60))
 LONG_STREAMS = 0.25  # share of batches of streams that are long
 SCRIPTS = 2  # per watched clip
-SILENCE_WEIGHTS = (0.2, 0.7)  # of silent decisions at the beginning and at the end of a run; others weigh 1
+SILENCE_WEIGHTS = (
+    0.2,
+    0.8,
+)  # of silence about nothing, at the beginning and the end; other decisions weigh 1
 LEAPING = 0.5  # share of those clips whose frames leap to later positions than their text gives them
 FURTHEST = 600  # largest leap, in positions
 SAME_SIZE = 8  # pictures of one size in a batch: kernels are prepared per shape, and equal grids are encoded together
@@ -93,6 +97,13 @@ WIDE_LIMITS = (4096, 1 << 24)  # pixels, as in released checkpoints
 
 
 # text
+
+
+@functools.lru_cache(maxsize=50_000)
+def encode(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids, and the characters that each id stands for."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
 class RowText:
@@ -136,12 +147,12 @@ class RowText:
         self.positions[start:] = [position + leaps[-1] for position in self.positions[start:]]
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return list(encode(self.tokenizer, text)[0]) if text else []
 
     def encode_answer(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids with the end of the turn, and the characters that each id stands for."""
-        encoded = self.tokenizer(text + "<|im_end|>", add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
+        ids, spans = encode(self.tokenizer, text + "<|im_end|>")
+        return list(ids), list(spans)
 
     def add(self, question: Question) -> None:
         """Appends a question. An empty prompt without template must be the first one: it continues the media."""
@@ -186,10 +197,12 @@ class RowText:
             self.add(question)
 
 
-def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float) -> RowText:
+def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float, happening: set[int]) -> RowText:
     """The row of a stream with frames of a merged grid: nothing but media, in which the written tokens are learned.
 
-    `silence`: weight of a silent decision, except at a frame at which something happens that is not asked for.
+    Args:
+        silence: weight of a silent decision, except at the frames `happening`: something happens there, and silence
+            is right only because it is not asked for.
     """
     row = RowText(tokenizer, False, "", [])
     row.set_ids(stream.ids, [grid] * len(stream.pads))
@@ -203,7 +216,8 @@ def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float
         silent = one.role == DECISION and token == stream.silence
         row.labels[one.index] = token
         row.tasks[one.index] = TASKS.index(WORDS if one.role != DECISION else SILENT if silent else RESPONDS)
-        row.weights[one.index] = silence if silent else 1.0 if one.role == DECISION else min(1.0, 2 * words**-0.5)
+        weight = silence if silent and one.frame not in happening else 1.0
+        row.weights[one.index] = weight if one.role == DECISION else min(1.0, 2 * words**-0.5)
         if one.shown >= 0 and not silent and one.role != END:
             row.evidence.append((one.index - 1, Evidence(frame=one.shown)))
     return row
@@ -230,8 +244,9 @@ def join(rows: list[RowText], pad: int) -> dict[str, torch.Tensor]:
     """Rows as tensors [B, T]. T is a multiple of 32, because CPU kernels are prepared for each length."""
     length = -(-max(len(row.ids) for row in rows) // 32) * 32
 
-    def padded(name, fill):
-        return torch.tensor([getattr(row, name) + [fill] * (length - len(getattr(row, name))) for row in rows])
+    def padded(name, fill, dtype=np.int64):
+        values = [getattr(row, name) + [fill] * (length - len(getattr(row, name))) for row in rows]
+        return torch.from_numpy(np.array(values, dtype=dtype))
 
     return {
         "input_ids": padded("ids", pad),
@@ -239,7 +254,7 @@ def join(rows: list[RowText], pad: int) -> dict[str, torch.Tensor]:
         "position_ids": padded("positions", 0),
         "parts": padded("parts", -1),
         "tasks": padded("tasks", -1),
-        "weights": padded("weights", 0.0),
+        "weights": padded("weights", 0.0, np.float32),
     }
 
 
@@ -270,6 +285,12 @@ class FrameView:
         return thing_tokens([thing for _, thing in self.things], self.canvas, self.grid)
 
     @functools.cached_property
+    def cells_of_things(self) -> list[list[int]]:
+        """For each thing the indices of the tokens that show it."""
+        shown = self.thing_tokens.ravel()
+        return [np.flatnonzero(shown == index).tolist() for index in range(len(self.things))]
+
+    @functools.cached_property
     def letter_tokens(self) -> list[tuple[int, int]]:
         return letter_tokens(self.sign, self.canvas, self.grid)
 
@@ -280,7 +301,7 @@ class FrameView:
             cells = [self.letter_tokens[evidence.letter]]
         elif evidence.thing is not None:
             index = [number for number, _ in self.things].index(evidence.thing)
-            cells = np.argwhere(self.thing_tokens == index).tolist()
+            return self.cells_of_things[index]
         else:
             return [rows * columns]
         return [y * columns + x for y, x in cells]
@@ -345,9 +366,8 @@ class AttentionTargets:
         points = {}
         for name, groups in self.groups.items():
             if groups:
-                points[name] = torch.tensor(
-                    [(*place, token, i) for i, (*place, tokens) in enumerate(groups) for token in tokens]
-                )
+                rows = [(*place, token, i) for i, (*place, tokens) in enumerate(groups) for token in tokens]
+                points[name] = torch.from_numpy(np.array(rows, dtype=np.int64))
         return points
 
 
@@ -451,7 +471,7 @@ class Lessons:
 
     def render(self, rng, scenes: list[Scene], limits) -> tuple[dict, list[tuple[int, int]]]:
         """Pixels, grids, token facts and ink of pictures; and the merged grids."""
-        pictures = [draw_scene(scene) for scene in scenes]
+        pictures, inks = zip(*map(draw_with_ink, scenes), strict=True)
         pictures = [compressed(rng, picture) if rng.random() < 0.3 else picture for picture in pictures]
         pixel_values, grids = self.pixels(pictures, limits)
         merged = [(h // 2, w // 2) for _, h, w in grids]
@@ -459,7 +479,7 @@ class Lessons:
             token_facts(scene.things, scene.signs, (scene.width, scene.height), grid)
             for scene, grid in zip(scenes, merged, strict=True)
         ]
-        ink = [ink_patches(scene, grid) for scene, grid in zip(scenes, merged, strict=True)]
+        ink = [ink_patches(ink, grid) for ink, grid in zip(inks, merged, strict=True)]
         inputs = {
             "pixel_values": pixel_values,
             "picture_grids": grids,
@@ -468,25 +488,28 @@ class Lessons:
         }
         return inputs, merged
 
-    def scenes(self, rng, limits, count=None, sign_share: float = 0.5) -> list[Scene]:
-        """As many pictures as fill a batch: more if they are smaller."""
+    def canvases(self, rng, limits) -> list[tuple[int, int]]:
+        """The canvas of each picture of a batch: more pictures if they are smaller."""
         number = self.size if limits is not self.frame_limits else self.size * 2
         canvases = [random_canvas(rng) for _ in range(number // SAME_SIZE)]
         canvases.sort(key=lambda canvas: canvas[0] / canvas[1])  # equal grids follow each other
-        return [random_picture(rng, count, sign_share, canvas) for canvas in canvases for _ in range(SAME_SIZE)]
+        return [canvas for canvas in canvases for _ in range(SAME_SIZE)]
 
     def look(self, rng, sizes, progress) -> dict:
         """Crowded pictures without text."""
         limits = self.frame_limits if sizes.random() < 0.3 else self.random_limits(sizes)
-        scenes = self.scenes(rng, limits, count=rng.choice((3, 4, 4)), sign_share=0.7)
-        if rng.random() < 0.7:
-            scenes = [random_crowd(rng, (scene.width, scene.height)) for scene in scenes]
+        crowded, count = rng.random() < 0.7, rng.choice((3, 4, 4))
+        scenes = [
+            random_crowd(rng, canvas) if crowded else random_picture(rng, count, 0.7, canvas)
+            for canvas in self.canvases(rng, limits)
+        ]
         return self.render(rng, scenes, limits)[0]
 
     def pictures(self, rng, sizes, progress) -> dict:
         """Pictures, each with questions."""
         limits = self.random_limits(sizes)
-        scenes, rows, attention = self.scenes(rng, limits), [], AttentionTargets()
+        scenes = [random_picture(rng, None, 0.5, canvas) for canvas in self.canvases(rng, limits)]
+        rows, attention = [], AttentionTargets()
         inputs, grids = self.render(rng, scenes, limits)
         for scene, grid in zip(scenes, grids, strict=True):
             row = RowText(self.tokenizer, rng.random() < 0.5, "<|image_pad|>", [grid])
@@ -650,7 +673,8 @@ class Lessons:
             script = random_script(rng, scene, times)
             player = Player(self.protocol, script, random_budgets(rng, len(times)), rng.random() < 0.5)
             stream = player.play()
-            text = stream_text(self.tokenizer, stream, drawn.merged, silence)
+            happening = {times.index(event.time) for event in script.events}
+            text = stream_text(self.tokenizer, stream, drawn.merged, silence, happening)
             facts = [values | {"fires": int(number in stream.due)} for number, values in enumerate(known)]
             rows.append(Clip(text, drawn, [0] * len(times), fact_rows(facts), frames))
         return rows

@@ -74,14 +74,20 @@ class Thing:
         """The thing with its colour and position at `time`, or None if it is absent then."""
         if not self.appears <= time < self.disappears:
             return None
-        now = self
+        changed = {}
         if self.changes is not None and time >= self.changes[0]:
-            now = replace(now, colour=self.changes[1])
+            changed["colour"] = self.changes[1]
         if self.moves is not None:
             start, right, down = self.moves
             progress = min(max((time - start) / self.move_seconds, 0.0), 1.0)
-            now = replace(now, x=self.x + progress * right, y=self.y + progress * down)
-        return now
+            changed |= {"x": self.x + progress * right, "y": self.y + progress * down}
+        return self.with_values(**changed) if changed else self
+
+    def with_values(self, **values) -> "Thing":
+        """What `dataclasses.replace` returns, in a fifth of its time."""
+        new = object.__new__(Thing)
+        new.__dict__.update(self.__dict__, **values)
+        return new
 
     def later(self, seconds: float) -> "Thing":
         """The thing with its events delayed by `seconds`; a thing present from the start stays so."""
@@ -243,6 +249,8 @@ def sign_mask(sign: Sign, scene: Scene, scale: int) -> tuple[Image.Image, tuple[
 
 
 def draw_background(scene: Scene) -> Image.Image:
+    if scene.background[0] == scene.background[1] and not scene.noise:
+        return Image.new("RGB", (scene.width, scene.height), scene.background[0])
     first, second = (np.array(colour, dtype=np.float32) for colour in scene.background)
     right, down = scene.direction
     along = right * np.linspace(0.0, 1.0, scene.width)[None, :] + down * np.linspace(0.0, 1.0, scene.height)[:, None]
@@ -269,6 +277,15 @@ def draw_scene(scene: Scene, time: float = 0.0, background: Image.Image | None =
     for colour, mask, box in layers(scene, time):
         picture.paste(colour, box, mask=mask)
     return picture
+
+
+def draw_with_ink(scene: Scene) -> tuple[Image.Image, Image.Image]:
+    """`draw_scene` and `draw_ink` of a picture, with its masks drawn once."""
+    picture, ink = draw_background(scene), Image.new("L", (scene.width, scene.height))
+    for colour, mask, box in layers(scene, 0.0):
+        picture.paste(colour, box, mask=mask)
+        ink.paste(255, box, mask=mask)
+    return picture, ink
 
 
 def draw_ink(scene: Scene, time: float = 0.0) -> Image.Image:
@@ -474,14 +491,14 @@ def at_random_position(rng: random.Random, thing: Thing, stage: dict) -> Thing:
     """The thing at a random position, completely on the canvas."""
     reach = thing.radius * thing.fill * min(stage["width"], stage["height"]) + 1
     x, y = reach / stage["width"], reach / stage["height"]
-    return replace(thing, x=rng.uniform(x, max(1 - x, x)), y=rng.uniform(y, max(1 - y, y)))
+    return thing.with_values(x=rng.uniform(x, max(1 - x, x)), y=rng.uniform(y, max(1 - y, y)))
 
 
 def at_some_position(rng: random.Random, thing: Thing, others: list[Thing], stage: dict) -> Thing:
     """The thing at a random position, completely on the canvas; sometimes exactly above or below one of the others."""
     placed = at_random_position(rng, thing, stage)
     if others and rng.random() < ALIGNED:
-        aligned = replace(placed, x=rng.choice(others).x)
+        aligned = placed.with_values(x=rng.choice(others).x)
         return aligned if on_canvas(aligned, stage) else placed
     return placed
 
@@ -578,7 +595,7 @@ def path_of(thing: Thing) -> list[Thing]:
     if thing.moves is None:
         return [thing]
     _, right, down = thing.moves
-    return [replace(thing, x=thing.x + share / 8 * right, y=thing.y + share / 8 * down) for share in range(9)]
+    return [thing.with_values(x=thing.x + share / 8 * right, y=thing.y + share / 8 * down) for share in range(9)]
 
 
 def random_move(
@@ -592,7 +609,7 @@ def random_move(
     for _ in range(40):
         right, down = (rng.uniform(0.34, 0.6) * step for step in DIRECTIONS[rng.choice(tuple(DIRECTIONS))])
         moved = at_some_position(rng, thing, others, stage)
-        moving = replace(moved, moves=(time, right, down), move_seconds=rng.choice(seconds))
+        moving = moved.with_values(moves=(time, right, down), move_seconds=rng.choice(seconds))
         path = path_of(moving)
         if on_canvas(path[-1], stage) and all(clear_of(point, other, stage) for point in path for other in taken):
             return moving
