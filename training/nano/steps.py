@@ -14,12 +14,18 @@ from moss_vl.training.nano.facts import IGNORED
 ROOM = 1.25  # space of lists in a recorded step, relative to the longest one before
 FIRST_STEPS = 30  # which are not recorded
 LONGEST_RECORDING = 5.0  # seconds
+MOST_SCORES = 1 << 25  # per head and layer; larger steps keep the GPU busy without being recorded, and much memory
 
 
 def is_list(name: str) -> bool:
     """Whether the last axis of a tensor of `collation.collate` ("frame_facts": the first) is a list of any length."""
     names = ("pads", "frame_facts", "learned", "targets", "weights", "answer", "answer_tasks")
     return name in names or name.startswith("points")
+
+
+def scores_of(tensors: dict[str, torch.Tensor]) -> int:
+    """The number of attention scores of text to vision tokens, of a head in a layer."""
+    return tensors["ids"].numel() * tensors["vision_index"].shape[1] if "ids" in tensors else 0
 
 
 def list_length(name: str, tensor: torch.Tensor) -> int:
@@ -34,7 +40,7 @@ class EagerSteps:
     """
 
     def __init__(self, compute):
-        self.compute, self.log = compute, CountsLog()
+        self.compute, self.log, self.failed = compute, CountsLog(), None
 
     def __call__(self, step: dict) -> None:
         self.log.add(self.compute(step))
@@ -72,7 +78,7 @@ class GraphSteps:
         self.log.add(self.compute(step))
         again, longest = key in self.seen, self.seen.get(key, lengths)
         lengths = self.seen[key] = {name: max(length, longest[name]) for name, length in lengths.items()}
-        if again and self.failed is None and self.computed > FIRST_STEPS:
+        if again and self.failed is None and self.computed > FIRST_STEPS and scores_of(tensors) <= MOST_SCORES:
             self.record(key, step, tensors, lengths)
 
     def record(self, key, step: dict, tensors: dict, lengths: dict[str, int]) -> None:

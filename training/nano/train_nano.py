@@ -113,31 +113,32 @@ class Clock:
 
 
 class Plan(torch.utils.data.Sampler):
-    """(step, kind, progress) of each step that is drawn, made when a worker is told to draw it.
+    """(step, kind, progress, batches) of each step that is drawn, made when a worker is told to draw it.
 
     Args:
+        batches: of each step.
         repeats: how often each is used: one of as many steps is drawn.
     """
 
-    def __init__(self, first: int, clock: Clock, repeats: int = 1):
-        self.first, self.clock, self.repeats = first, clock, repeats
+    def __init__(self, first: int, clock: Clock, batches: int, repeats: int = 1):
+        self.first, self.clock, self.batches, self.repeats = first, clock, batches, repeats
 
     def __iter__(self):
         step = self.first
         while (progress := self.clock.progress(step)) < 1:
-            yield step, kind_at(step, progress), progress
+            yield step, kind_at(step, progress), progress, self.batches
             step += self.repeats
 
 
 class Drawing(torch.utils.data.Dataset):
-    """Draws the batches of a step, `batches` of one kind, and joins them. They depend on nothing else."""
+    """Draws the batches of a step of a `Plan`, and joins them. They depend on nothing else."""
 
-    def __init__(self, processor, config, size: int, batches: int):
-        self.lessons, self.sizes, self.batches = Lessons(processor, SEED, size), Sizes.of(config), batches
+    def __init__(self, processor, config, size: int):
+        self.lessons, self.sizes = Lessons(processor, SEED, size), Sizes.of(config)
 
-    def __getitem__(self, place: tuple[int, str, float]) -> dict:
-        step, kind, progress = place
-        drawn = [self.lessons.batch(step, kind, progress, rank) for rank in range(self.batches)]
+    def __getitem__(self, place: tuple[int, str, float, int]) -> dict:
+        step, kind, progress, batches = place
+        drawn = [self.lessons.batch(step, kind, progress, rank) for rank in range(batches)]
         return {"step": step, "progress": progress} | pack(collate(drawn, self.sizes))
 
 
@@ -260,9 +261,9 @@ def train(args) -> None:
     state = torch.load(output / "state.pt") if (output / "state.pt").exists() else {"step": 0, "seconds": 0.0}
     cut_log(output / "log.jsonl", state["step"])
     done, clock = state["step"], Clock(args.steps, args.minutes, state["seconds"])
-    drawing = Drawing(processor, model.config, args.size, args.batches)
+    drawing, plan = Drawing(processor, model.config, args.size), Plan(done, clock, args.batches, args.repeats)
     # the workers are forked before the device is used
-    loader = iter(load_steps(drawing, Plan(done, clock, args.repeats), args.workers, pinned=device.type == "cuda"))
+    loader = iter(load_steps(drawing, plan, args.workers, pinned=device.type == "cuda"))
     note(f"{args.workers} processes draw")
     trainer = Trainer(args, model.to(device), device)
     if "optimizer" in state:
@@ -272,7 +273,7 @@ def train(args) -> None:
     steps = repeated((unpack(packed, device) for packed in loader), args.repeats, args.distance)
     while (progress := clock.progress(done)) < 1:
         if args.watchdog:
-            faulthandler.dump_traceback_later(args.watchdog, exit=True)
+            faulthandler.dump_traceback_later(args.watchdog * (1 if log.kinds else 3), exit=True)
         began = time.monotonic()
         step = next(steps, None)
         if step is None:
@@ -280,6 +281,8 @@ def train(args) -> None:
         clock.start()
         log.waited += time.monotonic() - began
         trainer.step(step, rate_at(done, progress), progress)
+        if trainer.steps.failed:  # the host bounds the speed, so larger steps cost little
+            plan.batches = 2 * args.batches
         log.kinds[step["kind"]] += 1
         done += 1
         if done % LOG_STEPS == 0:
