@@ -77,6 +77,7 @@ def notes(monkeypatch):
         return join(rows, pad)
 
     monkeypatch.setattr(lessons, "random_picture", note_scene(lessons.random_picture))
+    monkeypatch.setattr(lessons, "random_crowd", note_scene(lessons.random_crowd))
     monkeypatch.setattr(lessons, "random_clip", note_scene(lessons.random_clip))
     monkeypatch.setattr(lessons, "join", note_rows)
     monkeypatch.setattr(lessons.RowText, "add", note_question)
