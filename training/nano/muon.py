@@ -56,6 +56,12 @@ class Muon:
         """Sets the factor of both rates. It is a tensor, so a recorded step reads its present value."""
         self.scale.fill_(scale)
 
+    def clear(self) -> None:
+        """Removes gradients that a step which failed has left."""
+        for group in (*self.stacks.values(), *self.vectors.values()):
+            for parameter in group.parameters:
+                parameter.grad = None
+
     def step(self) -> None:
         """One update. Sections without gradients do not change."""
         for stack in self.stacks.values():

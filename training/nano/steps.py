@@ -75,31 +75,36 @@ class GraphSteps:
             known.replay(self.log)
             return
         self.computed += 1
-        self.log.add(self.compute(step))
         again, longest = key in self.seen, self.seen.get(key, lengths)
         lengths = self.seen[key] = {name: max(length, longest[name]) for name, length in lengths.items()}
-        if again and self.failed is None and self.computed > FIRST_STEPS and scores_of(tensors) <= MOST_SCORES:
-            self.record(key, step, tensors, lengths)
-
-    def record(self, key, step: dict, tensors: dict, lengths: dict[str, int]) -> None:
+        if not again or self.failed or self.computed <= FIRST_STEPS or scores_of(tensors) > MOST_SCORES:
+            self.log.add(self.compute(step))
+            return
         began = time.monotonic()
         new = Recorded(step, tensors, lengths, self.device)
         new.fill(tensors)
+        self.log.add(self.compute(new.inputs))
+        self.record(key, new)
+        state = f"; no more: {self.failed}" if self.failed else ""
+        shapes = [tuple(tensors[name].shape) for name in ("pixels", "ids", "vision_index") if name in tensors]
+        seconds = time.monotonic() - began
+        self.note(f"recorded {len(self.recorded)}: {step['kind']} {shapes} in {seconds:.2f} s{state}")
+
+    def record(self, key: tuple, new: "Recorded") -> None:
+        """Records a step that was computed before with the same inputs."""
+        torch.cuda.synchronize()
+        began = time.monotonic()
         try:
             new.record(self.compute, self.pool)
         except Exception as error:
             self.failed = repr(error)
             torch.cuda.synchronize()
-        seconds = time.monotonic() - began
-        if self.failed is None:
-            if key in self.recorded:
-                self.replaced.append(self.recorded[key])
-            self.recorded[key] = new
-        if seconds > LONGEST_RECORDING:
-            self.failed = f"recording took {seconds:.1f} s"
-        shapes = [tuple(tensors[name].shape) for name in ("pixels", "ids", "vision_index") if name in tensors]
-        state = f"; no more: {self.failed}" if self.failed else ""
-        self.note(f"recorded {len(self.recorded)}: {step['kind']} {shapes} in {seconds:.2f} s{state}")
+            return
+        if key in self.recorded:
+            self.replaced.append(self.recorded[key])
+        self.recorded[key] = new
+        if time.monotonic() - began > LONGEST_RECORDING:
+            self.failed = f"recording took {time.monotonic() - began:.1f} s"
 
     def __str__(self):
         state = f", stopped: {self.failed}" if self.failed else ""

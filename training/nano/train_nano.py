@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,6 +240,7 @@ class Trainer:
 
     def compute(self, step: dict):
         """One update."""
+        self.optimizer.clear()
         loss, counts = self.tutor.loss(self.model, step)
         loss.backward()
         self.optimizer.step()
@@ -260,17 +262,30 @@ def train(args) -> None:
     processor, model = load(args)
     state = torch.load(output / "state.pt") if (output / "state.pt").exists() else {"step": 0, "seconds": 0.0}
     cut_log(output / "log.jsonl", state["step"])
-    done, clock = state["step"], Clock(args.steps, args.minutes, state["seconds"])
-    drawing, plan = Drawing(processor, model.config, args.size), Plan(done, clock, args.batches, args.repeats)
+    clock = Clock(args.steps, args.minutes, state["seconds"])
+    drawing = Drawing(processor, model.config, args.size)
+    plan = Plan(state["step"], clock, args.batches, args.repeats)
     # the workers are forked before the device is used
     loader = iter(load_steps(drawing, plan, args.workers, pinned=device.type == "cuda"))
     note(f"{args.workers} processes draw")
-    trainer = Trainer(args, model.to(device), device)
-    if "optimizer" in state:
-        trainer.optimizer.load_state_dict(state.pop("optimizer"))
-    note(f"model on {device}; begins with step {done}")
-    log, saved_at = Log(output / "log.jsonl"), time.monotonic()
-    steps = repeated((unpack(packed, device) for packed in loader), args.repeats, args.distance)
+    with stream_of(device):
+        trainer = Trainer(args, model.to(device), device)
+        if "optimizer" in state:
+            trainer.optimizer.load_state_dict(state["optimizer"])
+        note(f"model on {device}; begins with step {state['step']}")
+        learn(args, trainer, loader, plan)
+
+
+def stream_of(device):
+    """The context of a stream of its own, without which a GPU records no graphs."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
+    """The steps of a run from the first one of the plan on, and its files."""
+    model, optimizer, clock, done = trainer.model, trainer.optimizer, plan.clock, plan.first
+    log, saved_at = Log(args.output / "log.jsonl"), time.monotonic()
+    steps = repeated((unpack(packed, model.device) for packed in loader), args.repeats, args.distance)
     while (progress := clock.progress(done)) < 1:
         if args.watchdog:
             faulthandler.dump_traceback_later(args.watchdog * (1 if log.kinds else 3), exit=True)
@@ -288,10 +303,10 @@ def train(args) -> None:
         if done % LOG_STEPS == 0:
             log.write(done, clock.progress(done), trainer.steps.log.take())
         if time.monotonic() - saved_at > 60 * args.save_minutes:
-            save(model, trainer.optimizer, output, done, clock.seconds())
+            save(model, optimizer, args.output, done, clock.seconds())
             saved_at = time.monotonic()
-    save(model, trainer.optimizer, output, done, clock.seconds())
     faulthandler.cancel_dump_traceback_later()
+    save(model, optimizer, args.output, done, clock.seconds())
     note(f"{done} steps in {clock.seconds():.0f} s; {trainer.steps}")
 
 
@@ -355,12 +370,7 @@ def main():
     if not (args.output / "start" / "config.json").exists():
         write_folder(args.output / "start")
     note("start folder is there")
-    if args.device == "cpu":
-        train(args)
-        return
-    stream = torch.cuda.Stream(args.device)  # graphs cannot be recorded on the default one
-    with torch.cuda.stream(stream):
-        train(args)
+    train(args)
 
 
 if __name__ == "__main__":
