@@ -44,16 +44,15 @@ def logits_of_model(model, batch: dict) -> torch.Tensor:
     return out.logits[:, :-1][batch["labels"][:, 1:] != -100]
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "look"])
-def test_logits_equal_those_of_the_model(model, batches, kind, fused):
+def test_logits_equal_those_of_the_model(model, batches, kind):
     drawn = batches(kind)
     step = unpack(pack(collate(drawn, Sizes.of(model.config))), "cpu")
     with torch.no_grad():
         expected = torch.cat([logits_of_model(model, batch) for batch in drawn])
-        tokens, _ = encode(model.model.visual, step, fused=fused)
+        tokens, _ = encode(model.model.visual, step)
         vision = rows_of_vision(tokens, model.model.separator_token, step)
-        states, _, _ = decode(model.model.language_model, step, vision, fused=fused)
+        states, _, _ = decode(model.model.language_model, step, vision)
         logits = model.lm_head(states.flatten(0, 1)[step["learned"]])
     assert logits.shape == expected.shape
     assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()

@@ -19,6 +19,7 @@ from moss_vl.xrope import grid_rotary
 
 
 MERGED = 4  # patches of a vision token
+INK_LEVELS = 100  # of the share that is covered
 FAR = 1 << 30  # frame number of padding
 LEAST = {"pictures": 16, "patches": 64, "grids": 16, "rows": 8, "text": 64, "vision": 64}  # lengths of padded axes
 
@@ -60,8 +61,10 @@ def collate(batches: list[dict], sizes: Sizes) -> dict:
     """
     grids = [tuple(grid[1:]) for batch in batches for grid in batch["picture_grids"]]
     step = {"kind": batches[0]["kind"], **pictures(batches, grids, sizes)}
+    if "token_facts" in batches[0]:
+        step |= look_targets(batches, grids, *step["pixels"].shape[:2])
     if "input_ids" not in batches[0]:
-        return step | look_targets(batches, grids, *step["pixels"].shape[:2])
+        return step
     return step | texts(batches, grids, *step["pixels"].shape[:2], sizes.image_pad)
 
 
@@ -122,10 +125,11 @@ def line_weights(count: int, side: int) -> torch.Tensor:
 
 
 def look_targets(batches: list[dict], grids, number: int, length: int) -> dict:
-    """Targets of the encoder: token facts [N, P / 4, facts], and ink [N, P, 64], -1 at padding."""
+    """Targets of the encoder: token facts [N, P / 4, facts]; ink [N, P, 64] in levels, -1 at padding."""
     counts = [h * w for h, w in grids]
     facts = torch.cat([batch["token_facts"] for batch in batches]).split([count // MERGED for count in counts])
-    ink = torch.cat([batch["ink"] for batch in batches]).to(torch.int8).split(counts)
+    ink = torch.cat([batch["ink"] for batch in batches])
+    ink = (ink * INK_LEVELS).round().to(torch.int8).split(counts)
     return {
         "token_facts": pad_to(list(facts), number, length // MERGED, IGNORED),
         "ink": pad_to(list(ink), number, length, -1),

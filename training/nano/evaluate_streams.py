@@ -341,8 +341,9 @@ def main(arguments=None):
     from transformers import AutoModelForCausalLM, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    attention = "eager" if args.device.startswith("cuda") else None  # other kernels plan for each new length
     model = AutoModelForCausalLM.from_pretrained(
-        args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype)
+        args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype), attn_implementation=attention
     )
     model = model.to(args.device).eval()
     items = examination(args.tasks, args.n, min(args.control_n, args.n), args.seed)

@@ -4,6 +4,7 @@ Parameters of one section have gradients in the same steps. The matrices of a se
 and all its other parameters one vector, so a step takes few operations.
 """
 
+import math
 from collections import defaultdict
 
 import torch
@@ -54,6 +55,12 @@ class Muon:
     def set_scale(self, scale: float) -> None:
         """Sets the factor of both rates. It is a tensor, so a recorded step reads its present value."""
         self.scale.fill_(scale)
+
+    def clear(self) -> None:
+        """Removes gradients that a step which failed has left."""
+        for group in (*self.stacks.values(), *self.vectors.values()):
+            for parameter in group.parameters:
+                parameter.grad = None
 
     def step(self) -> None:
         """One update. Sections without gradients do not change."""
@@ -147,8 +154,9 @@ class Vector(Group):
         weights, [first, second], steps = (self.state[name] for name in ("weights", "moments", "steps"))
         first.lerp_(gradient, 0.1)
         second.lerp_(gradient.square_(), 0.02)
-        spread = (second / (1 - 0.98**steps)).sqrt_().add_(1e-8)
-        weights.sub_(first.mul(self.factors).div_(spread).mul_(rate / (1 - 0.9**steps)))
+        unbiased = [1 - (steps * math.log(decay)).exp() for decay in (0.9, 0.98)]
+        spread = (second / unbiased[1]).sqrt_().add_(1e-8)
+        weights.sub_(first.mul(self.factors).div_(spread).mul_(rate / unbiased[0]))
         self.write_back()
 
 

@@ -11,13 +11,21 @@ import torch
 from moss_vl.training.nano.facts import IGNORED
 
 
-ROOM = 1.25  # space of lists in a recorded step, relative to the first one
+ROOM = 1.25  # space of lists in a recorded step, relative to the longest one before
+FIRST_STEPS = 30  # which are not recorded
+LONGEST_RECORDING = 5.0  # seconds
+MOST_SCORES = 1 << 25  # per head and layer; larger steps keep the GPU busy without being recorded, and much memory
 
 
 def is_list(name: str) -> bool:
     """Whether the last axis of a tensor of `collation.collate` ("frame_facts": the first) is a list of any length."""
     names = ("pads", "frame_facts", "learned", "targets", "weights", "answer", "answer_tasks")
     return name in names or name.startswith("points")
+
+
+def scores_of(tensors: dict[str, torch.Tensor]) -> int:
+    """The number of attention scores of text to vision tokens, of a head in a layer."""
+    return tensors["ids"].numel() * tensors["vision_index"].shape[1] if "ids" in tensors else 0
 
 
 def list_length(name: str, tensor: torch.Tensor) -> int:
@@ -29,35 +37,31 @@ class EagerSteps:
 
     Args:
         compute: (tensors of a step) -> what `CountsLog` adds; the whole step with its update.
-        note: prints a line.
     """
 
-    def __init__(self, compute, device, note):
-        self.compute, self.device, self.log = compute, device, CountsLog()
+    def __init__(self, compute):
+        self.compute, self.log, self.failed = compute, CountsLog(), None
 
     def __call__(self, step: dict) -> None:
-        moved = {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in step.items()
-        }
-        self.log.add(self.compute(moved))
+        self.log.add(self.compute(step))
 
     def __str__(self):
         return "all computed at once"
 
 
 class GraphSteps:
-    """Records a step as a CUDA graph when a shape occurs for the first time, and replays it for later steps.
+    """Records the steps of a shape as a CUDA graph when the shape occurs again, and replays it for later ones.
 
-    If recording fails, all further steps are computed at once.
+    The first steps are computed at once. If recording fails or takes long, no more steps are recorded.
     """
 
     def __init__(self, compute, device, note):
         self.compute, self.device, self.note, self.log = compute, device, note, CountsLog()
         self.recorded: dict[tuple, Recorded] = {}
+        self.seen: dict[tuple, dict[str, int]] = {}  # longest lists of each shape
         self.pool, self.failed = torch.cuda.graph_pool_handle(), None
-        self.replays = 0
-        self.dropped: list[Recorded] = []  # of too little space; freeing them would wait for the GPU
+        self.computed = self.replays = 0
+        self.replaced: list[Recorded] = []  # of too little space; freeing them would wait for the GPU
 
     def __call__(self, step: dict) -> None:
         tensors = {name: value for name, value in step.items() if isinstance(value, torch.Tensor)}
@@ -67,34 +71,44 @@ class GraphSteps:
         known = self.recorded.get(key)
         if known is not None and known.fits(lengths):
             known.fill(tensors)
-            if known.graph is not None:
-                self.replays += 1
-                return known.replay(self.log)
-        else:
-            if known is not None:
-                self.dropped.append(known)
-                lengths = {name: max(length, known.space[name]) for name, length in lengths.items()}
-            known = self.recorded[key] = Recorded(step, tensors, lengths, self.device)
-            known.fill(tensors)
+            self.replays += 1
+            known.replay(self.log)
+            return
+        self.computed += 1
+        again, longest = key in self.seen, self.seen.get(key, lengths)
+        lengths = self.seen[key] = {name: max(length, longest[name]) for name, length in lengths.items()}
+        if not again or self.failed or self.computed <= FIRST_STEPS or scores_of(tensors) > MOST_SCORES:
+            self.log.add(self.compute(step))
+            return
         began = time.monotonic()
-        self.log.add(self.compute(known.inputs))
-        computed = time.monotonic()
-        if self.failed is None:
-            try:
-                known.record(self.compute, self.pool)
-                took = f"{computed - began:.2f} s to launch, {time.monotonic() - computed:.2f} s to record"
-                shapes = [
-                    tuple(known.inputs[name].shape) for name in ("pixels", "ids", "vision_index") if name in step
-                ]
-                self.note(f"shape {len(self.recorded)}: {step['kind']} {shapes}, {took}")
-            except Exception as error:
-                known.graph, self.failed = None, repr(error)
-                self.note(f"steps are not recorded: {self.failed}")
-                torch.cuda.synchronize()
+        new = Recorded(step, tensors, lengths, self.device)
+        new.fill(tensors)
+        self.log.add(self.compute(new.inputs))
+        self.record(key, new)
+        state = f"; no more: {self.failed}" if self.failed else ""
+        shapes = [tuple(tensors[name].shape) for name in ("pixels", "ids", "vision_index") if name in tensors]
+        seconds = time.monotonic() - began
+        self.note(f"recorded {len(self.recorded)}: {step['kind']} {shapes} in {seconds:.2f} s{state}")
+
+    def record(self, key: tuple, new: "Recorded") -> None:
+        """Records a step that was computed before with the same inputs."""
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        try:
+            new.record(self.compute, self.pool)
+        except Exception as error:
+            self.failed = repr(error)
+            torch.cuda.synchronize()
+            return
+        if key in self.recorded:
+            self.replaced.append(self.recorded[key])
+        self.recorded[key] = new
+        if time.monotonic() - began > LONGEST_RECORDING:
+            self.failed = f"recording took {time.monotonic() - began:.1f} s"
 
     def __str__(self):
-        state = f"not recorded: {self.failed}" if self.failed else f"{self.replays} steps replayed"
-        return f"{len(self.recorded)} shapes recorded, {len(self.dropped)} replaced, {state}"
+        state = f", stopped: {self.failed}" if self.failed else ""
+        return f"{self.computed} computed, {self.replays} replayed of {len(self.recorded)} shapes{state}"
 
 
 class Recorded:

@@ -8,15 +8,16 @@ has a line per 20 steps, and state.pt the state to resume from.
 """
 
 import argparse
+import faulthandler
 import json
 import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,21 +27,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from moss_vl.training.nano.collation import Sizes, collate, pack, unpack
 from moss_vl.training.nano.lessons import LATE, Lessons
+from moss_vl.training.nano.make_nano import first_weights, write_folder
 from moss_vl.training.nano.muon import Muon
 from moss_vl.training.nano.steps import EagerSteps, GraphSteps
 from moss_vl.training.nano.tutor import Tutor
 
 
-PROJECT = Path(__file__).resolve().parents[2]
+BEGAN = time.monotonic()
 SEED = 2026
 WARM_UP = 50  # steps
 LOG_STEPS = 20  # per line of log.jsonl
 NOTE_SECONDS = 5.0  # between lines of progress
-BEGAN = time.monotonic()
 PREFETCHED = 4  # steps that each worker draws ahead
 
 
@@ -59,7 +60,7 @@ class Stage:
     weights: dict[str, float] = field(default_factory=dict)
 
 
-MIX = {"look": 0.22, "pictures": 0.25, "images": 0.06, "clips": 0.27, "streams": 0.2}
+MIX = {"look": 0.12, "pictures": 0.28, "images": 0.06, "clips": 0.3, "streams": 0.24}
 STAGES = (
     Stage(0.0, {"look": 1.0}),
     Stage(0.08, MIX),
@@ -98,7 +99,8 @@ class Clock:
         self.steps, self.minutes, self.earlier, self.began = steps, minutes, seconds, None
 
     def start(self) -> None:
-        self.began = time.monotonic()
+        """Begins to count time, if it has not begun."""
+        self.began = time.monotonic() if self.began is None else self.began
 
     def seconds(self) -> float:
         return self.earlier + (0.0 if self.began is None else time.monotonic() - self.began)
@@ -112,31 +114,32 @@ class Clock:
 
 
 class Plan(torch.utils.data.Sampler):
-    """(step, kind, progress) of each step that is drawn, made when a worker is told to draw it.
+    """(step, kind, progress, batches) of each step that is drawn, made when a worker is told to draw it.
 
     Args:
+        batches: of each step.
         repeats: how often each is used: one of as many steps is drawn.
     """
 
-    def __init__(self, first: int, clock: Clock, repeats: int = 1):
-        self.first, self.clock, self.repeats = first, clock, repeats
+    def __init__(self, first: int, clock: Clock, batches: int, repeats: int = 1):
+        self.first, self.clock, self.batches, self.repeats = first, clock, batches, repeats
 
     def __iter__(self):
         step = self.first
         while (progress := self.clock.progress(step)) < 1:
-            yield step, kind_at(step, progress), progress
+            yield step, kind_at(step, progress), progress, self.batches
             step += self.repeats
 
 
 class Drawing(torch.utils.data.Dataset):
-    """Draws the batches of a step, `batches` of one kind, and joins them. They depend on nothing else."""
+    """Draws the batches of a step of a `Plan`, and joins them. They depend on nothing else."""
 
-    def __init__(self, processor, config, size: int, batches: int):
-        self.lessons, self.sizes, self.batches = Lessons(processor, SEED, size), Sizes.of(config), batches
+    def __init__(self, processor, config, size: int):
+        self.lessons, self.sizes = Lessons(processor, SEED, size), Sizes.of(config)
 
-    def __getitem__(self, place: tuple[int, str, float]) -> dict:
-        step, kind, progress = place
-        drawn = [self.lessons.batch(step, kind, progress, rank) for rank in range(self.batches)]
+    def __getitem__(self, place: tuple[int, str, float, int]) -> dict:
+        step, kind, progress, batches = place
+        drawn = [self.lessons.batch(step, kind, progress, rank) for rank in range(batches)]
         return {"step": step, "progress": progress} | pack(collate(drawn, self.sizes))
 
 
@@ -175,23 +178,13 @@ def repeated(steps, times: int, distance: int):
 
 def save(model, optimizer, output: Path, step: int, seconds: float) -> None:
     """Writes the checkpoint and state.pt. If the run is stopped meanwhile, the previous files remain."""
-    shutil.copytree(output / "start", output, ignore=shutil.ignore_patterns("model.safetensors"), dirs_exist_ok=True)
+    shutil.copytree(output / "start", output, dirs_exist_ok=True)
     weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, output / "model.safetensors.new", metadata={"format": "pt"})
     state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
     torch.save(state, output / "state.pt.new")
     for name in ("model.safetensors", "state.pt"):
         os.replace(output / f"{name}.new", output / name)
-
-
-def resume(optimizer, output: Path, device) -> tuple[int, float]:
-    """Loads state.pt if there is one; returns the first step to do, and the seconds of those before it."""
-    if not (output / "state.pt").exists():
-        return 0, 0.0
-    state = torch.load(output / "state.pt", map_location=device)
-    optimizer.load_state_dict(state["optimizer"])
-    cut_log(output / "log.jsonl", state["step"])
-    return state["step"], state["seconds"]
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -201,7 +194,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def note(text: str) -> None:
-    """Prints a line with the seconds since the start of the command."""
+    """Prints a line with the seconds since the start of the command, imports not counted."""
     print(f"{time.monotonic() - BEGAN:6.1f} s  {text}", flush=True)
 
 
@@ -237,19 +230,18 @@ class Trainer:
     """The model with what trains it."""
 
     def __init__(self, args, model, device):
-        self.model, self.fused = model, device.type == "cuda"
+        self.model = model
         self.tutor = Tutor(model.config).to(device, model.dtype)
         tutored = [(f"tutor.{name}", parameter) for name, parameter in self.tutor.named_parameters()]
         self.optimizer = Muon([*model.named_parameters(), *tutored], args.rate, args.adam_rate)
-        self.steps = (GraphSteps if self.fused and not args.eager else EagerSteps)(self.compute, device, note)
+        graphs = device.type == "cuda" and not args.eager
+        self.steps = GraphSteps(self.compute, device, note) if graphs else EagerSteps(self.compute)
         self.stage = None
 
     def compute(self, step: dict):
-        """One update. Steps of kind "look" train the encoder; all others train the language model alone."""
-        if step["kind"] == "look":
-            loss, counts = self.tutor.encoder_loss(self.model, step, self.fused)
-        else:
-            loss, counts = self.tutor.language_model_loss(self.model, step, self.fused)
+        """One update."""
+        self.optimizer.clear()
+        loss, counts = self.tutor.loss(self.model, step)
         loss.backward()
         self.optimizer.step()
         return counts.joined()
@@ -263,45 +255,69 @@ class Trainer:
 
 
 def train(args) -> None:
-    device = torch.device(args.device)
+    device, output = torch.device(args.device), args.output
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     torch.set_flush_denormal(True)  # old moments decay to denormal numbers, which are slow
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan of seconds for each new shape
     processor, model = load(args)
-    clock = Clock(args.steps, args.minutes)
-    drawing = Drawing(processor, model.config, args.size, args.batches)
-    trainer = Trainer(args, model.to(device), device)
-    done, clock.earlier = resume(trainer.optimizer, args.output, device)
-    note(f"begins with step {done}")
+    state = torch.load(output / "state.pt") if (output / "state.pt").exists() else {"step": 0, "seconds": 0.0}
+    cut_log(output / "log.jsonl", state["step"])
+    clock = Clock(args.steps, args.minutes, state["seconds"])
+    drawing = Drawing(processor, model.config, args.size)
+    plan = Plan(state["step"], clock, args.batches, args.repeats)
+    # the workers are forked before the device is used
+    loader = iter(load_steps(drawing, plan, args.workers, pinned=device.type == "cuda"))
+    note(f"{args.workers} processes draw")
+    with stream_of(device):
+        trainer = Trainer(args, model.to(device), device)
+        if "optimizer" in state:
+            trainer.optimizer.load_state_dict(state["optimizer"])
+        note(f"model on {device}; begins with step {state['step']}")
+        learn(args, trainer, loader, plan)
+
+
+def stream_of(device):
+    """The context of a stream of its own, without which a GPU records no graphs."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
+    """The steps of a run from the first one of the plan on, and its files."""
+    model, optimizer, clock, done = trainer.model, trainer.optimizer, plan.clock, plan.first
     log, saved_at = Log(args.output / "log.jsonl"), time.monotonic()
-    clock.start()
-    loader = load_steps(drawing, Plan(done, clock, args.repeats), args.workers, pinned=device.type == "cuda")
-    steps = repeated((unpack(packed, device) for packed in loader), args.repeats, args.distance)
+    steps = repeated((unpack(packed, model.device) for packed in loader), args.repeats, args.distance)
     while (progress := clock.progress(done)) < 1:
+        if args.watchdog:
+            faulthandler.dump_traceback_later(args.watchdog * (1 if log.kinds else 3), exit=True)
         began = time.monotonic()
         step = next(steps, None)
         if step is None:
             break
+        clock.start()
         log.waited += time.monotonic() - began
         trainer.step(step, rate_at(done, progress), progress)
+        if trainer.steps.failed:  # the host bounds the speed, so larger steps cost little
+            plan.batches = 2 * args.batches
         log.kinds[step["kind"]] += 1
         done += 1
         if done % LOG_STEPS == 0:
             log.write(done, clock.progress(done), trainer.steps.log.take())
         if time.monotonic() - saved_at > 60 * args.save_minutes:
-            save(model, trainer.optimizer, args.output, done, clock.seconds())
+            save(model, optimizer, args.output, done, clock.seconds())
             saved_at = time.monotonic()
-    save(model, trainer.optimizer, args.output, done, clock.seconds())
+    faulthandler.cancel_dump_traceback_later()
+    save(model, optimizer, args.output, done, clock.seconds())
     note(f"{done} steps in {clock.seconds():.0f} s; {trainer.steps}")
 
 
 def load(args) -> tuple:
-    """Processor and model."""
+    """Processor, and model with the first weights."""
     start = args.output / "start"
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
-    dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True, dtype=dtype)
+    config = AutoConfig.from_pretrained(start, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).to(getattr(torch, args.dtype))
+    state = model.state_dict()
+    model.load_state_dict(first_weights({name: state[name].shape for name in sorted(state)}))
     return processor, model.train()
 
 
@@ -339,6 +355,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu" if cpu else "cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in; by default the faster one")
     parser.add_argument("--eager", action="store_true", help="record no CUDA graphs")
+    parser.add_argument("--watchdog", type=float, help="end with all stacks if a step takes as many seconds")
     parser.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
     args = parser.parse_args()
     if args.size < 8 or args.size % 8:
@@ -350,15 +367,10 @@ def parse() -> argparse.Namespace:
 def main():
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
-    if not (args.output / "start" / "model.safetensors").exists():
-        make_nano = PROJECT / "training/nano/make_nano.py"  # in a process of its own: it changes HF_MODULES_CACHE
-        subprocess.run([sys.executable, str(make_nano), "--output", str(args.output / "start")], check=True)
-    if args.device == "cpu":
-        train(args)
-        return
-    stream = torch.cuda.Stream(args.device)  # graphs cannot be recorded on the default one
-    with torch.cuda.stream(stream):
-        train(args)
+    if not (args.output / "start" / "config.json").exists():
+        write_folder(args.output / "start")
+    note("start folder is there")
+    train(args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moss_vl.training.nano.collation import INK_LEVELS
 from moss_vl.training.nano.dense import decode, encode, rows_of_vision
 from moss_vl.training.nano.facts import CHANGES, CONTENTS, COURSE, IGNORED, SLOTS, TOKEN_FACTS
 from moss_vl.training.nano.lessons import TASKS
@@ -155,33 +156,41 @@ class Tutor(nn.Module):
         values = [weights.get(name, weight) for name, weight in ATTENTION_WEIGHTS.items()]
         self.attention_weights.copy_(torch.tensor(values))
 
-    def encoder_loss(self, model, step: dict, fused: bool = False) -> tuple[torch.Tensor, "Counts"]:
-        """Loss of the vision encoder for a step of `collation.collate`, and what to log."""
-        tokens, states = encode(model.model.visual, step, self.ink_layer, fused)
+    def loss(self, model, step: dict) -> tuple[torch.Tensor, "Counts"]:
+        """Loss of a step of `collation.collate`, and what to log.
+
+        Pictures with token facts train the encoder, and text trains the language model, each with losses of its own.
+        """
+        counts, losses = Counts(), []
+        with torch.set_grad_enabled("token_facts" in step):
+            tokens, states = encode(model.model.visual, step, self.ink_layer)
+            if "token_facts" in step:
+                losses.append(self.encoder_loss(tokens, states, step, counts))
+        if "ids" in step:
+            losses.append(self.language_model_loss(model, tokens.detach(), step, counts))
+        return sum(losses), counts
+
+    def encoder_loss(self, tokens: torch.Tensor, states: torch.Tensor, step: dict, counts: "Counts") -> torch.Tensor:
+        """Loss of the vision encoder. tokens [N, P / 4, D], states [N, P, D] of the ink layer."""
         naming, right, counted = self.sights(tokens.flatten(0, 1), step["token_facts"].flatten(0, 1))
-        known = step["ink"] >= 0
+        known, shares = step["ink"] >= 0, step["ink"].clamp(min=0).float() / INK_LEVELS
         inks = self.inks(self.ink_norm(states)).float()
-        inking = F.binary_cross_entropy_with_logits(inks, step["ink"].clamp(min=0).float(), reduction="none")
+        inking = F.binary_cross_entropy_with_logits(inks, shares, reduction="none")
         inking = (inking * known).sum() / known.sum()
-        counts = Counts()
         counts.add([f"names {group}" for group in self.sights.groups], right, counted)
         counts.add_means({"naming": naming, "inking": inking})
-        return naming + INK_WEIGHT * inking, counts
+        return naming + INK_WEIGHT * inking
 
-    def language_model_loss(self, model, step: dict, fused: bool = False) -> tuple[torch.Tensor, "Counts"]:
-        """Loss of answers, facts and attention for a step of `collation.collate`, and what to log."""
-        with torch.no_grad():
-            tokens, _ = encode(model.model.visual, step, fused=fused)
+    def language_model_loss(self, model, tokens: torch.Tensor, step: dict, counts: "Counts") -> torch.Tensor:
+        """Loss of answers, facts and attention. tokens [N, P / 4, D] of the encoder."""
         noise = NOISE if step["kind"] in NOISY else 0.0
         vision = rows_of_vision(tokens, model.model.separator_token, step, noise)
         names = [name for name in ATTENTION_WEIGHTS if f"points {name}" in step]
         layers = {self.attention_layers[name] for name in names}
-        states, fact_states, attended = decode(
-            model.model.language_model, step, vision, self.fact_layers, layers, fused
-        )
+        states, fact_states, attended = decode(model.model.language_model, step, vision, self.fact_layers, layers)
         logits = model.lm_head(states.flatten(0, 1).index_select(0, step["learned"])).float()
         loss = answer_loss(logits, step)
-        means, counts = {f"loss {step['kind']}": loss}, Counts()
+        means = {f"loss {step['kind']}": loss}
         counts.add(TASKS, *right_answers(logits.detach(), step))
         targets = step["frame_facts"].split([len(heads.facts) for heads in self.facts], dim=1)
         for heads, layer, target in zip(self.facts, self.fact_layers, targets, strict=True):
@@ -195,7 +204,7 @@ class Tutor(nn.Module):
             loss = loss - self.attention_weights[list(ATTENTION_WEIGHTS).index(name)].float() * logarithms
             means[f"attends {name}"] = share
         counts.add_means(means)
-        return loss, counts
+        return loss
 
 
 class Counts:
