@@ -60,7 +60,7 @@ from .decoder import (
     MossVLTextMLP,
     MossVLTextModel,
 )
-from .generation_batches import answer_turns  # noqa: F401
+from .generation_batches import answer_turn  # noqa: F401
 from .generation_hooks import MossVLGenerateHooks
 from .generation_options import GENERATE_DEFAULTS  # noqa: F401
 from .generation_queries import Turn  # noqa: F401
