@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from .coded_pictures import PictureReader  # noqa: F401
     from .colours import tone_map_of  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
+    from .decode_step import StepPlan  # noqa: F401
     from .decoder import MossVLTextModel  # noqa: F401
     from .decord_video import open_decord  # noqa: F401
     from .downloads import download  # noqa: F401
-    from .generation_batches import answer_turns  # noqa: F401
+    from .generation_batches import answer_turn  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
     from .generation_queries import Turn  # noqa: F401
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .resizing import fit_size  # noqa: F401
     from .samples import Sample  # noqa: F401
     from .signatures import image_kind  # noqa: F401
+    from .static_layers import StaticTextLayer  # noqa: F401
     from .text_rows import token_rows  # noqa: F401
     from .threads import in_threads  # noqa: F401
     from .video_files import Video  # noqa: F401

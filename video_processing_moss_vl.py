@@ -315,7 +315,7 @@ class MossVLVideoProcessor(FixedSteps, BaseVideoProcessor):
                 that returns features [P / merge_size^2, D]. It is called on this thread while other frames are
                 decoded.
         """
-        is_planned = isinstance(videos, list) and bool(videos) and all(isinstance(x, ClipPlan) for x in videos)
+        is_planned = are_planned(videos)
         if is_planned and (options or video_metadata is not None):
             raise ValueError(f"a plan holds its options already, got {sorted(options) or ['video_metadata']}")
         plans = videos if is_planned else self.plan(videos, video_metadata, **options)
@@ -364,6 +364,11 @@ class MossVLVideoProcessor(FixedSteps, BaseVideoProcessor):
         if return_metadata:
             out["video_metadata"] = [clip.metadata for clip in clips]
         return out
+
+
+def are_planned(videos) -> bool:
+    """Whether `videos` is what `plan` returns."""
+    return isinstance(videos, list) and bool(videos) and all(isinstance(x, ClipPlan) for x in videos)
 
 
 def flat_videos(videos) -> list:
