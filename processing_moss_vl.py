@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -61,7 +61,7 @@ from .text_rows import (
 from .threads import in_threads  # noqa: F401
 from .video_files import Video  # noqa: F401
 from .video_packets import FrameIndex  # noqa: F401
-from .video_processing_moss_vl import MossVLVideoProcessor
+from .video_processing_moss_vl import MossVLVideoProcessor, are_planned
 from .video_reading import open_video  # noqa: F401
 from .video_sampling import ClipPlan  # noqa: F401
 
@@ -96,6 +96,19 @@ class CallOptions:
     device: torch.device | None
 
 
+def _of_tokenizer(name: str) -> property:
+    """An attribute of the processor that reads and writes one of its tokenizer."""
+
+    def get(processor):
+        return getattr(processor.tokenizer, name)
+
+    def put(processor, value):
+        if value != get(processor):
+            setattr(processor.tokenizer, name, value)
+
+    return property(get, put)
+
+
 class MossVLProcessor(ProcessorMixin):
     """Image processor, video processor and tokenizer of MOSS-VL in one.
 
@@ -124,6 +137,12 @@ class MossVLProcessor(ProcessorMixin):
     image_token, video_token = "<|image_pad|>", "<|video_pad|>"
     vision_start_token, vision_end_token = "<|vision_start|>", "<|vision_end|>"
     time_start_token, time_end_token = "<|time_start|>", "<|time_end|>"
+
+    # Training software reads and writes these on whatever it trains with.
+    padding_side = _of_tokenizer("padding_side")
+    pad_token, pad_token_id = _of_tokenizer("pad_token"), _of_tokenizer("pad_token_id")
+    eos_token, eos_token_id = _of_tokenizer("eos_token"), _of_tokenizer("eos_token_id")
+    bos_token, bos_token_id = _of_tokenizer("bos_token"), _of_tokenizer("bos_token_id")
 
     def __init__(
         self,
@@ -275,7 +294,7 @@ class MossVLProcessor(ProcessorMixin):
         for sample in samples:
             if sample.images:
                 sample.images = self.image_processor.probe(sample.images, **options.images)
-            if sample.videos:
+            if sample.videos and not are_planned(sample.videos):
                 rates = {} if sample.video_fps is None else {"video_fps": sample.video_fps}
                 sample.videos = self.video_processor.plan(
                     sample.videos, sample.video_metadata, **options.videos, **rates
@@ -374,6 +393,29 @@ class MossVLProcessor(ProcessorMixin):
         if call.return_tensors is not None:
             rows = {name: torch.tensor(lists, dtype=torch.long) for name, lists in rows.items()}
         return {**rows, **mask}
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """The text tokens and patches of media of given sizes, each alone in its sample, without the media. vLLM calls
+        it by this name.
+
+        Args:
+            image_sizes: (height, width) per image.
+            video_sizes: (sampled frames, height, width) per video.
+            **kwargs: options of a call.
+
+        Returns:
+            `num_image_tokens`, `num_video_tokens`: the `image_pad` tokens, one per frame: vision tokens are not part
+            of the text. `num_image_patches`.
+        """
+        options = sort_options(kwargs, self.image_processor.option_names, self.video_processor.option_names)
+        data = {}
+        if image_sizes is not None:
+            patches = self.image_processor.get_number_of_image_patches
+            data["num_image_tokens"] = [1] * len(image_sizes)
+            data["num_image_patches"] = [patches(*size, options.images) for size in image_sizes]
+        if video_sizes is not None:
+            data["num_video_tokens"] = [frames for frames, _, _ in video_sizes]
+        return MultiModalData(**data)
 
     def _calculate_timestamps(
         self,
