@@ -8,7 +8,7 @@ from tiny import make_model
 from transformers import AutoProcessor
 
 from moss_vl.realtime_protocol import RESPONSE, SILENCE
-from moss_vl.training.nano import lessons, world
+from moss_vl.training.nano import lessons, rows, world
 from moss_vl.training.nano.facts import FRAME_FACTS, TOKEN_FACTS
 from moss_vl.training.nano.lessons import Lessons
 
@@ -63,7 +63,7 @@ def notes(monkeypatch):
 
         return noting
 
-    def note_question(row, question, add=lessons.RowText.add):
+    def note_question(row, question, add=rows.RowText.add):
         row.asked = [*getattr(row, "asked", []), question]
         row.clip = notes["scenes"][-1], *notes["pixels"][-1]
         add(row, question)
@@ -80,7 +80,7 @@ def notes(monkeypatch):
     monkeypatch.setattr(lessons, "random_crowd", note_scene(lessons.random_crowd))
     monkeypatch.setattr(lessons, "random_clip", note_scene(lessons.random_clip))
     monkeypatch.setattr(lessons, "join", note_rows)
-    monkeypatch.setattr(lessons.RowText, "add", note_question)
+    monkeypatch.setattr(rows.RowText, "add", note_question)
     monkeypatch.setattr(Lessons, "pixels", note_pixels)
     return notes
 

@@ -19,9 +19,11 @@ from nano_batches import (  # noqa: F401 - fixtures among them
     processor,
 )
 
-from moss_vl.training.nano import lessons
+from moss_vl.training.nano import lessons, rows
+from moss_vl.training.nano.attention_targets import AttentionTargets
 from moss_vl.training.nano.facts import FRAME_FACTS, LETTERS_PER_TOKEN, SLOTS
-from moss_vl.training.nano.lessons import TASKS, Lessons, visible_parts
+from moss_vl.training.nano.lessons import Lessons
+from moss_vl.training.nano.rows import TASKS, visible_parts
 from moss_vl.training.nano.world import COLOURS, SHAPES, SIGN_CHARACTERS, random_clip
 
 
@@ -185,8 +187,8 @@ def digits_of(facts, group):
 
 
 def test_leaps_move_frames_and_questions_to_later_positions(processor):
-    plain = lessons.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
-    leaping = lessons.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
+    plain = rows.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
+    leaping = rows.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
     leaping.leap([5, 7])
     first, second = plain.pads
     added = [now - before for now, before in zip(leaping.positions, plain.positions, strict=True)]
@@ -207,7 +209,7 @@ def attended(batch, name) -> dict:
     for row, head, text, token, _ in batch["attention"][name].tolist():
         heads.setdefault((row, text), {}).setdefault(head, set()).add(token)
     for targets in heads.values():
-        assert set(targets) in (set(lessons.AttentionTargets.HALF), set(range(8)))
+        assert set(targets) in (set(AttentionTargets.HALF), set(range(8)))
         assert len({*map(frozenset, targets.values())}) == 1
     return {place: targets[0] for place, targets in heads.items()}
 

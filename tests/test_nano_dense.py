@@ -7,7 +7,8 @@ from nano_batches import model as random_model  # noqa: F401
 
 from moss_vl.training.nano.collation import Sizes, collate, pack, unpack
 from moss_vl.training.nano.dense import decode, encode, rows_of_vision
-from moss_vl.training.nano.lessons import KINDS, Lessons, visible_parts
+from moss_vl.training.nano.lessons import KINDS, Lessons
+from moss_vl.training.nano.rows import visible_parts
 
 
 @pytest.fixture(scope="module")

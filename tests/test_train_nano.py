@@ -12,7 +12,8 @@ from nano_batches import make_processor, one_font  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moss_vl.training.nano import dense, facts, lessons, make_nano, muon, steps, train_nano, tutor
+from moss_vl.training.nano import dense, facts, lessons, make_nano, muon, rows, steps, train_nano, tutor
+from moss_vl.training.nano.attention_targets import AttentionTargets
 from moss_vl.training.nano.collation import Sizes, collate
 
 
@@ -224,8 +225,8 @@ def test_right_answers():
     logits = torch.nn.functional.one_hot(torch.tensor([1, 2, 0, 0, 2]), 3).float()
     step = {"targets": targets, "answer": torch.tensor([1, 1, 2, 2, 0]), "answer_tasks": torch.tensor([0, 1, 3])}
     right, number = tutor.right_answers(logits, step)
-    assert right.tolist() == [1.0] + [0.0] * (len(lessons.TASKS) - 1)
-    assert number.tolist() == [1.0, 0.0, 1.0] + [0.0] * (len(lessons.TASKS) - 3)
+    assert right.tolist() == [1.0] + [0.0] * (len(rows.TASKS) - 1)
+    assert number.tolist() == [1.0, 0.0, 1.0] + [0.0] * (len(rows.TASKS) - 3)
 
 
 def test_attention_on_groups_of_targets():
@@ -261,7 +262,7 @@ def test_weights_have_known_names(stages):
     assert {name.split()[0] for name, _ in (*facts.CONTENTS, *facts.CHANGES, *facts.COURSE)} == set(
         tutor.FRAME_FACT_WEIGHTS
     )
-    assert set(lessons.AttentionTargets.NAMES) == set(tutor.ATTENTION_WEIGHTS)
+    assert set(AttentionTargets.NAMES) == set(tutor.ATTENTION_WEIGHTS)
 
 
 # the optimizer

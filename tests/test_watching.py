@@ -12,10 +12,11 @@ from realtime import Script as Forced
 from realtime import make_realtime_model, make_talking_model
 
 from moss_vl.realtime_protocol import RESPONSE, SILENCE
-from moss_vl.training.nano import evaluate_streams, lessons, streams, watching
+from moss_vl.training.nano import evaluate_streams, rows, streams, watching
 from moss_vl.training.nano.facts import FRAME_FACTS
-from moss_vl.training.nano.lessons import TASKS, Lessons, visible_parts
+from moss_vl.training.nano.lessons import Lessons
 from moss_vl.training.nano.questions import name_of
+from moss_vl.training.nano.rows import TASKS, visible_parts
 from moss_vl.training.nano.streams import UNLIMITED, Player, QuickProtocol, paced_budgets
 from moss_vl.training.nano.watching import Request, Requests, Script, Watch, random_script, watched_clip
 from moss_vl.training.nano.world import Scene, Thing
@@ -197,7 +198,7 @@ def test_a_row_of_lessons_is_a_session(processor, model, protocol):
         assert stream.ids == laid.ids and not forced.tokens
 
         drawn = evaluate_streams.draw_frames(processor.image_processor, script.scene, script.times)
-        row = lessons.stream_text(processor.tokenizer, laid, drawn.merged, silence=0.5, happening=set())
+        row = rows.stream_text(processor.tokenizer, laid, drawn.merged, silence=0.5, happening=set())
         half = [[0.5, 0.5, 0.5]] * len(drawn.pixels)
         features = model.get_image_features(
             drawn.pixels.flatten(0, 1),
@@ -307,7 +308,7 @@ def test_lessons_about_streams(processor, protocol):
     assert batch["gather"].max() == sum(h * w // 4 for _, h, w in batch["picture_grids"]) - 1
     assert batch["pixel_values"].dtype == torch.uint8
     assert set(batch["frame_facts"][:, fires].tolist()) == {0, 1}
-    silent = (ids == silence) & (batch["tasks"] == TASKS.index(lessons.SILENT))
+    silent = (ids == silence) & (batch["tasks"] == TASKS.index(rows.SILENT))
     assert (weights[silent] < 1).float().mean() > 0.5 and (
         weights[ids == response][learned[ids == response]] == 1
     ).all()
@@ -332,7 +333,7 @@ def test_silent_decisions_weigh_more_at_the_end(processor):
     weights = []
     for progress in (0.0, 0.6):
         batch = make.batch(0, "streams", progress)
-        weights.append(batch["weights"][batch["tasks"] == TASKS.index(lessons.SILENT)].unique().tolist())
+        weights.append(batch["weights"][batch["tasks"] == TASKS.index(rows.SILENT)].unique().tolist())
     assert weights == [pytest.approx([0.2, 1.0]), pytest.approx([0.56, 1.0])]
 
 

@@ -1,16 +1,12 @@
 """Batches of the drawn world for train_nano.py: random pictures and clips, with several questions about each.
 
-The questions about one picture or clip share its pixels and its text tokens. A row is [media, question 1 with answer,
-question 2 with answer, ...]; each question sees the media and itself, and has the positions it would have alone.
-Beside the answers, a batch holds the targets of auxiliary losses: facts (facts.py), and the tokens that attention
-heads should attend to.
+Beside the rows of text (rows.py), a batch holds the targets of auxiliary losses: facts (facts.py), and the tokens that
+attention heads should attend to (attention_targets.py).
 
 Axes: B rows, T text tokens, P patches, media in their order in the text.
 """
 
-import functools
 import io
-import itertools
 import random
 from dataclasses import dataclass
 
@@ -18,35 +14,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moss_vl.training.nano.facts import (
-    IGNORED,
-    SLOTS,
-    assign_slots,
-    clip_facts,
-    fact_rows,
-    frame_facts,
-    ink_patches,
-    letter_tokens,
-    thing_tokens,
-    token_facts,
-)
+from moss_vl.training.nano.attention_targets import AttentionTargets, FrameView
+from moss_vl.training.nano.facts import clip_facts, fact_rows, frame_facts, ink_patches, token_facts
 from moss_vl.training.nano.questions import (
     CLIP_TASKS,
-    IMAGES_TASK,
     PICTURE_TASKS,
-    Evidence,
     Question,
     ask_clip,
     ask_images,
     ask_picture,
     sampled_times,
 )
-from moss_vl.training.nano.streams import DECISION, END, Player, QuickProtocol, Stream, random_budgets
+from moss_vl.training.nano.rows import RowText, choose, join, stream_text
+from moss_vl.training.nano.streams import Player, QuickProtocol, random_budgets
 from moss_vl.training.nano.watching import random_script, watched_clip
 from moss_vl.training.nano.world import (
     Scene,
-    Sign,
-    Thing,
     draw_background,
     draw_scene,
     draw_with_ink,
@@ -58,25 +41,6 @@ from moss_vl.training.nano.world import (
 
 
 KINDS = ("look", "pictures", "images", "clips", "streams")
-SILENT, RESPONDS, WORDS = STREAM_TASKS = ("silent decisions", "responses", "words of responses")
-TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS, *STREAM_TASKS)
-CHANCES = {  # expected number of questions of each task about a picture or clip
-    "describe picture": 0.7,
-    "color": 0.4,
-    "shape": 0.4,
-    "count": 0.5,
-    "place": 0.6,
-    "relation": 1.8,
-    "exists": 1.6,
-    "text": 0.5,
-    "describe clip": 0.7,
-    "first or last": 0.8,
-    "when": 1.7,
-    "visible at": 1.7,
-    "direction": 0.8,
-    "color after": 0.6,
-    "duration": 0.15,
-}
 LATE = 2 / 3  # progress from which clips may be long, and parts of longer ones: earlier it harms (README.md)
 LATEST = 20.0  # latest start, in seconds, of a clip as part of a longer one
 LATER = 0.5  # share of clips that are parts of longer ones
@@ -86,292 +50,11 @@ STREAM_SECONDS = ((6, 10), (8, 14), (12, 20))  # of watched clips; before LATE t
 LONG_STREAM_SECONDS = ((20, 32), (32, 46), (46, 60))
 LONG_STREAMS = 0.25  # share of batches of streams that are long
 SCRIPTS = 2  # per watched clip
-SILENCE_WEIGHTS = (
-    0.2,
-    0.8,
-)  # of silence about nothing, at the beginning and the end; other decisions weigh 1
+SILENCE_WEIGHTS = (0.2, 0.8)  # of silence about nothing, at the beginning and the end; other decisions weigh 1
 LEAPING = 0.5  # share of those clips whose frames leap to later positions than their text gives them
 FURTHEST = 600  # largest leap, in positions
 SAME_SIZE = 8  # pictures of one size in a batch: kernels are prepared per shape, and equal grids are encoded together
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, as in released checkpoints
-
-
-# text
-
-
-@functools.lru_cache(maxsize=50_000)
-def encode(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids, and the characters that each id stands for."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"], encoded["offset_mapping"]
-
-
-class RowText:
-    """The text of a row: the media, then questions with answers. The lists have one entry per token.
-
-    Args:
-        media: the text of the media, with an image_pad token per picture or frame.
-        grids: merged grid (H, W) of each picture or frame.
-    """
-
-    def __init__(self, tokenizer, template: bool, media: str, grids: list[tuple[int, int]]):
-        self.tokenizer, self.template = tokenizer, template
-        image_pad, self.point = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "."])
-        self.image_pad = image_pad
-        self.set_ids(self.encode(("<|im_start|>user\n" if template else "") + media), grids)
-        # Pairs (text token, what it should attend to):
-        self.evidence: list[tuple[int, Evidence]] = []  # of the next token of the answer
-        self.subjects: list[tuple[int, Evidence]] = []  # the thing that the question names
-        self.requests: list[tuple[int, list[int]]] = []  # (text token of a frame, tokens of the standing request)
-        points = [index for index, token in enumerate(self.ids) if token == self.point]  # one in each time stamp
-        self.stamps = [(pad, self.digits(point)) for pad, point in zip(self.pads, points, strict=False)]
-
-    def set_ids(self, ids: list[int], grids) -> None:
-        """Sets the text of the media, with the merged grid of each picture or frame."""
-        self.ids, self.positions, position, frames = ids, [], 0, iter(grids)
-        for token in ids:
-            position += max(next(frames)) if token == self.image_pad else 0
-            self.positions.append(position)
-            position += 1
-        self.begin = position  # of the questions
-        self.labels, self.parts = [IGNORED] * len(ids), [0] * len(ids)
-        self.tasks, self.weights = [-1] * len(ids), [0.0] * len(ids)
-        self.pads = [index for index, token in enumerate(ids) if token == self.image_pad]
-
-    def leap(self, leaps: list[int]) -> None:
-        """Moves each frame, with the text before it, and the questions to positions later by `leaps`."""
-        start, self.begin = 0, self.begin + leaps[-1]
-        for pad, leap in zip(self.pads, leaps, strict=True):
-            self.positions[start : pad + 1] = [position + leap for position in self.positions[start : pad + 1]]
-            start = pad + 1
-        self.positions[start:] = [position + leaps[-1] for position in self.positions[start:]]
-
-    def encode(self, text: str) -> list[int]:
-        return list(encode(self.tokenizer, text)[0]) if text else []
-
-    def encode_answer(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids with the end of the turn, and the characters that each id stands for."""
-        ids, spans = encode(self.tokenizer, text + "<|im_end|>")
-        return list(ids), list(spans)
-
-    def add(self, question: Question) -> None:
-        """Appends a question. An empty prompt without template must be the first one: it continues the media."""
-        prompt = self.encode(question.prompt + ("<|im_end|>\n<|im_start|>assistant\n" if self.template else ""))
-        answer, spans = self.encode_answer(question.answer)
-        part = self.parts[-1] + 1
-        assert prompt or part == 1, question
-        self._add_attention(question, prompt, spans)
-        length = len(prompt) + len(answer)
-        self.ids += prompt + answer
-        self.labels += [IGNORED] * len(prompt) + answer
-        self.positions += range(self.begin, self.begin + length)
-        self.parts += [part] * length
-        self.tasks += [-1] * len(prompt) + [TASKS.index(question.task)] * len(answer)
-        # a token of a short answer weighs more: answers weigh as the square root of their length
-        self.weights += [0.0] * len(prompt) + [len(answer) ** -0.5] * len(answer)
-
-    def _add_attention(self, question: Question, prompt: list[int], spans: list[tuple[int, int]]) -> None:
-        """Notes what the tokens before those of the answer, with characters `spans`, should attend to."""
-        first = len(self.ids) + len(prompt) - 1  # it predicts the first token of the answer
-        for index, (begin, end) in enumerate(spans):
-            if begin >= len(question.answer):
-                continue
-            evidence = next((one for one in reversed(question.evidence) if one.start < max(end, 1)), None)
-            if evidence is not None:
-                self.evidence.append((first + index, evidence))
-            if question.subject is not None:
-                self.subjects.append((first + index, question.subject))
-            if question.task == "visible at":
-                self.stamps.append((first + index, self.digits(len(self.ids) + prompt.index(self.point))))
-
-    @staticmethod
-    def digits(point: int) -> list[int]:
-        """Indices of tenths, ones and tens of a number with its decimal point at `point`.
-
-        Without tens, the last is the index of the token before the ones.
-        """
-        return [point + 1, point - 1, point - 2]
-
-    def add_all(self, questions) -> None:
-        for question in sorted(questions, key=lambda question: question.prompt != ""):
-            self.add(question)
-
-
-def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float, happening: set[int]) -> RowText:
-    """The row of a stream with frames of a merged grid: nothing but media, in which the written tokens are learned.
-
-    Args:
-        silence: weight of a silent decision, except at the frames `happening`: something happens there, and silence
-            is right only because it is not asked for.
-    """
-    row = RowText(tokenizer, False, "", [])
-    row.set_ids(stream.ids, [grid] * len(stream.pads))
-    row.stamps = [(pad, row.digits(point)) for pad, point in zip(stream.pads, stream.points, strict=True)]
-    row.requests = [
-        (pad, list(range(*span))) for pad, span in zip(stream.pads, stream.standing, strict=True) if span is not None
-    ]
-    words = sum(one.role != DECISION for one in stream.written) or 1
-    for one in stream.written:
-        token = stream.ids[one.index]
-        silent = one.role == DECISION and token == stream.silence
-        row.labels[one.index] = token
-        row.tasks[one.index] = TASKS.index(WORDS if one.role != DECISION else SILENT if silent else RESPONDS)
-        weight = silence if silent and one.frame not in happening else 1.0
-        row.weights[one.index] = weight if one.role == DECISION else min(1.0, 2 * words**-0.5)
-        if one.shown >= 0 and not silent and one.role != END:
-            row.evidence.append((one.index - 1, Evidence(frame=one.shown)))
-    return row
-
-
-def choose(rng: random.Random, tasks, ask) -> list[Question]:
-    """Random questions of the tasks by `CHANCES`, no two with the same prompt.
-
-    `ask`: (task, plain) -> a question or None.
-    """
-    questions = {}
-    while not questions:
-        for task in tasks:
-            for _ in range(int(CHANCES[task]) + (rng.random() < CHANCES[task] % 1)):
-                question = ask(task, rng.random() < 0.35)
-                if question is not None:
-                    questions.setdefault(question.prompt, question)
-    chosen = list(questions.values())
-    rng.shuffle(chosen)
-    return chosen
-
-
-def join(rows: list[RowText], pad: int) -> dict[str, torch.Tensor]:
-    """Rows as tensors [B, T]. T is a multiple of 32, because CPU kernels are prepared for each length."""
-    length = -(-max(len(row.ids) for row in rows) // 32) * 32
-
-    def padded(name, fill, dtype=np.int64):
-        values = [getattr(row, name) + [fill] * (length - len(getattr(row, name))) for row in rows]
-        return torch.from_numpy(np.array(values, dtype=dtype))
-
-    return {
-        "input_ids": padded("ids", pad),
-        "labels": padded("labels", IGNORED),
-        "position_ids": padded("positions", 0),
-        "parts": padded("parts", -1),
-        "tasks": padded("tasks", -1),
-        "weights": padded("weights", 0.0, np.float32),
-    }
-
-
-def visible_parts(parts: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> bool [B, 1, T, T]: a token sees earlier tokens of the media and of its own question."""
-    same = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
-    return (same & torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool, device=parts.device).tril())[:, None]
-
-
-# attention
-
-
-@dataclass(frozen=True)
-class FrameView:
-    """A picture, or a frame of a clip, with its vision tokens."""
-
-    grid: tuple[int, int]  # merged
-    things: list[tuple[int, Thing]]  # (index in the scene, thing)
-    sign: Sign | None
-    canvas: tuple[int, int]
-
-    @classmethod
-    def of(cls, scene: Scene, grid: tuple[int, int], time: float = 0.0) -> "FrameView":
-        return cls(grid, scene.numbered_at(time), scene.sign, (scene.width, scene.height))
-
-    @functools.cached_property
-    def thing_tokens(self) -> np.ndarray:
-        return thing_tokens([thing for _, thing in self.things], self.canvas, self.grid)
-
-    @functools.cached_property
-    def cells_of_things(self) -> list[list[int]]:
-        """For each thing the indices of the tokens that show it."""
-        shown = self.thing_tokens.ravel()
-        return [np.flatnonzero(shown == index).tolist() for index in range(len(self.things))]
-
-    @functools.cached_property
-    def letter_tokens(self) -> list[tuple[int, int]]:
-        return letter_tokens(self.sign, self.canvas, self.grid)
-
-    def tokens_of(self, evidence: Evidence) -> list[int]:
-        """Indices of the vision tokens of a letter or thing; the separator, the last one, for the frame as a whole."""
-        rows, columns = self.grid
-        if evidence.letter is not None:
-            cells = [self.letter_tokens[evidence.letter]]
-        elif evidence.thing is not None:
-            index = [number for number, _ in self.things].index(evidence.thing)
-            return self.cells_of_things[index]
-        else:
-            return [rows * columns]
-        return [y * columns + x for y, x in cells]
-
-
-class AttentionTargets:
-    """Which tokens the attention heads should attend to, for an auxiliary loss. A group needs one of its tokens.
-
-    By name of the attention layer:
-        "stamps": text token of a frame -> digits of its time stamp, answer about a time -> digits in the question.
-        "slots": text token of a picture or frame -> thing in a slot, or the separator if the slot is empty.
-        "before": text token of a frame -> that of the frame before.
-        "asked": answer -> the thing that the question names, or the separator if it is absent.
-        "looks": answer -> the vision tokens of a picture that show it.
-        "frames": answer -> the text token of the picture or frame that shows it.
-        "request": text token of a frame of a stream -> the standing request.
-    The three digits and the slots have a head each.
-    """
-
-    NAMES = ("stamps", "slots", "before", "asked", "looks", "frames", "request")
-    HALF = range(len(SLOTS) // 2)  # heads with targets, of one per slot; the other half is free
-
-    def __init__(self):
-        self.groups = {name: [] for name in self.NAMES}  # (row, head, text token, target tokens)
-
-    def add_group(self, name: str, row: int, heads, text: int, tokens: list[int]) -> None:
-        self.groups[name] += [(row, head, text, tokens) for head in heads if tokens]
-
-    def add(self, row: int, text: RowText, frames: list[FrameView], clip: bool = False) -> None:
-        """Adds the targets of a row, with its pictures or frames in order."""
-        begins = [0, *itertools.accumulate(frame.grid[0] * frame.grid[1] + 1 for frame in frames)]
-
-        def vision_tokens(evidence):
-            return [begins[evidence.frame] + token for token in frames[evidence.frame].tokens_of(evidence)]
-
-        self._add_frames(row, text, frames, clip, vision_tokens)
-        for token, digits in text.stamps:
-            for head, digit in enumerate(digits):
-                self.add_group("stamps", row, [head], token, [digit])
-        for token, request in text.requests:
-            self.add_group("request", row, self.HALF, token, request)
-        for token, evidence in text.evidence:
-            whole_frame = evidence.thing is None and evidence.letter is None
-            if whole_frame or len(frames) > 1:
-                self.add_group("frames", row, self.HALF, token, [text.pads[evidence.frame]])
-            if not whole_frame and not clip:
-                self.add_group("looks", row, self.HALF, token, vision_tokens(evidence))
-        for token, evidence in text.subjects:
-            self.add_group("asked", row, self.HALF, token, vision_tokens(evidence))
-
-    def _add_frames(self, row: int, text: RowText, frames: list[FrameView], clip: bool, vision_tokens) -> None:
-        for number, (pad, frame) in enumerate(zip(text.pads, frames, strict=True)):
-            slots = assign_slots(frame.things)
-            for head, slot in enumerate(SLOTS):
-                thing = slots[slot][0] if slot in slots else None
-                self.add_group("slots", row, [head], pad, vision_tokens(Evidence(frame=number, thing=thing)))
-            if clip:
-                self.add_group("before", row, range(len(SLOTS)), pad, [text.pads[max(number - 1, 0)]])
-
-    def points(self) -> dict[str, torch.Tensor]:
-        """name -> [points, 5]: row, head, text token, target token, and the index of the group."""
-        points = {}
-        for name, groups in self.groups.items():
-            if groups:
-                rows = [(*place, token, i) for i, (*place, tokens) in enumerate(groups) for token in tokens]
-                points[name] = torch.from_numpy(np.array(rows, dtype=np.int64))
-        return points
-
-
-# batches
 
 
 def compressed(rng: random.Random, picture: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Writes the checkpoint folder of moss-vl-nano, a MOSS-VL of fifteen million parameters, from trained weights:
+"""Writes the checkpoint folder of moss-vl-nano, a MOSS-VL of sixteen million parameters, from trained weights:
 
     python training/nano/make_nano.py --weights FILE
 

@@ -10,7 +10,7 @@ from torch import nn
 from moss_vl.training.nano.collation import INK_LEVELS
 from moss_vl.training.nano.dense import decode, encode, rows_of_vision
 from moss_vl.training.nano.facts import CHANGES, CONTENTS, COURSE, IGNORED, SLOTS, TOKEN_FACTS
-from moss_vl.training.nano.lessons import TASKS
+from moss_vl.training.nano.rows import TASKS
 
 
 # Weights of the losses. The keys of the first three are groups of facts, the first words of their names.
