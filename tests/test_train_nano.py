@@ -57,6 +57,8 @@ def run(folder, **options):
     args = {
         "output": folder,
         "steps": 3,
+        "weights": None,
+        "progress": 0.0,
         "minutes": None,
         "size": 8,
         "batches": 1,
@@ -74,6 +76,10 @@ def run(folder, **options):
     }
     train_nano.train(argparse.Namespace(**args | options))
     return load_file(folder / "model.safetensors")
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def first_weights() -> dict[str, torch.Tensor]:
@@ -114,6 +120,20 @@ def test_every_kind_of_batch_can_be_learned(tmp_path, monkeypatch, kind):
     assert ("visual" in trained) == (kind != "clips") and ("language_model" in trained) == (kind != "look")
 
 
+def test_trained_weights_wait_for_the_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_nano, "kind_at", lambda step, progress: "pictures")
+    monkeypatch.setattr(train_nano, "HEADS_ALONE", 1)
+    monkeypatch.setattr(train_nano, "LOG_STEPS", 1)
+    weights = load_file(NANO / "model.safetensors")
+    options = {"weights": NANO / "model.safetensors", "progress": 0.9}
+    first = run(tmp_path / "first", steps=1, **options)
+    assert all(torch.equal(first[name], weights[name]) for name in weights)
+    second = run(tmp_path / "second", steps=2, **options)
+    trained = {name.split(".")[1] for name in weights if not torch.equal(second[name], weights[name])}
+    assert {"visual", "language_model"} <= trained
+    assert [line["progress"] for line in read_log(tmp_path / "second")] == [0.95, 1.0]
+
+
 # drawing
 
 
@@ -145,6 +165,7 @@ def test_a_run_of_minutes_ends_with_rate_0(monkeypatch):
     now = 145.0
     assert clock.progress(77) == 0.625
     now = 300.0
+    assert train_nano.Clock(10, None, first=0.8).progress(5) == pytest.approx(0.9)
     assert clock.progress(99) == 1.0 and train_nano.rate_at(99, 1.0) == 0.0
     assert [*train_nano.Plan(99, clock, 1)] == []
 
