@@ -101,12 +101,18 @@ def parse(argv) -> argparse.Namespace:
 def _add_question(parser) -> None:
     parser.add_argument("media", nargs="*", help="images and videos, in the order in which the model gets them")
     parser.add_argument("-p", "--prompt", help="question about them (default: empty)")
-    has_nano = NANO.is_dir()  # not in an installed package
+    add_checkpoint_argument(parser)
+
+
+def add_checkpoint_argument(parser, note: str = "") -> None:
+    """The option --checkpoint, which an installed package needs: it comes without the small checkpoint."""
+    has_nano = NANO.is_dir()
+    default = " (default: checkpoints/moss-vl-nano)" if has_nano else ""
     parser.add_argument(
         "--checkpoint",
         default=str(NANO) if has_nano else None,
         required=not has_nano,
-        help="folder or hub name of a checkpoint" + (" (default: checkpoints/moss-vl-nano)" if has_nano else ""),
+        help=f"folder or hub name of a checkpoint{default}{note}",
     )
 
 

@@ -365,6 +365,12 @@ def test_infer_answers_without_running_the_code_of_the_folder(moss_vl_command, f
     assert (done.returncode, done.stdout.strip()) == (0, "blue"), done.stderr
 
 
+def test_serve_is_the_server(capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.main(["serve", "--help"])
+    assert end.value.code == 0 and "usage: serve.py" in capsys.readouterr().out
+
+
 def test_live_takes_its_source_first(capsys):
     assert commands.main(["live", "no-such-source.mp4", "--checkpoint", str(NANO)]) == 2
     assert "no-such-source.mp4" in capsys.readouterr().err

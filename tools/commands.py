@@ -1,4 +1,4 @@
-"""The command `moss-vl` of the installed package: moss-vl infer|live|install ARGUMENTS"""
+"""The command `moss-vl` of the installed package: moss-vl infer|live|serve|install ARGUMENTS"""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 COMMANDS = {
     "infer": ("infer", "answers questions about images and videos"),
     "live": ("infer", "watches a video, a camera or a stream, and says what it sees: moss-vl live SOURCE ARGUMENTS"),
+    "serve": ("tools.serve", "answers requests to an OpenAI-compatible server, with realtime sessions"),
     "install": ("tools.install_into", "writes the code of this package into the folder of a checkpoint"),
 }
 USAGE = "usage: moss-vl COMMAND ARGUMENTS\n\ncommands, each with its own --help:\n" + "".join(

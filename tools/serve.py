@@ -20,8 +20,9 @@ import tempfile
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from moss_vl.infer import NANO, add_running_arguments, load
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from moss_vl.infer import add_checkpoint_argument, add_running_arguments, load
 from moss_vl.tools.command_line import above_0, at_least, message_of
 
 
@@ -48,11 +49,7 @@ def main(argv=None) -> int:
 def parse(argv) -> argparse.Namespace:
     """The arguments of the command line. Wrong usage exits with code 2."""
     parser = argparse.ArgumentParser(prog="serve.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--checkpoint",
-        default=str(NANO),
-        help="folder or hub name of a checkpoint (default: checkpoints/moss-vl-nano); sessions need a realtime one",
-    )
+    add_checkpoint_argument(parser, "; sessions need a realtime one")
     parser.add_argument("--name", help="name of the model in requests (default: the last part of --checkpoint)")
     _add_access(parser.add_argument_group("access"))
     _add_media(parser.add_argument_group("media"))
