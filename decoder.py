@@ -54,7 +54,7 @@ class RowCall(NamedTuple):
 
 class DecoderCall(NamedTuple):
     """What all decoder layers of one call share. It is a tuple, because hooks of accelerate and FSDP move and cast
-    tensors in tuples only.
+    tensors in tuples only. Hooks of compressed-tensors make plain tuples of named ones (`restored`).
 
     Attributes:
         rotary: rotary of the text, each [B, 1, T, d].
@@ -77,6 +77,14 @@ class DecoderCall(NamedTuple):
     vision_call: Optional[VisionCall]
     output_attentions: bool
     rows: Optional[tuple[RowCall, ...]] = None
+
+    @classmethod
+    def restored(cls, call: tuple) -> "DecoderCall":
+        """The call as a module got it, with the names that a hook may have removed."""
+        if isinstance(call, cls):
+            return call
+        call = cls(*call)
+        return call if call.rows is None else call._replace(rows=tuple(RowCall(*row) for row in call.rows))
 
 
 class MossVLRMSNorm(nn.Module):
@@ -155,6 +163,7 @@ class MossVLSelfAttention(MossVLTextAttention):
         self, hidden_states: torch.Tensor, call: DecoderCall, cache: Union[Cache, JointCache, None] = None
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] if the implementation is eager, else None."""
+        call = DecoderCall.restored(call)
         query = self.queries(hidden_states, call.rotary)
         key, value = self.keys_values(hidden_states, call.rotary)
         if call.rows is None:
@@ -210,6 +219,7 @@ class MossVLCrossAttention(MossVLTextAttention):
             [B, T, D]; tokens that see no vision token enter the output projection as 0. With `output_attentions` also
             the weights [B, H, T, W], see `MossVLModelOutput`, else None.
         """
+        call = DecoderCall.restored(call)
         key = value = None
         if vision_states is not None:
             key, value = self.vision_keys_values(vision_states, call.vision_rotary)
@@ -359,6 +369,7 @@ class MossVLCrossAttentionLayer(MossVLLayer):
                 because reentrant checkpointing passes gradients only to tensors that are arguments.
             layer_past: the cache; see `MossVLSelfAttentionLayer.forward`.
         """
+        call = DecoderCall.restored(call)
         attended, weights = self.cross_attn(self.input_layernorm(hidden_states), vision_states, call, layer_past)
         # r of docs/model.md: 0 at tokens that see no vision token, else 1
         has_visible = 1.0 if call.vision_call.has_visible is None else call.vision_call.has_visible.to(hidden_states)
