@@ -157,6 +157,12 @@ def dequantized(folder) -> dict[str, torch.Tensor]:
     return plain
 
 
+def in_fp8(states: torch.Tensor) -> torch.Tensor:
+    """States [..., D] rounded to float8_e4m3fn, with a scale per token; divided in their own dtype, as it makes ties."""
+    scale = states.abs().amax(dim=-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (states / scale).to(torch.float8_e4m3fn).to(states.dtype) * scale
+
+
 def dequantized_nf4(stats: dict[str, torch.Tensor], packed: torch.Tensor) -> torch.Tensor:
     """W = code[q] a for blocks of 64 values; a = b c[r] + mean is itself quantized in blocks of 256. High nibble first
     (QLoRA, arXiv 2305.14314, sections 3 and 4)."""
