@@ -54,13 +54,13 @@ CACHE_PACKAGES = {"hqq": ("hqq", is_hqq_available), "quanto": ("optimum-quanto",
 
 
 def can_quantize(generation_config: GenerationConfig) -> bool:
-    """Whether the package of a quantized cache is installed, which `generation_config` asks for. If not, warns once."""
+    """Whether the package of the quantized cache that `generation_config` asks for is installed; warns once if not."""
     backend = (generation_config.cache_config or {}).get("backend", "quanto")
     package, is_available = CACHE_PACKAGES.get(backend, (backend, lambda: True))
     if not is_available():
         logger.warning_once(
-            f"generation_config.json asks for a cache quantized by {package}, which is not installed; the cache is kept "
-            f"in the dtype of the model, which needs more memory. Install it by: pip install {package}"
+            f"generation_config.json asks for a cache quantized by {package}, which is not installed; the cache is "
+            f"kept in the dtype of the model, which needs more memory. Install it by: pip install {package}"
         )
     return is_available()
 

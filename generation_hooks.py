@@ -109,9 +109,7 @@ class MossVLGenerateHooks:
             if is_given or not can_quantize(generation_config) or not keeps_tokens(generation_mode):
                 generation_config = copy.copy(generation_config)
                 generation_config.cache_implementation = None
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, *args, **kwargs
-        )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _get_candidate_generator(
         self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs

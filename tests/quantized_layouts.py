@@ -16,8 +16,8 @@ from moss_vl.tools.install_into import code_files
 LAYERS, CROSS = 12, [2, 6, 10]
 PROJECTIONS = [f"self_attn.{one}_proj" for one in "qkvo"] + [f"mlp.{one}_proj" for one in ("gate", "up", "down")]
 LAYER = "model.language_model.layers"
-# The modules that the layouts quantize, written out: FP8 the self-attention layers, NF4 all but cross-attention and the
-# first and the last four layers.
+# The modules that the layouts quantize, written out: FP8 the self-attention layers, NF4 all but cross-attention, the
+# first four layers and the last four.
 FP8_MODULES = {f"{LAYER}.{index}.{name}" for index in (0, 1, 3, 4, 5, 7, 8, 9, 11) for name in PROJECTIONS}
 NF4_MODULES = {f"{LAYER}.{index}.{name}" for index in (4, 5, 7) for name in PROJECTIONS} | {
     f"{LAYER}.6.mlp.{one}_proj" for one in ("gate", "up", "down")
@@ -150,7 +150,8 @@ def dequantized(folder) -> dict[str, torch.Tensor]:
         if tensor.dtype == torch.float8_e4m3fn:  # W = q s, a scale per row
             tensor = (tensor.float() * tensors[f"{name}_scale"].float()).to(torch.bfloat16)
         elif any(other.startswith(f"{name}.quant_state") for other in tensors):
-            tensor = dequantized_nf4({key: value for key, value in tensors.items() if key.startswith(f"{name}.")}, tensor)
+            stats = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            tensor = dequantized_nf4(stats, tensor)
         elif re.search(r"\.weight\.", name):
             continue
         plain[name] = tensor
@@ -158,7 +159,7 @@ def dequantized(folder) -> dict[str, torch.Tensor]:
 
 
 def in_fp8(states: torch.Tensor) -> torch.Tensor:
-    """States [..., D] rounded to float8_e4m3fn, with a scale per token; divided in their own dtype, as it makes ties."""
+    """States [..., D] rounded to float8_e4m3fn, with a scale per token. Division in their own dtype makes ties."""
     scale = states.abs().amax(dim=-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     return (states / scale).to(torch.float8_e4m3fn).to(states.dtype) * scale
 

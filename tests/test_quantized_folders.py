@@ -1,5 +1,5 @@
-"""Folders in the layouts of released quantized checkpoints load as they are, and compute what their dequantized weights
-compute. The packages are in requirements-quantize.txt; without them the tests are skipped."""
+"""Folders in the layouts of released quantized checkpoints load as they are, and compute what their dequantized
+weights compute. The packages are in requirements-quantize.txt; without them the tests are skipped."""
 
 import copy
 import logging
@@ -256,7 +256,7 @@ def test_the_bytes_of_a_quantized_cache():
 
 
 @needs_hqq
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2, "eos_token_id": 199}], ids=["beams", "lookup"])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2, "eos_token_id": 199}])
 def test_beams_and_drafts_use_a_plain_cache(options, warned):
     model, plain, sample = eight_bit_model(), plain_model(), assorted_samples()[2]
     got, expected = answer(model, sample, **options), answer(plain, sample, **options)

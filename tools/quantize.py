@@ -116,33 +116,34 @@ def fewest_names(kept: set[str], names: list[str], prefix: str = "") -> list[str
 
 @dataclass
 class Shards:
-    """Writes tensors into files of a folder, of at most `most` bytes each."""
+    """Writes tensors into files of a folder, of at most `most` bytes each. `names` are those of all weights."""
 
     folder: Path
     most: int
+    names: list[str]
     tensors: dict = field(default_factory=dict)
-    metadata: list = field(default_factory=list)  # (names, metadata) of each weight
+    entries: dict[str, str] = field(default_factory=dict)  # for the metadata of the file
     files: list[list[str]] = field(default_factory=list)  # names of the tensors of each file
     bytes: int = 0  # of all tensors
     waiting: int = 0  # bytes of `tensors`
 
-    def add(self, tensors: dict, metadata: dict) -> None:
+    def add(self, tensors: dict, entries: dict[str, str]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self.tensors and self.waiting + size > self.most:
             self.flush()
         # a copy: the tensors of an input file are pages of that file
         self.tensors |= {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-        self.metadata.append((list(tensors), metadata))
+        self.entries |= entries
         self.waiting, self.bytes = self.waiting + size, self.bytes + size
 
     def flush(self) -> None:
         from safetensors.torch import save_file
 
-        from moss_vl.tools.quantized_formats import merged
+        from moss_vl.tools.quantized_formats import file_metadata
 
-        save_file(self.tensors, self._part(len(self.files)), metadata=merged(self.metadata))
+        save_file(self.tensors, self._part(len(self.files)), metadata=file_metadata(self.entries, self.names))
         self.files.append(list(self.tensors))
-        self.tensors, self.metadata, self.waiting = {}, [], 0
+        self.tensors, self.entries, self.waiting = {}, {}, 0
 
     def finish(self) -> None:
         """Writes the last file and the index, under the names that transformers expects."""
@@ -171,7 +172,17 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return [checkpoint / name for name in names]
 
 
-def write_weights(files: list[Path], shards: Shards, quantized: set[str], encode, dtype) -> dict[str, float]:
+def weight_names(files: list[Path]) -> list[str]:
+    from safetensors import safe_open
+
+    names = []
+    for file in files:
+        with safe_open(str(file), framework="pt") as weights:
+            names += weights.keys()
+    return names
+
+
+def write_weights(files: list[Path], shards: Shards, quantized: set[str], chosen, dtype) -> dict[str, float]:
     """Copies all tensors, and quantizes the weights of the layers in `quantized`.
 
     Returns:
@@ -190,11 +201,12 @@ def write_weights(files: list[Path], shards: Shards, quantized: set[str], encode
                     size = tensor.numel() * tensor.element_size()
                     if dtype is not None and tensor.is_floating_point():
                         tensor = tensor.to(dtype)
-                    tensors, metadata = {name: tensor}, {}
                     if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
-                        tensors, metadata, read = encode(name, tensor)
+                        tensors, entries, read = chosen.encode(name, tensor)
                         errors[name.removesuffix(".weight")] = relative_error(read, tensor)
-                    shards.add(tensors, metadata)
+                    else:
+                        tensors, entries = {name: tensor}, {name: chosen.plain_entry} if chosen.plain_entry else {}
+                    shards.add(tensors, entries)
                     progress.update(size)
     if absent := sorted(quantized - errors.keys()):
         raise ValueError(f"the weights lack {absent[0]}.weight, which config.json asks for")
@@ -340,9 +352,9 @@ def quantize(args) -> dict:
     made = not args.output.exists()
     args.output.mkdir(parents=True, exist_ok=True)
     try:
-        shards = Shards(args.output, int(args.shard_gb * 1e9))
+        shards = Shards(args.output, int(args.shard_gb * 1e9), weight_names(files))
         with torch.no_grad():
-            errors = write_weights(files, shards, quantized, chosen.encode, dtype)
+            errors = write_weights(files, shards, quantized, chosen, dtype)
         copy_other_files(args.checkpoint, args.output)
         content["quantization_config"] = chosen.config(
             fewest_names(kept, names), [name for name in names if name in kept]

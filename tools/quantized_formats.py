@@ -6,7 +6,7 @@
 | nf4 | bitsandbytes | 4-bit codes of blocks of 64 values, whose scales are quantized again (QLoRA, arXiv 2305.14314) |
 | int8 | bitsandbytes | W = q s / 127, s the largest absolute value of a row (LLM.int8(), arXiv 2208.07339) |
 | int8 | torchao | W = q s, s a scale per row; transformers 5 alone reads it |
-| fp8 | compressed-tensors | W = q s, q in float8_e4m3fn, s a scale per row (FP8_DYNAMIC); inputs get a scale per token |
+| fp8 | compressed-tensors | FP8_DYNAMIC: W = q s, q in float8_e4m3fn, s a scale per row; a scale per input token |
 """
 
 import json
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 
-Encoded = tuple[dict[str, torch.Tensor], dict[str, str], torch.Tensor]  # tensors, metadata of the file, W as it is read
+# tensors, entries for the metadata of the file, the weight that they stand for
+Encoded = tuple[dict[str, torch.Tensor], dict[str, str], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Format:
     """A format of a library.
 
     Attributes:
-        encode: (name of the weight, weight [out, in] on the CPU) -> tensors, metadata of the file, the weight that
-            they stand for.
+        encode: (name of the weight, weight [out, in] on the CPU) -> what is written for it.
         config: (linear layers that are kept, in the fewest names; all their names) -> `quantization_config`.
         package: the package that reads the folder, as pip and as Python know it.
         writes: whether the package is needed for writing as well.
         keeps: parts of the model that are kept unless others are named, as in released checkpoints.
         ends: share of the decoder layers that are kept at its start, and at its end.
+        plain_entry: entry for the metadata of the file of a tensor that is not quantized, if the library wants one.
     """
 
     encode: Callable[[str, torch.Tensor], Encoded]
@@ -39,6 +40,7 @@ class Format:
     writes: bool
     keeps: tuple[str, ...]
     ends: float
+    plain_entry: str | None = None
 
 
 def encode_nf4(name: str, weight: torch.Tensor) -> Encoded:
@@ -66,7 +68,7 @@ def encode_torchao(name: str, weight: torch.Tensor) -> Encoded:
     linear.weight.data.copy_(weight)
     quantize_(linear, torchao_config())
     tensors, metadata = flatten_tensor_state_dict({name: linear.weight})
-    return tensors, metadata, linear.weight.dequantize()
+    return tensors, {name: metadata[name]}, linear.weight.dequantize()
 
 
 def torchao_config():
@@ -137,18 +139,16 @@ FORMATS = {
     ("int8", "bitsandbytes"): Format(
         encode_int8, bitsandbytes_config(False), ("bitsandbytes", "bitsandbytes"), True, KEPT, 1 / 12
     ),
-    ("int8", "torchao"): Format(encode_torchao, torchao_settings, ("torchao", "torchao"), True, KEPT, 1 / 12),
+    ("int8", "torchao"): Format(
+        encode_torchao, torchao_settings, ("torchao", "torchao"), True, KEPT, 1 / 12, '{"_type": "Tensor"}'
+    ),
     ("fp8", "compressed-tensors"): Format(
         encode_fp8, fp8_config, ("compressed-tensors", "compressed_tensors"), False, (*KEPT, "cross-mlp"), 0
     ),
 }
 
 
-def merged(tensors: Sequence[tuple[Sequence[str], dict[str, str]]]) -> dict[str, str]:
-    """The metadata of a file, from the names and the metadata of what was written into it. torchao lists the names of
-    all tensors, as the model knows them."""
-    joined, names = {"format": "pt"}, []
-    for written, metadata in tensors:
-        names += json.loads(metadata.get("tensor_names", "null")) or written
-        joined |= metadata
-    return joined | {"tensor_names": json.dumps(names)} if "tensor_names" in joined else joined
+def file_metadata(entries: dict[str, str], names: Sequence[str]) -> dict[str, str]:
+    """The metadata of a file, from the entries of its weights. For torchao they have the names of the weights in all
+    files as well: transformers joins the entries of all files, but takes the names from one of them."""
+    return {"format": "pt", **entries, **({"tensor_names": json.dumps(list(names))} if entries else {})}
