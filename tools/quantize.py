@@ -315,18 +315,38 @@ def report_lines(report: dict) -> list[str]:
 # the command
 
 
-def quantize(args) -> dict:
-    """Writes the folder; returns the report."""
-    import torch
+@dataclass(frozen=True)
+class Plan:
+    """What is written, decided before anything is.
 
+    Attributes:
+        content: the checkpoint's config.json.
+        format: what is written for a weight.
+        name: of the format and its library.
+        names: all linear layers.
+        kept: those that are not quantized.
+        files: the weights of the checkpoint.
+        can_read: whether the package is installed with which transformers reads the result.
+    """
+
+    content: dict
+    format: "Format"  # noqa: F821
+    name: str
+    names: list[str]
+    kept: set[str]
+    files: list[Path]
+    can_read: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+def plan_quantization(args) -> Plan:
+    """Raises ValueError or InstallError for what cannot be done."""
     from moss_vl.configuration_moss_vl import MossVLConfig
-    from moss_vl.tools.quantized_formats import FORMATS
 
-    library = args.library or next(library for name, library in FORMATS if name == args.to)
-    if (args.to, library) not in FORMATS:
-        known = ", ".join(library for name, library in FORMATS if name == args.to)
-        raise ValueError(f"--library {library} does not write {args.to}; expected one of: {known}")
-    chosen = FORMATS[args.to, library]
+    name, chosen = choose_format(args.to, args.library)
     can_read = importlib.util.find_spec(chosen.package[1]) is not None
     if chosen.writes and not can_read:
         raise ValueError(f"{chosen.package[0]} is not installed; install it by: pip install {chosen.package[0]}")
@@ -334,65 +354,91 @@ def quantize(args) -> dict:
     content = read_json(args.checkpoint / "config.json")
     if "quantization_config" in content:
         raise ValueError(f"{args.checkpoint} is quantized already; expected the checkpoint that it was made from")
-    if args.output.exists() and any(args.output.iterdir()):
-        raise ValueError(f"--output {args.output} exists and is not empty; name a new folder")
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ValueError(f"--output {args.output} exists and is not an empty folder; name a new one")
     config = MossVLConfig(**content)
-    choice = choose(args, chosen, config)
+    choice = choose_layers(args, chosen, config)
     names = linear_layers(config)
     kept = {name for name in names if choice.keeps(name, config)}
-    quantized = set(names) - kept
-    if not quantized:
+    if len(kept) == len(names):
         raise ValueError(
             f"nothing is left to quantize: {config.text_config.num_hidden_layers} decoder layers, {choice.first} kept "
             f"at the start and {choice.last} at the end; lower --keep-first and --keep-last"
         )
-    files = weight_files(args.checkpoint)
-    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
+    return Plan(content, chosen, name, names, kept, weight_files(args.checkpoint), can_read)
 
+
+def choose_format(to: str, library: str | None):
+    """The name of a format with its library, and the format."""
+    import transformers
+
+    from moss_vl.tools.quantized_formats import FORMATS
+
+    libraries = [known for name, known in FORMATS if name == to]
+    library = libraries[0] if library is None else library
+    if library not in libraries:
+        raise ValueError(f"--library {library} does not write {to}; expected one of: {', '.join(libraries)}")
+    chosen = FORMATS[to, library]
+    if int(transformers.__version__.split(".")[0]) < chosen.transformers:
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot read {to} of {library}; expected transformers "
+            f"{chosen.transformers} or --library {libraries[0]}"
+        )
+    return f"{to} ({library})", chosen
+
+
+def quantize(args) -> dict:
+    """Writes the folder, or nothing if that fails; returns the report."""
+    plan = plan_quantization(args)
     made = not args.output.exists()
     args.output.mkdir(parents=True, exist_ok=True)
     try:
-        shards = Shards(args.output, int(args.shard_gb * 1e9), weight_names(files))
-        with torch.no_grad():
-            errors = write_weights(files, shards, quantized, chosen, dtype)
-        copy_other_files(args.checkpoint, args.output)
-        content["quantization_config"] = chosen.config(
-            fewest_names(kept, names), [name for name in names if name in kept]
-        )
-        if dtype is not None:
-            name = "dtype" if "dtype" in content else "torch_dtype"
-            content[name] = args.dtype
-        if args.cache_8_bits:
-            ask_for_8_bit_cache(args.output)
-        put(args.output / "config.json", (json.dumps(content, indent=2) + "\n").encode(), None)
-        install_code(args.output)
+        shards, errors = write_folder(args, plan)
     except BaseException:
-        if made:
-            shutil.rmtree(args.output)
-        else:
-            for path in args.output.iterdir():
-                path.unlink()
+        shutil.rmtree(args.output)
+        if not made:
+            args.output.mkdir()
         raise
-    before = sum(file.stat().st_size for file in files)
     worst = max(errors, key=errors.get)
     report = {
         "checkpoint": str(args.checkpoint),
-        "format": f"{args.to} ({library})",
-        "linear layers": len(names),
-        "quantized": len(quantized),
-        "kept": fewest_names(kept, names),
-        "bytes before": before,
+        "format": plan.name,
+        "linear layers": len(plan.names),
+        "quantized": len(errors),
+        "kept": fewest_names(plan.kept, plan.names),
+        "bytes before": plan.bytes,
         "bytes after": shards.bytes,
         "files": len(shards.files),
         "weights": {"mean error": sum(errors.values()) / len(errors), "largest error": errors[worst], "of": worst},
         "logits": "not compared",
     }
-    report |= compared(args, chosen, can_read, before)
+    report |= compared(args, plan)
     (args.output / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def choose(args, chosen, config) -> Choice:
+def write_folder(args, plan: Plan) -> tuple[Shards, dict[str, float]]:
+    """Writes everything but the report; config.json comes last."""
+    import torch
+
+    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
+    shards = Shards(args.output, int(args.shard_gb * 1e9), weight_names(plan.files))
+    with torch.no_grad():
+        errors = write_weights(plan.files, shards, set(plan.names) - plan.kept, plan.format, dtype)
+    copy_other_files(args.checkpoint, args.output)
+    if args.cache_8_bits:
+        ask_for_8_bit_cache(args.output)
+    content = dict(plan.content)
+    if dtype is not None:
+        content["dtype" if "dtype" in content else "torch_dtype"] = args.dtype
+    kept = [name for name in plan.names if name in plan.kept]
+    content["quantization_config"] = plan.format.config(fewest_names(plan.kept, plan.names), kept)
+    put(args.output / "config.json", (json.dumps(content, indent=2) + "\n").encode(), None)
+    install_code(args.output)
+    return shards, errors
+
+
+def choose_layers(args, chosen, config) -> Choice:
     """What stays as it is, by the options and the defaults of the format."""
     default = round(config.text_config.num_hidden_layers * chosen.ends)
     default = max(1, default) if chosen.ends else 0
@@ -404,16 +450,16 @@ def choose(args, chosen, config) -> Choice:
     )
 
 
-def compared(args, chosen, can_read: bool, size: int) -> dict:
+def compared(args, plan: Plan) -> dict:
     """The entries of the report that need both models."""
     import torch
 
     if args.compare == "no" and not args.examine:
         return {}
-    if not can_read:
-        return {"logits": f"not compared: {chosen.package[0]} is not installed"}
-    if args.compare == "auto" and not args.examine and not fits_into_memory(size):
-        return {"logits": f"not compared: {size / 1e9:.1f} GB of weights need more memory; --compare yes compares"}
+    if not plan.can_read:
+        return {"logits": f"not compared: {plan.format.package[0]} is not installed"}
+    if args.compare == "auto" and not args.examine and not fits_into_memory(plan.bytes):
+        return {"logits": f"not compared: {plan.bytes / 1e9:.1f} GB of weights need more memory; see --compare"}
     return compare(args.checkpoint, args.output, args.examine, torch.bfloat16)
 
 

@@ -32,6 +32,7 @@ class Format:
         keeps: parts of the model that are kept unless others are named, as in released checkpoints.
         ends: share of the decoder layers that are kept at its start, and at its end.
         plain_entry: entry for the metadata of the file of a tensor that is not quantized, if the library wants one.
+        transformers: the first version of transformers that reads it.
     """
 
     encode: Callable[[str, torch.Tensor], Encoded]
@@ -41,6 +42,7 @@ class Format:
     keeps: tuple[str, ...]
     ends: float
     plain_entry: str | None = None
+    transformers: int = 4
 
 
 def encode_nf4(name: str, weight: torch.Tensor) -> Encoded:
@@ -140,7 +142,7 @@ FORMATS = {
         encode_int8, bitsandbytes_config(False), ("bitsandbytes", "bitsandbytes"), True, KEPT, 1 / 12
     ),
     ("int8", "torchao"): Format(
-        encode_torchao, torchao_settings, ("torchao", "torchao"), True, KEPT, 1 / 12, '{"_type": "Tensor"}'
+        encode_torchao, torchao_settings, ("torchao", "torchao"), True, KEPT, 1 / 12, '{"_type": "Tensor"}', 5
     ),
     ("fp8", "compressed-tensors"): Format(
         encode_fp8, fp8_config, ("compressed-tensors", "compressed_tensors"), False, (*KEPT, "cross-mlp"), 0
