@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from moss_vl.benchmarks import quantized
 from moss_vl.tools import quantize
 from moss_vl.tools.quantized_formats import FORMATS, encode_fp8
+from moss_vl.training.nano import evaluate
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
@@ -140,7 +141,8 @@ def test_what_is_kept_is_unchanged(folder, plain):
     before, after = tensors_of(plain), tensors_of(folder)
     kept = report_of(folder)["kept"]
     assert {"model.visual", "lm_head", f"{layouts.LAYER}.2.cross_attn"} & set(kept)
-    unchanged = [name for name, tensor in before.items() if name in after and torch.equal(after[name], tensor)]
+    same_type = [name for name, tensor in before.items() if name in after and after[name].dtype == tensor.dtype]
+    unchanged = [name for name in same_type if torch.equal(after[name], before[name])]
     for name in ("model.language_model.embed_tokens.weight", "model.separator_token", "lm_head.weight"):
         assert name in unchanged
     assert [name for name in before if name.startswith("model.visual.")] == [
@@ -204,12 +206,12 @@ def test_weights_of_zeros_stay_zeros():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_memory_is_that_of_a_file_and_not_of_the_model(tmp_path, monkeypatch):
-    """FP8 needs no package. The weights are 155 MB, the largest one 4 MB."""
-    text = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12, "cross_attention_layers": [2, 6]}
+    """FP8 needs no package. The weights are 466 MB, the largest one 4 MB."""
+    text = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 36, "cross_attention_layers": [2, 6]}
     plain = tmp_path / "plain"
     make_model(text=text, vision={"out_hidden_size": 512}).to(torch.bfloat16).save_pretrained(plain)
     size = (plain / "model.safetensors").stat().st_size
-    assert size > 150e6
+    assert size > 450e6
 
     used = []
 
@@ -229,16 +231,16 @@ def test_the_memory_is_that_of_a_file_and_not_of_the_model(tmp_path, monkeypatch
     assert max(used) - before < size / 2
 
 
-def test_the_report_compares_logits_and_examines(tmp_path, capsys):
+def test_the_report_compares_logits_and_examines(tmp_path, capsys, monkeypatch):
     package = "compressed_tensors"
     pytest.importorskip(package, reason=REASON.format(package))
+    monkeypatch.setattr(evaluate, "TASKS", ("color", "shape"))
     output = tmp_path / "nano"
-    assert quantize.main([str(NANO), "--to", "fp8", "--output", str(output), "--examine", "1"]) == 0
+    assert quantize.main([str(NANO), "--to", "fp8", "--output", str(output), "--examine", "2"]) == 0
     report, printed = report_of(output), capsys.readouterr().out
     assert report["logits"]["tokens"] > 20 and 0 < report["logits"]["relative error"] < 0.1
     assert 0 < report["logits"]["KL divergence"] < 0.1 and report["logits"]["same most likely token"] > 0.8
-    assert len(report["examination"]) > 10
-    assert all(0 <= share <= 1 for row in report["examination"].values() for share in row.values())
+    assert report["examination"] == {task: {"before": 1, "after": 1} for task in evaluate.TASKS}
     assert (
         f"{report['quantized']} of {report['linear layers']} linear layers" in printed and "KL divergence" in printed
     )

@@ -8,6 +8,7 @@ import pytest
 import quantized_layouts as layouts
 import torch
 import transformers
+from realtime import make_processor, make_realtime_model, picture, run, stream
 from safetensors.torch import load_file
 from tiny import Sample, assorted_samples, make_model
 from transformers import AutoModelForCausalLM
@@ -290,3 +291,24 @@ def test_rows_of_quantized_caches_are_computed_together():
         ]
     joint = model.decode_rows(tokens, caches)
     assert error(joint, torch.stack(alone)) < 1e-5
+
+
+@needs_hqq
+def test_realtime_streams_quantize_the_text():
+    """The opening and the first frames are quantized, later tokens are not yet."""
+    processor = make_processor()
+    caches, logits = [], []
+    for is_quantized in (True, False):
+        model = make_realtime_model(processor, **GROUPED)
+        if is_quantized:
+            for name, value in copy.deepcopy(layouts.KV8).items():
+                setattr(model.generation_config, name, value)
+        made, script = stream(model, processor, window_frames=2)
+        for second in range(3):
+            made.push_frame(picture(second), second)
+            run(made)
+        caches.append(made.cache)
+        logits.append(torch.stack([row for _, row in script.seen]))
+    assert [type(cache) for cache in caches] == [QuantizedCache, DynamicCache]
+    assert logits[0].shape == logits[1].shape
+    assert 0 < error(*logits) < 0.02

@@ -191,7 +191,7 @@ def write_weights(files: list[Path], shards: Shards, quantized: set[str], chosen
     from safetensors import safe_open
     from tqdm import tqdm
 
-    errors = {}
+    errors, done = {}, 0
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr) as progress:
         for file in files:
@@ -208,6 +208,8 @@ def write_weights(files: list[Path], shards: Shards, quantized: set[str], chosen
                         tensors, entries = {name: tensor}, {name: chosen.plain_entry} if chosen.plain_entry else {}
                     shards.add(tensors, entries)
                     progress.update(size)
+            done += file.stat().st_size  # with the header
+            progress.update(done - progress.n)
     if absent := sorted(quantized - errors.keys()):
         raise ValueError(f"the weights lack {absent[0]}.weight, which config.json asks for")
     shards.finish()
