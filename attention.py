@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 HALF = (torch.float16, torch.bfloat16)
 # Whether this CPU multiplies matrices in bfloat16.
 CPU_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+FLASH_HEAD_SIZE = 256  # largest head size of torch's flash-attention
 CPU_SCORES = 1 << 22  # most attention scores in memory at once in `blockwise_attention_forward`
 # An additive mask of this or less masks a token out: callers write the lowest number of some dtype, or -inf.
 MASKED = torch.finfo(torch.float16).min
@@ -328,12 +329,18 @@ def sdpa_attention(
     """
     (batch, heads, rows, d), kv_heads = query.shape, key.shape[1]
     group_size = heads // kv_heads
+    named = takes_named_kernels(query)
+    if named and mask is None:
+        return flash_kernel(*in_one_dtype(query, key, value), causal, dropout, module.scaling)
     mask_per_head = mask is not None and mask.shape[1] > 1
     if rows == 1 or mask is None:
         folds, repeats_mask = not causal, False
     else:
         folds = repeats_mask = not (causal or mask_per_head) and mask.numel() * group_size <= key.numel()
     if group_size == 1 or not folds:
+        if named:
+            key, value = (part.repeat_interleave(group_size, dim=1) for part in (key, value))
+            return efficient_kernel(*in_one_dtype(query, key, value), mask, dropout, module.scaling).transpose(1, 2)
         attention = ALL_ATTENTION_FUNCTIONS.get(implementation)
         out, _ = attention(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, is_causal=causal)
         return out
@@ -342,8 +349,80 @@ def sdpa_attention(
     elif mask_per_head:
         mask = mask.reshape(len(mask), kv_heads, group_size, -1)  # one row: [B or 1, K, G, S]
     grouped = query.reshape(batch, kv_heads, -1, d)  # [B, K, G * T, d]
-    out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=module.scaling)
-    return out.view(batch, heads, rows, -1).transpose(1, 2)
+    if named:
+        out = efficient_kernel(*in_one_dtype(grouped, key, value), mask, dropout, module.scaling)
+    else:
+        out = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=module.scaling)
+    # A GPU's kernels write [B, rows, K, d] in memory, so this may be a copy.
+    return out.reshape(batch, heads, rows, -1).transpose(1, 2)
+
+
+def takes_named_kernels(query: torch.Tensor) -> bool:
+    """Whether a kernel of torch's sdpa is called by its name, because sdpa itself might choose cuDNN.
+
+    cuDNN makes a plan for each new shape, and each decode step has a new one: it took 55 to 68 ms a step on an H100
+    with torch 2.11, where the kernels below need none.
+    """
+    return (
+        query.device.type == "cuda"
+        and compute_dtype(query) in HALF
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= FLASH_HEAD_SIZE
+        and sdpa_may_choose_cudnn(query.device.index)
+    )
+
+
+@torch.compiler.assume_constant_result
+def sdpa_may_choose_cudnn(device_index: int) -> bool:
+    """Whether all kernels of torch's sdpa run on this NVIDIA GPU, and none is turned off by the caller."""
+    backends = torch.backends.cuda
+    return (
+        torch.version.hip is None
+        and backends.cudnn_sdp_enabled()
+        and backends.flash_sdp_enabled()
+        and backends.mem_efficient_sdp_enabled()
+        and torch.cuda.get_device_capability(device_index) >= (8, 0)
+    )
+
+
+def in_one_dtype(*states: torch.Tensor) -> list[torch.Tensor]:
+    """Query, key and value in the dtype of the call, as sdpa has them under autocast; a cache may have another one."""
+    dtype = compute_dtype(states[0])
+    return [part.to(dtype) for part in states]
+
+
+def flash_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, dropout: float, scaling: float
+) -> torch.Tensor:
+    """torch's flash-attention: query [B, H, T, d], key and value [B, K, S, d] -> [B, T, H, d]. If causal, T = S."""
+    states = [part.transpose(1, 2) for part in (query, key, value)]
+    lengths = query.shape[2], key.shape[2]
+    kernel = torch.ops.aten._flash_attention_forward
+    return kernel(*states, None, None, *lengths, dropout, causal, False, scale=scaling)[0]
+
+
+def efficient_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    scaling: float,
+) -> torch.Tensor:
+    """torch's memory-efficient attention: query [B, H, T, d], key and value [B, H, S, d] -> [B, H, T, d].
+
+    Args:
+        mask: [B or 1, H or 1, T or 1, S], bool (True = visible) or additive.
+    """
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    length = key.shape[2]
+    # The kernel reads several numbers at once, so each row of the mask begins at a multiple of 16.
+    mask = F.pad(mask.to(query.dtype), (0, -length % 16))[..., :length]
+    mask = mask.expand(*query.shape[:3], length)
+    needs_lse = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, mask, needs_lse, dropout, False, scale=scaling)[0]
 
 
 def lower_triangle(query: torch.Tensor) -> torch.Tensor:

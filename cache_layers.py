@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, Quantize
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import is_hqq_available, is_optimum_quanto_available, logging
 
+from .int8_states import Int8States, is_int8
 from .vision_sequence import VisionCall, VisionState
 
 
@@ -201,7 +202,13 @@ def is_writable(tensor: torch.Tensor) -> bool:
 
 class VisionCacheLayer(InPlaceLayer):
     """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer, with free space where
-    `VisionState` has it. The first such layer of a cache also holds the `VisionState`."""
+    `VisionState` has it. The first such layer of a cache also holds the `VisionState`.
+
+    Attributes:
+        tensor_names: the attributes that hold keys and values.
+    """
+
+    tensor_names: tuple[str, ...] = ("keys", "values")
 
     def __init__(self, index: int):
         super().__init__()
@@ -225,33 +232,51 @@ class VisionCacheLayer(InPlaceLayer):
         self._cache = weakref.ref(cache)
         return True
 
-    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
+    def store(self, keys, values, call: VisionCall) -> None:
         """Stores the keys and values [1, K, v, d] of the new vision tokens, and moves those that the call moves.
 
-        Returns:
-            Keys and values [1, K, V, d] of the whole packed sequence.
+        Args:
+            keys, values: as `read` returns them; None without new vision tokens.
         """
+        old, new = self.tensors(), self.tensors_of(keys, values)
         if self.keys is not None and torch.is_grad_enabled() and not is_writable(self.keys):
-            self.keys, self.values = self.keys.clone(), self.values.clone()  # autograd cannot record inference tensors
+            old = [part.clone() for part in old]  # autograd cannot record inference tensors
+            self.set_tensors(old)
             self.renew_buffer(*self.written)
-        if call.writes:
-            self.in_dtype(keys.dtype)
+        if call.writes and self.keys is not None:
+            old = self.in_dtype_of(new)
         parts = [part for _, part in call.writes]
         if call.writes or (call.moves is not None and self.keys is not None):
-            states = (keys, values, self.keys, self.values)
-            in_graph = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)
+            has_gradients = any(part is not None and part.requires_grad for part in (*new, *old))
+            in_graph = torch.is_grad_enabled() and has_gradients
             can_write = self.keys is not None and is_writable(self.keys) and self.can_write(*parts)
             in_place = can_write and call.moves is None and not in_graph
-            self.keys = write_packed(self.keys, keys, call, in_place)
-            self.values = write_packed(self.values, values, call, in_place)
+            pairs = zip(old, new, strict=True)
+            self.set_tensors([write_packed(before, after, call, in_place) for before, after in pairs])
             if not in_place:
                 self.renew_buffer(*(self.written if call.moves is None else (part for _, part in call.moves)))
             self.mark_written(*parts)
             self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        return self.keys, self.values
 
-    def in_dtype(self, dtype: torch.dtype):
-        """Converts the stored keys and values to a dtype, as autocast may differ between calls, and returns them."""
+    def tensors(self) -> list[Optional[torch.Tensor]]:
+        """What is stored, or None for each if nothing is."""
+        return [getattr(self, name) for name in self.tensor_names]
+
+    def set_tensors(self, tensors: Sequence[Optional[torch.Tensor]]) -> None:
+        for name, tensor in zip(self.tensor_names, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    def tensors_of(self, keys, values) -> tuple[Optional[torch.Tensor], ...]:
+        """Keys and values as they are stored, in the order of `tensor_names`."""
+        return keys, values
+
+    def in_dtype_of(self, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The stored tensors, in the dtype of new ones."""
+        return list(self.read(new[0].dtype))
+
+    def read(self, dtype: torch.dtype):
+        """Keys and values [1, K, V, d] of the whole packed sequence. They are converted to a dtype, as autocast may
+        differ between calls."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
             self.renew_buffer(*self.written)
@@ -282,8 +307,31 @@ class VisionCacheLayer(InPlaceLayer):
             self.state = self.state.select_rows(rows.tolist())
 
     def reset(self) -> None:
+        self.set_tensors([None] * len(self.tensor_names))
         super().reset()
         self.state = None
+
+
+class Int8VisionLayer(VisionCacheLayer):
+    """A `VisionCacheLayer` in 8 bits: `keys` and `values` are int8, and each token and head has a scale."""
+
+    tensor_names = ("keys", "key_scales", "values", "value_scales")
+
+    def __init__(self, index: int):
+        super().__init__(index)
+        self.key_scales = self.value_scales = None
+
+    def tensors_of(self, keys: Optional[Int8States], values: Optional[Int8States]):
+        return (None,) * 4 if keys is None else (*keys, *values)
+
+    def in_dtype_of(self, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self.tensors()
+
+    def read(self, dtype: torch.dtype) -> tuple[Optional[Int8States], Optional[Int8States]]:
+        """Keys and values of the whole packed sequence, which the reader converts in pieces."""
+        if self.keys is None:
+            return None, None
+        return Int8States(self.keys, self.key_scales), Int8States(self.values, self.value_scales)
 
 
 def write_packed(
@@ -329,12 +377,13 @@ class JointCache:
             )
 
 
-def install_layers(cache: Cache, config) -> VisionCacheLayer:
+def install_layers(cache: Cache, config, vision_dtype: Optional[str] = None) -> VisionCacheLayer:
     """Puts layers for the vision sequence into an empty cache, and text layers that write in place. A filled cache has
     these layers already.
 
     Args:
         config: the text config.
+        vision_dtype: "int8" for vision layers in 8 bits.
 
     Returns:
         The layer that holds the vision state.
@@ -344,13 +393,51 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
             cache.layers.append(cache.layer_class_to_replicate())
         for index, layer in enumerate(cache.layers):
             if index in config.cross_attention_layers:
-                cache.layers[index] = VisionCacheLayer(index)
+                cache.layers[index] = (Int8VisionLayer if is_int8(vision_dtype) else VisionCacheLayer)(index)
             elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
                 cache.layers[index] = TextCacheLayer()
     layers = [cache.layers[index] for index in config.cross_attention_layers]
     for layer in layers:
         layer.claim(cache)
     return layers[0]
+
+
+def check_vision_dtype(
+    cache: Optional[Cache], config, vision_dtype: Optional[str], use_cache: Optional[bool]
+) -> Optional[bool]:
+    """Checks the `vision_cache_dtype` of a call.
+
+    Args:
+        config: the text config.
+
+    Returns:
+        `use_cache`: True if it was None and the option needs a cache.
+
+    Raises:
+        ValueError: for an unknown dtype, without a cache, with gradients, and if the filled cache has another dtype.
+    """
+    if not is_int8(vision_dtype):
+        return use_cache
+    if cache is None and use_cache is False:
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', but the call has no cache; expected `use_cache=True` or a cache."
+        )
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', and rounding to 8 bits has no gradients; expected a call under "
+            "`torch.no_grad()` or `torch.inference_mode()`. Leave it out to train."
+        )
+    if cached_length(cache) and vision_cache_dtype(cache, config) != vision_dtype:
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', but the cache keeps its vision tokens in the dtype of the model; "
+            "expected the option at the first call of a cache, and later the same or none."
+        )
+    return True
+
+
+def vision_cache_dtype(cache: Cache, config) -> Optional[str]:
+    """The `vision_cache_dtype` of a filled cache: "int8", or None."""
+    return "int8" if isinstance(cache.layers[config.cross_attention_layers[0]], Int8VisionLayer) else None
 
 
 def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
@@ -538,6 +625,8 @@ def cache_contents(cache: Cache, config) -> CacheContents:
 
 def layer_bytes(layer) -> int:
     """Bytes of the keys and values of a layer, or of the buffers that hold them."""
+    if isinstance(layer, VisionCacheLayer):
+        return sum(tensor_bytes(part) for part in layer.tensors() if part is not None)
     key, value = (getattr(layer, name, None) for name in ("_key_buffer", "_value_buffer"))
     held = [layer.keys if key is None else key, layer.values if value is None else value]
     held += tree_leaves([getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     # configuration file would get the model class of the first one, even if its code differs.
     from .animations import AnimatedImage  # noqa: F401
     from .attention import attend  # noqa: F401
+    from .block_attention import attend_in_blocks  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .call_positions import CallPositions  # noqa: F401
     from .checks import nearest_name  # noqa: F401
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .image_files import open_image  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .image_reading import probe_image  # noqa: F401
+    from .int8_states import Int8States  # noqa: F401
     from .joint_decoding import plan_step  # noqa: F401
     from .media import Media  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401

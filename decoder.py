@@ -24,17 +24,22 @@ from .attention import (
     self_attention_mask,
     usable_implementation,
 )
-from .cache_layers import CACHE, InPlaceLayer, JointCache, cache_of, cached_length
+from .block_attention import Blocks, attend_in_blocks, attend_to_int8, blocks_can_run, unmasked_calls
+from .cache_layers import CACHE, InPlaceLayer, Int8VisionLayer, JointCache, cache_of, cached_length
 from .configuration_moss_vl import MossVLTextConfig
+from .int8_states import Int8States
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
-from .vision_sequence import VisionCall
+from .vision_sequence import Span, VisionCall
 from .xrope import rotate, xrope_rotary
 
 
 logger = logging.get_logger(__name__)
 
-VISION_PIECE = 4096  # vision tokens whose keys and values are computed at once without gradients
+# Vision tokens whose keys and values are computed at once without gradients, on a CPU and on other devices.
+CPU_VISION_PIECE, GPU_VISION_PIECE = 1 << 12, 1 << 14
 
+# Keys or values of vision tokens, as the cache keeps them.
+States = Union[torch.Tensor, Int8States]
 # Cosines and signed sines of a rotary position embedding, as `rotate` takes them.
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -64,6 +69,7 @@ class DecoderCall(NamedTuple):
         vision_rotary: rotary of the vision tokens that are new in this call, each [v, d]; None if there are none.
         vision_call: which tokens see which vision tokens.
         output_attentions: whether the layers return their weights.
+        blocks: the blocks of the vision call, if it has any.
         rows: the rows of a joint call, whose cache is a `JointCache`. The masks and cache positions of the call itself
             are not used then. None in other calls.
     """
@@ -76,6 +82,7 @@ class DecoderCall(NamedTuple):
     vision_rotary: Optional[Rotary]
     vision_call: Optional[VisionCall]
     output_attentions: bool
+    blocks: Optional[Blocks] = None
     rows: Optional[tuple[RowCall, ...]] = None
 
     @classmethod
@@ -221,46 +228,68 @@ class MossVLCrossAttention(MossVLTextAttention):
         """
         call = DecoderCall.restored(call)
         key = value = None
+        layer = None if cache is None or call.rows is not None else cache.layers[self.layer_idx]
         if vision_states is not None:
-            key, value = self.vision_keys_values(vision_states, call.vision_rotary)
+            in_int8 = isinstance(layer, Int8VisionLayer)
+            key, value = self.vision_keys_values(vision_states, call.vision_rotary, in_int8)
         query = self.queries(hidden_states, call.rotary).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
         if call.rows is not None:
             out = self._attend_rows(query, call, cache)
             return self.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
-        if cache is not None:
-            layer = cache.layers[self.layer_idx]
+        if layer is not None:
             layer.store(key, value, call.vision_call)
-            key, value = layer.in_dtype(query.dtype)
-            keep_for_gradients(layer, query, key, value)
+            key, value = layer.read(query.dtype)
+            keep_for_gradients(layer, query, *layer.tensors())
         out, weights = self._attend_spans(query, key, value, call)  # [B * T, H, d]
         out = self.o_proj(out.reshape(*hidden_states.shape[:2], -1))
         return out, self._all_weights(weights, call.vision_call, hidden_states) if call.output_attentions else None
 
-    def _attend_spans(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: DecoderCall):
+    def _attend_spans(self, query: torch.Tensor, key: States, value: States, call: DecoderCall):
         """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
-        weights of each span."""
-        implementation = call.cross_implementation
-        with_mask = masked_implementation(implementation)
+        weights of each span, if they are wanted."""
+        plan, blocks = call.vision_call, call.blocks
+        if isinstance(key, Int8States):
+            if self._takes_blocks(call):
+                masked = [] if blocks else [span for span in plan.spans if span.visible is not None]
+                blocks = blocks or Blocks(unmasked_calls(plan.spans), self.num_key_value_groups)
+                return attend_to_int8(query, key, value, blocks, masked, self.scaling), []
+            key, value = (part.read(slice(None), query.dtype) for part in (key, value))
+        elif blocks and self._takes_blocks(call) and blocks_can_run(query, key):
+            return attend_in_blocks(query, key, value, blocks, self.scaling), []
         outs, weights, done = [], [], 0  # done: text tokens whose output is in outs
-        for span in call.vision_call.spans:
+        for span in plan.spans:
             if span.text.start > done:
                 outs.append(query.new_zeros(span.text.start - done, *query.shape[1:]))
-            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
-            out, weight = attend(
-                self,
-                query[span.text].transpose(0, 1)[None],  # [1, H, text tokens, d]
-                key[:, :, span.vision],
-                value[:, :, span.vision],
-                mask,
-                implementation if mask is None else with_mask,
-                dropout=self.attention_dropout,
-            )
-            outs.append(out[0])
+            out, weight = self._attend_span(query[span.text], key, value, span, call)
+            outs.append(out)
             weights.append(weight if call.output_attentions else None)
             done = span.text.stop
         if done < query.shape[0]:
             outs.append(query.new_zeros(query.shape[0] - done, *query.shape[1:]))
         return (torch.cat(outs) if len(outs) > 1 else outs[0]), weights
+
+    def _attend_span(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, call: DecoderCall
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Attends to the vision tokens of one span: query [tokens, H, d] -> [tokens, H, d] and the weights."""
+        mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
+        implementation = call.cross_implementation
+        out, weights = attend(
+            self,
+            query.transpose(0, 1)[None],  # [1, H, tokens, d]
+            key[:, :, span.vision],
+            value[:, :, span.vision],
+            mask,
+            implementation if mask is None else masked_implementation(implementation),
+            dropout=self.attention_dropout,
+        )
+        return out[0], weights
+
+    def _takes_blocks(self, call: DecoderCall) -> bool:
+        """Whether blocks may be computed in place of spans. They have no dropout and no weights, and are computed by
+        functions of torch, not by those of the caller."""
+        has_dropout = self.training and self.attention_dropout > 0
+        return attention_kind(call.cross_implementation) in ("sdpa", "flash") and not has_dropout
 
     def _attend_rows(self, query: torch.Tensor, call: DecoderCall, joint: JointCache) -> torch.Tensor:
         """query [B, H, d], one token for each row of a joint call -> [B, H, d], 0 at rows that see no vision token.
@@ -273,39 +302,45 @@ class MossVLCrossAttention(MossVLTextAttention):
             for span in row.vision_call.spans:  # one, or none
                 layer = cache.layers[self.layer_idx]
                 layer.store(None, None, row.vision_call)
-                stored[index] = layer.in_dtype(query.dtype)
-                keep_for_gradients(layer, query, *stored[index])
+                stored[index] = layer.read(query.dtype)
+                keep_for_gradients(layer, query, *layer.tensors())
                 alone = None if span.visible is None else index
-                storage = tuple((part.data_ptr(), part.stride()) for part in stored[index])
+                storage = tuple((part.data_ptr(), part.stride()) for part in layer.tensors())
                 groups.setdefault((storage, span.vision.start, span.vision.stop, alone), []).append(index)
         for rows in groups.values():
             (key, value), [span] = stored[rows[0]], call.rows[rows[0]].vision_call.spans
-            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
-            implementation = call.cross_implementation
-            attended, _ = attend(
-                self,
-                torch.cat([queries[row] for row in rows]).transpose(0, 1)[None],  # [1, H, rows, d]
-                key[:, :, span.vision],
-                value[:, :, span.vision],
-                mask,
-                implementation if mask is None else masked_implementation(implementation),
-                dropout=self.attention_dropout,
-            )
-            for row, out in zip(rows, attended[0].split(1), strict=True):
+            span = span._replace(text=slice(0, len(rows)))
+            of_rows = call._replace(vision_call=VisionCall([span], None, 0), blocks=None)
+            attended, _ = self._attend_spans(torch.cat([queries[row] for row in rows]), key, value, of_rows)
+            for row, out in zip(rows, attended.split(1), strict=True):
                 outs[row] = out
         return torch.cat(outs)
 
-    def vision_keys_values(self, states: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+    def vision_keys_values(self, states: torch.Tensor, rotary: Rotary, in_int8: bool = False) -> tuple[States, States]:
         """[v, D] -> keys and values, each [1, K, v, d]. Without gradients they are computed in pieces to save memory,
-        and are contiguous per head, which later tokens read faster."""
-        if torch.is_grad_enabled():
+        and are contiguous per head, which later tokens read faster.
+
+        Args:
+            in_int8: whether each piece is converted to 8 bits, so that the whole is never there in another dtype.
+        """
+        if torch.is_grad_enabled() and not in_int8:
             return self.keys_values(states[None], rotary)
         shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
-        key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
+        if in_int8:
+            key, value = (Int8States.empty(shape, states.device) for _ in range(2))
+        else:
+            key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         cos, sin = rotary
-        for first in range(0, len(states), VISION_PIECE):
-            piece = slice(first, first + VISION_PIECE)
-            key[:, :, piece], value[:, :, piece] = self.keys_values(states[None, piece], (cos[piece], sin[piece]))
+        size = CPU_VISION_PIECE if states.device.type == "cpu" else GPU_VISION_PIECE
+        for first in range(0, len(states), size):
+            piece = slice(first, first + size)
+            for whole, part in zip(
+                (key, value), self.keys_values(states[None, piece], (cos[piece], sin[piece])), strict=True
+            ):
+                if in_int8:
+                    whole.write(piece, part)
+                else:
+                    whole[:, :, piece] = part
         return key, value
 
     def _all_weights(self, weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor) -> torch.Tensor:
@@ -517,7 +552,9 @@ class MossVLTextModel(MossVLPreTrainedModel):
         if config.cross_attention_implementation is not None:
             name = config.cross_attention_implementation
             cross_implementation = self._implementation(name, hidden_states, output_attentions)
-        rows = None
+        blocks = rows = None
+        if vision_call is not None and vision_call.blocks is not None:
+            blocks = Blocks(vision_call.blocks, config.num_attention_heads // config.num_key_value_heads)
         if joint:
             rows = self._row_calls(hidden_states, cache, implementation, vision_calls_of_rows)
         self_mask, self_implementation = self_attention_mask(
@@ -532,6 +569,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
             vision_rotary=vision_rotary,
             vision_call=vision_call,
             output_attentions=output_attentions,
+            blocks=blocks,
             rows=rows,
         )
 

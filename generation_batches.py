@@ -27,6 +27,7 @@ PADDING_SAFE = {
     "renormalize_logits",
     "remove_invalid_values",
     "vision_chunked_length",
+    "vision_cache_dtype",
 }
 
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .cache_layers import CACHE, cache_of, cached_length, can_quantize, vision_state
 from .checks import nearest_name
+from .int8_states import dtype_of_settings
 from .media import choose_grid, read_media
 from .vision_plan import whole_mask
 from .vision_request import media_of_new_turn, pads_of_samples, read_request
@@ -99,14 +100,17 @@ class MossVLGenerateHooks:
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        """transformers makes the cache that `generation_config` asks for. This override makes a plain one if it was
-        generation_config.json that asked for a quantized one, and the package is not installed, or the way of
-        generating takes tokens back or reorders rows, which a quantized cache cannot do. A given cache is used in any
-        case."""
-        from_file = generation_config.cache_implementation == self.generation_config.cache_implementation
-        if generation_config.cache_implementation == "quantized" and from_file:
+        """transformers makes the cache that `generation_config` asks for. This override adds that a quantized cache of
+        8 bits also keeps the vision tokens in 8 bits. It makes a plain text cache if it was generation_config.json that
+        asked for a quantized one, and the package is not installed, or the way of generating takes tokens back or
+        reorders rows, which a quantized cache cannot do. A given cache is used in any case."""
+        if generation_config.cache_implementation == "quantized":
             is_given = model_kwargs.get(CACHE) is not None
-            if is_given or not can_quantize(generation_config) or not keeps_tokens(generation_mode):
+            makes_cache = not is_given and generation_config.use_cache is not False
+            if makes_cache and model_kwargs.get("vision_cache_dtype") is None:
+                model_kwargs["vision_cache_dtype"] = dtype_of_settings(generation_config)
+            from_file = self.generation_config.cache_implementation == "quantized"
+            if from_file and (is_given or not can_quantize(generation_config) or not keeps_tokens(generation_mode)):
                 generation_config = copy.copy(generation_config)
                 generation_config.cache_implementation = None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .attention import check_implementations, check_ready_mask
+from .block_attention import attend_in_blocks  # noqa: F401
 from .cache_layers import (
     CACHE,
     CacheContents,
@@ -28,6 +29,7 @@ from .cache_layers import (
     cache_contents,
     cache_of,
     cached_length,
+    check_vision_dtype,
     drop_frames,
     fork_cache,
     install_layers,
@@ -58,6 +60,7 @@ from .generation_rows import AnswerRow  # noqa: F401
 from .generation_sessions import SessionState  # noqa: F401
 from .generation_streams import BatchStream  # noqa: F401
 from .generation_utils import MossVLGenerationMixin
+from .int8_states import Int8States  # noqa: F401
 from .joint_decoding import finish_step, plan_step, read_joint, read_tokens, undone_on_error
 from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
@@ -171,6 +174,7 @@ class MossVLModel(MossVLPreTrainedModel):
         media_nums_per_sample: Optional[list[int]] = None,
         cross_attention_mask: Optional[torch.BoolTensor] = None,
         vision_chunked_length: Optional[int] = None,
+        vision_cache_dtype: Optional[str] = None,
         rows_per_sample: int = 1,
         prompt_length: Optional[int] = None,
         output_attentions: Optional[bool] = None,
@@ -205,6 +209,7 @@ class MossVLModel(MossVLPreTrainedModel):
 
         # 1. Read and check the call, before anything heavy runs.
         self._check_inputs(text, attention_mask, cache, grid_thw, pixel_values, image_features)
+        use_cache = check_vision_dtype(cache, config.text_config, vision_cache_dtype, use_cache)
         use_cache = self._check_use_cache(cache, use_cache)
         with_cache = cache is not None or use_cache is True  # the default of `use_cache` is chosen in step 4
         media = read_media(
@@ -237,7 +242,7 @@ class MossVLModel(MossVLPreTrainedModel):
             use_cache = config.text_config.use_cache and not self.training and positions.text_starts is None
         if use_cache and cache is None:
             cache = DynamicCache()
-        state_layer = None if cache is None else install_layers(cache, config.text_config)
+        state_layer = None if cache is None else install_layers(cache, config.text_config, vision_cache_dtype)
         if state_layer is not None and call.shifts():
             state_layer.state = None  # if the call fails, tokens have moved in some of the layers only
         needs_mask = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
@@ -561,6 +566,7 @@ class MossVLForConditionalGeneration(
         media_nums_per_sample: Optional[list[int]] = None,
         cross_attention_mask: Optional[torch.BoolTensor] = None,
         vision_chunked_length: Optional[int] = None,
+        vision_cache_dtype: Optional[str] = None,
         rows_per_sample: int = 1,
         prompt_length: Optional[int] = None,
         output_attentions: Optional[bool] = None,
@@ -609,6 +615,8 @@ class MossVLForConditionalGeneration(
                 come with the call if their numbers are equal; otherwise they are all frames of the conversation, of
                 which those that `drop_frames` dropped may be left out.
             vision_chunked_length: most frames per chunk of the vision encoder; default: 64, in training all.
+            vision_cache_dtype: "int8" keeps the keys and values of vision tokens in 8 bits: half the memory. Needed at
+                the first call of a cache; later calls use what the cache has. Not with gradients.
             rows_per_sample: number of consecutive rows that share the media of a sample, as beams do.
             prompt_length: tokens of the whole prompt. Later `image_pad` ids were generated and place no frame.
             output_attentions, output_hidden_states, return_dict: as in transformers; default: those of the config.
@@ -639,6 +647,7 @@ class MossVLForConditionalGeneration(
             media_nums_per_sample=media_nums_per_sample,
             cross_attention_mask=cross_attention_mask,
             vision_chunked_length=vision_chunked_length,
+            vision_cache_dtype=vision_cache_dtype,
             rows_per_sample=rows_per_sample,
             prompt_length=prompt_length,
             output_attentions=output_attentions,

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from .cache_layers import drop_frames, new_cache
 from .checks import finite_number, positive_int, positive_number
+from .int8_states import dtype_of_settings, is_int8
 from .realtime_events import (
     Ended,
     Event,
@@ -254,6 +255,7 @@ class RealtimeStream:
         rollover_idle, rollover_forced: text tokens after which the stream starts anew with its words and its window:
             when nothing waits, or at the latest. None means never.
         media_kwargs: options of the image processor.
+        vision_cache_dtype: "int8" keeps frames in half the memory; default: what generation_config.json means.
         generate_kwargs: see `SamplingOptions`.
 
     Raises:
@@ -273,8 +275,11 @@ class RealtimeStream:
         rollover_idle: Optional[int] = ROLLOVER_IDLE,
         rollover_forced: Optional[int] = ROLLOVER_FORCED,
         media_kwargs: Optional[dict] = None,
+        vision_cache_dtype: Optional[str] = None,
         **generate_kwargs,
     ):
+        is_int8(vision_cache_dtype)  # checks it
+        self.vision_cache_dtype = vision_cache_dtype or dtype_of_settings(model.generation_config)
         self.model = model
         self.protocol = Protocol(processor, model.config.text_config.vocab_size)
         self.tokens = self.protocol.tokens
@@ -520,7 +525,8 @@ class RealtimeStream:
             media = {"image_features": torch.cat(features), "grid_thw": torch.tensor(grids)}
         ids = self._buffer[self.fed : len(self.ids)][None]
         with torch.no_grad():
-            return self.model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1, **media).logits[0, -1]
+            options = {"use_cache": True, "logits_to_keep": 1, "vision_cache_dtype": self.vision_cache_dtype}
+            return self.model(input_ids=ids, cache=self.cache, **options, **media).logits[0, -1]
 
     def _report_token(self, token: int) -> None:
         if token == self.tokens.silence:

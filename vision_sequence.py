@@ -153,6 +153,8 @@ class VisionCall:
         writes: (source, destination) slices: from the new vision tokens to the packed keys and values.
         moves: (source, destination) slices of cached vision tokens whose offset in the packed keys and values
             changes; None if all stay.
+        blocks: the spans as blocks without masks, in calls of a kernel (block_attention.py); None if there are few
+            spans, or one has a mask of its own.
     """
 
     spans: list[Span]
@@ -160,6 +162,7 @@ class VisionCall:
     length: int
     writes: tuple[tuple[slice, slice], ...] = ()
     moves: Optional[tuple[tuple[slice, slice], ...]] = None
+    blocks: Optional[tuple[tuple[Span, ...], ...]] = None
 
     def __post_init__(self):
         # Hooks of compressed-tensors copy a call for each module, with spans that are plain tuples.
