@@ -101,8 +101,8 @@ class MossVLGenerateHooks:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         """transformers makes the cache that `generation_config` asks for. This override adds that a quantized cache of
-        8 bits also keeps the vision tokens in 8 bits. It makes a plain text cache if it was generation_config.json that
-        asked for a quantized one, and the package is not installed, or the way of generating takes tokens back or
+        8 bits also keeps the vision tokens in 8 bits. It makes a plain text cache if it was generation_config.json
+        that asked for a quantized one, and the package is not installed, or the way of generating takes tokens back or
         reorders rows, which a quantized cache cannot do. A given cache is used in any case."""
         if generation_config.cache_implementation == "quantized":
             is_given = model_kwargs.get(CACHE) is not None
