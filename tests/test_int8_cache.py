@@ -9,7 +9,7 @@ from tiny import Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from varlen_kernels import varlen  # noqa: F401
 
-from moss_vl import block_attention, vision_plan
+from moss_vl import block_attention, cache_layers, vision_plan
 from moss_vl.cache_layers import Int8VisionLayer
 from moss_vl.int8_states import Int8States, dtype_of_settings
 from moss_vl.modeling_moss_vl import CACHE
@@ -252,8 +252,9 @@ def test_refusals():
 # Where the option is taken
 
 
-def test_released_settings(caplog):
+def test_released_settings(monkeypatch):
     """generation_config.json of released checkpoints with a cache in 8 bits, without hqq."""
+    monkeypatch.setitem(cache_layers.CACHE_PACKAGES, "hqq", ("hqq", lambda: False))
     settings = {
         "backend": "hqq",
         "nbits": 8,
