@@ -128,17 +128,12 @@ class Borders(NamedTuple):
         Args:
             blocks: `text` in rows of the scores. The sequences begin with the first block and end with the last one.
         """
-        first, corners = blocks[0], [(0, 0)]
+        corners = [(blocks[0].text.start, blocks[0].vision.start)]
         for text, vision, _ in blocks:
-            start, stop = ((text.start, vision.start), (text.stop, vision.stop))
-            for rows, keys in ((start[0], None), start, stop):
-                keys = corners[-1][1] if keys is None else keys - first.vision.start
-                corner = rows - first.text.start, keys
-                if corner != corners[-1]:
-                    corners.append(corner)
-        borders = torch.tensor(corners, dtype=torch.int32).T
+            corners += [(text.start, corners[-1][1]), (text.start, vision.start), (text.stop, vision.stop)]
+        borders = torch.tensor([*dict.fromkeys(corners)], dtype=torch.int32).T.contiguous()
         most_rows, most_keys = borders.diff().amax(1).tolist()
-        borders = borders.contiguous().to(device)
+        borders = (borders - borders[:, :1]).to(device)
         return cls(borders[0], borders[1], most_rows, most_keys)
 
 
@@ -219,6 +214,7 @@ def varlen_can_run(query: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def gpu_has_varlen(device_index: int) -> bool:
+    """Whether this GPU and this torch have flash-attention for several lengths, and the caller did not turn it off."""
     return (
         torch.version.hip is None
         and TORCH >= (2, 6)  # before, the log-sum-exp of several lengths was padded
@@ -243,7 +239,7 @@ def varlen_backward(grad, query, key, value, out, lse, borders: Borders, scale: 
 
 
 def attend_to_block(query, key, value, scale: float, mask: Optional[torch.Tensor] = None):
-    """Attention that returns the log-sum-exp, on any device. Without gradients unless on a CPU without a mask.
+    """Attention that returns the log-sum-exp, on any device; autograd does not record it.
 
     Args:
         query: [K, R, d].
@@ -260,9 +256,9 @@ def attend_to_block(query, key, value, scale: float, mask: Optional[torch.Tensor
     if mask is None and varlen_can_run(query):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*states, scale=scale)
         return out[0], lse[0]
-    outs, log_sums = [], []
-    for first in range(0, query.shape[1], max(1, MOST_SCORES // (len(key) * key.shape[1]))):
-        rows = slice(first, first + max(1, MOST_SCORES // (len(key) * key.shape[1])))
+    outs, log_sums, size = [], [], max(1, MOST_SCORES // (len(key) * key.shape[1]))
+    for first in range(0, query.shape[1], size):
+        rows = slice(first, first + size)
         scores = (query[:, rows] * scale).float() @ key.float().transpose(1, 2)
         if mask is not None:
             scores = scores.masked_fill(~(mask if len(mask) == 1 else mask[rows]), -torch.inf)
