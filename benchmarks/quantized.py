@@ -13,15 +13,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import ROOT, table
-from moss_vl.benchmarks.memory import prefill_bytes
+from moss_vl.benchmarks.memory import DRIVER, frames_that_fit
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.tools.quantize import PARTS, choose_layers, parse, part_of
 from moss_vl.tools.quantized_formats import FORMATS
-
-
-DRIVER = 0.07  # share of the memory of a GPU that is left to the driver
-SIDE = 448  # of a frame, pixels
 
 
 class Setting(NamedTuple):
@@ -98,22 +94,6 @@ def quantized_bytes(to: str, out: int, inputs: int) -> float:
     return {"nf4": values * (1 / 2 + 1 / 64 + 4 / (64 * 256)), "int8": values + 4 * out, "fp8": values + 2 * out}[to]
 
 
-def most_frames(config: MossVLConfig, free: float, chunk: int) -> int:
-    """The most frames with 10 text tokens each that a prefill takes in `free` bytes, in bfloat16 on a GPU."""
-
-    def peak(frames: int) -> int:
-        side = SIDE // config.vision_config.patch_size
-        return prefill_bytes(config, frames, side, side, 10 * frames, torch.bfloat16, chunk=chunk, device="cuda")[
-            "peak"
-        ]
-
-    low, high = 0, 1 << 14
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if peak(middle) <= free else (low, middle - 1)
-    return low
-
-
 def choice_table() -> str:
     """What to choose for the memory of a GPU."""
     sizes, lines = QuantizedSizes(), []
@@ -121,7 +101,7 @@ def choice_table() -> str:
         found = sizes.of(setting.arguments)
         on_gpu = found.weights - (found.offloadable if setting.offloaded else 0)
         free = (1 - DRIVER) * setting.memory * 1e9 - on_gpu - found.largest
-        frames = most_frames(sizes.config, free, setting.chunk)
+        frames = [frames_that_fit(sizes.config, free, int8, setting.chunk) for int8 in (False, True)]
         where = " (embeddings and head in CPU memory)" if setting.offloaded else ""
         lines.append(
             (
@@ -131,19 +111,11 @@ def choice_table() -> str:
                 f"{on_gpu / 1e9:.1f}",
                 f"{found.largest / 1e9:.1f}",
                 setting.chunk,
-                f"{frames:,}",
+                *(f"{count:,}" for count in frames),
             )
         )
-    head = (
-        "GPU",
-        "`tools/quantize.py`",
-        "layers",
-        "weights, GB",
-        "largest layer, GB",
-        "chunk",
-        f"frames of {SIDE}x{SIDE}",
-    )
-    return table(head, lines)
+    head = ("GPU", "`tools/quantize.py`", "layers", "weights, GB", "largest layer, GB", "chunk", "frames")
+    return table((*head, "with a vision cache in 8 bits"), lines)
 
 
 def parts_table() -> str:
