@@ -235,10 +235,12 @@ class PieceStreamer(TextStreamer):
 
 
 class CancelCriterion(StoppingCriteria):
-    """Stops an answer that `generate` writes if `is_cancelled()` is true."""
+    """Stops the answers that `generate` writes and whose value in `are_cancelled()` is true. The beams of an answer
+    are consecutive rows."""
 
-    def __init__(self, is_cancelled):
-        self.is_cancelled = is_cancelled
+    def __init__(self, are_cancelled):
+        self.are_cancelled = are_cancelled
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), bool(self.is_cancelled()), dtype=torch.bool, device=input_ids.device)
+        cancelled = torch.tensor(self.are_cancelled(), device=input_ids.device)
+        return cancelled.repeat_interleave(len(input_ids) // len(cancelled))

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import ROOT, allocation_peak, machine, table, write_json
-from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config
+from moss_vl.benchmarks.random_models import add_model_flags, add_prompt_flags, make_config
 from moss_vl.cache_layers import TEXT_BUFFER
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.decoder import CPU_VISION_PIECE, GPU_VISION_PIECE
