@@ -8,6 +8,7 @@ from setuptools.command.build_py import build_py
 
 
 ROOT = Path(__file__).resolve().parent
+SETTINGS = sorted(path.name for path in ROOT.glob("*.json"))
 
 
 class BuildPackage(build_py):
@@ -20,11 +21,14 @@ class BuildPackage(build_py):
             modules += [(package, path.stem, path.name) for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
         return modules
 
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *SETTINGS]  # of a source distribution
+
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            for path in sorted(ROOT.glob("*.json")):
-                self.copy_file(path.name, str(Path(self.build_lib, "moss_vl", path.name)))
+            for name in SETTINGS:
+                self.copy_file(name, str(Path(self.build_lib, "moss_vl", name)))
 
 
 setup(cmdclass={"build_py": BuildPackage})

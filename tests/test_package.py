@@ -111,18 +111,17 @@ def sources(tmp_path_factory):
     return folder
 
 
-def build(sources, kind: str, folder: Path) -> zipfile.ZipFile:
-    """Builds a "wheel" or an "editable" one by the build backend that pyproject.toml names."""
+def build(sources, kind: str, folder: Path) -> Path:
+    """Builds a "wheel", an "editable" one or an "sdist" by the build backend that pyproject.toml names."""
     script = BUILD.format(kind=kind, folder=str(folder))
     done = subprocess.run([sys.executable, "-c", script], cwd=sources, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return zipfile.ZipFile(folder / done.stdout.splitlines()[-1])
+    return folder / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def wheel(sources, tmp_path_factory):
-    with build(sources, "wheel", tmp_path_factory.mktemp("wheel")) as archive:
-        yield archive
+    return build(sources, "wheel", tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def site(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     options = ["--quiet", "--no-deps", "--no-index", "--target", str(folder)]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, wheel.filename], capture_output=True, text=True
+        [sys.executable, "-m", "pip", "install", *options, str(wheel)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -226,7 +225,8 @@ def observe(processor, model):
 
 
 def test_the_wheel_holds_the_code_and_no_checkpoint(wheel):
-    names = set(wheel.namelist())
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     modules = {name for path in ROOT.glob("*.py") if (name := path.name) != "setup.py"}
     modules |= {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
     settings = {path.name for path in ROOT.glob("*.json")}
@@ -234,7 +234,14 @@ def test_the_wheel_holds_the_code_and_no_checkpoint(wheel):
     assert modules >= set(CODE_FILES) and settings >= {"config.json", "preprocessor_config.json"}
     others = {name for name in names if not name.startswith("moss_vl-1")}
     assert others == package
-    assert sum(info.file_size for info in wheel.infolist()) < 3_000_000
+    assert sum(info.file_size for info in archive.infolist()) < 3_000_000
+
+
+def test_a_source_distribution_makes_the_same_wheel(sources, wheel, tmp_path):
+    archive = build(sources, "sdist", tmp_path)
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    again = build(tmp_path / "unpacked" / archive.name.removesuffix(".tar.gz"), "wheel", tmp_path)
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_any_folder_loads_by_the_installed_code_and_is_saved_with_it(start, folders, expected, tmp_path):
@@ -329,8 +336,7 @@ print(moss_vl.__path__[0], moss_vl.tools.commands.__file__, moss_vl.xrope.__file
 
 def test_an_editable_install_registers_the_checkout(sources, start, tmp_path):
     """`pip install -e .`: `moss_vl` is the checkout, and no other name of it can be imported."""
-    with build(sources, "editable", tmp_path) as archive:
-        archive.extractall(tmp_path / "site")
+    shutil.unpack_archive(build(sources, "editable", tmp_path), tmp_path / "site", "zip")
     done = start("-c", EDITABLE, tmp_path / "site", NANO, path="")
     assert done.returncode == 0, done.stderr
     assert [Path(line) for line in done.stdout.splitlines()] == [
