@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from .int8_states import Int8States, is_int8
+from .static_layers import StaticTextLayer, static_zeros
 from .vision_sequence import VisionCall, VisionState
 
 
@@ -127,6 +128,24 @@ class TextCacheLayer(InPlaceLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         return self.keys, self.values
 
+    def with_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, K, S + 1, d] of a filled layer. The last token is yet to be written, and belongs to the
+        layer after `take_token`."""
+        length, buffer = self.get_seq_length(), self._key_buffer
+        if not self.can_write(slice(length, length + 1)):
+            self._key_buffer = self._value_buffer = None
+        self._key_buffer = with_space(self.keys, self._key_buffer, self.keys, 1)
+        self._value_buffer = with_space(self.values, self._value_buffer, self.values, 1)
+        if self._key_buffer is not buffer:
+            self.keys, self.values = (part[..., :length, :] for part in (self._key_buffer, self._value_buffer))
+            self.renew_buffer(slice(0, length))
+        return self._key_buffer.narrow(2, 0, length + 1), self._value_buffer.narrow(2, 0, length + 1)
+
+    def take_token(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes over the keys and values of `with_token`, after the token was written."""
+        self.keys, self.values = keys, values
+        self.mark_written(slice(0, keys.shape[2]))
+
     def reset(self) -> None:
         super().reset()
         self._key_buffer = self._value_buffer = None
@@ -145,20 +164,31 @@ def append(
         return (new if past is None else torch.cat([past, new], dim=-2)), None
     length = 0 if past is None else past.shape[-2]
     total = length + new.shape[-2]
+    buffer = with_space(past, buffer, new, new.shape[-2])
+    buffer[..., length:total, :] = new
+    return buffer[..., :total, :], buffer
+
+
+def with_space(
+    past: Optional[torch.Tensor], buffer: Optional[torch.Tensor], like: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """The buffer if `past` [B, K, S, d] is still a view of it and it has space for more `tokens` of the form of
+    `like`; otherwise a new one that begins with `past`."""
+    length = 0 if past is None else past.shape[-2]
+    total = length + tokens
     is_view = (
         buffer is not None
         and past is not None
         and past.data_ptr() == buffer.data_ptr()
         and past.shape[:-2] == buffer.shape[:-2]
-        and buffer.dtype == new.dtype
+        and buffer.dtype == like.dtype
         and is_writable(buffer)
     )
     if not is_view or buffer.shape[-2] < total:
-        buffer = new.new_empty(*new.shape[:-2], total + max(TEXT_BUFFER, total // 8), new.shape[-1])
+        buffer = like.new_empty(*like.shape[:-2], total + max(TEXT_BUFFER, total // 8), like.shape[-1])
         if length:
             buffer[..., :length, :] = past
-    buffer[..., length:total, :] = new
-    return buffer[..., :total, :], buffer
+    return buffer
 
 
 def is_writable(tensor: torch.Tensor) -> bool:
@@ -170,15 +200,24 @@ class VisionCacheLayer(InPlaceLayer):
     """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer, with free space where
     `VisionState` has it. The first such layer of a cache also holds the `VisionState`.
 
+    Args:
+        index: that of the layer.
+        capacity: most vision tokens, for a layer whose keys and values stay at one address (`static_cache`); None for
+            one that grows.
+
     Attributes:
         tensor_names: the attributes that hold keys and values.
+        buffers: [1, K, capacity, d] each, which begin with the keys and values.
+        step_mask: the latest plan of a static step, and its masks (decode_step.py).
     """
 
     tensor_names: tuple[str, ...] = ("keys", "values")
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, capacity: Optional[int] = None):
         super().__init__()
-        self.index = index
+        self.index, self.capacity = index, capacity
+        self.buffers: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+        self.step_mask: Optional[tuple] = None
         self.state: Optional[VisionState] = None
         self._cache: Optional[weakref.ref] = None
 
@@ -220,9 +259,32 @@ class VisionCacheLayer(InPlaceLayer):
             pairs = zip(old, new, strict=True)
             self.set_tensors([write_packed(before, after, call, in_place) for before, after in pairs])
             if not in_place:
-                self.renew_buffer(*(self.written if call.moves is None else (part for _, part in call.moves)))
+                kept = self.written if call.moves is None else tuple(part for _, part in call.moves)
+                if self.capacity is not None:
+                    self._copy_to_buffers((*kept, *parts))
+                self.renew_buffer(*kept)
             self.mark_written(*parts)
             self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+
+    def _copy_to_buffers(self, parts: tuple[slice, ...]) -> None:
+        """Copies these parts of the keys and values to the buffers of the layer, or to new ones if a copy of the layer
+        has these. The rest of the buffers stays finite, as a static step multiplies it by 0."""
+        if self.keys.requires_grad or self.values.requires_grad:
+            self.buffers = None
+            return
+        length = self.keys.shape[2]
+        stale = self.buffers is None or self.buffers[0].dtype != self.keys.dtype
+        if stale or self.shared or self.protected or not is_writable(self.buffers[0]):
+            shape = (*self.keys.shape[:2], self.capacity, self.keys.shape[3])
+            self.buffers = (static_zeros(self.keys, shape), static_zeros(self.values, shape))
+        for buffer, states in zip(self.buffers, (self.keys, self.values), strict=True):
+            for part in parts:
+                buffer[:, :, part] = states[:, :, part]
+        self.keys, self.values = (buffer.narrow(2, 0, length) for buffer in self.buffers)
+
+    def in_buffers(self) -> bool:
+        """Whether the keys and values are the first tokens of `buffers`."""
+        return self.buffers is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
 
     def tensors(self) -> list[Optional[torch.Tensor]]:
         """What is stored, or None for each if nothing is."""
@@ -245,6 +307,8 @@ class VisionCacheLayer(InPlaceLayer):
         differ between calls."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
+            if self.capacity is not None:
+                self._copy_to_buffers(self.written)
             self.renew_buffer(*self.written)
         return self.keys, self.values
 
@@ -273,6 +337,8 @@ class VisionCacheLayer(InPlaceLayer):
             self.state = self.state.select_rows(rows.tolist())
 
     def reset(self) -> None:
+        if self.shared or self.protected:
+            self.buffers = None  # a fork reads them
         self.set_tensors([None] * len(self.tensor_names))
         super().reset()
         self.state = None
@@ -359,9 +425,14 @@ def install_layers(cache: Cache, config, vision_dtype: Optional[str] = None) -> 
             cache.layers.append(cache.layer_class_to_replicate())
         for index, layer in enumerate(cache.layers):
             if index in config.cross_attention_layers:
-                cache.layers[index] = (Int8VisionLayer if is_int8(vision_dtype) else VisionCacheLayer)(index)
+                if getattr(layer, "capacity", None) is not None:
+                    layer.reset()
+                else:
+                    cache.layers[index] = (Int8VisionLayer if is_int8(vision_dtype) else VisionCacheLayer)(index)
             elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
                 cache.layers[index] = TextCacheLayer()
+            elif type(layer) is StaticLayer and not getattr(cache, "offloading", False):
+                cache.layers[index] = StaticTextLayer(layer.max_cache_len)
     layers = [cache.layers[index] for index in config.cross_attention_layers]
     for layer in layers:
         layer.claim(cache)
@@ -380,13 +451,19 @@ def check_vision_dtype(
         `use_cache`: True if it was None and the option needs a cache.
 
     Raises:
-        ValueError: for an unknown dtype, without a cache, with gradients, and if the filled cache has another dtype.
+        ValueError: for an unknown dtype, without a cache, with gradients, and if the cache is static, or filled in
+            another dtype.
     """
     if not is_int8(vision_dtype):
         return use_cache
     if cache is None and use_cache is False:
         raise ValueError(
             "`vision_cache_dtype` is 'int8', but the call has no cache; expected `use_cache=True` or a cache."
+        )
+    if any(getattr(layer, "capacity", None) is not None for layer in ([] if cache is None else cache.layers)):
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', and the cache is one of `static_cache`, which keeps the dtype of the "
+            "model; expected another cache."
         )
     if torch.is_grad_enabled():
         raise ValueError(
@@ -592,7 +669,8 @@ def cache_contents(cache: Cache, config) -> CacheContents:
 def layer_bytes(layer) -> int:
     """Bytes of the keys and values of a layer, or of the buffers that hold them."""
     if isinstance(layer, VisionCacheLayer):
-        return sum(tensor_bytes(part) for part in layer.tensors() if part is not None)
+        held = layer.buffers or layer.tensors()
+        return sum(tensor_bytes(part) for part in held if part is not None)
     key, value = (getattr(layer, name, None) for name in ("_key_buffer", "_value_buffer"))
     held = (layer.keys if key is None else key, layer.values if value is None else value)
     return sum(tensor_bytes(part) for part in held if part is not None)

@@ -8,6 +8,7 @@ import copy
 import math
 import numbers
 import os
+import re
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .coded_pictures import PictureReader  # noqa: F401
     from .colours import tone_map_of  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
+    from .decode_step import StepPlan  # noqa: F401
     from .decoder import MossVLTextModel  # noqa: F401
     from .decord_video import open_decord  # noqa: F401
     from .downloads import download  # noqa: F401
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from .resizing import fit_size  # noqa: F401
     from .samples import Sample  # noqa: F401
     from .signatures import image_kind  # noqa: F401
+    from .static_layers import StaticTextLayer  # noqa: F401
     from .text_rows import token_rows  # noqa: F401
     from .threads import in_threads  # noqa: F401
     from .video_files import Video  # noqa: F401
@@ -234,6 +237,7 @@ class MossVLTextConfig(PretrainedConfig):
     base_config_key = "text_config"
     ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    pad_token_id = bos_token_id = eos_token_id = None  # if not given; the base class of transformers 5 lacks them
 
     def __init__(
         self,
@@ -361,6 +365,41 @@ class MossVLTextConfig(PretrainedConfig):
         _require(0.0 <= self.attention_dropout < 1.0, "`attention_dropout`", self.attention_dropout, "0 <= p < 1")
 
 
+def _is_saved(reference: str, folder) -> bool:
+    """Whether a saved folder holds the class of a reference "module.Class". Saving copies the files beside this one to
+    the folder, where other files may lie already."""
+    module, _, name = reference.rpartition(".")
+    paths = [os.path.join(place, f"{module}.py") for place in (os.path.dirname(__file__), folder)]
+    path = next((path for path in paths if os.path.isfile(path)), None)
+    if path is None:
+        return False
+    with open(path, encoding="utf-8") as file:
+        return re.search(rf"\b{name}\b", file.read()) is not None
+
+
+TEXT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+
+
+def _text_size(name: str) -> property:
+    """An attribute of the whole config that reads, and writes with its checks, one of the text config."""
+
+    def get(config) -> int:
+        return getattr(config.get_text_config(), name)
+
+    def put(config, value: int) -> None:
+        text = config.get_text_config()
+        before = getattr(text, name)
+        setattr(text, name, value)
+        try:
+            text._check()
+            config._check()
+        except ValueError:
+            setattr(text, name, before)
+            raise
+
+    return property(get, put)
+
+
 class _Pipelines:
     """A class attribute that returns a new dict at each access, because `pipeline` writes into the dict."""
 
@@ -397,6 +436,7 @@ class MossVLConfig(PretrainedConfig):
         "attentions",
         "cross_attentions",
     ]
+    pad_token_id = bos_token_id = eos_token_id = None  # as in the text config
     custom_pipelines = _Pipelines()  # task -> pipeline class of this package
 
     def __init__(
@@ -423,9 +463,19 @@ class MossVLConfig(PretrainedConfig):
             tie_word_embeddings = self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = tie_word_embeddings
         kwargs = copy.deepcopy(kwargs)
+        self._check_text_sizes(kwargs)
         kwargs["auto_map"] = self._complete_auto_map(kwargs.get("auto_map") or {})
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
+
+    vocab_size, hidden_size, num_hidden_layers = map(_text_size, TEXT_SIZES)
+
+    def _check_text_sizes(self, given: dict) -> None:
+        """Removes the sizes of the text model from the arguments. Raises ValueError if they are not those of
+        `text_config`."""
+        for name in TEXT_SIZES:
+            value, size = given.pop(name, None), getattr(self.text_config, name)
+            _require(value is None or value == size, f"`{name}`", value, f"`text_config.{name}` = {size}, or none")
 
     @property
     def _attn_implementation(self):
@@ -456,17 +506,17 @@ class MossVLConfig(PretrainedConfig):
         return {"AutoConfig": "configuration_moss_vl.MossVLConfig", **dict.fromkeys(AUTO_MODELS, model), **given}
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """In `auto_map`, replaces references to another repository ("owner/name--module.Class") by those to files that
-        are in the folder."""
+        """In `auto_map`, names the code that is saved with the config: references to another repository
+        ("owner/name--module.Class") become local, and a class that the saved code lacks becomes that of this code."""
+        own = self._complete_auto_map({})
 
-        def localised(reference):
-            if not isinstance(reference, str) or "--" not in reference:
-                return reference
-            local = reference.split("--")[-1]
-            path = os.path.join(save_directory, f"{local.split('.')[0]}.py")
-            return local if os.path.isfile(path) else reference
+        def localised(name, reference):
+            local = reference.split("--")[-1] if isinstance(reference, str) else None
+            if local is not None and _is_saved(local, save_directory):
+                return local
+            return own.get(name, reference)
 
-        self.auto_map = {name: localised(reference) for name, reference in self.auto_map.items()}
+        self.auto_map = {name: localised(name, reference) for name, reference in self.auto_map.items()}
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _sub_config(self, name: str, value) -> PretrainedConfig:

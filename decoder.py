@@ -6,6 +6,7 @@ other without padding), v those of them that are new in this call.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from .attention import (
     SelfAttentionMask,
     attend,
+    attend_token,
     attention_kind,
     compute_dtype,
     self_attention_mask,
@@ -27,10 +29,11 @@ from .attention import (
 from .block_attention import Blocks, attend_in_blocks, attend_to_int8, blocks_can_run, unmasked_calls
 from .cache_layers import CACHE, InPlaceLayer, Int8VisionLayer, JointCache, cache_of, cached_length
 from .configuration_moss_vl import MossVLTextConfig
+from .decode_step import StepCache, StepPlan
 from .int8_states import Int8States
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
 from .vision_sequence import Span, VisionCall
-from .xrope import rotate, xrope_rotary
+from .xrope import rotate, text_rotary, xrope_rotary
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +75,8 @@ class DecoderCall(NamedTuple):
         blocks: the blocks of the vision call, if it has any.
         rows: the rows of a joint call, whose cache is a `JointCache`. The masks and cache positions of the call itself
             are not used then. None in other calls.
+        step: the plan of a decode step, whose cache is a `StepCache`; the cache position and the vision call are None
+            then. None in other calls.
     """
 
     rotary: Rotary
@@ -84,6 +89,7 @@ class DecoderCall(NamedTuple):
     output_attentions: bool
     blocks: Optional[Blocks] = None
     rows: Optional[tuple[RowCall, ...]] = None
+    step: Optional[StepPlan] = None
 
 
 class MossVLRMSNorm(nn.Module):
@@ -93,10 +99,22 @@ class MossVLRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # computed in float32 whatever the dtype
+        by_hand = x.device.type == "cpu" and x.dtype != torch.float64
+        if not by_hand or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # half precision in float32
+        # The same by fewer operations: torch has no fused kernel for CPUs.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(cpu_constant(self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return self.weight * (x * scale).to(x.dtype)
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+@lru_cache
+def cpu_constant(value: float) -> torch.Tensor:
+    """A number as a tensor, float32."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 class MossVLTextMLP(nn.Module):
@@ -147,6 +165,13 @@ class MossVLTextAttention(nn.Module):
         del projected
         return rotate(states, *rotary).to(dtype)
 
+    def token_heads(
+        self, projected: torch.Tensor, norm: Optional[nn.Module] = None, rotary: Optional[Rotary] = None
+    ) -> torch.Tensor:
+        """`_rotated` for one token per row: [B, 1, heads * d] -> [B, heads, 1, d]; without a norm for values."""
+        states = projected.reshape(len(projected), -1, 1, self.head_dim)
+        return states if norm is None else rotate(norm(states), *rotary).to(states.dtype)
+
 
 def keep_for_gradients(layer, *states: Optional[torch.Tensor]) -> None:
     """Prevents later calls from writing into the keys and values of a cache layer if autograd keeps them, because the
@@ -162,6 +187,8 @@ class MossVLSelfAttention(MossVLTextAttention):
         self, hidden_states: torch.Tensor, call: DecoderCall, cache: Union[Cache, JointCache, None] = None
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] if the implementation is eager, else None."""
+        if call.step is not None:
+            return self._step(hidden_states, call, cache), None
         query = self.queries(hidden_states, call.rotary)
         key, value = self.keys_values(hidden_states, call.rotary)
         if call.rows is None:
@@ -170,6 +197,14 @@ class MossVLSelfAttention(MossVLTextAttention):
             parts = zip(query.split(1), key.split(1), value.split(1), call.rows, cache.caches, strict=True)
             out, weights = torch.cat([self._attend(*part)[0] for part in parts]), None
         return self.o_proj(out.flatten(2)), weights
+
+    def _step(self, hidden_states: torch.Tensor, call: DecoderCall, cache: StepCache) -> torch.Tensor:
+        """One token per row of a decode step, [B, 1, D] -> [B, 1, D]. Writes its key and value into the cache."""
+        query = self.token_heads(self.q_proj(hidden_states), self.q_norm, call.rotary)
+        key, value, step = cache.keys[self.layer_idx], cache.values[self.layer_idx], call.step
+        key.index_copy_(2, step.slot, self.token_heads(self.k_proj(hidden_states), self.k_norm, call.rotary))
+        value.index_copy_(2, step.slot, self.token_heads(self.v_proj(hidden_states)))
+        return self.o_proj(attend_token(self, query, key, value, call.self_mask.mask, call.self_implementation))
 
     def _attend(
         self,
@@ -217,6 +252,8 @@ class MossVLCrossAttention(MossVLTextAttention):
             [B, T, D]; tokens that see no vision token enter the output projection as 0. With `output_attentions` also
             the weights [B, H, T, W], see `MossVLModelOutput`, else None.
         """
+        if call.step is not None:
+            return self._step(hidden_states, call, cache), None
         key = value = None
         layer = None if cache is None or call.rows is not None else cache.layers[self.layer_idx]
         if vision_states is not None:
@@ -233,6 +270,20 @@ class MossVLCrossAttention(MossVLTextAttention):
         out, weights = self._attend_spans(query, key, value, call)  # [B * T, H, d]
         out = self.o_proj(out.reshape(*hidden_states.shape[:2], -1))
         return out, self._all_weights(weights, call.vision_call, hidden_states) if call.output_attentions else None
+
+    def _step(self, hidden_states: torch.Tensor, call: DecoderCall, cache: StepCache) -> torch.Tensor:
+        """One token per row of a decode step, [B, 1, D] -> [B, 1, D]."""
+        query = self.token_heads(self.q_proj(hidden_states), self.q_norm, call.rotary)  # [B, H, 1, d]
+        outs, spans, implementation = [], call.step.spans, call.cross_implementation
+        queries = query.split([span.rows for span in spans]) if len(spans) > 1 else (query,)
+        parts = zip(queries, spans, cache.keys[self.layer_idx], cache.values[self.layer_idx], strict=True)
+        for part, (rows, sees, visible), key, value in parts:
+            if not sees:
+                outs.append(part.new_zeros(rows, 1, self.num_heads * self.head_dim))
+                continue
+            name = implementation if visible is None else masked_implementation(implementation)
+            outs.append(attend_token(self, part, key, value, visible, name))
+        return self.o_proj(torch.cat(outs) if len(outs) > 1 else outs[0])
 
     def _attend_spans(self, query: torch.Tensor, key: States, value: States, call: DecoderCall):
         """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
@@ -396,10 +447,13 @@ class MossVLCrossAttentionLayer(MossVLLayer):
         """
         attended, weights = self.cross_attn(self.input_layernorm(hidden_states), vision_states, call, layer_past)
         # r of docs/model.md: 0 at tokens that see no vision token, else 1
-        has_visible = 1.0 if call.vision_call.has_visible is None else call.vision_call.has_visible.to(hidden_states)
-        hidden_states = hidden_states + has_visible * self.cross_attn_attn_gate.tanh() * attended
-        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + has_visible * self.cross_attn_mlp_gate.tanh() * mlp_output, weights
+        has_visible = (call.vision_call if call.step is None else call.step).has_visible
+        attention_gate, mlp_gate = self.cross_attn_attn_gate.tanh(), self.cross_attn_mlp_gate.tanh()
+        if has_visible is not None:
+            has_visible = has_visible.to(hidden_states)
+            attention_gate, mlp_gate = has_visible * attention_gate, has_visible * mlp_gate
+        hidden_states = hidden_states + attention_gate * attended
+        return hidden_states + mlp_gate * self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
 @dataclass
@@ -448,7 +502,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         input_ids: Optional[torch.LongTensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.LongTensor] = None,
-        cache: Union[Cache, JointCache, None] = None,
+        cache: Union[Cache, JointCache, StepCache, None] = None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         vision_states: Optional[torch.FloatTensor] = None,
         vision_position_ids: Optional[torch.LongTensor] = None,
@@ -458,6 +512,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         past_key_values: Optional[Cache] = None,
         text_index: Optional[torch.LongTensor] = None,
         vision_calls_of_rows: Optional[list[VisionCall]] = None,
+        step: Optional[StepPlan] = None,
     ) -> MossVLModelOutput:
         """The decoder layers and the final norm.
 
@@ -472,11 +527,14 @@ class MossVLTextModel(MossVLPreTrainedModel):
             text_index: [B, T], for packed rows the index of each token's text, rising along the row. A token sees only
                 tokens of the same text. Not with a filled cache; without effect beside a ready 4D mask.
             vision_calls_of_rows: with a `JointCache`, which vision tokens of its own cache each row sees.
+            step: with a `StepCache`, the plan of a decode step; besides it only the text and position_ids [B, 1].
 
         Raises:
             ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if step is not None:
+            return MossVLModelOutput(last_hidden_state=self._step(hidden_states, position_ids, step, cache))
         cache = cache if isinstance(cache, JointCache) else cache_of(cache, past_key_values)
         if vision_states is not None:  # the encoder may have another dtype
             vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))
@@ -510,6 +568,38 @@ class MossVLTextModel(MossVLPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
+
+    def _step(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, step: StepPlan, cache: StepCache
+    ) -> torch.Tensor:
+        """A decode step, [B, 1, D] at positions [B, 1] -> [B, 1, D]. It reads no tensor on the host."""
+        config = self.config
+        cos, sin = text_rotary(
+            position_ids, config.head_dim, config.rope_parameters["rope_theta"], hidden_states.dtype
+        )
+        name = config._attn_implementation
+        implementation = self._implementation(name, hidden_states, need_weights=False)
+        cross_implementation = implementation
+        if config.cross_attention_implementation is not None:
+            cross_implementation = self._implementation(config.cross_attention_implementation, hidden_states, False)
+        mask = step.text_mask()
+        call = DecoderCall(
+            rotary=(cos[:, None], sin[:, None]),
+            self_mask=SelfAttentionMask(mask, causal=False),
+            self_implementation=implementation if mask is None else masked_implementation(implementation),
+            cross_implementation=cross_implementation,
+            cache_position=None,
+            vision_rotary=None,
+            vision_call=None,
+            output_attentions=False,
+            step=step,
+        )
+        for layer in self.layers:
+            if isinstance(layer, MossVLSelfAttentionLayer):
+                hidden_states, _ = layer(hidden_states, call, layer_past=cache)
+            elif step.spans:
+                hidden_states, _ = layer(hidden_states, None, call, layer_past=cache)
+        return self.norm(hidden_states)
 
     def _decoder_call(
         self,

@@ -52,7 +52,8 @@ def encode_turn(model, processor, turn: Turn, alone: bool = True) -> dict:
         images_kwargs=turn.images_kwargs if turn.images else {},
         videos_kwargs=turn.videos_kwargs if turn.videos else {},
         return_tensors="pt",
-        grid_name="grid_thw",  # whatever the processor's setting is
+        grid_name="grid_thw",  # whatever the processor's settings are
+        blank_medium=True,
         do_normalize=False,  # the model normalises on its device, chunk by chunk: a quarter of the bytes to move
         encoder=encode_frames if alone and turn.videos else None,
     )

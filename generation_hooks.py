@@ -113,6 +113,17 @@ class MossVLGenerateHooks:
                 generation_config.cache_implementation = generation_config.cache_config = None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config, *args, **kwargs):
+        """transformers compiles the whole forward on CUDA if the cache is static, anew for each size of a prompt. This
+        override never does, as `compile_decode` compiles the steps once for all."""
+        if generation_config.compile_config is not None:
+            raise ValueError(
+                "`compile_config` is not supported: it would compile the whole forward, anew for each prompt. Call "
+                "`model.compile_decode(...)` with these settings once; for CUDA graphs, also pass "
+                f"`{CACHE}=model.static_cache(...)`."
+            )
+        return False
+
     def _get_candidate_generator(
         self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
     ):
@@ -193,7 +204,9 @@ class MossVLGenerateHooks:
             inputs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = inputs["input_ids"].shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = attention_mask[:, : past_length + length]
+            is_step = past_length and length == 1 and "past_length" not in prompt
+            # A step continues the mask of the prompt, which the cache knows; so no step has to compare both.
+            attention_mask = None if is_step else attention_mask[:, : past_length + length]
         return {
             **inputs,
             **inputs_of_prompt(prompt, past_length, length),

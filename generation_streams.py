@@ -37,7 +37,7 @@ from .generation_sessions import (
     keep_cache_of,
     prepare_turn,
 )
-from .threads import clear_frames
+from .threads import clear_frames, on_device
 
 
 MOST_PADDING = 1.1  # rows x width over the tokens of a padded batch
@@ -330,7 +330,7 @@ class BatchStream:
         try:
             if not entry.cancelled:
                 named = name_query(entry.index) if self._names_queries else nullcontext()
-                with torch.inference_mode(self._inference), on_device_of(self._model), named:
+                with torch.inference_mode(self._inference), on_device(self._model.device), named:
                     entry.turn = self._read(entry)
                     entry.inputs, entry.prefix = prepare_turn(self._model, self._processor, entry.turn, alone)
                 entry.text_tokens = longest_text(entry.turn, entry.inputs)
@@ -351,7 +351,7 @@ class BatchStream:
 
     def _wait(self) -> bool:
         """Works until there is an event. False at the end."""
-        with self._at_model, on_device_of(self._model):
+        with self._at_model, on_device(self._model.device):
             while True:
                 with self._changed:
                     if self._closed or self._events:
@@ -563,8 +563,3 @@ class BatchStream:
                 self._rows.remove(entry)
             self._entries[entry.index] = None
         entry.row = entry.inputs = entry.prefix = None
-
-
-def on_device_of(model):
-    """Makes the device of a model on CUDA the current one of this thread, as kernels that are compiled need it."""
-    return torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()

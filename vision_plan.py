@@ -55,6 +55,7 @@ def plan_call(request: VisionRequest, positions: CallPositions) -> tuple[VisionS
         length=request.past_length + length,
         unplaced=request.unplaced,
         token_counts=request.text.padding.token_counts,
+        is_token=request.text.padding.cached,
     )
     continues = request.only_continues() and positions.text_index is None
     if continues and length == 1 and state.step is not None:  # a decode step after the first: the plan is the same

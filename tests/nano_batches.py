@@ -2,24 +2,33 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from tiny import make_model
 from transformers import AutoProcessor
 
-from moss_vl.training.nano import lessons, world
+from moss_vl.realtime_protocol import RESPONSE, SILENCE
+from moss_vl.training.nano import lessons, rows, world
 from moss_vl.training.nano.facts import FRAME_FACTS, TOKEN_FACTS
 from moss_vl.training.nano.lessons import Lessons
 
 
-KINDS = ("look", "pictures", "images", "clips")
+KINDS = ("look", "pictures", "images", "clips")  # "streams" are checked in test_watching.py
 NAMES = [name for name, _ in TOKEN_FACTS]
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return AutoProcessor.from_pretrained(
+    return make_processor()
+
+
+def make_processor():
+    """The processor of the checkpoint, whose tokenizer has the tokens of the realtime protocol."""
+    processor = AutoProcessor.from_pretrained(
         ROOT / "checkpoints/moss-vl-nano", trust_remote_code=True, frame_extract_num_threads=1
     )
+    processor.tokenizer.add_tokens([SILENCE, RESPONSE], special_tokens=True)
+    return processor
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def notes(monkeypatch):
 
         return noting
 
-    def note_question(row, question, add=lessons.RowText.add):
+    def note_question(row, question, add=rows.RowText.add):
         row.asked = [*getattr(row, "asked", []), question]
         row.clip = notes["scenes"][-1], *notes["pixels"][-1]
         add(row, question)
@@ -68,15 +77,29 @@ def notes(monkeypatch):
         return join(rows, pad)
 
     monkeypatch.setattr(lessons, "random_picture", note_scene(lessons.random_picture))
+    monkeypatch.setattr(lessons, "random_crowd", note_scene(lessons.random_crowd))
     monkeypatch.setattr(lessons, "random_clip", note_scene(lessons.random_clip))
     monkeypatch.setattr(lessons, "join", note_rows)
-    monkeypatch.setattr(lessons.RowText, "add", note_question)
+    monkeypatch.setattr(rows.RowText, "add", note_question)
     monkeypatch.setattr(Lessons, "pixels", note_pixels)
     return notes
 
 
-def batch_of(processor, kind, step):
-    return Lessons(processor, seed=0, plan=lambda step: kind, size=8).batch(step)
+def batch_of(processor, kind, step, progress=0.0):
+    return Lessons(processor, seed=0, size=8).batch(step, kind, progress)
+
+
+def media_inputs(model, batch) -> dict:
+    """The media of a batch as inputs of the model, with each distinct picture encoded once."""
+    half = [[0.5, 0.5, 0.5]] * len(batch["picture_grids"])
+    features = model.get_image_features(
+        batch["pixel_values"], torch.tensor(batch["picture_grids"]), image_mean=half, image_std=half
+    ).pooler_output
+    return {
+        "image_features": features[batch["gather"]],
+        "grid_thw": batch["grid_thw"],
+        "media_nums_per_sample": batch["media_nums"],
+    }
 
 
 def media_of(notes, batch, row) -> dict:

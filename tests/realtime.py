@@ -1,10 +1,16 @@
 """What the tests of realtime sessions share: a tiny random model with a tokenizer that has the tokens of the protocol,
 frames, and scripts that force what the model writes."""
 
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRATCH
 from tiny import make_model
 from transformers import AutoTokenizer
 
@@ -18,8 +24,28 @@ NANO = ROOT / "checkpoints/moss-vl-nano"
 SILENCE, RESPONSE, IM_END = "<|silence|>", "<|response|>", "<|im_end|>"
 
 
+@functools.cache
+def plain_checkpoint() -> Path:
+    """A copy of moss-vl-nano whose tokenizer lacks the tokens of the protocol: it is no realtime checkpoint."""
+    folder = shutil.copytree(NANO, Path(tempfile.mkdtemp(dir=SCRATCH)) / "plain", symlinks=False)
+    known = {SILENCE, RESPONSE}
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in known]
+    path.write_text(json.dumps(content))
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    decoder = content["added_tokens_decoder"]
+    content["added_tokens_decoder"] = {
+        index: token for index, token in decoder.items() if token["content"] not in known
+    }
+    content["additional_special_tokens"] = [name for name in content["additional_special_tokens"] if name not in known]
+    path.write_text(json.dumps(content))
+    return folder
+
+
 def make_tokenizer(added=(SILENCE, RESPONSE)):
-    tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(plain_checkpoint(), trust_remote_code=True)
     tokenizer.add_tokens(list(added), special_tokens=True)
     return tokenizer
 

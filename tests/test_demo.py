@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT, SCRATCH
 from demo_browser import CHROMIUM, SECONDS, Tab, free_port, opened_browser, served
-from realtime import make_talking_model
+from realtime import make_talking_model, plain_checkpoint
 
 from moss_vl.tools import demo
 from moss_vl.tools.demo_sessions import AnswerWriter, Visitors
@@ -197,11 +197,12 @@ def test_a_webcam_is_watched(talking, tab):
     page.wait_for("#status", "Stopped")
 
 
-def test_other_checkpoints_say_why_they_are_not_live(nano, tab):
-    page = tab(nano)
-    page.open_live()
-    page.wait_for("#not-live", "<|silence|>")
-    assert not page.at("#start").is_visible()
+def test_other_checkpoints_say_why_they_are_not_live(tab):
+    with served("--checkpoint", plain_checkpoint()) as address:
+        page = tab(address)
+        page.open_live()
+        page.wait_for("#not-live", "<|silence|>")
+        assert not page.at("#start").is_visible()
 
 
 def test_a_closed_tab_leaves_nothing(browser):

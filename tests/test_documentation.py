@@ -83,6 +83,12 @@ def test_every_infer_command_of_the_readme_runs(run):
         assert run(*arguments).strip(), arguments
 
 
+def test_the_transcript_of_the_readme_is_what_the_checkpoint_says(run):
+    """A star appears at 9.0 s. With --fast, the output is the same on any machine."""
+    [(command, said)] = re.findall(r"^\$ python infer\.py (--live .*)\n((?:\[.*\n)+)", README, flags=re.MULTILINE)
+    assert run(*shlex.split(command), "--fast", "--dtype", "float32") == said == "[   9.0s] the star appears\n"
+
+
 def test_the_answers_in_the_table_are_those_of_the_checkpoint(run, tmp_path):
     """In float32, where processors round alike."""
     rows = re.findall(r"^\| `(data/[^`]+)` \| (.*?) \| (.*?) \| ", NANO, flags=re.MULTILINE)

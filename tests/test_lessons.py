@@ -10,6 +10,7 @@ from nano_batches import (  # noqa: F401 - fixtures among them
     KINDS,
     batch_of,
     known,
+    media_inputs,
     media_of,
     model,
     named,
@@ -18,9 +19,11 @@ from nano_batches import (  # noqa: F401 - fixtures among them
     processor,
 )
 
-from moss_vl.training.nano import lessons
+from moss_vl.training.nano import lessons, rows
+from moss_vl.training.nano.attention_targets import AttentionTargets
 from moss_vl.training.nano.facts import FRAME_FACTS, LETTERS_PER_TOKEN, SLOTS
-from moss_vl.training.nano.lessons import TASKS, Lessons, visible_parts
+from moss_vl.training.nano.lessons import Lessons
+from moss_vl.training.nano.rows import TASKS, visible_parts
 from moss_vl.training.nano.world import COLOURS, SHAPES, SIGN_CHARACTERS, random_clip
 
 
@@ -37,7 +40,7 @@ def alone(model, processor, row_text, question, media) -> tuple[torch.Tensor, to
     logits = model(
         input_ids=ids,
         cross_attention_mask=torch.cat([hidden, hidden[:, :, -1:].expand(-1, -1, answer.shape[1], -1)], dim=2),
-        pixel_values=inputs["pixel_values"].bfloat16().float(),  # as the batches have them
+        pixel_values=inputs["pixel_values"],
         grid_thw=inputs["grid_thw"],
         media_nums_per_sample=inputs["media_nums_per_sample"],
     ).logits
@@ -64,9 +67,7 @@ def test_a_question_in_a_packed_row_equals_the_question_alone(processor, model, 
             attention_mask=visible_parts(batch["parts"]),
             position_ids=batch["position_ids"],
             labels=batch["labels"],
-            pixel_values=batch["pixel_values"].float(),
-            grid_thw=batch["grid_thw"],
-            media_nums_per_sample=batch["media_nums"],
+            **media_inputs(model, batch),
         )
         losses = []
         for row, row_text in enumerate(notes["rows"]):
@@ -129,14 +130,21 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
 
 
-def test_batches_depend_only_on_step_seed_and_rank(processor):
-    first, second, other = (Lessons(processor, seed, lambda step: KINDS[step % 4], size=8) for seed in (3, 3, 4))
-    forward = [first.batch(step) for step in range(5)]
-    backward = [second.batch(step) for step in reversed(range(5))][::-1]
-    assert [batch["kind"] for batch in forward] == [*KINDS, "look"]
+def test_batches_depend_only_on_the_seed_and_the_arguments(processor):
+    first, second, other = (Lessons(processor, seed, size=8) for seed in (3, 3, 4))
+    calls = [*((step, kind, 0.5) for step, kind in enumerate((*lessons.KINDS, "look"))), (2, "clips", 0.9, 1)]
+    forward = [first.batch(*call) for call in calls]
+    backward = [second.batch(*call) for call in reversed(calls)][::-1]
+    assert [batch["kind"] for batch in forward] == [*lessons.KINDS, "look", "clips"]
     assert all(same(*pair) for pair in zip(forward, backward, strict=True))
-    assert not same(forward[0], forward[4]) and not same(forward[0], other.batch(0))
-    assert same(first.batch(0, rank=0), forward[0]) and same(first.batch(1, rank=1), second.batch(1, rank=1))
+    assert not same(forward[0], forward[5]) and not same(forward[0], other.batch(*calls[0]))
+    assert same(first.batch(*calls[0], rank=0), forward[0])
+    assert not same(first.batch(*calls[0], rank=1), forward[0])
+
+
+def test_an_unknown_kind_of_batch_is_an_error(processor):
+    with pytest.raises(ValueError, match="no kind of batch named 'later'; expected one of look"):
+        Lessons(processor, seed=0, size=8).batch(0, "later", 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,9 +152,7 @@ def test_parallel_processes_have_batches_of_one_kind_and_no_common_scene(process
     batches, scenes = [], []
     for rank in range(2):
         notes["scenes"].clear()
-        batches.append(
-            Lessons(processor, seed=0, plan=lambda step: KINDS[step], size=8).batch(KINDS.index(kind), rank)
-        )
+        batches.append(Lessons(processor, seed=0, size=8).batch(0, kind, 0.0, rank))
         scenes.append(set(notes["scenes"]))
     assert [batch["kind"] for batch in batches] == [kind] * 2
     assert all(scenes) and not scenes[0] & scenes[1]
@@ -158,11 +164,11 @@ def test_a_later_clip_shows_the_same(processor, notes, monkeypatch):
     scene = random_clip(random.Random(3), (4, 8))
     notes["scenes"].append(scene)
     limits = (192 * 192, 224 * 224)
-    make = Lessons(processor, seed=0, plan=None, size=8).clip
+    make = Lessons(processor, seed=0, size=8).clip
     plain, later = (make(random.Random(0), scene, 1, limits, later) for later in (False, True))
     monkeypatch.setattr(lessons, "LEAPING", 0.0)
-    assert plain.leaps == [0] * len(plain.moments) == make(random.Random(0), scene, 1, limits, True).leaps
-    assert torch.equal(plain.pixel_values, later.pixel_values) and plain.moments == later.moments
+    assert plain.leaps == [0] * len(plain.frames) == make(random.Random(0), scene, 1, limits, True).leaps
+    assert torch.equal(plain.drawn.pixels, later.drawn.pixels) and plain.drawn.moments == later.drawn.moments
     stamps = [digits_of(clip.facts, "stamp") for clip in (plain, later)]
     seconds = [(100 * row[:, 0] + 10 * row[:, 1] + row[:, 2]) / 10 for row in stamps]
     shift = seconds[1] - seconds[0]
@@ -181,8 +187,8 @@ def digits_of(facts, group):
 
 
 def test_leaps_move_frames_and_questions_to_later_positions(processor):
-    plain = lessons.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
-    leaping = lessons.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
+    plain = rows.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
+    leaping = rows.RowText(processor.tokenizer, True, "a<|image_pad|>b<|image_pad|>c", [(2, 3), (2, 3)])
     leaping.leap([5, 7])
     first, second = plain.pads
     added = [now - before for now, before in zip(leaping.positions, plain.positions, strict=True)]
@@ -203,7 +209,7 @@ def attended(batch, name) -> dict:
     for row, head, text, token, _ in batch["attention"][name].tolist():
         heads.setdefault((row, text), {}).setdefault(head, set()).add(token)
     for targets in heads.values():
-        assert set(targets) in (set(lessons.AttentionTargets.HALF), set(range(8)))
+        assert set(targets) in (set(AttentionTargets.HALF), set(range(8)))
         assert len({*map(frozenset, targets.values())}) == 1
     return {place: targets[0] for place, targets in heads.items()}
 

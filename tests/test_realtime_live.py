@@ -22,6 +22,7 @@ from realtime import (
     model,  # noqa: F401
     names,
     picture,
+    plain_checkpoint,
     processor,  # noqa: F401
     stream,
 )
@@ -321,13 +322,13 @@ def test_the_command_with_records(command, tmp_path):
         (["--live", "a.jsonl", "-p", "x"], "have their own prompts"),
         (["--live", CLIP, "--pace", "0"], "must be above 0"),
         (["--live", "nothing.mp4"], "no such source: nothing.mp4"),
-        (["--live", CLIP, "--fast"], "not a realtime checkpoint"),
+        (["--live", CLIP, "--fast", "--checkpoint", "PLAIN"], "not a realtime checkpoint"),
     ],
 )
 def test_wrong_usage_of_the_command(arguments, message, capsys):
-    """The last one loads moss-vl-nano, which is no realtime checkpoint."""
+    """The last one loads PLAIN, which is no realtime checkpoint."""
     try:
-        code = infer.main(arguments)
+        code = infer.main([str(plain_checkpoint()) if word == "PLAIN" else word for word in arguments])
     except SystemExit as end:
         code = end.code
     assert code == 2 and message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Training of moss-vl-nano: resumed runs equal uninterrupted ones; stages, auxiliary losses and the optimizer."""
+"""Training of moss-vl-nano: resumed runs equal uninterrupted ones; drawing, stages, losses and the optimizer."""
 
 import argparse
 import json
@@ -8,11 +8,13 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
+from nano_batches import make_processor, one_font  # noqa: F401
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from moss_vl.training.nano import facts, lessons, muon, train_nano, tutor, world
-from moss_vl.training.nano.lessons import visible_parts
+from moss_vl.training.nano import dense, facts, lessons, make_nano, muon, rows, steps, train_nano, tutor
+from moss_vl.training.nano.attention_targets import AttentionTargets
+from moss_vl.training.nano.collation import Sizes, collate
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
@@ -28,9 +30,8 @@ def stages(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One font and one stage; restores threads, random state and number format afterwards."""
-    monkeypatch.setattr(world, "fonts", lambda: (None,))
-    monkeypatch.setattr(train_nano, "STAGES", (train_nano.Stage(0.0, {"pictures": 0.4, "look": 0.6}, (1.0, 0.0)),))
+    """One stage; restores threads, random state and number format afterwards."""
+    monkeypatch.setattr(train_nano, "STAGES", (train_nano.Stage(0.0, {"pictures": 0.4, "look": 0.6}),))
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
         yield
@@ -38,16 +39,17 @@ def quick(monkeypatch):
     torch.set_flush_denormal(False)
 
 
-def small_clips(processor, kind) -> dict:
-    """A batch of clips with small frames, which are encoded faster."""
-    lessons_of_kind = train_nano.Lessons(processor, 0, lambda step: kind, 8)
-    lessons_of_kind.frame_limits = (64 * 64, 96 * 96)
-    return lessons_of_kind.batch(0)
+def small_lessons(processor) -> lessons.Lessons:
+    """Of small pictures, which are encoded faster."""
+    out = lessons.Lessons(processor, 0, 8)
+    out.frame_limits = out.picture_limits = (64 * 64, 96 * 96)
+    return out
 
 
 def run(folder, **options):
     if not folder.exists():
         shutil.copytree(NANO, folder / "start")
+        make_processor().tokenizer.save_pretrained(folder / "start")
         for name in ("preprocessor_config.json", "video_preprocessor_config.json"):  # small pictures for fast steps
             settings = json.loads((folder / "start" / name).read_text())
             settings["size"] = {"shortest_edge": 64 * 64, "longest_edge": 96 * 96}
@@ -55,23 +57,43 @@ def run(folder, **options):
     args = {
         "output": folder,
         "steps": 3,
+        "weights": None,
+        "progress": 0.0,
+        "minutes": None,
         "size": 8,
-        "processes": 1,
+        "batches": 1,
+        "repeats": 1,
+        "distance": 0,
+        "rate": 0.02,
+        "adam_rate": 6e-4,
+        "workers": 0,
         "threads": 1,
         "device": "cpu",
         "dtype": "float32",
+        "eager": False,
+        "watchdog": None,
         "save_minutes": 60,
     }
-    train_nano.train(0, argparse.Namespace(**args | options))
+    train_nano.train(argparse.Namespace(**args | options))
     return load_file(folder / "model.safetensors")
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def first_weights() -> dict[str, torch.Tensor]:
+    weights = load_file(NANO / "model.safetensors")
+    weights = make_nano.first_weights({name: weights[name].shape for name in sorted(weights)})
+    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     save = train_nano.save
 
-    def save_and_stop(model, optimizer, output, step):
-        save(model, optimizer, output, step)
+    def save_and_stop(model, optimizer, output, step, seconds):
+        save(model, optimizer, output, step, seconds)
         if step == 1:
             raise KeyboardInterrupt
 
@@ -80,7 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
         run(tmp_path / "stopped", save_minutes=0)
     between = load_file(tmp_path / "stopped" / "model.safetensors")
     resumed = run(tmp_path / "stopped")
-    start = load_file(NANO / "model.safetensors")
+    start = first_weights()
     assert all(tensor.dtype == torch.bfloat16 for tensor in resumed.values())
     assert whole.keys() == resumed.keys() == start.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -88,118 +110,171 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert any("visual" in name for name in changed) and any("cross_attn" in name for name in changed)
 
 
-def test_answers_do_not_train_the_encoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_nano, "plan_of", lambda steps: lambda step: "pictures")
-    learned, start = run(tmp_path / "run", steps=1), load_file(NANO / "model.safetensors")
+@pytest.mark.parametrize("kind", ["look", "pictures", "images", "clips"])
+def test_every_kind_of_batch_can_be_learned(tmp_path, monkeypatch, kind):
+    """Pictures train the encoder, and text the language model."""
+    monkeypatch.setattr(train_nano, "kind_at", lambda step, progress: kind)
+    learned, start = run(tmp_path / "run", steps=1), first_weights()
     changed = {name for name in start if not torch.equal(start[name], learned[name])}
-    assert changed and not any(name.startswith("model.visual") for name in changed)
+    trained = {name.split(".")[1] for name in changed}
+    assert ("visual" in trained) == (kind != "clips") and ("language_model" in trained) == (kind != "look")
+
+
+def test_trained_weights_wait_for_the_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_nano, "kind_at", lambda step, progress: "pictures")
+    monkeypatch.setattr(train_nano, "HEADS_ALONE", 1)
+    monkeypatch.setattr(train_nano, "LOG_STEPS", 1)
+    weights = load_file(NANO / "model.safetensors")
+    options = {"weights": NANO / "model.safetensors", "progress": 0.9}
+    first = run(tmp_path / "first", steps=1, **options)
+    assert all(torch.equal(first[name], weights[name]) for name in weights)
+    second = run(tmp_path / "second", steps=2, **options)
+    trained = {name.split(".")[1] for name in weights if not torch.equal(second[name], weights[name])}
+    assert {"visual", "language_model"} <= trained
+    assert [line["progress"] for line in read_log(tmp_path / "second")] == [0.95, 1.0]
+
+
+# drawing
+
+
+def test_drawn_steps_do_not_depend_on_the_number_of_workers():
+    drawing = train_nano.Drawing(make_processor(), AutoConfig.from_pretrained(NANO, trust_remote_code=True), 8)
+    drawing.lessons.picture_limits = drawing.lessons.frame_limits = (64 * 64, 96 * 96)
+    first, again = (
+        list(train_nano.load_steps(drawing, train_nano.Plan(2, train_nano.Clock(6, None), 2), workers, pinned=False))
+        for workers in (1, 2)
+    )
+    assert [step["step"] for step in first] == [step["step"] for step in again] == [2, 3, 4, 5]
+    assert all(one["layout"] == other["layout"] for one, other in zip(first, again, strict=True))
+    assert all(one["bytes"].equal(other["bytes"]) for one, other in zip(first, again, strict=True))
+
+
+def test_steps_are_repeated_later():
+    used = list(train_nano.repeated(range(50), 3, distance=10))
+    assert list(train_nano.repeated(range(5), 1, distance=10)) == [*range(5)]
+    assert set(used) == set(range(50)) and max(map(used.count, used)) <= 3
+    assert len(used) == 3 * 50 - 20, "those that still wait at the end are not repeated"
+
+
+def test_a_run_of_minutes_ends_with_rate_0(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(train_nano.time, "monotonic", lambda: now)
+    clock = train_nano.Clock(None, minutes=2, seconds=30.0)
+    assert clock.progress(0) == 0.25, "earlier parts of the run count"
+    clock.start()
+    now = 145.0
+    assert clock.progress(77) == 0.625
+    now = 300.0
+    assert train_nano.Clock(10, None, first=0.8).progress(5) == pytest.approx(0.9)
+    assert clock.progress(99) == 1.0 and train_nano.rate_at(99, 1.0) == 0.0
+    assert [*train_nano.Plan(99, clock, 1)] == []
+
+
+def test_plan_and_rate(stages):
+    count = 5000
+    clock = train_nano.Clock(count, None)
+    kinds = [kind for _, kind, _, _ in train_nano.Plan(0, clock, 1)]
+    rates = [train_nano.rate_at(step, clock.progress(step)) for step in range(count)]
+    ends = [*(stage.begins for stage in stages[1:]), 1.0]
+    for stage, end in zip(stages, ends, strict=True):
+        part = slice(math.ceil(stage.begins * count), math.ceil(end * count))
+        assert sum(stage.kinds.values()) == pytest.approx(1.0)
+        for kind, share in stage.kinds.items():
+            assert kinds[part].count(kind) / len(kinds[part]) == pytest.approx(share, abs=0.02)
+    assert set(kinds[: math.ceil(ends[0] * count)]) == {"look"}
+    assert rates[0] < 0.1 and rates[count // 3] == 1 and 0 < rates[-1] < 0.001
+    assert rates[count * 7 // 10] == pytest.approx(0.3 / (1 - train_nano.DECAY))
+
+
+# losses
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("separators", [False, True])
-def test_each_moment_is_encoded_once(monkeypatch, separators):
-    """The tokens equal those of all frames encoded, from fewer patches; noise makes them differ a little."""
-    processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32).model
-    visual, separator = model.visual, model.separator_token if separators else None
-    batch = small_clips(processor, "clips")
-    inputs, grid = (batch["pixel_values"].float(), batch["grid_thw"], None, None, None, separator), batch["grid_thw"]
-    assert any(len(set(moments)) < len(moments) for moments in batch["moments"])
-    every, sizes = visual(*inputs), []
-    visual.patch_embed.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    with tutor.encode_moments_once(visual, batch):
-        noisy = visual(*inputs)
-    monkeypatch.setattr(tutor, "NOISE", 0.0)
-    with tutor.encode_moments_once(visual, batch):
-        once = visual(*inputs)
-    patches = sum(len(set(moments)) * h * w for moments, (_, h, w) in zip(batch["moments"], grid, strict=True))
-    assert sizes == [patches] * 2
-    assert torch.allclose(once, every, atol=1e-4)
-    assert not torch.equal(noisy, once) and (noisy - once).abs().max() < 0.2 * every.std()
-    if separators:
-        assert (every == separator).all(1).sum() == (noisy == separator).all(1).sum() == sum(t for t, _, _ in grid)
-    assert torch.equal(visual(*inputs), every), "outside of the context nothing has changed"
-
-
-@pytest.mark.parametrize("kind", ["look", "pictures", "images", "clips", "later"])
-def test_every_kind_of_batch_can_be_learned(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(train_nano, "plan_of", lambda steps: lambda step: kind)
-    learned, start = run(tmp_path / "run", steps=1), load_file(NANO / "model.safetensors")
-    assert any(not torch.equal(start[name], learned[name]) for name in start)
+@pytest.mark.parametrize("kind", ["look", "pictures", "clips"])
+def test_longer_lists_change_no_loss(kind):
+    """The space of a recorded step is larger than most lists."""
+    model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32)
+    taught = tutor.Tutor(model.config)
+    step = collate([small_lessons(make_processor()).batch(0, kind, 0.0)], Sizes.of(model.config))
+    tensors = {name: value for name, value in step.items() if isinstance(value, torch.Tensor)}
+    lengths = {name: steps.list_length(name, value) for name, value in tensors.items() if steps.is_list(name)}
+    recorded = steps.Recorded(step, tensors, lengths, "cpu")
+    recorded.fill(tensors)
+    assert all(len(recorded.inputs[name]) > len(step[name]) for name in ("pads", "learned", "answer") if name in step)
+    results = []
+    for inputs in (step, recorded.inputs):
+        torch.manual_seed(0)
+        loss, counts = taught.loss(model, inputs)
+        results.append((loss, *counts.joined()))
+    (loss, names, values), (other, *rest) = results
+    assert loss.item() == pytest.approx(other.item(), rel=1e-5)
+    assert names == rest[0] and torch.allclose(values, rest[1], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_leaps_change_the_positions_of_frames(monkeypatch):
     """A leap of the whole clip changes nothing, because positions are relative; a leap inside it does."""
-    processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(NANO, trust_remote_code=True, dtype=torch.float32)
-    logits = {}
+    processor, states = make_processor(), {}
+    monkeypatch.setattr(lessons, "LEAPING", 1.0)
+    monkeypatch.setattr(lessons, "LATER", 1.0)
+    monkeypatch.setattr(lessons, "LONG", 0.0)
     for name, leaps in {"none": (0, 0), "whole": (90, 90), "inside": (0, 90)}.items():
         leaping = lambda rng, frames: [leaps[0]] + [leaps[1]] * (frames - 1)  # noqa: B023, E731
         monkeypatch.setattr(lessons, "random_leaps", leaping)
-        monkeypatch.setattr(lessons, "LEAPING", 1.0)
-        batch = small_clips(processor, "later")
-        with tutor.leaping_frames(model.model.language_model, batch):
-            logits[name] = model(
-                input_ids=batch["input_ids"],
-                attention_mask=visible_parts(batch["parts"]),
-                position_ids=batch["position_ids"],
-                pixel_values=batch["pixel_values"].float(),
-                grid_thw=batch["grid_thw"],
-                media_nums_per_sample=batch["media_nums"],
-            ).logits[batch["labels"] != -100]
-    assert torch.allclose(logits["whole"], logits["none"], atol=2e-3)
-    assert (logits["inside"] - logits["none"]).abs().max() > 0.05
+        step = collate([small_lessons(processor).batch(0, "clips", 0.9)], Sizes.of(model.config))
+        tokens, _ = dense.encode(model.model.visual, step)
+        vision = dense.rows_of_vision(tokens, model.model.separator_token, step)
+        states[name] = dense.decode(model.model.language_model, step, vision)[0].flatten(0, 1)[step["learned"]]
+    assert torch.allclose(states["whole"], states["none"], atol=2e-3)
+    assert (states["inside"] - states["none"]).abs().max() > 0.05
 
 
-def test_answers_weigh_as_the_root_of_their_length():
-    """The mean loss of each answer times the root of its length, divided by the sum of the roots."""
+def test_answers_weigh_as_their_tokens():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(1, 8, 5, generator=generator), torch.tensor([[-100, 3, 2, -100, 1, 0, 4, 2]])
-    weights = torch.tensor([[0, *[2**-0.5] * 2, 0, *[0.5] * 4]])
-    losses = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
-    expected = (2**0.5 * losses[:2].mean() + 2 * losses[3:].mean()) / (2**0.5 + 2)
-    assert tutor.answer_loss(logits, {"labels": labels, "weights": weights}).item() == pytest.approx(
-        expected.item(), rel=1e-5
-    )
+    logits, targets = torch.randn(6, 5, generator=generator), torch.tensor([3, 2, 1, 0, 4, 2])
+    weights = torch.tensor([*[2**-0.5] * 2, *[0.5] * 4])
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    expected = (2**0.5 * losses[:2].mean() + 2 * losses[2:].mean()) / (2**0.5 + 2)
+    found = tutor.answer_loss(logits, {"targets": targets, "weights": weights})
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_right_answers():
+    """An answer is right if all its tokens are. The first list entry stands for none."""
+    targets = torch.tensor([1, 2, 0, 1, 0])
+    logits = torch.nn.functional.one_hot(torch.tensor([1, 2, 0, 0, 2]), 3).float()
+    step = {"targets": targets, "answer": torch.tensor([1, 1, 2, 2, 0]), "answer_tasks": torch.tensor([0, 1, 3])}
+    right, number = tutor.right_answers(logits, step)
+    assert right.tolist() == [1.0] + [0.0] * (len(rows.TASKS) - 1)
+    assert number.tolist() == [1.0, 0.0, 1.0] + [0.0] * (len(rows.TASKS) - 3)
 
 
 def test_attention_on_groups_of_targets():
-    """One group has two target tokens, the other one."""
+    """One group has two target tokens, the other one; the last point is for none."""
     weights = torch.zeros(1, 2, 3, 4)
     weights[0, 1, 2] = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    points = torch.tensor([[0, 1, 2, 1, 0], [0, 1, 2, 3, 0], [0, 1, 2, 0, 1]])
-    assert tutor.attention_on(weights, points).tolist() == pytest.approx([0.6, 0.1])
-
-
-def test_plan_and_rate(stages):
-    steps, plan = 5000, train_nano.plan_of(5000)
-    kinds, rates = [plan(step) for step in range(steps)], [train_nano.rate_at(step, steps) for step in range(steps)]
-    ends = [*(stage.begins for stage in stages[1:]), 1.0]
-    for stage, end in zip(stages, ends, strict=True):
-        part = slice(math.ceil(stage.begins * steps), math.ceil(end * steps))
-        assert sum(stage.kinds.values()) == pytest.approx(1.0)
-        for kind, share in stage.kinds.items():
-            assert kinds[part].count(kind) / len(kinds[part]) == pytest.approx(share, abs=0.02)
-        middle = rates[(part.start + part.stop) // 2]
-        assert middle == pytest.approx(sum(stage.rates) / 2, abs=0.01)
-    assert set(kinds[: math.ceil(ends[0] * steps)]) == {"look"}
-    assert max(rates) == 1 and rates[0] < 0.1 and 0 < rates[-1] < 0.01
+    points = torch.tensor([[0, 1, 2, 1, 1], [0, 1, 2, 3, 1], [0, 1, 2, 0, 2], [0, 0, 0, 0, 0]]).T
+    logarithm, share = tutor.attention_on(weights, points, torch.tensor(2))
+    assert share.item() == pytest.approx((0.6 + 0.1) / 2)
+    assert logarithm.item() == pytest.approx((math.log(0.6001) + math.log(0.1001)) / 2)
 
 
 def test_weights_of_groups_scale_their_losses():
     torch.manual_seed(0)
-    heads = tutor.FactHeads(8, (("stamp 0", 3), ("place a", 3)), {"stamp": 1.0, "place": 2.0})
-    vectors, targets = torch.randn(5, 8), torch.tensor([[0, 1], [2, -100], [1, 1], [0, 0], [2, 2]])
-    whole, stamps, places = (heads(vectors, targets, **weights)[0] for weights in ({}, {"place": 0.0}, {"stamp": 0.0}))
-    assert whole.item() == pytest.approx((stamps + places).item(), rel=1e-6) and min(stamps, places) > 0
-    assert heads(vectors, targets, place=4.0)[0].item() == pytest.approx((stamps + 2 * places).item(), rel=1e-6)
+    heads = tutor.FactHeads(8, (("stamp 0", 3), ("place a", 4)), {"stamp": 1.0, "place": 2.0})
+    states, targets = torch.randn(5, 8), torch.tensor([[0, 1], [2, -100], [1, 1], [0, 0], [2, 2]])
 
+    def loss(**weights):
+        heads.weigh(**weights)
+        return heads(states, targets)[0].item()
 
-def test_lessons_have_every_kind_of_batch(stages):
-    processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
-    for kind in {kind for stage in stages for kind in stage.kinds}:
-        assert train_nano.Lessons(processor, 0, lambda step: kind, 8).batch(0)["kind"] == kind  # noqa: B023
+    scores = heads.heads(heads.norm(states)).unflatten(1, (2, 4))
+    stamps = torch.nn.functional.cross_entropy(scores[:, 0, :3], targets[:, 0]).item()
+    places = torch.nn.functional.cross_entropy(scores[:, 1], targets[:, 1]).item()
+    assert loss() == pytest.approx(stamps + 2 * places, rel=1e-5)
+    assert loss(place=4.0) == pytest.approx(stamps + 4 * places, rel=1e-5)
+    assert loss(stamp=0.0) == pytest.approx(2 * places, rel=1e-5)
 
 
 def test_weights_have_known_names(stages):
@@ -208,7 +283,26 @@ def test_weights_have_known_names(stages):
     assert {name.split()[0] for name, _ in (*facts.CONTENTS, *facts.CHANGES, *facts.COURSE)} == set(
         tutor.FRAME_FACT_WEIGHTS
     )
-    assert set(lessons.AttentionTargets.NAMES) == set(tutor.ATTENTION_WEIGHTS)
+    assert set(AttentionTargets.NAMES) == set(tutor.ATTENTION_WEIGHTS)
+
+
+# the optimizer
+
+
+def test_a_section_without_gradients_does_not_change():
+    names = {"model.visual.blocks.0.a.weight": (4, 6), "model.language_model.layers.0.b.weight": (6, 4), "c": (5,)}
+    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in names.items()}
+    optimizer = muon.Muon(parameters.items())
+    parameters["model.visual.blocks.0.a.weight"].grad = torch.randn(4, 6)
+    optimizer.step()
+    changed = [name for name, parameter in parameters.items() if not torch.equal(parameter, torch.ones(names[name]))]
+    assert changed == ["model.visual.blocks.0.a.weight"]
+    assert all(parameter.grad is None for parameter in parameters.values())
+    before = parameters["model.visual.blocks.0.a.weight"].detach().clone()
+    optimizer.set_scale(0.0)
+    parameters["model.visual.blocks.0.a.weight"].grad = torch.randn(4, 6)
+    optimizer.step()
+    assert torch.equal(parameters["model.visual.blocks.0.a.weight"], before), "a rate of 0 changes nothing"
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 96), (2, 96, 48), (4, 64, 64)])

@@ -40,6 +40,7 @@ from moss_vl.tools.query_files import MediaReader
 IMAGES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"]
 VIDEOS = [".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"]
 FILE, WEBCAM = "Video file", "Webcam"
+CLIP, CLIP_REQUEST = Path(__file__).resolve().parents[1] / "data" / "watching.mp4", "Tell me when the star appears."
 KEPT_SECONDS = (3600, 24 * 3600)  # how often old uploads are looked for, and when they are deleted
 REMARKS = 100  # latest remarks of a live run that are shown
 ENDS = {"cancelled": "stopped", "length": "cut off: the most tokens of an answer are reached"}
@@ -403,6 +404,8 @@ class Page:
                 request_box = gr.Textbox(
                     label="What to watch for", value="Tell me what happens.", lines=2, elem_id="request"
                 )
+                if CLIP.is_file():
+                    gr.Examples([[str(CLIP), CLIP_REQUEST]], [file, request_box], label="A clip to try")
                 with gr.Row():
                     start = gr.Button("Start", variant="primary", elem_id="start")
                     stop = gr.Button("Stop", elem_id="stop-live")

@@ -19,8 +19,8 @@ from moss_vl.training.nano.world import (
     Scene,
     Sign,
     Thing,
-    draw_ink,
     load_font,
+    reading_order,
     text_box,
 )
 
@@ -56,10 +56,12 @@ TOKEN_FACT_INDEX = {name: index for index, (name, _) in enumerate(TOKEN_FACTS)}
 # (name, classes) of the facts of the text token of a picture or frame, in the order in which a model can know them.
 # CONTENTS: the thing in each slot (see `assign_slots`) and the number of things. CHANGES: the event of the thing in
 # each slot, the digits of the time stamp, and the index of the picture among several. COURSE: the number of events so
-# far, the event that begins in this frame, the thing it concerns with its size and region, and its new colour.
+# far, the event that begins in this frame, the thing it concerns with its size and region, its new colour, and in a
+# stream whether the standing request asks for what begins.
 SLOTS = (*SHAPES, *TWINS)
 EVENTS = ("appears", "disappears", "changes", *(f"moves {direction}" for direction in DIRECTIONS))
 PICTURES = 4  # most pictures in a row
+MOST_EVENTS = 7  # that are counted
 CONTENTS = (
     *((f"colour {slot}", len(COLOURS) + 1) for slot in SLOTS),
     *((f"kind {slot}", len(SHAPES)) for slot in TWINS),
@@ -76,13 +78,14 @@ CHANGES = (
     ("picture", PICTURES),
 )
 COURSE = (
-    ("events", 4),
+    ("events", MOST_EVENTS + 1),
     ("begins", len(EVENTS) + 1),
     ("subject shape", len(SHAPES)),
     ("subject colour", len(COLOURS)),
     ("subject size", 2),
     ("subject place", len(REGIONS)),
     ("subject paint", len(COLOURS)),
+    ("fires", 2),
 )
 FRAME_FACTS = (*CONTENTS, *CHANGES, *COURSE)
 
@@ -139,7 +142,7 @@ def token_facts(things, signs, canvas: tuple[int, int], grid: tuple[int, int]) -
     """The TOKEN_FACTS of each vision token of a picture: int [H * W, len(TOKEN_FACTS)]."""
     out = np.full((*grid, len(TOKEN_FACTS)), IGNORED, dtype=np.int64)
     out[..., TOKEN_FACT_INDEX["shape"]] = len(SHAPES)
-    things = sorted(things, key=lambda thing: thing.x)
+    things = sorted(things, key=reading_order)
     thing_of_token = thing_tokens(things, canvas, grid)
     for number, values in enumerate(thing_facts(things, canvas)):
         for name, value in values.items():
@@ -186,10 +189,13 @@ def write_letter_facts(out: np.ndarray, signs, canvas: tuple[int, int]) -> None:
                 filled[cell] += 1
 
 
-def ink_patches(scene: Scene, grid: tuple[int, int]) -> np.ndarray:
-    """The share of each 8 x 8 square that things and letters cover: [P, 64], 0 to 1, patches as in `pixel_values`."""
+def ink_patches(ink: Image.Image, grid: tuple[int, int]) -> np.ndarray:
+    """The share of each 8 x 8 square that things and letters cover: [P, 64], 0 to 1, patches as in `pixel_values`.
+
+    `ink`: the picture's `draw_ink`.
+    """
     rows, columns = grid  # merged
-    ink = draw_ink(scene).resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR)
+    ink = ink.resize((16 * columns, 16 * rows), Image.Resampling.BILINEAR)
     covered = np.asarray(ink, dtype=np.float32) / 255
     # [Y, my, py, X, mx, px] -> [Y, X, my, mx, py, px]
     return covered.reshape(rows, 2, 8, columns, 2, 8).transpose(0, 3, 1, 4, 2, 5).reshape(-1, 64)
@@ -201,7 +207,7 @@ def ink_patches(scene: Scene, grid: tuple[int, int]) -> np.ndarray:
 def assign_slots(things: list[tuple[int, Thing]]) -> dict[str, tuple[int, Thing]]:
     """Slot -> (index, thing). The leftmost thing of a shape has the slot of the shape; its twins share two more."""
     slots, free = {}, list(TWINS)
-    for number, thing in sorted(things, key=lambda pair: pair[1].x):
+    for number, thing in sorted(things, key=lambda pair: reading_order(pair[1])):
         slot = thing.shape if thing.shape not in slots else free.pop(0) if free else None
         if slot is not None:
             slots[slot] = number, thing
@@ -212,7 +218,7 @@ def frame_facts(things: list[tuple[int, Thing]], picture: int | None = None) -> 
     """The facts of a picture or frame with these (index, thing). `picture`: its index among several pictures."""
     facts = {f"colour {slot}": len(COLOURS) for slot in SLOTS} | {"count": len(things)}
     facts |= {} if picture is None else {"picture": picture}
-    ranks = {number: rank for rank, (number, _) in enumerate(sorted(things, key=lambda pair: pair[1].x))}
+    ranks = {number: rank for rank, (number, _) in enumerate(sorted(things, key=lambda pair: reading_order(pair[1])))}
     for slot, (number, thing) in assign_slots(things).items():
         values = {**kind_classes(thing), "place": REGIONS.index(region_of(thing)), **fine_classes(thing)}
         values["rank"] = ranks[number]
@@ -247,7 +253,7 @@ def clip_facts(scene: Scene, times: list[float]) -> list[dict[str, int]]:
             frame_facts(scene.numbered_at(time))
             | {f"event {slot}": len(EVENTS) for slot in SLOTS}
             | {f"stamp {i}": int(digit) for i, digit in enumerate(stamp)}
-            | {"events": sum(event.time <= time for event in events), "begins": len(EVENTS)}
+            | {"events": min(sum(event.time <= time for event in events), MOST_EVENTS), "begins": len(EVENTS)}
         )
     for event in reversed(events):  # the first of several events of a frame overwrites the others
         start = times.index(event.time)

@@ -1,16 +1,12 @@
 """Batches of the drawn world for train_nano.py: random pictures and clips, with several questions about each.
 
-The questions about one picture or clip share its pixels and its text tokens. A row is [media, question 1 with answer,
-question 2 with answer, ...]; each question sees the media and itself, and has the positions it would have alone.
-Beside the answers, a batch holds the targets of auxiliary losses: facts (facts.py), and the tokens that attention
-heads should attend to.
+Beside the rows of text (rows.py), a batch holds the targets of auxiliary losses: facts (facts.py), and the tokens that
+attention heads should attend to (attention_targets.py).
 
 Axes: B rows, T text tokens, P patches, media in their order in the text.
 """
 
-import functools
 import io
-import itertools
 import random
 from dataclasses import dataclass
 
@@ -18,35 +14,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moss_vl.training.nano.facts import (
-    IGNORED,
-    SLOTS,
-    assign_slots,
-    clip_facts,
-    fact_rows,
-    frame_facts,
-    ink_patches,
-    letter_tokens,
-    thing_tokens,
-    token_facts,
-)
+from moss_vl.training.nano.attention_targets import AttentionTargets, FrameView
+from moss_vl.training.nano.facts import clip_facts, fact_rows, frame_facts, ink_patches, token_facts
 from moss_vl.training.nano.questions import (
     CLIP_TASKS,
-    IMAGES_TASK,
     PICTURE_TASKS,
-    Evidence,
     Question,
     ask_clip,
     ask_images,
     ask_picture,
     sampled_times,
 )
+from moss_vl.training.nano.rows import RowText, choose, join, stream_text
+from moss_vl.training.nano.streams import Player, QuickProtocol, random_budgets
+from moss_vl.training.nano.watching import random_script, watched_clip
 from moss_vl.training.nano.world import (
     Scene,
-    Sign,
-    Thing,
     draw_background,
     draw_scene,
+    draw_with_ink,
     random_canvas,
     random_clip,
     random_crowd,
@@ -54,265 +40,21 @@ from moss_vl.training.nano.world import (
 )
 
 
-TASKS = (*PICTURE_TASKS, IMAGES_TASK, *CLIP_TASKS)
-CHANCES = {  # expected number of questions of each task about a picture or clip
-    "describe picture": 0.7,
-    "color": 0.4,
-    "shape": 0.4,
-    "count": 0.5,
-    "place": 0.6,
-    "relation": 1.8,
-    "exists": 1.6,
-    "text": 0.5,
-    "describe clip": 0.7,
-    "first or last": 0.8,
-    "when": 1.7,
-    "visible at": 1.7,
-    "direction": 0.8,
-    "color after": 0.6,
-    "duration": 0.15,
-}
+KINDS = ("look", "pictures", "images", "clips", "streams")
+LATE = 2 / 3  # progress from which clips may be long, and parts of longer ones: earlier it harms (README.md)
 LATEST = 20.0  # latest start, in seconds, of a clip as part of a longer one
+LATER = 0.5  # share of clips that are parts of longer ones
+LONG = 0.1  # share of batches with long clips
+LONG_SECONDS = (18, 42)
+STREAM_SECONDS = ((6, 10), (8, 14), (12, 20))  # of watched clips; before LATE the last is rarer
+LONG_STREAM_SECONDS = ((20, 32), (32, 46), (46, 60))
+LONG_STREAMS = 0.25  # share of batches of streams that are long
+SCRIPTS = 2  # per watched clip
+SILENCE_WEIGHTS = (0.2, 0.8)  # of silence about nothing, at the beginning and the end; other decisions weigh 1
 LEAPING = 0.5  # share of those clips whose frames leap to later positions than their text gives them
 FURTHEST = 600  # largest leap, in positions
 SAME_SIZE = 8  # pictures of one size in a batch: kernels are prepared per shape, and equal grids are encoded together
 WIDE_LIMITS = (4096, 1 << 24)  # pixels, as in released checkpoints
-
-
-# text
-
-
-class RowText:
-    """The text of a row: the media, then questions with answers. The lists have one entry per token.
-
-    Args:
-        media: the text of the media, with an image_pad token per picture or frame.
-        grids: merged grid (H, W) of each picture or frame.
-    """
-
-    def __init__(self, tokenizer, template: bool, media: str, grids: list[tuple[int, int]]):
-        self.tokenizer, self.template = tokenizer, template
-        image_pad, self.point = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "."])
-        self.ids = self.encode(("<|im_start|>user\n" if template else "") + media)
-        self.positions, position, frames = [], 0, iter(grids)
-        for token in self.ids:
-            position += max(next(frames)) if token == image_pad else 0
-            self.positions.append(position)
-            position += 1
-        self.begin = position  # of the questions
-        length = len(self.ids)
-        self.labels, self.parts, self.tasks, self.weights = (
-            [IGNORED] * length,
-            [0] * length,
-            [-1] * length,
-            [0.0] * length,
-        )
-        # Pairs (text token, what it should attend to):
-        self.evidence: list[tuple[int, Evidence]] = []  # of the next token of the answer
-        self.subjects: list[tuple[int, Evidence]] = []  # the thing that the question names
-        self.pads = [index for index, token in enumerate(self.ids) if token == image_pad]
-        points = [index for index, token in enumerate(self.ids) if token == self.point]  # one in each time stamp
-        self.stamps = [(pad, self.digits(point)) for pad, point in zip(self.pads, points, strict=False)]
-
-    def leap(self, leaps: list[int]) -> None:
-        """Moves each frame, with the text before it, and the questions to positions later by `leaps`."""
-        start, self.begin = 0, self.begin + leaps[-1]
-        for pad, leap in zip(self.pads, leaps, strict=True):
-            self.positions[start : pad + 1] = [position + leap for position in self.positions[start : pad + 1]]
-            start = pad + 1
-        self.positions[start:] = [position + leaps[-1] for position in self.positions[start:]]
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-    def encode_answer(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids with the end of the turn, and the characters that each id stands for."""
-        encoded = self.tokenizer(text + "<|im_end|>", add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
-
-    def add(self, question: Question) -> None:
-        """Appends a question. An empty prompt without template must be the first one: it continues the media."""
-        prompt = self.encode(question.prompt + ("<|im_end|>\n<|im_start|>assistant\n" if self.template else ""))
-        answer, spans = self.encode_answer(question.answer)
-        part = self.parts[-1] + 1
-        assert prompt or part == 1, question
-        self._add_attention(question, prompt, spans)
-        length = len(prompt) + len(answer)
-        self.ids += prompt + answer
-        self.labels += [IGNORED] * len(prompt) + answer
-        self.positions += range(self.begin, self.begin + length)
-        self.parts += [part] * length
-        self.tasks += [-1] * len(prompt) + [TASKS.index(question.task)] * len(answer)
-        # a token of a short answer weighs more: answers weigh as the square root of their length
-        self.weights += [0.0] * len(prompt) + [len(answer) ** -0.5] * len(answer)
-
-    def _add_attention(self, question: Question, prompt: list[int], spans: list[tuple[int, int]]) -> None:
-        """Notes what the tokens before those of the answer, with characters `spans`, should attend to."""
-        first = len(self.ids) + len(prompt) - 1  # it predicts the first token of the answer
-        for index, (begin, end) in enumerate(spans):
-            if begin >= len(question.answer):
-                continue
-            evidence = next((one for one in reversed(question.evidence) if one.start < max(end, 1)), None)
-            if evidence is not None:
-                self.evidence.append((first + index, evidence))
-            if question.subject is not None:
-                self.subjects.append((first + index, question.subject))
-            if question.task == "visible at":
-                self.stamps.append((first + index, self.digits(len(self.ids) + prompt.index(self.point))))
-
-    @staticmethod
-    def digits(point: int) -> list[int]:
-        """Indices of tenths, ones and tens of a number with its decimal point at `point`.
-
-        Without tens, the last is the index of the token before the ones.
-        """
-        return [point + 1, point - 1, point - 2]
-
-    def add_all(self, questions) -> None:
-        for question in sorted(questions, key=lambda question: question.prompt != ""):
-            self.add(question)
-
-
-def choose(rng: random.Random, tasks, ask) -> list[Question]:
-    """Random questions of the tasks by `CHANCES`, no two with the same prompt.
-
-    `ask`: (task, plain) -> a question or None.
-    """
-    questions = {}
-    while not questions:
-        for task in tasks:
-            for _ in range(int(CHANCES[task]) + (rng.random() < CHANCES[task] % 1)):
-                question = ask(task, rng.random() < 0.35)
-                if question is not None:
-                    questions.setdefault(question.prompt, question)
-    chosen = list(questions.values())
-    rng.shuffle(chosen)
-    return chosen
-
-
-def join(rows: list[RowText], pad: int) -> dict[str, torch.Tensor]:
-    """Rows as tensors [B, T]. T is a multiple of 32, because CPU kernels are prepared for each length."""
-    length = -(-max(len(row.ids) for row in rows) // 32) * 32
-
-    def padded(name, fill):
-        return torch.tensor([getattr(row, name) + [fill] * (length - len(getattr(row, name))) for row in rows])
-
-    return {
-        "input_ids": padded("ids", pad),
-        "labels": padded("labels", IGNORED),
-        "position_ids": padded("positions", 0),
-        "parts": padded("parts", -1),
-        "tasks": padded("tasks", -1),
-        "weights": padded("weights", 0.0),
-    }
-
-
-def visible_parts(parts: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> bool [B, 1, T, T]: a token sees earlier tokens of the media and of its own question."""
-    same = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
-    return (same & torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool, device=parts.device).tril())[:, None]
-
-
-# attention
-
-
-@dataclass(frozen=True)
-class FrameView:
-    """A picture, or a frame of a clip, with its vision tokens."""
-
-    grid: tuple[int, int]  # merged
-    things: list[tuple[int, Thing]]  # (index in the scene, thing)
-    sign: Sign | None
-    canvas: tuple[int, int]
-
-    @classmethod
-    def of(cls, scene: Scene, grid: tuple[int, int], time: float = 0.0) -> "FrameView":
-        return cls(grid, scene.numbered_at(time), scene.sign, (scene.width, scene.height))
-
-    @functools.cached_property
-    def thing_tokens(self) -> np.ndarray:
-        return thing_tokens([thing for _, thing in self.things], self.canvas, self.grid)
-
-    @functools.cached_property
-    def letter_tokens(self) -> list[tuple[int, int]]:
-        return letter_tokens(self.sign, self.canvas, self.grid)
-
-    def tokens_of(self, evidence: Evidence) -> list[int]:
-        """Indices of the vision tokens of a letter or thing; the separator, the last one, for the frame as a whole."""
-        rows, columns = self.grid
-        if evidence.letter is not None:
-            cells = [self.letter_tokens[evidence.letter]]
-        elif evidence.thing is not None:
-            index = [number for number, _ in self.things].index(evidence.thing)
-            cells = np.argwhere(self.thing_tokens == index).tolist()
-        else:
-            return [rows * columns]
-        return [y * columns + x for y, x in cells]
-
-
-class AttentionTargets:
-    """Which tokens the attention heads should attend to, for an auxiliary loss. A group needs one of its tokens.
-
-    By name of the attention layer:
-        "stamps": text token of a frame -> digits of its time stamp, answer about a time -> digits in the question.
-        "slots": text token of a picture or frame -> thing in a slot, or the separator if the slot is empty.
-        "before": text token of a frame -> that of the frame before.
-        "asked": answer -> the thing that the question names, or the separator if it is absent.
-        "looks": answer -> the vision tokens of a picture that show it.
-        "frames": answer -> the text token of the picture or frame that shows it.
-    The three digits and the slots have a head each.
-    """
-
-    NAMES = ("stamps", "slots", "before", "asked", "looks", "frames")
-    HALF = range(len(SLOTS) // 2)  # heads with targets, of one per slot; the other half is free
-
-    def __init__(self):
-        self.groups = {name: [] for name in self.NAMES}  # (row, head, text token, target tokens)
-
-    def add_group(self, name: str, row: int, heads, text: int, tokens: list[int]) -> None:
-        self.groups[name] += [(row, head, text, tokens) for head in heads if tokens]
-
-    def add(self, row: int, text: RowText, frames: list[FrameView], clip: bool = False) -> None:
-        """Adds the targets of a row, with its pictures or frames in order."""
-        begins = [0, *itertools.accumulate(frame.grid[0] * frame.grid[1] + 1 for frame in frames)]
-
-        def vision_tokens(evidence):
-            return [begins[evidence.frame] + token for token in frames[evidence.frame].tokens_of(evidence)]
-
-        self._add_frames(row, text, frames, clip, vision_tokens)
-        for token, digits in text.stamps:
-            for head, digit in enumerate(digits):
-                self.add_group("stamps", row, [head], token, [digit])
-        for token, evidence in text.evidence:
-            whole_frame = evidence.thing is None and evidence.letter is None
-            if whole_frame or len(frames) > 1:
-                self.add_group("frames", row, self.HALF, token, [text.pads[evidence.frame]])
-            if not whole_frame and not clip:
-                self.add_group("looks", row, self.HALF, token, vision_tokens(evidence))
-        for token, evidence in text.subjects:
-            self.add_group("asked", row, self.HALF, token, vision_tokens(evidence))
-
-    def _add_frames(self, row: int, text: RowText, frames: list[FrameView], clip: bool, vision_tokens) -> None:
-        for number, (pad, frame) in enumerate(zip(text.pads, frames, strict=True)):
-            slots = assign_slots(frame.things)
-            for head, slot in enumerate(SLOTS):
-                thing = slots[slot][0] if slot in slots else None
-                self.add_group("slots", row, [head], pad, vision_tokens(Evidence(frame=number, thing=thing)))
-            if clip:
-                self.add_group("before", row, range(len(SLOTS)), pad, [text.pads[max(number - 1, 0)]])
-
-    def points(self) -> dict[str, torch.Tensor]:
-        """name -> [points, 5]: row, head, text token, target token, and the index of the group."""
-        points = {}
-        for name, groups in self.groups.items():
-            if groups:
-                points[name] = torch.tensor(
-                    [(*place, token, i) for i, (*place, tokens) in enumerate(groups) for token in tokens]
-                )
-        return points
-
-
-# batches
 
 
 def compressed(rng: random.Random, picture: Image.Image) -> Image.Image:
@@ -323,13 +65,30 @@ def compressed(rng: random.Random, picture: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The frames of a clip, each distinct picture drawn once.
+
+    Attributes:
+        pixels: uint8 [pictures, patches, values].
+        grid: patch rows and columns.
+        moments: for each frame the index of its picture.
+    """
+
+    pixels: torch.Tensor
+    grid: tuple[int, int]
+    moments: list[int]
+
+    @property
+    def merged(self) -> tuple[int, int]:
+        return self.grid[0] // 2, self.grid[1] // 2
+
+
+@dataclass(frozen=True)
 class Clip:
     """A row about a clip."""
 
     text: RowText
-    pixel_values: torch.Tensor
-    grid: list[int]
-    moments: list[int]  # per frame; frames of one moment look the same
+    drawn: Drawn
     leaps: list[int]  # per frame, how much later its position is than its text gives
     facts: torch.Tensor
     frames: list[FrameView]
@@ -348,41 +107,54 @@ def random_leaps(rng: random.Random, frames: int) -> list[int]:
 
 
 class Lessons:
-    """The batches of a run, the same for the same seed.
+    """The batches of a run: the same for the same seed and arguments, in any process.
 
     Args:
-        plan: step -> kind of its batch: "look" (pictures without questions), "pictures", "images" (several pictures
-            per row), "clips", or "later" (clips as parts of longer ones).
         size: pictures per batch, a multiple of 8; batches of other kinds cost about as much.
     """
 
-    def __init__(self, processor, seed: int, plan, size: int = 16):
+    def __init__(self, processor, seed: int, size: int = 16):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.protocol = QuickProtocol(processor, len(processor.tokenizer))
         self.picture_limits = (self.image_processor.min_pixels, self.image_processor.max_pixels)
         self.frame_limits = (processor.video_processor.min_pixels, processor.video_processor.max_pixels)
-        self.seed, self.plan, self.size = seed, plan, size
+        self.seed, self.size = seed, size
 
-    def batch(self, step: int, rank: int = 0) -> dict:
-        """The batch of one of several processes. Batches of a step have equal sizes, so that no process waits."""
+    def batch(self, step: int, kind: str, progress: float, rank: int = 0) -> dict:
+        """One of several batches of a step, whose pictures have equal sizes and whose rows similar lengths.
+
+        Args:
+            kind: one of KINDS.
+            progress: share of the run before this batch, 0 to 1.
+
+        Returns:
+            uint8 `pixel_values` [P, values] of distinct pictures with their `picture_grids`, and if there is text:
+            `grid_thw` of the media of the rows, and `gather`, which for each of their vision tokens, without
+            separators, is the index of that of a picture.
+        """
+        draw = self._kinds().get(kind)
+        if draw is None:
+            raise ValueError(f"no kind of batch named {kind!r}; expected one of {', '.join(KINDS)}")
         rng, sizes = random.Random(f"{self.seed} {step} {rank}"), random.Random(f"{self.seed} {step}")
-        kind = self.plan(step)
-        if kind in ("clips", "later"):
-            return {"kind": kind, **self.clips(rng, sizes, later=kind == "later")}
-        make = {"look": self.look, "pictures": self.pictures, "images": self.images}[kind]
-        return {"kind": kind, **make(rng, sizes)}
+        return {"kind": kind, **draw(rng, sizes, progress)}
+
+    def _kinds(self) -> dict:
+        return dict(zip(KINDS, (self.look, self.pictures, self.images, self.clips, self.streams), strict=True))
 
     def random_limits(self, sizes: random.Random) -> tuple[int, int]:
         """Pixel limits: mostly those of pictures, sometimes those of frames or wide ones, which users may set."""
         return sizes.choices((self.picture_limits, self.frame_limits, WIDE_LIMITS), (0.66, 0.2, 0.14))[0]
 
     def pixels(self, pictures, limits) -> tuple[torch.Tensor, list[list[int]]]:
-        """pixel_values [P, 768] in bfloat16 and grids (t, h, w) of pictures at these limits."""
-        inputs = self.image_processor(pictures, min_pixels=limits[0], max_pixels=limits[1], return_tensors="pt")
-        return inputs["pixel_values"].to(torch.bfloat16), inputs["image_grid_thw"].tolist()
+        """uint8 pixel_values [P, 768] and grids (t, h, w) of pictures at these limits."""
+        inputs = self.image_processor.preprocess(
+            pictures, min_pixels=limits[0], max_pixels=limits[1], do_normalize=False, return_tensors="pt"
+        )
+        return inputs["pixel_values"], inputs["image_grid_thw"].tolist()
 
     def render(self, rng, scenes: list[Scene], limits) -> tuple[dict, list[tuple[int, int]]]:
         """Pixels, grids, token facts and ink of pictures; and the merged grids."""
-        pictures = [draw_scene(scene) for scene in scenes]
+        pictures, inks = zip(*map(draw_with_ink, scenes), strict=True)
         pictures = [compressed(rng, picture) if rng.random() < 0.3 else picture for picture in pictures]
         pixel_values, grids = self.pixels(pictures, limits)
         merged = [(h // 2, w // 2) for _, h, w in grids]
@@ -390,33 +162,37 @@ class Lessons:
             token_facts(scene.things, scene.signs, (scene.width, scene.height), grid)
             for scene, grid in zip(scenes, merged, strict=True)
         ]
-        ink = [ink_patches(scene, grid) for scene, grid in zip(scenes, merged, strict=True)]
+        ink = [ink_patches(ink, grid) for ink, grid in zip(inks, merged, strict=True)]
         inputs = {
             "pixel_values": pixel_values,
-            "grid_thw": grids,
+            "picture_grids": grids,
             "token_facts": torch.from_numpy(np.concatenate(facts)),
             "ink": torch.from_numpy(np.concatenate(ink)),
         }
         return inputs, merged
 
-    def scenes(self, rng, limits, count=None, sign_share: float = 0.5) -> list[Scene]:
-        """As many pictures as fill a batch: more if they are smaller."""
+    def canvases(self, rng, limits) -> list[tuple[int, int]]:
+        """The canvas of each picture of a batch: more pictures if they are smaller."""
         number = self.size if limits is not self.frame_limits else self.size * 2
         canvases = [random_canvas(rng) for _ in range(number // SAME_SIZE)]
         canvases.sort(key=lambda canvas: canvas[0] / canvas[1])  # equal grids follow each other
-        return [random_picture(rng, count, sign_share, canvas) for canvas in canvases for _ in range(SAME_SIZE)]
+        return [canvas for canvas in canvases for _ in range(SAME_SIZE)]
 
-    def look(self, rng, sizes) -> dict:
+    def look(self, rng, sizes, progress) -> dict:
         """Crowded pictures without text."""
         limits = self.frame_limits if sizes.random() < 0.3 else self.random_limits(sizes)
-        scenes = self.scenes(rng, limits, count=rng.choice((3, 4, 4)), sign_share=0.7)
-        if rng.random() < 0.7:
-            scenes = [random_crowd(rng, (scene.width, scene.height)) for scene in scenes]
+        crowded, count = rng.random() < 0.7, rng.choice((3, 4, 4))
+        scenes = [
+            random_crowd(rng, canvas) if crowded else random_picture(rng, count, 0.7, canvas)
+            for canvas in self.canvases(rng, limits)
+        ]
         return self.render(rng, scenes, limits)[0]
 
-    def pictures(self, rng, sizes) -> dict:
+    def pictures(self, rng, sizes, progress) -> dict:
+        """Pictures, each with questions."""
         limits = self.random_limits(sizes)
-        scenes, rows, attention = self.scenes(rng, limits), [], AttentionTargets()
+        scenes = [random_picture(rng, None, 0.5, canvas) for canvas in self.canvases(rng, limits)]
+        rows, attention = [], AttentionTargets()
         inputs, grids = self.render(rng, scenes, limits)
         for scene, grid in zip(scenes, grids, strict=True):
             row = RowText(self.tokenizer, rng.random() < 0.5, "<|image_pad|>", [grid])
@@ -428,9 +204,9 @@ class Lessons:
             attention.add(len(rows), row, [FrameView.of(scene, grid)])
             rows.append(row)
         facts = [frame_facts(scene.numbered_at(0.0)) for scene in scenes]
-        return {**inputs, **self.text_inputs(rows, facts, attention), "media_nums": [1] * len(scenes)}
+        return {**inputs, **self.text_inputs(rows, facts, attention, [1] * len(scenes), inputs["picture_grids"])}
 
-    def images(self, rng, sizes) -> dict:
+    def images(self, rng, sizes, progress) -> dict:
         """Several pictures per row, and questions which of them shows a thing."""
         limits = sizes.choices((self.picture_limits, self.frame_limits), (0.6, 0.4))[0]
         groups, questions = self.picture_groups(rng, limits)
@@ -444,7 +220,8 @@ class Lessons:
             attention.add(len(rows), row, frames)
             rows.append(row)
         facts = [frame_facts(scene.numbered_at(0.0), i) for group in groups for i, scene in enumerate(group)]
-        return {**inputs, **self.text_inputs(rows, facts, attention), "media_nums": [len(group) for group in groups]}
+        media_nums = [len(group) for group in groups]
+        return {**inputs, **self.text_inputs(rows, facts, attention, media_nums, inputs["picture_grids"])}
 
     def picture_groups(self, rng, limits) -> tuple[list[list[Scene]], list[list[Question]]]:
         """Groups of two to four pictures that fill a batch, and the questions about each group."""
@@ -461,31 +238,62 @@ class Lessons:
                 questions.append(list(by_prompt.values()))
         return groups, questions
 
-    def text_inputs(self, rows: list[RowText], facts: list[dict[str, int]], attention: AttentionTargets) -> dict:
+    def text_inputs(self, rows: list[RowText], facts, attention: AttentionTargets, media_nums, grids) -> dict:
+        """The inputs of rows about whole pictures."""
         text = join(rows, self.tokenizer.pad_token_id)
-        return {**text, "frame_facts": fact_rows(facts), "attention": attention.points()}
+        tokens = sum(h * w // 4 for _, h, w in grids)
+        return {
+            **text,
+            "frame_facts": fact_rows(facts),
+            "attention": attention.points(),
+            "grid_thw": grids,
+            "gather": torch.arange(tokens),
+            "media_nums": media_nums,
+        }
 
-    def clips(self, rng, sizes, later: bool = False) -> dict:
+    def clips(self, rng, sizes, progress) -> dict:
         """Clips of similar length, drawn at the times that the video processor samples."""
         fps, limits = sizes.choice((1, 2)), self.frame_limits if sizes.random() < 0.85 else WIDE_LIMITS
+        late = progress >= LATE
         seconds = sizes.choices(((2, 6), (4, 10), (8, 14), (13, 20)), (2, 2, 2, 3))[0]
-        clips = []
-        while sum(len(clip.moments) for clip in clips) < 8 * self.size and len(clips) < self.size * 3 // 4:
+        if late and sizes.random() < LONG:
+            seconds = LONG_SECONDS
+        clips, frames = [], 0
+        while frames < 8 * self.size and len(clips) < self.size * 3 // 4:
             if len(clips) % 4 == 0:
                 canvas = random_canvas(rng)
+            later = late and rng.random() < LATER
             clips.append(self.clip(rng, random_clip(rng, seconds, canvas), fps, limits, later))
-        clips.sort(key=lambda clip: clip.grid[1:])  # equal grids follow each other
+            frames += len(clips[-1].frames)
+        return self.clip_inputs(rng, clips)
+
+    def clip_inputs(self, rng, clips: list[Clip]) -> dict:
+        """The inputs of rows about clips."""
+        clips = sorted(clips, key=lambda clip: clip.drawn.grid)  # equal grids follow each other
         attention = AttentionTargets()
         for row, clip in enumerate(clips):
             attention.add(row, clip.text, clip.frames, clip=True)
+        pictures, begins, gather = {}, [], []  # id of what was drawn -> it
+        for clip in clips:
+            pictures.setdefault(id(clip.drawn), clip.drawn)
+        first = 0
+        for drawn in pictures.values():
+            begins.append(first)
+            first += len(drawn.pixels) * drawn.grid[0] * drawn.grid[1] // 4
+        begin_of = dict(zip(pictures, begins, strict=True))
+        for clip in clips:
+            tokens = clip.drawn.grid[0] * clip.drawn.grid[1] // 4
+            begin = begin_of[id(clip.drawn)] + tokens * torch.tensor(clip.drawn.moments)
+            gather.append((begin[:, None] + torch.arange(tokens)).flatten())
         # vision tokens of each frame, with its separator
-        tokens = torch.tensor([clip.grid[1] * clip.grid[2] // 4 + 1 for clip in clips for _ in clip.moments])
+        tokens = torch.tensor([h * w // 4 + 1 for clip in clips for h, w in [clip.drawn.grid] * len(clip.frames)])
         leaps = torch.tensor([leap for clip in clips for leap in clip.leaps])
         return {
-            "pixel_values": torch.cat([clip.pixel_values for clip in clips]),
-            "grid_thw": [clip.grid for clip in clips],
+            "pixel_values": torch.cat([drawn.pixels.flatten(0, 1) for drawn in pictures.values()]),
+            "picture_grids": [[1, *drawn.grid] for drawn in pictures.values() for _ in drawn.pixels],
+            "grid_thw": [[len(clip.frames), *clip.drawn.grid] for clip in clips],
+            "gather": torch.cat(gather),
             "frame_facts": torch.cat([clip.facts for clip in clips]),
-            "moments": [clip.moments for clip in clips],
             "grain": rng.getrandbits(32),
             "leaps": leaps.repeat_interleave(tokens),
             "attention": attention.points(),
@@ -496,28 +304,60 @@ class Lessons:
     def clip(self, rng, scene: Scene, fps: int, limits, later: bool) -> Clip:
         """A row about a clip. `later`: as part of a longer clip, half of the time with leaps."""
         times = sampled_times(scene, fps)
-        pixel_values, (h, w), moments = self.clip_pixels(rng, scene, times, limits)
+        drawn = self.draw(rng, scene, times, limits)
         if later:
             seconds = round(rng.uniform(0, LATEST), 1)
             scene, times = scene.later(seconds), [time + seconds for time in times]
         stamps = "".join(f"<|time_start|>{time:.1f} seconds<|time_end|><|image_pad|>" for time in times)
-        media, merged = f"<|vision_start|>{stamps}<|vision_end|>", (h // 2, w // 2)
-        text, leaps = RowText(self.tokenizer, rng.random() < 0.5, media, [merged] * len(times)), [0] * len(times)
+        media = f"<|vision_start|>{stamps}<|vision_end|>"
+        text, leaps = RowText(self.tokenizer, rng.random() < 0.5, media, [drawn.merged] * len(times)), [0] * len(times)
         if later and rng.random() < LEAPING:
             leaps = random_leaps(rng, len(times))
         text.leap(leaps)
         text.add_all(choose(rng, CLIP_TASKS, lambda task, plain: ask_clip(task, scene, times, rng, plain)))
-        frames = [FrameView.of(scene, merged, time) for time in times]
-        facts = fact_rows(clip_facts(scene, times))
-        return Clip(text, pixel_values, [len(times), h, w], moments, leaps, facts, frames)
+        frames = [FrameView.of(scene, drawn.merged, time) for time in times]
+        return Clip(text, drawn, leaps, fact_rows(clip_facts(scene, times)), frames)
 
-    def clip_pixels(self, rng, scene: Scene, times, limits) -> tuple[torch.Tensor, tuple[int, int], list[int]]:
-        """pixel_values of all frames, patch rows and columns, and the moment of each frame, which is drawn once."""
-        background, drawn = draw_background(scene), {}  # things -> (moment, picture)
+    def draw(self, rng, scene: Scene, times, limits) -> Drawn:
+        """The frames of a clip at these times."""
+        background, drawn, moments = draw_background(scene), {}, []  # things -> (index, picture)
         for time in times:
-            if tuple(scene.at(time)) not in drawn:
-                drawn[tuple(scene.at(time))] = len(drawn), compressed(rng, draw_scene(scene, time, background))
-        pixel_values, grids = self.pixels([picture for _, picture in drawn.values()], limits)
-        moments = [drawn[tuple(scene.at(time))][0] for time in times]
-        pixel_values = pixel_values.view(len(grids), -1, pixel_values.shape[1])[moments].flatten(0, 1)
-        return pixel_values, tuple(grids[0][1:]), moments
+            things = tuple(scene.at(time))
+            if things not in drawn:
+                drawn[things] = len(drawn), compressed(rng, draw_scene(scene, time, background))
+            moments.append(drawn[things][0])
+        pixels, grids = self.pixels([picture for _, picture in drawn.values()], limits)
+        return Drawn(pixels.view(len(grids), -1, pixels.shape[1]), tuple(grids[0][1:]), moments)
+
+    def streams(self, rng, sizes, progress) -> dict:
+        """Realtime streams of watched clips of similar length, SCRIPTS of each clip."""
+        rate, limits = sizes.choice((1, 1, 2)), self.picture_limits if sizes.random() < 0.85 else WIDE_LIMITS
+        if progress >= LATE and sizes.random() < LONG_STREAMS:
+            low, high = sizes.choice(LONG_STREAM_SECONDS)
+        else:
+            low, high = sizes.choices(STREAM_SECONDS, (3, 3, 1 if progress < LATE else 3))[0]
+        silence = SILENCE_WEIGHTS[0] + progress * (SILENCE_WEIGHTS[1] - SILENCE_WEIGHTS[0])
+        rows, frames = [], 0
+        while frames < 8 * self.size and len(rows) < self.size * 3 // 4:
+            if len(rows) % (2 * SCRIPTS) == 0:
+                canvas = random_canvas(rng)
+            rows += self.stream_rows(rng, rng.randint(low, high), rate, limits, canvas, silence)
+            frames = sum(len(row.frames) for row in rows)
+        return self.clip_inputs(rng, rows)
+
+    def stream_rows(self, rng, seconds: int, rate: int, limits, canvas, silence: float) -> list[Clip]:
+        """Rows about one watched clip, of `rate` frames per second."""
+        scene = watched_clip(rng, seconds, canvas)
+        times = [number / rate for number in range(seconds * rate)]
+        drawn, known = self.draw(rng, scene, times, limits), clip_facts(scene, times)
+        frames = [FrameView.of(scene, drawn.merged, time) for time in times]
+        rows = []
+        for _ in range(SCRIPTS):
+            script = random_script(rng, scene, times)
+            player = Player(self.protocol, script, random_budgets(rng, len(times)), rng.random() < 0.5)
+            stream = player.play()
+            happening = {times.index(event.time) for event in script.events}
+            text = stream_text(self.tokenizer, stream, drawn.merged, silence, happening)
+            facts = [values | {"fires": int(number in stream.due)} for number, values in enumerate(known)]
+            rows.append(Clip(text, drawn, [0] * len(times), fact_rows(facts), frames))
+        return rows

@@ -1,4 +1,4 @@
-"""Writes the checkpoint folder of moss-vl-nano, a MOSS-VL of eleven million parameters, from trained weights:
+"""Writes the checkpoint folder of moss-vl-nano, a MOSS-VL of sixteen million parameters, from trained weights:
 
     python training/nano/make_nano.py --weights FILE
 
@@ -31,8 +31,9 @@ from tokenizers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from moss_vl.realtime_protocol import RESPONSE, SILENCE, SYSTEM_PROMPT
 from moss_vl.tools.install_into import code_files, read_json
-from moss_vl.training.nano import questions, world
+from moss_vl.training.nano import questions, watching, world
 
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -46,16 +47,18 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
     "<|time_start|>",
     "<|time_end|>",
+    SILENCE,
+    RESPONSE,
 )
-VOCABULARY = 768  # at most; merging ends when every word of the corpus is one token
+VOCABULARY = 896  # at most; merging ends when every word of the corpus is one token
 SEED = 20
 PICTURE_PIXELS = (224 * 224, 256 * 256)  # fewest and most pixels of a picture
 FRAME_PIXELS = (192 * 192, 224 * 224)  # of a frame of a clip
 TEXT_SIZES = {
     "cross_attention_layers": [2, 6],
-    "num_hidden_layers": 10,
-    "hidden_size": 192,
-    "intermediate_size": 448,
+    "num_hidden_layers": 9,
+    "hidden_size": 256,
+    "intermediate_size": 640,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 32,
@@ -63,12 +66,12 @@ TEXT_SIZES = {
 }
 VISION_SIZES = {
     "deepstack_visual_indexes": [2],
-    "depth": 8,
-    "hidden_size": 192,
-    "intermediate_size": 768,
-    "num_heads": 6,
+    "depth": 6,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_heads": 8,
     "num_position_embeddings": 256,
-    "out_hidden_size": 192,
+    "out_hidden_size": 256,
 }
 
 # The pattern by which Qwen2 splits text into words; each digit is a word.
@@ -122,8 +125,12 @@ def corpus():
         asked += [questions.ask_clip(task, clip, times, rng) for task in questions.CLIP_TASKS]
         asked += [questions.ask_images([picture], rng)]
         yield from (text for question in asked if question is not None for text in (question.prompt, question.answer))
+        clip = watching.watched_clip(rng, rng.randint(6, 20))
+        script = watching.random_script(rng, clip, [float(second) for second in range(int(clip.seconds))])
+        yield from (request.prompt for request in script.requests)
     frame = ("system\n", "user\n", "assistant\n", "thinking", "answer", "You are a helpful assistant.\n")
-    yield from (', and the text "', *frame) * 20
+    said = SYSTEM_PROMPT.replace(SILENCE, ""), watching.NOT_YET, "; "
+    yield from (', and the text "', *frame, *said) * 20
 
 
 def build_tokenizer():

@@ -1,6 +1,6 @@
 """Draws the sample pictures and clips in data/: python training/nano/make_samples.py [--output FOLDER]
 
-`SCENES` defines what the four files show. They belong to the drawn world (world.py).
+`SCENES` defines what the files show. They belong to the drawn world (world.py).
 """
 
 import argparse
@@ -62,6 +62,18 @@ SCENES = {
         things=(
             Thing("ring", "white", x=0.30, y=0.25, radius=0.21, changes=(2.0, "orange")),
             Thing("cross", "yellow", x=0.74, y=0.82, radius=0.14, angle=-8, moves=(4.0, 0.0, -0.40)),
+        ),
+    ),
+    "watching.mp4": Scene(
+        width=256,
+        height=224,
+        background=((228, 234, 226), (200, 214, 206)),
+        seconds=20.0,
+        fps=12,
+        things=(
+            Thing("circle", "blue", x=0.24, y=0.60, radius=0.20, changes=(5.0, "purple")),
+            Thing("square", "green", x=0.74, y=0.24, radius=0.13, angle=8, disappears=15.0),
+            Thing("star", "red", x=0.72, y=0.72, radius=0.20, appears=9.0),
         ),
     ),
 }

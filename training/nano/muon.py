@@ -1,17 +1,32 @@
-"""The optimizer of train_nano.py: Muon for the matrices of the layers, AdamW for all other parameters."""
+"""The optimizer of train_nano.py: Muon for the matrices of the layers, AdamW for all other parameters.
 
+Parameters of one section have gradients in the same steps. The matrices of a section with equal shapes are one tensor,
+and all its other parameters one vector, so a step takes few operations.
+"""
+
+import math
 from collections import defaultdict
 
 import torch
 
 
 FAST = 5.0  # factor of AdamW's rate in the language model: the gains of its norms sharpen attention
+ENCODER = (
+    "model.visual",
+    "tutor.sights",
+    "tutor.ink",
+)  # parameters of the encoder's section; else the language model's
 
 
 class Muon:
     """Orthogonalised momentum for matrices (K. Jordan and others, Muon, 2024), AdamW for everything else.
 
     The model may compute in bfloat16: the trained weights are float32 copies, which `step` writes back to it.
+
+    Args:
+        named_parameters: (name, parameter) pairs.
+        rate: of matrices, per step.
+        adam_rate: of all other parameters, per step.
     """
 
     def __init__(
@@ -23,72 +38,126 @@ class Muon:
         decay: float = 0.02,
     ):
         self.rate, self.adam_rate, self.momentum, self.decay = rate, adam_rate, momentum, decay
-        self.parameters = dict(named_parameters)
-        self.weights = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
-        self.moments = {
-            name: [torch.zeros_like(weight) for _ in range(1 if self.is_matrix(name) else 2)]
-            for name, weight in self.weights.items()
-        }
-        self.steps = dict.fromkeys(self.weights, 0)
-        self.dtype = next(iter(self.parameters.values())).dtype
-
-    def is_matrix(self, name: str) -> bool:
-        return self.parameters[name].ndim == 2 and ("blocks" in name or "layers" in name)
-
-    @torch.no_grad()
-    def step(self, scale: float) -> None:
-        """One update with both rates times `scale`. Parameters without a gradient do not change."""
-        by_shape = defaultdict(list)  # shape -> (update, weight) of matrices, which are orthogonalised together
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
-            parameter.grad = None
-            self.steps[name] += 1
-            if self.is_matrix(name):
-                for update, weight in self._momentum_updates(name, gradient):
-                    by_shape[update.shape].append((update, weight))
+        named_parameters = list(named_parameters)
+        self.scale = torch.ones((), device=named_parameters[0][1].device)
+        stacks, rests = defaultdict(dict), defaultdict(dict)
+        for name, parameter in named_parameters:
+            section = "encoder" if name.startswith(ENCODER) else "language model"
+            if parameter.ndim == 2 and ("blocks" in name or "layers" in name):
+                parts = 3 if name.endswith("qkv.weight") else 1  # query, key and value have a matrix each
+                rows, columns = parameter.shape[0] // parts, parameter.shape[1]
+                stacks[f"{section} {rows}x{columns}"][name] = parameter
             else:
-                self._adam_step(name, gradient, scale)
-        for shape, pairs in by_shape.items():
-            self._matrix_step(shape, pairs, scale)
-        for name, parameter in self.parameters.items():
-            if self.is_matrix(name):
-                parameter.copy_(self.weights[name])
+                rests[section][name] = parameter
+        self.stacks = {key: MatrixStack(parameters, key) for key, parameters in stacks.items()}
+        self.vectors = {key: Vector(parameters) for key, parameters in rests.items()}
 
-    def _momentum_updates(self, name: str, gradient: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(Nesterov momentum, weight) of a matrix; of a fused qkv matrix, one pair for each of its three parts."""
-        (moment,) = self.moments[name]
-        moment.lerp_(gradient, 1 - self.momentum)
-        update, weight = gradient.lerp(moment, self.momentum), self.weights[name]
-        if name.endswith("qkv.weight"):
-            return list(zip(update.chunk(3), weight.chunk(3), strict=True))
-        return [(update, weight)]
+    def set_scale(self, scale: float) -> None:
+        """Sets the factor of both rates. It is a tensor, so a recorded step reads its present value."""
+        self.scale.fill_(scale)
 
-    def _matrix_step(self, shape, pairs, scale: float) -> None:
-        updates = orthogonal(torch.stack([update for update, _ in pairs]).to(self.dtype)).float()
-        for update, (_, weight) in zip(updates, pairs, strict=True):
-            rate = scale * self.rate * max(1, shape[0] / shape[1]) ** 0.5
-            weight.mul_(1 - scale * self.rate * self.decay).sub_(update, alpha=rate)
+    def clear(self) -> None:
+        """Removes gradients that a step which failed has left."""
+        for group in (*self.stacks.values(), *self.vectors.values()):
+            for parameter in group.parameters:
+                parameter.grad = None
 
-    def _adam_step(self, name: str, gradient: torch.Tensor, scale: float) -> None:
-        first, second = self.moments[name]
-        first.lerp_(gradient, 0.1)
-        second.lerp_(gradient.square(), 0.02)
-        steps, weight = self.steps[name], self.weights[name]
-        update = first / (1 - 0.9**steps) / ((second / (1 - 0.98**steps)).sqrt() + 1e-8)
-        fast = name.startswith(("lm_head", "model.language_model", "tutor.facts"))
-        weight.sub_(update, alpha=scale * self.adam_rate * (FAST if fast else 1))
-        self.parameters[name].copy_(weight)
+    def step(self) -> None:
+        """One update. Sections without gradients do not change."""
+        for stack in self.stacks.values():
+            stack.step(self.scale * self.rate, self.momentum, self.decay)
+        for vector in self.vectors.values():
+            vector.step(self.scale * self.adam_rate)
 
     def state_dict(self) -> dict:
-        return {"weights": self.weights, "moments": self.moments, "steps": self.steps}
+        return {key: group.state for key, group in (self.stacks | self.vectors).items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for key, group in (self.stacks | self.vectors).items():
+            group.load(state[key])
+
+
+class Group:
+    """Parameters that are updated together. `state` has their float32 copies and moments as one tensor each."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], shape: tuple[int, ...], moments: int):
+        self.parameters, self.shape = list(parameters.values()), shape
+        self.sizes = [len(parameter.view(shape)) for parameter in self.parameters]
+        weights = torch.cat([parameter.detach().view(shape).float() for parameter in self.parameters])
+        self.state = {
+            "weights": weights,
+            "moments": [torch.zeros_like(weights) for _ in range(moments)],
+            "steps": torch.zeros((), device=weights.device),
+        }
+
+    def take_gradients(self) -> torch.Tensor | None:
+        """All gradients as one float32 tensor, and removes them; None if no parameter has one."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if all(gradient is None for gradient in gradients):
+            return None
+        for parameter in self.parameters:
+            parameter.grad = None
+        parts = zip(self.parameters, gradients, strict=True)
+        parts = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in parts]
+        self.state["steps"].add_(1)
+        return torch.cat([part.reshape(self.shape) for part in parts]).float()
+
+    def load(self, state: dict) -> None:
+        self.state["weights"].copy_(state["weights"])
+        self.state["steps"].copy_(state["steps"])
+        for moment, saved in zip(self.state["moments"], state["moments"], strict=True):
+            moment.copy_(saved)
+        self.write_back()
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        self.weights, self.moments, self.steps = state["weights"], state["moments"], state["steps"]
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.weights[name])
+    def write_back(self) -> None:
+        parts = self.state["weights"].split(self.sizes)
+        torch._foreach_copy_([parameter.data.view(self.shape) for parameter in self.parameters], list(parts))
+
+
+class MatrixStack(Group):
+    """Matrices [n, rows, columns], for Muon."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], key: str):
+        rows, columns = map(int, key.split()[-1].split("x"))
+        super().__init__(parameters, (-1, rows, columns), 1)
+        self.aspect = max(1, rows / columns) ** 0.5
+        self.dtype = self.parameters[0].dtype
+
+    @torch.no_grad()
+    def step(self, rate: torch.Tensor, momentum: float, decay: float) -> None:
+        gradient = self.take_gradients()
+        if gradient is None:
+            return
+        weights, [moment] = self.state["weights"], self.state["moments"]
+        moment.lerp_(gradient, 1 - momentum)
+        update = orthogonal(gradient.lerp_(moment, momentum).to(self.dtype))  # of Nesterov's momentum
+        weights.mul_(1 - rate * decay).sub_(update * (rate * self.aspect))
+        self.write_back()
+
+
+class Vector(Group):
+    """Parameters of any shape as one vector, for AdamW without decay."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
+        super().__init__(parameters, (-1,), 2)
+        fast = [name.startswith(("lm_head", "model.language_model", "tutor.facts")) for name in parameters]
+        factors = torch.tensor([FAST if each else 1.0 for each in fast])
+        sizes = torch.tensor(self.sizes)
+        self.factors = factors.repeat_interleave(sizes).to(self.state["weights"].device)
+
+    @torch.no_grad()
+    def step(self, rate: torch.Tensor) -> None:
+        gradient = self.take_gradients()
+        if gradient is None:
+            return
+        weights, [first, second], steps = (self.state[name] for name in ("weights", "moments", "steps"))
+        first.lerp_(gradient, 0.1)
+        second.lerp_(gradient.square_(), 0.02)
+        unbiased = [1 - (steps * math.log(decay)).exp() for decay in (0.9, 0.98)]
+        spread = (second / unbiased[1]).sqrt_().add_(1e-8)
+        weights.sub_(first.mul(self.factors).div_(spread).mul_(rate / unbiased[0]))
+        self.write_back()
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

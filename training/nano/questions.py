@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moss_vl.training.nano.world import COLOURS, DIRECTIONS, SHAPES, Scene, Thing
+from moss_vl.training.nano.world import COLOURS, DIRECTIONS, SHAPES, Scene, Thing, reading_order
 
 
 PICTURE_TASKS = ("describe picture", "color", "shape", "count", "place", "relation", "exists", "text")
@@ -221,8 +221,8 @@ def with_region(thing: Thing) -> str:
 
 
 def listing(things: list[Thing]) -> str:
-    """Things with their regions, from left to right."""
-    return ", ".join(with_region(thing) for thing in sorted(things, key=lambda thing: thing.x)) or "nothing"
+    """Things with their regions, in reading order."""
+    return ", ".join(with_region(thing) for thing in sorted(things, key=reading_order)) or "nothing"
 
 
 def listing_evidence(things: list[tuple[int, Thing]], frame: int = 0, start: int = 0) -> list[Evidence]:
@@ -230,7 +230,7 @@ def listing_evidence(things: list[tuple[int, Thing]], frame: int = 0, start: int
     if not things:
         return [Evidence(start, frame)]
     evidence = []
-    for number, thing in sorted(things, key=lambda pair: pair[1].x):
+    for number, thing in sorted(things, key=lambda pair: reading_order(pair[1])):
         evidence.append(Evidence(start, frame, number))
         start += len(with_region(thing)) + len(", ")
     return evidence
@@ -422,6 +422,11 @@ def distance_moved(thing: Thing, start: float, end: float) -> float:
     return math.hypot(last.x - first.x, last.y - first.y)
 
 
+def whole_seconds(seconds: float) -> str:
+    """The answer about a duration. Its tenths are not asked for: the time stamps often do not tell them."""
+    return f"{max(math.floor(seconds + 0.5), 1)} seconds"
+
+
 def sampled_times(scene: Scene, fps: float) -> list[float]:
     """Times of the frames that the video processor samples from a clip at `fps`."""
     total = round(scene.seconds * scene.fps)
@@ -491,7 +496,7 @@ class ClipQuestions:
 
     def duration(self, events: list[Event]) -> Question:
         last = Evidence(frame=len(self.times) - 1)
-        return Question(self.task, self.word(DURATION), f"{self.scene.seconds:.1f} seconds", (last,))
+        return Question(self.task, self.word(DURATION), whole_seconds(self.scene.seconds), (last,))
 
     def first_or_last(self, events: list[Event]) -> Question | None:
         which = self.rng.choice(("first", "last"))

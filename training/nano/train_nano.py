@@ -1,20 +1,23 @@
 """Trains moss-vl-nano from scratch on the drawn world: python training/nano/train_nano.py --output runs/nano
 
 First the vision encoder alone learns to classify what each of its tokens shows. Then the language model learns to
-answer questions, in turns with the encoder, which continues its classification. Every step draws new pictures and
-clips. Each process trains on batches of its own, and gradients are averaged. The same command resumes a stopped run.
-The output folder becomes a checkpoint; log.jsonl in it has a line per 20 steps, and state.pt the state to resume from.
+answer questions, in turns with the encoder, which continues its classification. Worker processes draw the batches of
+each step. Learning rate, stages and mixture depend only on the progress of the run, so a run may have any length, in
+steps or in minutes. The same command resumes a stopped run. The output folder becomes a checkpoint; log.jsonl in it
+has a line per 20 steps, and state.pt the state to resume from.
 """
 
 import argparse
+import faulthandler
 import json
 import math
 import os
+import random
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,18 +26,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-from moss_vl.training.nano.lessons import Lessons
+from moss_vl.training.nano.collation import Sizes, collate, pack, unpack
+from moss_vl.training.nano.lessons import LATE, Lessons
+from moss_vl.training.nano.make_nano import first_weights, write_folder
 from moss_vl.training.nano.muon import Muon
+from moss_vl.training.nano.steps import EagerSteps, GraphSteps
 from moss_vl.training.nano.tutor import Tutor
 
 
-PROJECT = Path(__file__).resolve().parents[2]
+BEGAN = time.monotonic()
 SEED = 2026
 WARM_UP = 50  # steps
+HEADS_ALONE = 100  # steps in which trained weights do not change, while the heads of the tutor are learned anew
 LOG_STEPS = 20  # per line of log.jsonl
+NOTE_SECONDS = 5.0  # between lines of progress
+PREFETCHED = 4  # steps that each worker draws ahead
 
 
 @dataclass(frozen=True)
@@ -42,112 +51,143 @@ class Stage:
     """A part of a run.
 
     Attributes:
-        begins: share of all steps before it.
+        begins: share of the run before it.
         kinds: share of each kind of batch, as `Lessons` names them.
-        rates: factor of the learning rate at its beginning and end, linear between.
-        weights: of groups of facts and of attention layers, instead of those of tutor.py.
+        weights: of groups of facts and of attention targets, instead of those of tutor.py.
     """
 
     begins: float
     kinds: dict[str, float]
-    rates: tuple[float, float]
     weights: dict[str, float] = field(default_factory=dict)
 
 
-MIX = {"pictures": 0.32, "clips": 0.29, "look": 0.31, "images": 0.08}
-LAST_MIX = {"pictures": 0.25, "clips": 0.2, "later": 0.25, "look": 0.22, "images": 0.08}
+MIX = {"look": 0.12, "pictures": 0.28, "images": 0.06, "clips": 0.3, "streams": 0.24}
 STAGES = (
-    Stage(0.0, {"look": 1.0}, (1.0, 1.0)),
-    Stage(0.113, MIX, (1.0, 1.0)),
-    Stage(0.3382, MIX, (1.0, 0.0)),
-    Stage(0.8456, LAST_MIX, (0.4, 0.0), {"stamp": 1.0, "frames": 0.3}),
+    Stage(0.0, {"look": 1.0}),
+    Stage(0.08, MIX),
+    Stage(LATE, MIX, {"stamp": 1.0, "frames": 0.3}),
 )
+DECAY = 0.4  # progress from which the learning rate falls, in a line to 0 at the end
 
 
-def stage_at(progress: float) -> int:
-    """The number of the stage after the share `progress` of all steps."""
-    return max(number for number, stage in enumerate(STAGES) if stage.begins <= progress)
+def stage_at(progress: float) -> Stage:
+    return max((stage for stage in STAGES if stage.begins <= progress), key=lambda stage: stage.begins)
 
 
-def plan_of(steps: int):
-    """step -> kind of its batch, for a run of `steps`."""
-
-    def plan(step: int) -> str:
-        position = (step * 0.6180339887) % 1.0  # evenly mixed
-        kinds = STAGES[stage_at(step / steps)].kinds
-        for kind, share in kinds.items():
-            if position < share:
-                return kind
-            position -= share
-        return next(iter(kinds))
-
-    return plan
+def kind_at(step: int, progress: float) -> str:
+    """The kind of the batches of a step: evenly mixed."""
+    position, kinds = (step * 0.6180339887) % 1.0, stage_at(progress).kinds
+    for kind, share in kinds.items():
+        if position < share:
+            return kind
+        position -= share
+    return next(iter(kinds))
 
 
-def rate_at(step: int, steps: int) -> float:
-    """The factor of the learning rate: warmup, then the lines of the stages."""
-    number = stage_at(step / steps)
-    begin, (first, last) = STAGES[number].begins, STAGES[number].rates
-    end = STAGES[number + 1].begins if number + 1 < len(STAGES) else 1.0
-    return min((step + 1) / WARM_UP, first + (last - first) * (step / steps - begin) / (end - begin))
+def rate_at(step: int, progress: float) -> float:
+    """The factor of the learning rate."""
+    return min((step + 1) / WARM_UP, 1.0, max(0.0, (1 - progress) / (1 - DECAY)))
 
 
-def loss_of(model, tutor, batch: dict, progress: float) -> tuple[torch.Tensor, dict]:
-    """Loss of a batch, and values to log. `progress`: share of the run's steps before this one.
+class Clock:
+    """The progress of a run, 0 to 1: steps of `steps`, or time of `minutes`.
 
-    Batches of kind "look" train the encoder; all others train the language model alone.
+    Args:
+        seconds: of earlier parts of the run.
+        first: the progress at its beginning.
     """
-    encoder = batch["kind"] == "look"
-    model.model.visual.requires_grad_(encoder)
-    if encoder:
-        return tutor.encoder_loss(model, batch)
-    return tutor.language_model_loss(model, batch, **STAGES[stage_at(progress)].weights)
+
+    def __init__(self, steps: int | None, minutes: float | None, seconds: float = 0.0, first: float = 0.0):
+        self.steps, self.minutes, self.earlier, self.began, self.first = steps, minutes, seconds, None, first
+
+    def start(self) -> None:
+        """Begins to count time, if it has not begun."""
+        self.began = time.monotonic() if self.began is None else self.began
+
+    def seconds(self) -> float:
+        return self.earlier + (0.0 if self.began is None else time.monotonic() - self.began)
+
+    def progress(self, step: int) -> float:
+        """Before a step. In a run of minutes it is that of now for any step."""
+        share = step / self.steps if self.minutes is None else self.seconds() / (60 * self.minutes)
+        return self.first + (1 - self.first) * min(1.0, share)
 
 
-def to_device(batch: dict, device) -> dict:
-    """The batch with its tensors on the device, also those of nested dicts."""
-    return {
-        name: to_device(value, device)
-        if isinstance(value, dict)
-        else value.to(device)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in batch.items()
-    }
+# data
 
 
-def average_gradients(parameters) -> None:
-    """Averages gradients over all processes. Their batches are of one kind, so the same parameters have gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+class Plan(torch.utils.data.Sampler):
+    """(step, kind, progress, batches) of each step that is drawn, made when a worker is told to draw it.
+
+    Args:
+        batches: of each step.
+        repeats: how often each is used: one of as many steps is drawn.
+    """
+
+    def __init__(self, first: int, clock: Clock, batches: int, repeats: int = 1):
+        self.first, self.clock, self.batches, self.repeats = first, clock, batches, repeats
+
+    def __iter__(self):
+        step = self.first
+        while (progress := self.clock.progress(step)) < 1:
+            yield step, kind_at(step, progress), progress, self.batches
+            step += self.repeats
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Draws the batches of a step of a `Plan`, and joins them. They depend on nothing else."""
+
+    def __init__(self, processor, config, size: int):
+        self.lessons, self.sizes = Lessons(processor, SEED, size), Sizes.of(config)
+
+    def __getitem__(self, place: tuple[int, str, float, int]) -> dict:
+        step, kind, progress, batches = place
+        drawn = [self.lessons.batch(step, kind, progress, rank) for rank in range(batches)]
+        return {"step": step, "progress": progress} | pack(collate(drawn, self.sizes))
+
+
+def one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def load_steps(drawing: Drawing, plan: Plan, workers: int, pinned: bool):
+    return torch.utils.data.DataLoader(
+        drawing,
+        batch_size=None,
+        sampler=plan,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # remote code cannot be pickled
+        prefetch_factor=PREFETCHED if workers else None,
+        pin_memory=pinned,
+        worker_init_fn=one_thread,
+    )
+
+
+def repeated(steps, times: int, distance: int):
+    """Each of `steps` as often as `times`; between two uses are about `distance` others."""
+    if times == 1:
+        yield from steps
+        return
+    rng, kept = random.Random(SEED), []  # of later uses
+    for step in steps:
+        yield step
+        kept += [step] * (times - 1)
+        while len(kept) > distance * (times - 1):
+            yield kept.pop(rng.randrange(len(kept)))
 
 
 # files of a run
 
 
-def save(model, optimizer, output: Path, step: int) -> None:
+def save(model, optimizer, output: Path, step: int, seconds: float) -> None:
     """Writes the checkpoint and state.pt. If the run is stopped meanwhile, the previous files remain."""
-    shutil.copytree(output / "start", output, ignore=shutil.ignore_patterns("model.safetensors"), dirs_exist_ok=True)
-    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    shutil.copytree(output / "start", output, dirs_exist_ok=True)
+    weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, output / "model.safetensors.new", metadata={"format": "pt"})
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, output / "state.pt.new")
+    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
+    torch.save(state, output / "state.pt.new")
     for name in ("model.safetensors", "state.pt"):
         os.replace(output / f"{name}.new", output / name)
-
-
-def resume(optimizer, output: Path, device, rank: int) -> int:
-    """Loads state.pt if there is one; returns the first step to do."""
-    if not (output / "state.pt").exists():
-        return 0
-    state = torch.load(output / "state.pt", map_location=device)
-    optimizer.load_state_dict(state["optimizer"])
-    if rank == 0:
-        cut_log(output / "log.jsonl", state["step"])
-    return state["step"]
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -156,87 +196,137 @@ def cut_log(path: Path, step: int) -> None:
     path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
+def note(text: str) -> None:
+    """Prints a line with the seconds since the start of the command, imports not counted."""
+    print(f"{time.monotonic() - BEGAN:6.1f} s  {text}", flush=True)
+
+
 class Log:
-    """Collects values and durations, and writes their means to log.jsonl."""
+    """Writes lines of log.jsonl: means, numbers of steps of each kind, and seconds of waiting and of all."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.values, self.seconds = defaultdict(list), defaultdict(list)
+        self.path, self.kinds = path, defaultdict(int)
+        self.waited, self.began = 0.0, time.monotonic()
+        self.noted = 0.0
 
-    def add(self, values: dict[str, list], **seconds: float) -> None:
-        for name, numbers in values.items():
-            self.values[name] += numbers
-        for name, number in seconds.items():
-            self.seconds[name].append(number)
-
-    def write(self, step: int) -> None:
-        """Writes a line. Raises FloatingPointError if a mean is not finite."""
-        means = {name: round(sum(values) / len(values), 4) for name, values in self.values.items() if values}
-        seconds = {name: round(sum(values) / len(values), 3) for name, values in self.seconds.items()}
-        line = {"step": step, "time": round(time.time(), 1), **means, "seconds": seconds}
+    def write(self, step: int, progress: float, sums: dict[str, tuple[float, float]]) -> None:
+        """Raises FloatingPointError if a mean is not finite."""
+        means = {name: round(total / number, 4) for name, (total, number) in sums.items() if number}
+        seconds = {"waiting": round(self.waited, 3), "all": round(time.monotonic() - self.began, 3)}
+        line = {"step": step, "progress": round(progress, 5), "time": round(time.time(), 1), **means}
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(line, flush=True)
+            file.write(json.dumps(line | {"kinds": dict(self.kinds), "seconds": seconds}) + "\n")
+        if time.monotonic() - self.noted > NOTE_SECONDS:
+            shown = {name: value for name, value in means.items() if name.startswith(("loss", "naming"))}
+            note(f"step {step}, {progress:.1%}: {shown} seconds {seconds}")
+            self.noted = time.monotonic()
         if not all(math.isfinite(value) for value in means.values()):
             raise FloatingPointError(f"the loss of step {step} is not finite; resume the last state with another seed")
-        self.values.clear(), self.seconds.clear()
+        self.kinds.clear()
+        self.waited, self.began = 0.0, time.monotonic()
 
 
 # the run
 
 
-def train(rank: int, args) -> None:
-    """One of `args.processes` processes of a run."""
-    set_up_process(rank, args)
-    dtype = getattr(torch, args.dtype)
-    processor, model, tutor = load(args, dtype)
-    tutored = [(f"tutor.{name}", parameter) for name, parameter in tutor.named_parameters()]
-    optimizer = Muon([*model.named_parameters(), *tutored])
-    begin = resume(optimizer, args.output, args.device, rank)
-    lessons = Lessons(processor, SEED, plan_of(args.steps), args.size)
-    log, saved_at, parent = Log(args.output / "log.jsonl"), time.monotonic(), torch.multiprocessing.parent_process()
-    for step in range(begin, args.steps):
-        if parent is not None and not parent.is_alive():
-            sys.exit(f"rank {rank} stops at step {step}: the process that started it has ended")
-        began = time.monotonic()
-        batch = to_device(lessons.batch(step, rank), args.device)
-        batch["pixel_values"] = batch["pixel_values"].to(dtype)
-        drawn = time.monotonic()
-        loss, values = loss_of(model, tutor, batch, step / args.steps)
+class Trainer:
+    """The model with what trains it."""
+
+    def __init__(self, args, model, device):
+        self.model = model
+        self.tutor = Tutor(model.config).to(device, model.dtype)
+        tutored = [(f"tutor.{name}", parameter) for name, parameter in self.tutor.named_parameters()]
+        self.optimizer = Muon([*model.named_parameters(), *tutored], args.rate, args.adam_rate)
+        graphs = device.type == "cuda" and not args.eager
+        self.steps = GraphSteps(self.compute, device, note) if graphs else EagerSteps(self.compute)
+        self.stage = None
+
+    def compute(self, step: dict):
+        """One update."""
+        self.optimizer.clear()
+        loss, counts = self.tutor.loss(self.model, step)
         loss.backward()
-        if args.processes > 1:
-            average_gradients(optimizer.parameters.values())
-        optimizer.step(rate_at(step, args.steps))
-        if rank:
-            continue
-        log.add(values, **{"drawing": drawn - began, batch["kind"]: time.monotonic() - drawn})
-        if (step + 1) % LOG_STEPS == 0:
-            log.write(step + 1)
-        if time.monotonic() - saved_at > 60 * args.save_minutes or step + 1 == args.steps:
-            save(model, optimizer, args.output, step + 1)
-            saved_at = time.monotonic()
+        self.optimizer.step()
+        return counts.joined()
+
+    def step(self, step: dict, rate: float, progress: float, heads_alone: bool = False) -> None:
+        if self.stage is not stage_at(progress):
+            self.stage = stage_at(progress)
+            self.tutor.weigh(**self.stage.weights)
+        self.optimizer.set_scale(rate)
+        self.model.requires_grad_(not heads_alone)
+        if heads_alone:
+            self.steps.log.add(self.compute(step))
+        else:
+            self.steps(step)
 
 
-def set_up_process(rank: int, args) -> None:
+def train(args) -> None:
+    device, output = torch.device(args.device), args.output
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     torch.set_flush_denormal(True)  # old moments decay to denormal numbers, which are slow
-    if args.processes > 1:
-        meeting = (args.output / "meeting").resolve().as_uri()
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.processes)
+    processor, model = load(args)
+    state = torch.load(output / "state.pt") if (output / "state.pt").exists() else {"step": 0, "seconds": 0.0}
+    cut_log(output / "log.jsonl", state["step"])
+    clock = Clock(args.steps, args.minutes, state["seconds"], args.progress)
+    drawing = Drawing(processor, model.config, args.size)
+    plan = Plan(state["step"], clock, args.batches, args.repeats)
+    # the workers are forked before the device is used
+    loader = iter(load_steps(drawing, plan, args.workers, pinned=device.type == "cuda"))
+    note(f"{args.workers} processes draw")
+    with stream_of(device):
+        trainer = Trainer(args, model.to(device), device)
+        if "optimizer" in state:
+            trainer.optimizer.load_state_dict(state["optimizer"])
+        note(f"model on {device}; begins with step {state['step']}")
+        learn(args, trainer, loader, plan)
 
 
-def load(args, dtype) -> tuple:
-    """Processor, model and tutor."""
+def stream_of(device):
+    """The context of a stream of its own, without which a GPU records no graphs."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
+    """The steps of a run from the first one of the plan on, and its files."""
+    model, optimizer, clock, done = trainer.model, trainer.optimizer, plan.clock, plan.first
+    log, saved_at = Log(args.output / "log.jsonl"), time.monotonic()
+    steps = repeated((unpack(packed, model.device) for packed in loader), args.repeats, args.distance)
+    while (progress := clock.progress(done)) < 1:
+        if args.watchdog:
+            faulthandler.dump_traceback_later(args.watchdog * (1 if log.kinds else 3), exit=True)
+        began = time.monotonic()
+        step = next(steps, None)
+        if step is None:
+            break
+        clock.start()
+        log.waited += time.monotonic() - began
+        trainer.step(step, rate_at(done, progress), progress, bool(args.weights) and done < HEADS_ALONE)
+        if trainer.steps.failed:  # the host bounds the speed, so larger steps cost little
+            plan.batches = 2 * args.batches
+        log.kinds[step["kind"]] += 1
+        done += 1
+        if done % LOG_STEPS == 0:
+            log.write(done, clock.progress(done), trainer.steps.log.take())
+        if time.monotonic() - saved_at > 60 * args.save_minutes:
+            save(model, optimizer, args.output, done, clock.seconds())
+            saved_at = time.monotonic()
+    faulthandler.cancel_dump_traceback_later()
+    save(model, optimizer, args.output, done, clock.seconds())
+    note(f"{done} steps in {clock.seconds():.0f} s; {trainer.steps}")
+
+
+def load(args) -> tuple:
+    """Processor, and model with its first weights: random ones, or those of `args.weights`."""
     start = args.output / "start"
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
-    # On a CPU, the backward pass of eager attention is faster than that of sdpa, several times in bfloat16.
-    attention = "eager" if args.device == "cpu" else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(
-        start, trust_remote_code=True, dtype=dtype, attn_implementation=attention
-    )
-    model = model.train().to(args.device)
-    return processor, model, Tutor(model.config).to(args.device, dtype)
+    config = AutoConfig.from_pretrained(start, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).to(getattr(torch, args.dtype))
+    state = model.state_dict()
+    shapes = {name: state[name].shape for name in sorted(state)}
+    model.load_state_dict(load_file(args.weights) if args.weights else first_weights(shapes))
+    return processor, model.train()
 
 
 def faster_dtype(device: str) -> str:
@@ -254,25 +344,34 @@ def faster_dtype(device: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    cpu = not torch.cuda.is_available()
+    cpu, cores = not torch.cuda.is_available(), os.cpu_count()
     parser = argparse.ArgumentParser(
         description="Train moss-vl-nano from scratch.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
-    parser.add_argument("--steps", type=int, default=7450, help="may change when a run is resumed")
-    parser.add_argument("--size", type=int, default=16, help="pictures per batch and process, a multiple of 8")
-    processes = min(os.cpu_count(), 2) if cpu else 1
-    parser.add_argument(
-        "--processes", type=int, default=processes, help="parallel processes, each with its own batches"
-    )
-    threads = max(1, os.cpu_count() // 2) if cpu else os.cpu_count()
-    parser.add_argument("--threads", type=int, default=threads, help="per process")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=6240, help="of the whole run")
+    length.add_argument("--minutes", type=float, help="of the whole run, in place of steps")
+    parser.add_argument("--weights", type=Path, help="model.safetensors of an earlier run, to go on from")
+    parser.add_argument("--progress", type=float, default=0.0, help="progress at the beginning, with --weights")
+    parser.add_argument("--size", type=int, default=16, help="pictures per batch, a multiple of 8")
+    parser.add_argument("--batches", type=int, default=1 if cpu else 4, help="per step")
+    parser.add_argument("--repeats", type=int, default=1 if cpu else 2, help="how often each step is used")
+    parser.add_argument("--distance", type=int, default=200, help="about how many steps are between two uses")
+    parser.add_argument("--rate", type=float, default=0.022, help="learning rate of matrices")
+    parser.add_argument("--adam-rate", type=float, default=7e-4, help="learning rate of all other parameters")
+    parser.add_argument("--workers", type=int, default=max(1, cores - 1), help="processes that draw")
+    parser.add_argument("--threads", type=int, default=cores, help="of the process that trains")
     parser.add_argument("--device", default="cpu" if cpu else "cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="to compute in; by default the faster one")
+    parser.add_argument("--eager", action="store_true", help="record no CUDA graphs")
+    parser.add_argument("--watchdog", type=float, help="end with all stacks if a step takes as many seconds")
     parser.add_argument("--save-minutes", type=float, default=10.0, help="minutes between checkpoints")
     args = parser.parse_args()
     if args.size < 8 or args.size % 8:
         parser.error(f"--size is {args.size}; expected a multiple of 8")
+    if not 0 <= args.progress < 1 or args.progress and not args.weights:
+        parser.error(f"--progress is {args.progress}; expected 0 to less than 1, and --weights if it is not 0")
     args.dtype = args.dtype or faster_dtype(args.device)
     return args
 
@@ -280,14 +379,10 @@ def parse() -> argparse.Namespace:
 def main():
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "meeting").unlink(missing_ok=True)
-    if not (args.output / "start" / "model.safetensors").exists():
-        make_nano = PROJECT / "training/nano/make_nano.py"  # in a process of its own: it changes HF_MODULES_CACHE
-        subprocess.run([sys.executable, str(make_nano), "--output", str(args.output / "start")], check=True)
-    if args.processes > 1:
-        torch.multiprocessing.spawn(train, (args,), args.processes)
-    else:
-        train(0, args)
+    if not (args.output / "start" / "config.json").exists():
+        write_folder(args.output / "start")
+    note("start folder is there")
+    train(args)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 Axes: B rows, H heads, T text tokens, S attended tokens, N vision tokens, D channels.
 """
 
-from collections import defaultdict
-from contextlib import ExitStack, contextmanager
-from operator import mul
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moss_vl.training.nano.collation import INK_LEVELS
+from moss_vl.training.nano.dense import decode, encode, rows_of_vision
 from moss_vl.training.nano.facts import CHANGES, CONTENTS, COURSE, IGNORED, SLOTS, TOKEN_FACTS
-from moss_vl.training.nano.lessons import TASKS, visible_parts
+from moss_vl.training.nano.rows import TASKS
 
 
 # Weights of the losses. The keys of the first three are groups of facts, the first words of their names.
@@ -34,8 +32,8 @@ FRAME_FACT_WEIGHTS = {
     "kind": 0.5,
     "size": 0.3,
     "place": 1.0,
-    "across": 0.1,
-    "down": 0.1,
+    "across": 0.4,
+    "down": 0.4,
     "rank": 0.2,
     "count": 0.3,
     "event": 2.0,
@@ -44,47 +42,79 @@ FRAME_FACT_WEIGHTS = {
     "events": 0.5,
     "begins": 1.0,
     "subject": 0.5,
+    "fires": 1.0,
 }
 ABSENT_WEIGHTS = {"shape": 0.3, "letter": 0.05, "event": 0.03, "begins": 0.1}  # of the last class, "none"
-ATTENTION_WEIGHTS = {"stamps": 0.1, "slots": 0.2, "before": 0.1, "asked": 0.2, "looks": 0.2, "frames": 0.2}
+ATTENTION_WEIGHTS = {
+    "stamps": 0.1,
+    "slots": 0.2,
+    "before": 0.1,
+    "asked": 0.2,
+    "looks": 0.2,
+    "frames": 0.2,
+    "request": 0.2,
+}
 INK_WEIGHT = 4.0
 FRAME_FACTS_WEIGHT = 0.2
+NOISY = ("clips", "streams")  # kinds of batches with NOISE
 NOISE = 0.02  # of vision tokens, in standard deviations: frames of a file that show the same are not quite equal
 
 
 class FactHeads(nn.Module):
-    """Linear classifiers of facts, all on the same hidden states. `facts`: (name, classes) of each."""
+    """Linear classifiers of facts, all on the same hidden states, computed together.
+
+    Args:
+        facts: (name, classes) of each. Facts with the same first word of their name are a group.
+        weights: of the loss of each group.
+    """
 
     def __init__(self, width: int, facts, weights: dict[str, float]):
         super().__init__()
-        self.facts, self.weights = facts, weights
+        self.facts, self.default_weights = facts, weights
+        self.groups = list(dict.fromkeys(name.split()[0] for name, _ in facts))
+        self.most = max(classes for _, classes in facts)
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.Linear(width, sum(classes for _, classes in facts))
+        self.heads = nn.Linear(width, len(facts) * self.most)
+        tables = {name: torch.zeros(len(facts), self.most) for name in ("absent", "class_weights", "counted")}
+        member = torch.zeros(len(facts), len(self.groups))
+        for index, (name, classes) in enumerate(facts):
+            group = name.split()[0]
+            tables["absent"][index, classes:] = float("-inf")
+            tables["class_weights"][index, :classes] = tables["counted"][index, :classes] = 1.0
+            tables["class_weights"][index, classes - 1] = ABSENT_WEIGHTS.get(group, 1.0)
+            tables["counted"][index, classes - 1] = float(group not in ABSENT_WEIGHTS)
+            member[index, self.groups.index(group)] = 1.0
+        for name, table in {**tables, "member": member}.items():
+            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("group_weights", torch.zeros(len(self.groups)), persistent=False)
+        self.weigh()
 
-    def forward(
-        self, states: torch.Tensor, targets: torch.Tensor, **weights: float
-    ) -> tuple[torch.Tensor, dict[str, list[bool]]]:
-        """Loss, and for each group of facts whether each prediction is right.
+    def weigh(self, **weights: float) -> None:
+        """Sets the weights of groups, those not given to their default."""
+        self.group_weights.copy_(torch.tensor([(self.default_weights | weights)[group] for group in self.groups]))
+
+    def forward(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, and for each of `groups` the number of right predictions and of all.
 
         Args:
             states: [N, D].
             targets: [N, facts], IGNORED if a fact does not apply.
-            weights: of groups, instead of the default ones.
         """
-        logits = self.heads(self.norm(states)).float().split([classes for _, classes in self.facts], dim=1)
-        total, right = 0.0, defaultdict(list)
-        for (name, classes), scores, target in zip(self.facts, logits, targets.unbind(1), strict=True):
-            applies = target != IGNORED
-            if not applies.any():
-                continue
-            group = name.split()[0]
-            class_weights = torch.ones(classes, device=scores.device)
-            class_weights[-1] = ABSENT_WEIGHTS.get(group, 1.0)
-            loss = F.cross_entropy(scores, target, weight=class_weights, ignore_index=IGNORED)
-            total = total + weights.get(group, self.weights[group]) * loss
-            counted = applies & (target < classes - 1) if group in ABSENT_WEIGHTS else applies
-            right[group] += (scores.argmax(1) == target)[counted].tolist()
-        return total, right
+        logits = self.heads(self.norm(states)).unflatten(1, (-1, self.most)).float() + self.absent.float()
+        applies = targets != IGNORED
+        target = targets.clamp(min=0)[..., None]
+        losses = -logits.log_softmax(2).gather(2, target)[..., 0]  # [N, facts]
+
+        def of_targets(table):
+            return table.float().expand(len(target), -1, -1).gather(2, target)[..., 0] * applies
+
+        class_weights = of_targets(self.class_weights)
+        loss = (losses * class_weights).sum(0) / class_weights.sum(0).clamp(min=1e-6)
+        member = self.member.float()
+        total = (loss @ member * self.group_weights.float()).sum()
+        counted = of_targets(self.counted)
+        right = (logits.detach().argmax(2) == target[..., 0]) * counted
+        return total, right.sum(0) @ member, counted.sum(0) @ member
 
 
 class Tutor(nn.Module):
@@ -109,168 +139,127 @@ class Tutor(nn.Module):
             "asked": first,
             "looks": second,
             "frames": second + 1,
+            "request": first + 2,
         }
         # The names of these modules are keys of state.pt.
         self.sights = FactHeads(vision.out_hidden_size, TOKEN_FACTS, TOKEN_FACT_WEIGHTS)
         self.ink_norm, self.inks = nn.LayerNorm(vision.hidden_size), nn.Linear(vision.hidden_size, 64)
         parts = (CONTENTS, CHANGES, COURSE)
         self.facts = nn.ModuleList(FactHeads(text.hidden_size, part, FRAME_FACT_WEIGHTS) for part in parts)
+        self.register_buffer("attention_weights", torch.zeros(len(ATTENTION_WEIGHTS)), persistent=False)
+        self.weigh()
 
-    def encoder_loss(self, model, batch: dict) -> tuple[torch.Tensor, dict]:
-        """Loss of the vision encoder, and values to log."""
-        visual = model.model.visual
-        with record_outputs(visual.blocks[self.ink_layer]) as states:
-            tokens = visual(batch["pixel_values"], batch["grid_thw"])
-        naming, right = self.sights(tokens, batch["token_facts"])
-        inking = F.binary_cross_entropy_with_logits(self.inks(self.ink_norm(states[0])).float(), batch["ink"])
-        log = {"naming": [naming.item()], "inking": [inking.item()]}
-        log |= {f"names {name}": values for name, values in right.items()}
-        return naming + INK_WEIGHT * inking, log
+    def weigh(self, **weights: float) -> None:
+        """Sets the weights of groups of frame facts and of attention targets, those not given to their default."""
+        for heads in self.facts:
+            heads.weigh(**weights)
+        values = [weights.get(name, weight) for name, weight in ATTENTION_WEIGHTS.items()]
+        self.attention_weights.copy_(torch.tensor(values))
 
-    def language_model_loss(self, model, batch: dict, **weights: float) -> tuple[torch.Tensor, dict]:
-        """Loss of answers, facts and attention, and values to log.
+    def loss(self, model, step: dict) -> tuple[torch.Tensor, "Counts"]:
+        """Loss of a step of `collation.collate`, and what to log.
 
-        Args:
-            weights: of groups of facts and of attention layers, instead of the default ones.
+        Pictures with token facts train the encoder, and text trains the language model, each with losses of its own.
         """
-        layers = model.model.language_model.layers
-        with ExitStack() as stack:
-            states = [stack.enter_context(record_outputs(layers[layer])) for layer in self.fact_layers]
-            attended = {
-                name: stack.enter_context(record_outputs(layers[layer]))
-                for name, layer in self.attention_layers.items()
-            }
-            stack.enter_context(encode_moments_once(model.model.visual, batch))
-            stack.enter_context(leaping_frames(model.model.language_model, batch))
-            out = model(
-                input_ids=batch["input_ids"],
-                attention_mask=visible_parts(batch["parts"]),
-                position_ids=batch["position_ids"],
-                pixel_values=batch["pixel_values"],
-                grid_thw=batch["grid_thw"],
-                media_nums_per_sample=batch["media_nums"],
-                output_attentions=True,
-            )
-        loss = answer_loss(out.logits, batch)
-        log = {f"loss {batch['kind']}": [loss.item()], **right_answers(out.logits, batch)}
-        pads = batch["input_ids"] == model.config.image_token_id
-        targets = batch["frame_facts"].split([len(heads.facts) for heads in self.facts], dim=1)
-        for heads, [(hidden, _)], target in zip(self.facts, states, targets, strict=True):
-            fact_loss, right = heads(hidden[pads], target, **weights)
+        counts, losses = Counts(), []
+        with torch.set_grad_enabled("token_facts" in step):
+            tokens, states = encode(model.model.visual, step, self.ink_layer)
+            if "token_facts" in step:
+                losses.append(self.encoder_loss(tokens, states, step, counts))
+        if "ids" in step:
+            losses.append(self.language_model_loss(model, tokens.detach(), step, counts))
+        return sum(losses), counts
+
+    def encoder_loss(self, tokens: torch.Tensor, states: torch.Tensor, step: dict, counts: "Counts") -> torch.Tensor:
+        """Loss of the vision encoder. tokens [N, P / 4, D], states [N, P, D] of the ink layer."""
+        naming, right, counted = self.sights(tokens.flatten(0, 1), step["token_facts"].flatten(0, 1))
+        known, shares = step["ink"] >= 0, step["ink"].clamp(min=0).float() / INK_LEVELS
+        inks = self.inks(self.ink_norm(states)).float()
+        inking = F.binary_cross_entropy_with_logits(inks, shares, reduction="none")
+        inking = (inking * known).sum() / known.sum()
+        counts.add([f"names {group}" for group in self.sights.groups], right, counted)
+        counts.add_means({"naming": naming, "inking": inking})
+        return naming + INK_WEIGHT * inking
+
+    def language_model_loss(self, model, tokens: torch.Tensor, step: dict, counts: "Counts") -> torch.Tensor:
+        """Loss of answers, facts and attention. tokens [N, P / 4, D] of the encoder."""
+        noise = NOISE if step["kind"] in NOISY else 0.0
+        vision = rows_of_vision(tokens, model.model.separator_token, step, noise)
+        names = [name for name in ATTENTION_WEIGHTS if f"points {name}" in step]
+        layers = {self.attention_layers[name] for name in names}
+        states, fact_states, attended = decode(model.model.language_model, step, vision, self.fact_layers, layers)
+        logits = model.lm_head(states.flatten(0, 1).index_select(0, step["learned"])).float()
+        loss = answer_loss(logits, step)
+        means = {f"loss {step['kind']}": loss}
+        counts.add(TASKS, *right_answers(logits.detach(), step))
+        targets = step["frame_facts"].split([len(heads.facts) for heads in self.facts], dim=1)
+        for heads, layer, target in zip(self.facts, self.fact_layers, targets, strict=True):
+            hidden = fact_states[layer].flatten(0, 1).index_select(0, step["pads"])
+            fact_loss, right, counted = heads(hidden, target)
             loss = loss + FRAME_FACTS_WEIGHT * fact_loss
-            log |= {f"knows {name}": values for name, values in right.items()}
-        for name, points in batch["attention"].items():
-            [(_, attention)] = attended[name]
-            share = attention_on(attention, points)
-            loss = loss - weights.get(name, ATTENTION_WEIGHTS[name]) * (share + 1e-4).log().mean()
-            log[f"attends {name}"] = [share.mean().item()]
-        return loss, log
+            counts.add([f"knows {group}" for group in heads.groups], right, counted)
+        for name in names:
+            weights, number = attended[self.attention_layers[name]], step[f"groups {name}"]
+            logarithms, share = attention_on(weights, step[f"points {name}"], number)
+            loss = loss - self.attention_weights[list(ATTENTION_WEIGHTS).index(name)].float() * logarithms
+            means[f"attends {name}"] = share
+        counts.add_means(means)
+        return loss
 
 
-def answer_loss(logits: torch.Tensor, batch: dict) -> torch.Tensor:
-    """Cross-entropy of the next token over `labels`, weighted by `weights`."""
-    labels, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
-    learned = labels != IGNORED
-    losses = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")
-    return (losses * weights[learned]).sum() / weights[learned].sum()
+class Counts:
+    """What a step logs, on the device: for each name a sum and the number of its summands."""
+
+    def __init__(self):
+        self.names: tuple[str, ...] = ()
+        self.parts: list[torch.Tensor] = []  # [2, names]
+
+    def add(self, names, sums: torch.Tensor, numbers: torch.Tensor) -> None:
+        self.names += tuple(names)
+        self.parts.append(torch.stack([sums, numbers]))
+
+    def add_means(self, values: dict[str, torch.Tensor]) -> None:
+        means = torch.stack([value.detach().float() for value in values.values()])
+        self.add(values, means, torch.ones_like(means))
+
+    def joined(self) -> tuple[tuple[str, ...], torch.Tensor]:
+        """All names, and [2, names]: sums and numbers."""
+        return self.names, torch.cat(self.parts, dim=1)
 
 
-def right_answers(logits: torch.Tensor, batch: dict) -> dict[str, list[int]]:
-    """Task -> for each answer 1 if all of its tokens are the most likely ones given the tokens before, else 0."""
-    learned = batch["labels"][:, 1:] != IGNORED
-    wrong = (logits[:, :-1].argmax(-1) != batch["labels"][:, 1:]) & learned
-    rows, columns = learned.nonzero(as_tuple=True)
-    parts, tasks = batch["parts"][:, 1:][rows, columns], batch["tasks"][:, 1:][rows, columns]
-    failed = defaultdict(int)
-    for row, part, task, miss in zip(
-        rows.tolist(), parts.tolist(), tasks.tolist(), wrong[rows, columns].tolist(), strict=True
-    ):
-        failed[row, part, task] |= miss
-    right = defaultdict(list)
-    for (_, _, task), miss in failed.items():
-        right[TASKS[task]].append(1 - miss)
-    return right
+def answer_loss(logits: torch.Tensor, step: dict) -> torch.Tensor:
+    """Cross-entropy of logits [learned, vocabulary], weighted by `weights`."""
+    losses = F.cross_entropy(logits, step["targets"], reduction="none")
+    return (losses * step["weights"]).sum() / step["weights"].sum()
 
 
-def attention_on(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """The sum of attention weights in each group of targets.
+def right_answers(logits: torch.Tensor, step: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of TASKS, the number of right answers and of all.
 
-    weights [B, H, T, S], points [points, 5] of `lessons.AttentionTargets` -> [groups]
+    An answer is right if all of its tokens are the most likely ones given the tokens before.
     """
-    row, head, text, token, group = points.unbind(1)
-    sums = weights.new_zeros(int(group[-1]) + 1, dtype=torch.float32)
-    return sums.index_add_(0, group, weights[row, head, text, token].float())
+    tasks = step["answer_tasks"]
+    missed = (logits.argmax(-1) != step["targets"]).float()
+    missed = torch.zeros_like(tasks, dtype=torch.float).index_add_(0, step["answer"], missed)
+    sums = torch.zeros(2, len(TASKS) + 1, device=logits.device)
+    right = torch.stack([(missed == 0).float(), torch.ones_like(missed)])
+    return tuple(sums.index_add_(1, tasks, right)[:, 1:])
 
 
-@contextmanager
-def encode_moments_once(visual, batch: dict):
-    """Within the context, the encoder encodes one frame per moment of a clip and repeats its tokens, with noise."""
-    if "moments" not in batch:
-        yield
-        return
-    sizes = [h * w for _, h, w in batch["grid_thw"]]  # patches per frame
-    firsts = [[moments.index(moment) for moment in range(max(moments) + 1)] for moments in batch["moments"]]
+def attention_on(
+    weights: torch.Tensor, points: torch.Tensor, groups: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means over all groups of targets of the logarithm of the attention weight in the group, and of that weight.
 
-    def select_frames(module, args):
-        clips = args[0].split([t * h * w for t, h, w in batch["grid_thw"]])
-        selected = [
-            clip.unflatten(0, (-1, size))[first].flatten(0, 1)
-            for clip, size, first in zip(clips, sizes, firsts, strict=True)
-        ]
-        grid = [[len(first), h, w] for first, (_, h, w) in zip(firsts, batch["grid_thw"], strict=True)]
-        return torch.cat(selected), grid, *args[2:]
-
-    def repeat_tokens(module, args, out):
-        counts = [size // visual.spatial_merge_size**2 for size in sizes]  # tokens per frame
-        frames = [len(first) for first in firsts]
-        separators = (len(out) - sum(map(mul, frames, counts))) // sum(frames)  # per frame: 1 if the encoder adds them
-        clips = out.split([number * (count + separators) for number, count in zip(frames, counts, strict=True)])
-        repeated = [
-            clip.unflatten(0, (-1, count + separators))[moments]
-            for clip, count, moments in zip(clips, counts, batch["moments"], strict=True)
-        ]
-        tokens = torch.cat([clip[:, :count].flatten(0, 1) for clip, count in zip(repeated, counts, strict=True)])
-        noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(batch["grain"])).to(tokens)
-        tokens = (tokens + NOISE * tokens.std(0) * noise).split(list(map(mul, map(len, repeated), counts)))
-        return torch.cat(
-            [
-                torch.cat([part.unflatten(0, (-1, count)), clip[:, count:]], dim=1).flatten(0, 1)
-                for part, clip, count in zip(tokens, repeated, counts, strict=True)
-            ]
-        )
-
-    hooks = [visual.register_forward_pre_hook(select_frames), visual.register_forward_hook(repeat_tokens)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def leaping_frames(language_model, batch: dict):
-    """Within the context, `leaps` are added to the positions of vision tokens; `position_ids` already contain them."""
-    if "leaps" not in batch:
-        yield
-        return
-
-    def add_leaps(module, args, kwargs):
-        positions = kwargs["vision_position_ids"]
-        return args, kwargs | {"vision_position_ids": positions + batch["leaps"].to(positions.device)}
-
-    hook = language_model.register_forward_pre_hook(add_leaps, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def record_outputs(module):
-    """Within the context, the module's outputs are appended to the list that it yields."""
-    outputs = []
-    hook = module.register_forward_hook(lambda module, args, out: outputs.append(out))
-    try:
-        yield outputs
-    finally:
-        hook.remove()
+    Args:
+        weights: [B, H, T, S].
+        points, groups: of `collation.joined_points`; group 0 does not count.
+    """
+    row, head, text, token, group = points
+    _, heads, length, attended = weights.shape
+    index = ((row * heads + head) * length + text) * attended + token
+    shares = torch.zeros(points.shape[1] + 1, device=weights.device)
+    shares = shares.index_add_(0, group, weights.flatten().index_select(0, index).float())[1:]
+    counted = torch.arange(len(shares), device=shares.device) < groups
+    logarithms = ((shares + 1e-4).log() * counted).sum() / groups
+    return logarithms, (shares * counted).sum() / groups
