@@ -259,14 +259,16 @@ class VisionCacheLayer(InPlaceLayer):
             pairs = zip(old, new, strict=True)
             self.set_tensors([write_packed(before, after, call, in_place) for before, after in pairs])
             if not in_place:
+                kept = self.written if call.moves is None else tuple(part for _, part in call.moves)
                 if self.capacity is not None:
-                    self._copy_to_buffers()
-                self.renew_buffer(*(self.written if call.moves is None else (part for _, part in call.moves)))
+                    self._copy_to_buffers((*kept, *parts))
+                self.renew_buffer(*kept)
             self.mark_written(*parts)
             self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
-    def _copy_to_buffers(self) -> None:
-        """Copies the keys and values to the buffers of the layer, or to new ones if a copy of the layer has these."""
+    def _copy_to_buffers(self, parts: tuple[slice, ...]) -> None:
+        """Copies these parts of the keys and values to the buffers of the layer, or to new ones if a copy of the layer
+        has these. The rest of the buffers stays finite, as a static step multiplies it by 0."""
         if self.keys.requires_grad or self.values.requires_grad:
             self.buffers = None
             return
@@ -275,8 +277,10 @@ class VisionCacheLayer(InPlaceLayer):
         if stale or self.shared or self.protected or not is_writable(self.buffers[0]):
             shape = (*self.keys.shape[:2], self.capacity, self.keys.shape[3])
             self.buffers = (static_zeros(self.keys, shape), static_zeros(self.values, shape))
-        key, value = (buffer.narrow(2, 0, length) for buffer in self.buffers)
-        self.keys, self.values = key.copy_(self.keys), value.copy_(self.values)
+        for buffer, states in zip(self.buffers, (self.keys, self.values), strict=True):
+            for part in parts:
+                buffer[:, :, part] = states[:, :, part]
+        self.keys, self.values = (buffer.narrow(2, 0, length) for buffer in self.buffers)
 
     def in_buffers(self) -> bool:
         """Whether the keys and values are the first tokens of `buffers`."""
@@ -304,7 +308,7 @@ class VisionCacheLayer(InPlaceLayer):
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
             if self.capacity is not None:
-                self._copy_to_buffers()
+                self._copy_to_buffers(self.written)
             self.renew_buffer(*self.written)
         return self.keys, self.values
 

@@ -1,17 +1,29 @@
-"""What the tests of tools/serve.py share: a server on a thread, with its clients."""
+"""What the tests of tools/serve.py share: a server on a thread, with its clients. Tests that import it are skipped if
+a package of the server is missing."""
 
 import base64
+import json
+import shutil
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import openai
-import uvicorn
+import pytest
+from offline import SMALL, VIDEO, text_of
 
-from moss_vl.tools import serve
-from moss_vl.tools.serve_http import Service, build_app
+
+for package in ("fastapi", "uvicorn", "websockets", "python_multipart", "openai"):
+    pytest.importorskip(package, reason=f"the server is tested with {package}: pip install -r requirements-dev.txt")
+
+import openai  # noqa: E402
+import uvicorn  # noqa: E402
+
+from moss_vl.tools import serve  # noqa: E402
+from moss_vl.tools.serve_http import Service, build_app  # noqa: E402
 
 
 NAME = "tiny"
@@ -81,3 +93,58 @@ def image(url: str, **options) -> dict:
 
 def video(url: str, **options) -> dict:
     return {"type": "video_url", "video_url": {"url": url, **options}}
+
+
+# a server of the tiny model of offline.py
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pictures):
+    """The media folder of the server, and files beside it that it must not open."""
+    outside = tmp_path_factory.mktemp("server")
+    made = outside / "media"
+    (made / "deep").mkdir(parents=True)
+    shutil.copy(VIDEO, made / "deep/clip.mp4")
+    shutil.copy(pictures[0], made / "picture.png")
+    shutil.copy(pictures[1], outside / "other.png")
+    (made / "link.png").symlink_to(outside / "other.png")
+    return made
+
+
+@pytest.fixture(scope="module")
+def running(model, processor, folder, tmp_path_factory):
+    limits = ["--rows", 4, "--waiting", 20, "--request-mb", 2, "--file-mb", 1, "--files-gb", 0.002]
+    media = ["--media", folder, "--max-pixels", SMALL["max_pixels"], "--frames", 64]
+    with served(model, processor, tmp_path_factory.mktemp("uploads"), *limits, *media) as made:
+        yield made
+
+
+@pytest.fixture
+def client(running):
+    yield running.client()
+    assert running.is_idle()
+
+
+def ask(client, messages, new=8, **options):
+    return client.chat.completions.create(model=NAME, messages=messages, max_tokens=new, **options)
+
+
+def text_in(response) -> str:
+    return response.choices[0].message.content
+
+
+def offline(model, processor, prompt, new=8, **media):
+    """The answer of the offline method."""
+    query = {"prompt": prompt, "media_kwargs": SMALL, "generate_kwargs": {"max_new_tokens": new}, **media}
+    return text_of(model, processor, query)
+
+
+def post(running, path, data, **headers):
+    """(status, body) of a request by hand."""
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(f"http://{running.address}{path}", data=data, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)

@@ -63,9 +63,7 @@ def test_padded_batches(model):
     counter, samples = compiled(model), assorted_samples()
     check(model, counter, batch(samples[1:4], "left"), 1, "first batch")
     check(model, counter, batch([samples[3], samples[4], samples[2]], "left"), 0, "other padding and frames")
-    check(model, counter, batch(samples[2:4], "left"), 1, "two rows")
-    check(model, counter, batch([samples[1], samples[3]], "left"), 0, "two other rows")
-    check(model, counter, batch(samples[0:2], "left"), 1, "a row without frames")
+    check(model, counter, batch(samples[0:2], "left"), 1, "two rows, one without frames")
 
 
 def test_beams(model):
@@ -80,7 +78,6 @@ def test_static_caches(model):
     check(model, counter, samples[2].inputs(), 1, "first prompt", static=(40, 100))
     check(model, counter, samples[3].inputs(), 0, "other text and frames", static=(40, 100))
     check(model, counter, samples[3].inputs(), 1, "another size", static=(64, 128))
-    check(model, counter, samples[2].inputs(), 0, "a third size", static=(72, 150))
     check(model, counter, batch(samples[1:4], "left"), 1, "a batch", static=(40, 100))
     check(model, counter, batch([samples[3], samples[0], samples[4]], "left"), 0, "other padding", static=(40, 100))
 
@@ -139,22 +136,20 @@ def test_too_many_vision_tokens_for_a_static_cache(model):
 def test_generate(model, static):
     """The compiled steps of `generate` give the same tokens."""
     samples = assorted_samples()
-    for inputs in (samples[3].inputs(), batch(samples[:4], "left"), samples[2].inputs()):
-        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-        for beams in (1, 2):
-            tokens = []
-            for compiles in (False, True):
-                model.compile_decode(backend="eager", fullgraph=True, disable=not compiles)
-                cache = {CACHE: model.static_cache(40, 200)} if static and beams == 1 else {}
-                tokens.append(model.generate(**inputs, **settings, **cache, num_beams=beams))
-            assert torch.equal(*tokens)
+    for inputs in (samples[3].inputs(), batch(samples[:3], "left")):
+        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": 1 if static else 2}
+        tokens = []
+        for compiles in (False, True):
+            model.compile_decode(backend="eager", fullgraph=True, disable=not compiles)
+            cache = {CACHE: model.static_cache(40, 200)} if static else {}
+            tokens.append(model.generate(**inputs, **settings, **cache))
+        assert torch.equal(*tokens)
 
 
 def test_another_backend(model):
     """As the compilers of torch see the steps: with functions of tensors in place of writes, and symbolic shapes."""
     counter, samples = compiled(model, "aot_eager"), assorted_samples()
     check(model, counter, batch(samples[1:3], "left"), None, "batch")  # it traces the first graph twice
-    check(model, counter, batch(samples[3:5], "left"), 0, "other batch")
     check(model, counter, samples[2].inputs(), None, "static", static=(40, 100))
     check(model, counter, samples[3].inputs(), 0, "other prompt", static=(40, 100))
 

@@ -10,17 +10,12 @@ import pytest
 from offline import model, processor  # noqa: F401 - fixtures
 from PIL import Image
 from realtime import RESPONSE, SILENCE, make_talking_model, picture
+from serving import NAME, served, user  # before websockets, which may be missing
 from test_realtime_live import write_clip
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
-
-for package in ("fastapi", "uvicorn", "websockets", "python_multipart", "openai"):
-    pytest.importorskip(package, reason=f"the server is tested with {package}: pip install -r requirements-dev.txt")
-
-from serving import NAME, served, user  # noqa: E402
-from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
-from websockets.sync.client import connect  # noqa: E402
-
-from moss_vl.tools import serve_realtime  # noqa: E402
+from moss_vl.tools import serve_realtime
 
 
 KEY = "secret-key"

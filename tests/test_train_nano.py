@@ -12,7 +12,7 @@ from nano_batches import make_processor, one_font  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moss_vl.training.nano import dense, facts, lessons, muon, rows, steps, train_nano, tutor
+from moss_vl.training.nano import dense, facts, lessons, make_nano, muon, rows, steps, train_nano, tutor
 from moss_vl.training.nano.attention_targets import AttentionTargets
 from moss_vl.training.nano.collation import Sizes, collate
 
@@ -57,6 +57,8 @@ def run(folder, **options):
     args = {
         "output": folder,
         "steps": 3,
+        "weights": None,
+        "progress": 0.0,
         "minutes": None,
         "size": 8,
         "batches": 1,
@@ -76,6 +78,16 @@ def run(folder, **options):
     return load_file(folder / "model.safetensors")
 
 
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def first_weights() -> dict[str, torch.Tensor]:
+    weights = load_file(NANO / "model.safetensors")
+    weights = make_nano.first_weights({name: weights[name].shape for name in sorted(weights)})
+    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     save = train_nano.save
@@ -90,7 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
         run(tmp_path / "stopped", save_minutes=0)
     between = load_file(tmp_path / "stopped" / "model.safetensors")
     resumed = run(tmp_path / "stopped")
-    start = load_file(NANO / "model.safetensors")
+    start = first_weights()
     assert all(tensor.dtype == torch.bfloat16 for tensor in resumed.values())
     assert whole.keys() == resumed.keys() == start.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -102,10 +114,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 def test_every_kind_of_batch_can_be_learned(tmp_path, monkeypatch, kind):
     """Pictures train the encoder, and text the language model."""
     monkeypatch.setattr(train_nano, "kind_at", lambda step, progress: kind)
-    learned, start = run(tmp_path / "run", steps=1), load_file(NANO / "model.safetensors")
+    learned, start = run(tmp_path / "run", steps=1), first_weights()
     changed = {name for name in start if not torch.equal(start[name], learned[name])}
     trained = {name.split(".")[1] for name in changed}
     assert ("visual" in trained) == (kind != "clips") and ("language_model" in trained) == (kind != "look")
+
+
+def test_trained_weights_wait_for_the_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_nano, "kind_at", lambda step, progress: "pictures")
+    monkeypatch.setattr(train_nano, "HEADS_ALONE", 1)
+    monkeypatch.setattr(train_nano, "LOG_STEPS", 1)
+    weights = load_file(NANO / "model.safetensors")
+    options = {"weights": NANO / "model.safetensors", "progress": 0.9}
+    first = run(tmp_path / "first", steps=1, **options)
+    assert all(torch.equal(first[name], weights[name]) for name in weights)
+    second = run(tmp_path / "second", steps=2, **options)
+    trained = {name.split(".")[1] for name in weights if not torch.equal(second[name], weights[name])}
+    assert {"visual", "language_model"} <= trained
+    assert [line["progress"] for line in read_log(tmp_path / "second")] == [0.95, 1.0]
 
 
 # drawing
@@ -139,6 +165,7 @@ def test_a_run_of_minutes_ends_with_rate_0(monkeypatch):
     now = 145.0
     assert clock.progress(77) == 0.625
     now = 300.0
+    assert train_nano.Clock(10, None, first=0.8).progress(5) == pytest.approx(0.9)
     assert clock.progress(99) == 1.0 and train_nano.rate_at(99, 1.0) == 0.0
     assert [*train_nano.Plan(99, clock, 1)] == []
 

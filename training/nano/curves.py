@@ -11,7 +11,7 @@ def columns(log: Path) -> dict[str, tuple[list[int], list[float]]]:
     for line in log.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for name, value in row.items():
-            if name not in ("step", "time", "seconds"):
+            if name not in ("step", "progress", "time", "kinds", "seconds"):
                 steps, values = out.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(value)

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from moss_vl.training.nano.collation import Sizes, collate, pack, unpack
@@ -40,6 +40,7 @@ from moss_vl.training.nano.tutor import Tutor
 BEGAN = time.monotonic()
 SEED = 2026
 WARM_UP = 50  # steps
+HEADS_ALONE = 100  # steps in which trained weights do not change, while the heads of the tutor are learned anew
 LOG_STEPS = 20  # per line of log.jsonl
 NOTE_SECONDS = 5.0  # between lines of progress
 PREFETCHED = 4  # steps that each worker draws ahead
@@ -93,10 +94,11 @@ class Clock:
 
     Args:
         seconds: of earlier parts of the run.
+        first: the progress at its beginning.
     """
 
-    def __init__(self, steps: int | None, minutes: float | None, seconds: float = 0.0):
-        self.steps, self.minutes, self.earlier, self.began = steps, minutes, seconds, None
+    def __init__(self, steps: int | None, minutes: float | None, seconds: float = 0.0, first: float = 0.0):
+        self.steps, self.minutes, self.earlier, self.began, self.first = steps, minutes, seconds, None, first
 
     def start(self) -> None:
         """Begins to count time, if it has not begun."""
@@ -107,7 +109,8 @@ class Clock:
 
     def progress(self, step: int) -> float:
         """Before a step. In a run of minutes it is that of now for any step."""
-        return min(1.0, step / self.steps if self.minutes is None else self.seconds() / (60 * self.minutes))
+        share = step / self.steps if self.minutes is None else self.seconds() / (60 * self.minutes)
+        return self.first + (1 - self.first) * min(1.0, share)
 
 
 # data
@@ -246,12 +249,16 @@ class Trainer:
         self.optimizer.step()
         return counts.joined()
 
-    def step(self, step: dict, rate: float, progress: float) -> None:
+    def step(self, step: dict, rate: float, progress: float, heads_alone: bool = False) -> None:
         if self.stage is not stage_at(progress):
             self.stage = stage_at(progress)
             self.tutor.weigh(**self.stage.weights)
         self.optimizer.set_scale(rate)
-        self.steps(step)
+        self.model.requires_grad_(not heads_alone)
+        if heads_alone:
+            self.steps.log.add(self.compute(step))
+        else:
+            self.steps(step)
 
 
 def train(args) -> None:
@@ -262,7 +269,7 @@ def train(args) -> None:
     processor, model = load(args)
     state = torch.load(output / "state.pt") if (output / "state.pt").exists() else {"step": 0, "seconds": 0.0}
     cut_log(output / "log.jsonl", state["step"])
-    clock = Clock(args.steps, args.minutes, state["seconds"])
+    clock = Clock(args.steps, args.minutes, state["seconds"], args.progress)
     drawing = Drawing(processor, model.config, args.size)
     plan = Plan(state["step"], clock, args.batches, args.repeats)
     # the workers are forked before the device is used
@@ -295,7 +302,7 @@ def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
             break
         clock.start()
         log.waited += time.monotonic() - began
-        trainer.step(step, rate_at(done, progress), progress)
+        trainer.step(step, rate_at(done, progress), progress, bool(args.weights) and done < HEADS_ALONE)
         if trainer.steps.failed:  # the host bounds the speed, so larger steps cost little
             plan.batches = 2 * args.batches
         log.kinds[step["kind"]] += 1
@@ -311,13 +318,14 @@ def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
 
 
 def load(args) -> tuple:
-    """Processor, and model with the first weights."""
+    """Processor, and model with its first weights: random ones, or those of `args.weights`."""
     start = args.output / "start"
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
     config = AutoConfig.from_pretrained(start, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).to(getattr(torch, args.dtype))
     state = model.state_dict()
-    model.load_state_dict(first_weights({name: state[name].shape for name in sorted(state)}))
+    shapes = {name: state[name].shape for name in sorted(state)}
+    model.load_state_dict(load_file(args.weights) if args.weights else first_weights(shapes))
     return processor, model.train()
 
 
@@ -342,14 +350,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=7450, help="of the whole run")
+    length.add_argument("--steps", type=int, default=6240, help="of the whole run")
     length.add_argument("--minutes", type=float, help="of the whole run, in place of steps")
+    parser.add_argument("--weights", type=Path, help="model.safetensors of an earlier run, to go on from")
+    parser.add_argument("--progress", type=float, default=0.0, help="progress at the beginning, with --weights")
     parser.add_argument("--size", type=int, default=16, help="pictures per batch, a multiple of 8")
-    parser.add_argument("--batches", type=int, default=2 if cpu else 4, help="per step")
-    parser.add_argument("--repeats", type=int, default=1, help="how often each step is used")
-    parser.add_argument("--distance", type=int, default=300, help="about how many steps are between two uses")
-    parser.add_argument("--rate", type=float, default=0.02, help="learning rate of matrices")
-    parser.add_argument("--adam-rate", type=float, default=6e-4, help="learning rate of all other parameters")
+    parser.add_argument("--batches", type=int, default=1 if cpu else 4, help="per step")
+    parser.add_argument("--repeats", type=int, default=1 if cpu else 2, help="how often each step is used")
+    parser.add_argument("--distance", type=int, default=200, help="about how many steps are between two uses")
+    parser.add_argument("--rate", type=float, default=0.022, help="learning rate of matrices")
+    parser.add_argument("--adam-rate", type=float, default=7e-4, help="learning rate of all other parameters")
     parser.add_argument("--workers", type=int, default=max(1, cores - 1), help="processes that draw")
     parser.add_argument("--threads", type=int, default=cores, help="of the process that trains")
     parser.add_argument("--device", default="cpu" if cpu else "cuda")
@@ -360,6 +370,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.size < 8 or args.size % 8:
         parser.error(f"--size is {args.size}; expected a multiple of 8")
+    if not 0 <= args.progress < 1 or args.progress and not args.weights:
+        parser.error(f"--progress is {args.progress}; expected 0 to less than 1, and --weights if it is not 0")
     args.dtype = args.dtype or faster_dtype(args.device)
     return args
 
