@@ -22,7 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import machine, spread, summary, table, write_json
-from moss_vl.benchmarks.model import add_model_flags, make_config, make_prompt, qwen3vl_config
+from moss_vl.benchmarks.peers import qwen3vl_config
+from moss_vl.benchmarks.random_models import add_model_flags, make_config, make_prompt
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 
@@ -48,7 +49,7 @@ def llama(args, dtype: torch.dtype) -> Callable[[], None]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=1000,
+        vocab_size=make_config(args).text_config.vocab_size,
         hidden_size=args.width,
         intermediate_size=3 * args.width,
         num_hidden_layers=LLAMA_LAYERS,
@@ -63,7 +64,7 @@ def llama(args, dtype: torch.dtype) -> Callable[[], None]:
 def qwen3vl(args, dtype: torch.dtype) -> Callable[[], None]:
     from transformers import Qwen3VLForConditionalGeneration
 
-    model = Qwen3VLForConditionalGeneration._from_config(qwen3vl_config(make_config(args)), dtype=dtype).eval()
+    model = Qwen3VLForConditionalGeneration._from_config(qwen3vl_config(make_config(args), 1), dtype=dtype).eval()
     return steps_of(model, model(input_ids=torch.arange(64)[None], use_cache=True)[CACHE])
 
 
@@ -83,7 +84,7 @@ def measure(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
-    parser.set_defaults(layers=48, width=64, heads=8, kv_heads=2, head_dim=16, vision_depth=4, vision_width=64)
+    parser.set_defaults(width=64, heads=8, kv_heads=2, head_dim=16, vision_depth=4, vision_width=64, vision_heads=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--compiled", action="store_true", help="also compiled, which takes minutes")
