@@ -37,7 +37,7 @@ from .generation_sessions import (
     keep_cache_of,
     prepare_turn,
 )
-from .threads import clear_frames, on_device
+from .threads import CallerModes, clear_frames, on_device
 
 
 MOST_PADDING = 1.1  # rows x width over the tokens of a padded batch
@@ -176,7 +176,7 @@ class BatchStream:
         check_keep_cache(keep_cache)
         self._keeps = keep_cache is not False
         self._budget = keep_cache if isinstance(keep_cache, CacheBudget) else None
-        self._inference = torch.is_inference_mode_enabled()  # not inherited by threads
+        self._modes = CallerModes(model.device)
         self._entries: list[_Entry] = []  # of all queries that have not ended, by index; None afterwards
         self._to_prepare: deque[_Entry] = deque()
         self._to_start: deque[_Entry] = deque()  # in the order of the queries, whether prepared or not
@@ -330,7 +330,7 @@ class BatchStream:
         try:
             if not entry.cancelled:
                 named = name_query(entry.index) if self._names_queries else nullcontext()
-                with torch.inference_mode(self._inference), on_device(self._model.device), named:
+                with self._modes.entered(), on_device(self._model.device), named:
                     entry.turn = self._read(entry)
                     entry.inputs, entry.prefix = prepare_turn(self._model, self._processor, entry.turn, alone)
                 entry.text_tokens = longest_text(entry.turn, entry.inputs)

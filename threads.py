@@ -5,7 +5,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -66,6 +66,26 @@ def in_threads(threads: int, function: Callable, *columns) -> list:
     finally:
         stop.set()
         pool.shutdown(wait=waits, cancel_futures=True)
+
+
+class CallerModes:
+    """torch's inference mode and autocast of the thread that makes this object. Threads do not inherit them.
+
+    Args:
+        device: whose autocast; that of a model.
+    """
+
+    def __init__(self, device: torch.device):
+        self.inference = torch.is_inference_mode_enabled()
+        self.autocast = None
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            self.autocast = device.type, torch.get_autocast_dtype(device.type)
+
+    @contextmanager
+    def entered(self):
+        """The modes in the present thread, for the body of `with`."""
+        with torch.inference_mode(self.inference), torch.autocast(*self.autocast) if self.autocast else nullcontext():
+            yield
 
 
 def clear_frames(error: BaseException) -> None:

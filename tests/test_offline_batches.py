@@ -312,3 +312,18 @@ def test_the_index_of_a_planned_video_has_few_bytes(processor):
     [clip] = processor.video_processor.plan(VIDEO)
     index = clip.video.index
     assert index.times.nbytes + index.stamps.nbytes < clip.video.index_bytes < 100 * len(index.stamps)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["off", "bfloat16"])
+def test_the_encoder_runs_in_the_autocast_of_the_caller(model, processor, monkeypatch, dtype):
+    """A stream encodes its only video on a background thread, which does not inherit autocast."""
+    seen, encode = [], model.get_image_features
+
+    def recorded(*args, **kwargs):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(model, "get_image_features", recorded)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        list(model.stream_batch(processor, [query_of("What happens?", videos=[VIDEO])]))
+    assert seen and set(seen) == {dtype}
