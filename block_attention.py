@@ -151,6 +151,12 @@ class Blocks:
     _rows: dict = field(default_factory=dict, repr=False)
     _borders: dict = field(default_factory=dict, repr=False)
 
+    def __post_init__(self):
+        # Hooks of compressed-tensors copy the blocks for each module, with plain tuples in place of named ones.
+        object.__setattr__(self, "calls", tuple(tuple(map(Span._make, call)) for call in self.calls))
+        self._rows.clear()
+        self._borders.clear()
+
     def rows(self, keys: slice) -> Calls:
         """The calls with `text` in rows of the scores and `vision` in a piece of the keys, without blocks outside it.
         They are made at the first layer."""

@@ -11,13 +11,18 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import is_hqq_available, is_optimum_quanto_available, logging
 
 from .int8_states import Int8States, is_int8
 from .static_layers import StaticTextLayer, static_zeros
 from .vision_sequence import VisionCall, VisionState
 
+
+logger = logging.get_logger(__name__)
 
 # The name of the cache in outputs and in `generate`: `cache` from transformers 5.24 on, `past_key_values` before.
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
@@ -43,6 +48,35 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
             "StaticCache."
         )
     return cache
+
+
+# Caches that quantize the text
+
+CACHE_PACKAGES = {"hqq": ("hqq", is_hqq_available), "quanto": ("optimum-quanto", is_optimum_quanto_available)}
+
+
+def can_quantize(generation_config: GenerationConfig) -> bool:
+    """Whether the package of the quantized cache that `generation_config` asks for is installed; warns once if not."""
+    backend = (generation_config.cache_config or {}).get("backend", "quanto")
+    package, is_available = CACHE_PACKAGES.get(backend, (backend, lambda: True))
+    if not is_available():
+        logger.warning_once(
+            f"generation_config.json asks for a cache quantized by {package}, which is not installed; the cache is "
+            f"kept in the dtype of the model, which needs more memory. Install it by: pip install {package}"
+        )
+    return is_available()
+
+
+def new_cache(config, generation_config: GenerationConfig) -> Cache:
+    """An empty cache, quantized if `generation_config` asks for that and the package is installed.
+
+    Args:
+        config: the text config.
+    """
+    if generation_config.cache_implementation != "quantized" or not can_quantize(generation_config):
+        return DynamicCache()
+    options = {"backend": "quanto", **(generation_config.cache_config or {})}
+    return QuantizedCache(config=config, **options)
 
 
 def cached_length(cache: Optional[Cache]) -> int:
@@ -672,9 +706,12 @@ def layer_bytes(layer) -> int:
         held = layer.buffers or layer.tensors()
         return sum(tensor_bytes(part) for part in held if part is not None)
     key, value = (getattr(layer, name, None) for name in ("_key_buffer", "_value_buffer"))
-    held = (layer.keys if key is None else key, layer.values if value is None else value)
-    return sum(tensor_bytes(part) for part in held if part is not None)
+    held = [layer.keys if key is None else key, layer.values if value is None else value]
+    held += tree_leaves([getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")])
+    return sum(tensor_bytes(part) for part in held if isinstance(part, torch.Tensor))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass that holds quantized values, scales, ...
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

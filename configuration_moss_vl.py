@@ -465,6 +465,7 @@ class MossVLConfig(PretrainedConfig):
         kwargs = copy.deepcopy(kwargs)
         self._check_text_sizes(kwargs)
         kwargs["auto_map"] = self._complete_auto_map(kwargs.get("auto_map") or {})
+        self._complete_skip_list(kwargs.get("quantization_config"))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
 
@@ -504,6 +505,15 @@ class MossVLConfig(PretrainedConfig):
         model = "modeling_moss_vl.MossVLForConditionalGeneration"
         model = given.get("AutoModelForCausalLM", given.get("AutoModel", model))
         return {"AutoConfig": "configuration_moss_vl.MossVLConfig", **dict.fromkeys(AUTO_MODELS, model), **given}
+
+    @staticmethod
+    def _complete_skip_list(quantization_config) -> None:
+        """Adds patterns to the list of modules that bitsandbytes does not quantize. transformers 4 finds "cross_attn"
+        anywhere in the name of a module, transformers 5 at its start and its end only; but 5 reads patterns."""
+        names = quantization_config.get("llm_int8_skip_modules") if isinstance(quantization_config, dict) else None
+        patterns = [f".*{name}" for name in names or () if "." not in name]
+        if patterns:
+            quantization_config["llm_int8_skip_modules"] = list(dict.fromkeys([*names, *patterns]))
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """In `auto_map`, names the code that is saved with the config: references to another repository

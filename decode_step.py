@@ -65,6 +65,14 @@ class StepPlan(NamedTuple):
     spans: tuple[StepSpan, ...]
     has_visible: Optional[torch.Tensor]
 
+    @classmethod
+    def restored(cls, plan: tuple) -> "StepPlan":
+        """The plan as a module got it, with the names that a hook may have removed."""
+        if isinstance(plan, cls):
+            return plan
+        plan = cls(*plan)
+        return plan._replace(spans=tuple(map(StepSpan._make, plan.spans)))
+
     def text_mask(self) -> Optional[torch.Tensor]:
         """The tokens that each row sees, bool [B or 1, 1, 1, S]; None if they are all."""
         mask = self.is_token

@@ -62,7 +62,7 @@ class RowCall(NamedTuple):
 
 class DecoderCall(NamedTuple):
     """What all decoder layers of one call share. It is a tuple, because hooks of accelerate and FSDP move and cast
-    tensors in tuples only.
+    tensors in tuples only. Hooks of compressed-tensors make plain tuples of named ones (`restored`).
 
     Attributes:
         rotary: rotary of the text, each [B, 1, T, d].
@@ -90,6 +90,16 @@ class DecoderCall(NamedTuple):
     blocks: Optional[Blocks] = None
     rows: Optional[tuple[RowCall, ...]] = None
     step: Optional[StepPlan] = None
+
+    @classmethod
+    def restored(cls, call: tuple) -> "DecoderCall":
+        """The call as a module got it, with the names that a hook may have removed."""
+        if isinstance(call, cls):
+            return call
+        call = cls(*call)
+        rows = None if call.rows is None else tuple(map(RowCall._make, call.rows))
+        step = None if call.step is None else StepPlan.restored(call.step)
+        return call._replace(self_mask=SelfAttentionMask(*call.self_mask), rows=rows, step=step)
 
 
 class MossVLRMSNorm(nn.Module):
@@ -187,6 +197,7 @@ class MossVLSelfAttention(MossVLTextAttention):
         self, hidden_states: torch.Tensor, call: DecoderCall, cache: Union[Cache, JointCache, None] = None
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] if the implementation is eager, else None."""
+        call = DecoderCall.restored(call)
         if call.step is not None:
             return self._step(hidden_states, call, cache), None
         query = self.queries(hidden_states, call.rotary)
@@ -252,6 +263,7 @@ class MossVLCrossAttention(MossVLTextAttention):
             [B, T, D]; tokens that see no vision token enter the output projection as 0. With `output_attentions` also
             the weights [B, H, T, W], see `MossVLModelOutput`, else None.
         """
+        call = DecoderCall.restored(call)
         if call.step is not None:
             return self._step(hidden_states, call, cache), None
         key = value = None
@@ -445,6 +457,7 @@ class MossVLCrossAttentionLayer(MossVLLayer):
                 because reentrant checkpointing passes gradients only to tensors that are arguments.
             layer_past: the cache; see `MossVLSelfAttentionLayer.forward`.
         """
+        call = DecoderCall.restored(call)
         attended, weights = self.cross_attn(self.input_layernorm(hidden_states), vision_states, call, layer_past)
         # r of docs/model.md: 0 at tokens that see no vision token, else 1
         has_visible = (call.vision_call if call.step is None else call.step).has_visible
@@ -534,6 +547,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         """
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if step is not None:
+            step = StepPlan.restored(step)
             return MossVLModelOutput(last_hidden_state=self._step(hidden_states, position_ids, step, cache))
         cache = cache if isinstance(cache, JointCache) else cache_of(cache, past_key_values)
         if vision_states is not None:  # the encoder may have another dtype

@@ -8,9 +8,10 @@ from typing import Optional
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, StaticCache
-from transformers.utils import is_hqq_available, logging
+from transformers.generation import GenerationMode
+from transformers.utils import logging
 
-from .cache_layers import CACHE, cache_of, cached_length, vision_state
+from .cache_layers import CACHE, cache_of, cached_length, can_quantize, vision_state
 from .checks import nearest_name
 from .int8_states import dtype_of_settings
 from .media import choose_grid, read_media
@@ -98,20 +99,21 @@ class MossVLGenerateHooks:
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """transformers makes the cache. This override adds that a quantized cache of 8 bits also keeps the vision
-        tokens in 8 bits, and that the text stays as it is if the package of its backend is missing."""
-        if generation_config.cache_implementation == "quantized" and model_kwargs.get(CACHE) is None:
-            if generation_config.use_cache is not False and model_kwargs.get("vision_cache_dtype") is None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        """transformers makes the cache that `generation_config` asks for. This override adds that a quantized cache of
+        8 bits also keeps the vision tokens in 8 bits. It makes a plain text cache if it was generation_config.json
+        that asked for a quantized one, and the package is not installed, or the way of generating takes tokens back or
+        reorders rows, which a quantized cache cannot do. A given cache is used in any case."""
+        if generation_config.cache_implementation == "quantized":
+            is_given = model_kwargs.get(CACHE) is not None
+            makes_cache = not is_given and generation_config.use_cache is not False
+            if makes_cache and model_kwargs.get("vision_cache_dtype") is None:
                 model_kwargs["vision_cache_dtype"] = dtype_of_settings(generation_config)
-            if (generation_config.cache_config or {}).get("backend") == "hqq" and not is_hqq_available():
-                logger.warning_once(
-                    "The checkpoint or the caller asks for a quantized cache by hqq, which is not installed; the text "
-                    "is cached in the dtype of the model. Install it by `pip install hqq`."
-                )
+            from_file = self.generation_config.cache_implementation == "quantized"
+            if from_file and (is_given or not can_quantize(generation_config) or not keeps_tokens(generation_mode)):
                 generation_config = copy.copy(generation_config)
-                generation_config.cache_implementation = generation_config.cache_config = None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+                generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config, *args, **kwargs):
         """transformers compiles the whole forward on CUDA if the cache is static, anew for each size of a prompt. This
@@ -296,6 +298,17 @@ class MossVLGenerateHooks:
                 "which starts without a cache; expected the media of all turns. Pass them, or leave "
                 "`assistant_model` out."
             )
+
+
+def keeps_tokens(mode: GenerationMode) -> bool:
+    """Whether a way of generating only adds tokens to a cache; warns once if not."""
+    if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return True
+    logger.warning_once(
+        f"generation_config.json asks for a quantized cache, which cannot be used for {mode.value}; the cache is kept "
+        "in the dtype of the model, which needs more memory."
+    )
+    return False
 
 
 def new_tokens(past_length: int, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor]) -> torch.Tensor:

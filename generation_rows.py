@@ -20,13 +20,14 @@ from transformers import (
     StopStringCriteria,
     TextStreamer,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedCache
 from transformers.generation import GenerationMode
 
 from .cache_layers import CACHE, cached_length
 
 
 ONE_TOKEN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # those that add one token per call
+JOINT_CACHES = (DynamicCache, StaticCache, QuantizedCache)
 FREE_TOKENS = 256  # least number of free tokens in a new buffer of a row
 
 
@@ -164,7 +165,7 @@ def adds_single_tokens(generation_config, model_kwargs: dict) -> bool:
         and generation_config.num_return_sequences in (None, 1)
         and model_kwargs.get("use_cache", True) is not False
         and not generation_config.prefill_chunk_size
-        and (cache is None or (type(cache) in (DynamicCache, StaticCache) and not getattr(cache, "offloading", False)))
+        and (cache is None or (type(cache) in JOINT_CACHES and not getattr(cache, "offloading", False)))
     )
 
 

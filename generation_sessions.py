@@ -212,6 +212,10 @@ class CacheBudget:
 def keep_cache_of(model, processor, turn: Turn, row, budget: Optional[CacheBudget]) -> Optional[KeptCache]:
     """The cache of a row whose answer has ended; None if a later prompt could not be compared with it."""
     if type(row.cache) is not DynamicCache:
+        logger.warning_once(
+            f"The cache of a session is not kept: it is a {type(row.cache).__name__}, and only a DynamicCache can be "
+            "continued. The next turn encodes the conversation again. Set cache_implementation to None to keep it."
+        )
         return None
     ids = row.tokens.ids[0, : cached_length(row.cache)].tolist()
     prompt = ids[: row.prompt_length]

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
-from .cache_layers import drop_frames
+from .cache_layers import drop_frames, new_cache
 from .checks import finite_number, positive_int, positive_number
 from .int8_states import dtype_of_settings, is_int8
 from .realtime_events import (
@@ -298,7 +298,7 @@ class RealtimeStream:
         # meta: the weights are offloaded
         self.device = torch.device("cpu") if model.device.type == "meta" else model.device
 
-        self.cache: Optional[DynamicCache] = None
+        self.cache: Optional[Cache] = None
         self.ids: list[int] = []
         self.fed = 0
         self.frames: deque[SeenFrame] = deque()
@@ -453,11 +453,14 @@ class RealtimeStream:
 
     def _open(self) -> Work:
         """The prefill of the system prompt and the initial prompt."""
-        self.cache = DynamicCache()
+        self.cache = self._new_cache()
         self._extend(self.protocol.opening(self._messages()))
         if self.exchanges[0].prompt:
             self._report(PromptTaken, text=self.exchanges[0].prompt)
         return Work(len(self.ids), [])
+
+    def _new_cache(self) -> Cache:
+        return new_cache(self.model.config.text_config, self.model.generation_config)
 
     def _rest(self) -> bool:
         """If nothing is left to write: rolls over, parks or ends. Returns whether it did."""
@@ -614,7 +617,7 @@ class RealtimeStream:
                 others -= len(self.frames.popleft().block)
         frames = [*self.frames]
 
-        self.cache, self.ids, self.fed = DynamicCache(), [], 0
+        self.cache, self.ids, self.fed = self._new_cache(), [], 0
         self._extend(ids + [token for frame in frames for token in frame.block] + last[:-1])
         self._run([frame.features for frame in frames], [frame.grid for frame in frames])
         self.fed = self.rebuilt = len(self.ids)

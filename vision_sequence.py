@@ -165,6 +165,10 @@ class VisionCall:
     moves: Optional[tuple[tuple[slice, slice], ...]] = None
     blocks: Optional[tuple[tuple[Span, ...], ...]] = None
 
+    def __post_init__(self):
+        # Hooks of compressed-tensors copy a call for each module, with spans that are plain tuples.
+        object.__setattr__(self, "spans", [Span._make(span) for span in self.spans])
+
     def shifts(self) -> bool:
         """Whether any cached vision token changes its index, so that a call that fails leaves layers that differ."""
         return any(source != destination for source, destination in self.moves or ())

@@ -133,12 +133,13 @@ def released_table(frame_counts=(64, 256, 1024)) -> str:
 DRIVER = 0.07  # share of the memory of a GPU that is left to its driver
 
 
-def frames_that_fit(config: MossVLConfig, free: float, int8: bool = False) -> int:
+def frames_that_fit(config: MossVLConfig, free: float, int8: bool = False, chunk: int = DEFAULT_VISION_CHUNK) -> int:
     """The most frames of 448x448 with 10 text tokens each whose prefill on a GPU needs at most `free` bytes."""
     fitting, too_many = 1, 1 << 16
     while too_many - fitting > 1:
         frames = (fitting + too_many) // 2
-        parts = prefill_bytes(config, frames, 28, 28, 10 * frames, torch.bfloat16, device="cuda", int8=int8)
+        sizes, options = (frames, 28, 28, 10 * frames), {"chunk": chunk, "device": "cuda", "int8": int8}
+        parts = prefill_bytes(config, *sizes, torch.bfloat16, **options)
         fitting, too_many = (frames, too_many) if parts["peak"] <= free else (fitting, frames)
     return fitting
 

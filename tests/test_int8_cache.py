@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from varlen_kernels import varlen  # noqa: F401
 
-from moss_vl import block_attention, generation_hooks, vision_plan
+from moss_vl import block_attention, cache_layers, vision_plan
 from moss_vl.cache_layers import Int8VisionLayer
 from moss_vl.int8_states import Int8States, dtype_of_settings
 from moss_vl.modeling_moss_vl import CACHE
@@ -254,8 +254,8 @@ def test_refusals():
 def test_released_settings(monkeypatch):
     """generation_config.json of released checkpoints with a cache in 8 bits, without hqq."""
     warnings = []
-    monkeypatch.setattr(generation_hooks.logger, "warning_once", warnings.append)
-    monkeypatch.setattr(generation_hooks, "is_hqq_available", lambda: False)
+    monkeypatch.setattr(cache_layers.logger, "warning_once", warnings.append)
+    monkeypatch.setitem(cache_layers.CACHE_PACKAGES, "hqq", ("hqq", lambda: False))
     settings = {
         "backend": "hqq",
         "nbits": 8,

@@ -14,7 +14,7 @@ from offline import (  # noqa: F401 - fixtures
 )
 from realtime import RESPONSE, SILENCE, make_processor, make_realtime_model, names, picture, run, stream
 
-from moss_vl import vision_encoder
+from moss_vl import cache_layers, vision_encoder
 from moss_vl.cache_layers import Int8VisionLayer
 
 
@@ -78,6 +78,7 @@ def test_streams(realtime, monkeypatch, way):
     made_processor, made_model = realtime
     options = {"window_frames": 3, "rollover_idle": 200, "rollover_forced": 220}
     if way == "settings":
+        monkeypatch.setitem(cache_layers.CACHE_PACKAGES, "hqq", ("hqq", lambda: False))
         monkeypatch.setattr(made_model.generation_config, "cache_implementation", "quantized")
         monkeypatch.setattr(made_model.generation_config, "cache_config", {"backend": "hqq", "nbits": 8})
     else:

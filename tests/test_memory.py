@@ -9,6 +9,7 @@ from conftest import ROOT
 from tiny import Sample, make_model
 
 from moss_vl import attention, block_attention
+from moss_vl.benchmarks.batches import report
 from moss_vl.benchmarks.end_to_end import tokens_table
 from moss_vl.benchmarks.measuring import allocation_peak
 from moss_vl.benchmarks.memory import (
@@ -106,12 +107,16 @@ def test_memory_is_linear_in_the_vision_tokens():
 def test_the_tables_are_those_that_were_measured():
     document = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
 
+    def measured(name):
+        return json.loads((ROOT / f"docs/performance/{name}.json").read_text(encoding="utf-8"))
+
     def rows(name):
-        return json.loads((ROOT / f"docs/performance/{name}.json").read_text(encoding="utf-8"))["rows"]
+        return measured(name)["rows"]
 
     for title, text in tables(rows("model")).items():
         assert text in document, title
     assert parts_table(rows("parts")) in document
+    assert report("random", measured("batches")["seconds"]["random"]) in document
     assert measured_table(rows("memory")) in document
     assert files_table(rows("preprocess")) in document
     assert tokens_table(rows("end_to_end"), 64) in document
