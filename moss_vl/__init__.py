@@ -1,6 +1,7 @@
 """The package `moss_vl`. Importing it makes the Auto classes of transformers load every MOSS-VL checkpoint with this
 code, without `trust_remote_code` and whatever code lies in the folder of the checkpoint."""
 
+from inspect import signature
 from pathlib import Path
 
 
@@ -12,7 +13,7 @@ if not Path(__file__).with_name("configuration_moss_vl.py").is_file():
 def _register() -> None:
     """Registers the classes for the model type of the config, in all Auto classes that this transformers has."""
     import transformers
-    from transformers.utils import is_torchvision_available
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # at the top, it needs torchvision
 
     from .configuration_moss_vl import AUTO_MODELS, MossVLConfig, MossVLTextConfig, MossVLVisionConfig
     from .image_processing_moss_vl import MossVLImageProcessor
@@ -29,8 +30,10 @@ def _register() -> None:
     transformers.AutoModel.register(MossVLVisionConfig, MossVLVisionModel)
     transformers.AutoProcessor.register(MossVLConfig, MossVLProcessor)
     transformers.AutoImageProcessor.register(MossVLConfig, slow_image_processor_class=MossVLImageProcessor)
-    if is_torchvision_available():  # without torchvision, AutoVideoProcessor cannot be used at all
-        transformers.AutoVideoProcessor.register(MossVLConfig, MossVLVideoProcessor)
+    videos = {"video_processor_class": MossVLVideoProcessor}
+    if "video_processor_classes" in signature(AutoVideoProcessor.register).parameters:  # transformers 5
+        videos = {"video_processor_classes": dict.fromkeys(("torchvision", "pil"), MossVLVideoProcessor)}
+    AutoVideoProcessor.register(MossVLConfig, **videos)
 
 
 _register()

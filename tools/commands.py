@@ -1,4 +1,4 @@
-"""The command `moss-vl` of the installed package: moss-vl infer|live|serve|install ARGUMENTS"""
+"""The command `moss-vl` of the installed package: moss-vl infer|live|serve|quantize|install ARGUMENTS"""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ COMMANDS = {
     "infer": ("infer", "answers questions about images and videos"),
     "live": ("infer", "watches a video, a camera or a stream, and says what it sees: moss-vl live SOURCE ARGUMENTS"),
     "serve": ("tools.serve", "answers requests to an OpenAI-compatible server, with realtime sessions"),
+    "quantize": ("tools.quantize", "writes a quantized copy of a checkpoint"),
     "install": ("tools.install_into", "writes the code of this package into the folder of a checkpoint"),
 }
 USAGE = "usage: moss-vl COMMAND ARGUMENTS\n\ncommands, each with its own --help:\n" + "".join(
