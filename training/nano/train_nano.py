@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from moss_vl.training.nano.collation import Sizes, collate, pack, unpack
@@ -34,7 +34,7 @@ from moss_vl.training.nano.lessons import LATE, Lessons
 from moss_vl.training.nano.make_nano import first_weights, write_folder
 from moss_vl.training.nano.muon import Muon
 from moss_vl.training.nano.steps import EagerSteps, GraphSteps
-from moss_vl.training.nano.tutor import Tutor
+from moss_vl.training.nano.tutor import FRAME_FACT_WEIGHTS, Tutor
 
 
 BEGAN = time.monotonic()
@@ -67,15 +67,20 @@ STAGES = (
     Stage(LATE, MIX, {"stamp": 1.0, "frames": 0.3}),
 )
 DECAY = 0.4  # progress from which the learning rate falls, in a line to 0 at the end
+# A continuation from weights has no trained classifiers of facts, so it trains neither them nor the encoder.
+FACTLESS = dict.fromkeys(FRAME_FACT_WEIGHTS, 0.0)
+CONTINUATION = (Stage(0.0, {"streams": 0.55, "clips": 0.2, "pictures": 0.2, "images": 0.05}, FACTLESS),)
+CONTINUED_FROM = 0.6  # progress of a whole run whose lessons and rates a continuation has at its beginning
 
 
-def stage_at(progress: float) -> Stage:
-    return max((stage for stage in STAGES if stage.begins <= progress), key=lambda stage: stage.begins)
+def stage_at(progress: float, stages=None) -> Stage:
+    stages = STAGES if stages is None else stages
+    return max((stage for stage in stages if stage.begins <= progress), key=lambda stage: stage.begins)
 
 
-def kind_at(step: int, progress: float) -> str:
+def kind_at(step: int, progress: float, stages=None) -> str:
     """The kind of the batches of a step: evenly mixed."""
-    position, kinds = (step * 0.6180339887) % 1.0, stage_at(progress).kinds
+    position, kinds = (step * 0.6180339887) % 1.0, stage_at(progress, stages).kinds
     for kind, share in kinds.items():
         if position < share:
             return kind
@@ -93,10 +98,11 @@ class Clock:
 
     Args:
         seconds: of earlier parts of the run.
+        first: progress of the first step.
     """
 
-    def __init__(self, steps: int | None, minutes: float | None, seconds: float = 0.0):
-        self.steps, self.minutes, self.earlier, self.began = steps, minutes, seconds, None
+    def __init__(self, steps: int | None, minutes: float | None, seconds: float = 0.0, first: float = 0.0):
+        self.steps, self.minutes, self.earlier, self.began, self.first = steps, minutes, seconds, None, first
 
     def start(self) -> None:
         """Begins to count time, if it has not begun."""
@@ -107,7 +113,8 @@ class Clock:
 
     def progress(self, step: int) -> float:
         """Before a step. In a run of minutes it is that of now for any step."""
-        return min(1.0, step / self.steps if self.minutes is None else self.seconds() / (60 * self.minutes))
+        share = step / self.steps if self.minutes is None else self.seconds() / (60 * self.minutes)
+        return min(1.0, self.first + (1 - self.first) * share)
 
 
 # data
@@ -121,13 +128,13 @@ class Plan(torch.utils.data.Sampler):
         repeats: how often each is used: one of as many steps is drawn.
     """
 
-    def __init__(self, first: int, clock: Clock, batches: int, repeats: int = 1):
-        self.first, self.clock, self.batches, self.repeats = first, clock, batches, repeats
+    def __init__(self, first: int, clock: Clock, batches: int, repeats: int = 1, stages=None):
+        self.first, self.clock, self.batches, self.repeats, self.stages = first, clock, batches, repeats, stages
 
     def __iter__(self):
         step = self.first
         while (progress := self.clock.progress(step)) < 1:
-            yield step, kind_at(step, progress), progress, self.batches
+            yield step, kind_at(step, progress, self.stages), progress, self.batches
             step += self.repeats
 
 
@@ -236,7 +243,7 @@ class Trainer:
         self.optimizer = Muon([*model.named_parameters(), *tutored], args.rate, args.adam_rate)
         graphs = device.type == "cuda" and not args.eager
         self.steps = GraphSteps(self.compute, device, note) if graphs else EagerSteps(self.compute)
-        self.stage = None
+        self.stage, self.stages = None, CONTINUATION if args.weights else None
 
     def compute(self, step: dict):
         """One update."""
@@ -247,8 +254,8 @@ class Trainer:
         return counts.joined()
 
     def step(self, step: dict, rate: float, progress: float) -> None:
-        if self.stage is not stage_at(progress):
-            self.stage = stage_at(progress)
+        if self.stage is not stage_at(progress, self.stages):
+            self.stage = stage_at(progress, self.stages)
             self.tutor.weigh(**self.stage.weights)
         self.optimizer.set_scale(rate)
         self.steps(step)
@@ -262,9 +269,9 @@ def train(args) -> None:
     processor, model = load(args)
     state = torch.load(output / "state.pt") if (output / "state.pt").exists() else {"step": 0, "seconds": 0.0}
     cut_log(output / "log.jsonl", state["step"])
-    clock = Clock(args.steps, args.minutes, state["seconds"])
+    clock = Clock(args.steps, args.minutes, state["seconds"], CONTINUED_FROM if args.weights else 0.0)
     drawing = Drawing(processor, model.config, args.size)
-    plan = Plan(state["step"], clock, args.batches, args.repeats)
+    plan = Plan(state["step"], clock, args.batches, args.repeats, CONTINUATION if args.weights else None)
     # the workers are forked before the device is used
     loader = iter(load_steps(drawing, plan, args.workers, pinned=device.type == "cuda"))
     note(f"{args.workers} processes draw")
@@ -311,13 +318,14 @@ def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
 
 
 def load(args) -> tuple:
-    """Processor, and model with the first weights."""
+    """Processor, and model with the first weights, or those of `args.weights`."""
     start = args.output / "start"
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
     config = AutoConfig.from_pretrained(start, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).to(getattr(torch, args.dtype))
     state = model.state_dict()
-    model.load_state_dict(first_weights({name: state[name].shape for name in sorted(state)}))
+    shapes = {name: state[name].shape for name in sorted(state)}
+    model.load_state_dict(load_file(args.weights) if args.weights else first_weights(shapes))
     return processor, model.train()
 
 
@@ -341,6 +349,7 @@ def parse() -> argparse.Namespace:
         description="Train moss-vl-nano from scratch.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
+    parser.add_argument("--weights", type=Path, help="continue from these weights of a run, with more streams")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=6240, help="of the whole run")
     length.add_argument("--minutes", type=float, help="of the whole run, in place of steps")
