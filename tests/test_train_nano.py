@@ -69,6 +69,7 @@ def run(folder, **options):
         "device": "cpu",
         "dtype": "float32",
         "eager": False,
+        "weights": None,
         "watchdog": None,
         "save_minutes": 60,
     }
@@ -80,6 +81,22 @@ def first_weights() -> dict[str, torch.Tensor]:
     weights = load_file(NANO / "model.safetensors")
     weights = make_nano.first_weights({name: weights[name].shape for name in sorted(weights)})
     return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+
+
+def test_a_continuation_keeps_the_encoder_and_begins_with_the_given_weights(tmp_path, monkeypatch):
+    """At a rate of 0 the weights stay as they are."""
+    given = tmp_path / "given.safetensors"
+    run(tmp_path / "first", steps=1)
+    (tmp_path / "first" / "model.safetensors").rename(given)
+    weights = load_file(given)
+    monkeypatch.setattr(train_nano, "CONTINUATION", (train_nano.Stage(0.0, {"pictures": 1.0}, train_nano.FACTLESS),))
+    still = {"rate": 0.0, "adam_rate": 0.0}
+    same, learned = (
+        run(tmp_path / name, steps=1, weights=given, **rates) for name, rates in (("0", still), ("1", {}))
+    )
+    assert all(torch.equal(same[name], weights[name]) for name in weights)
+    changed = {name for name in weights if not torch.equal(learned[name], weights[name])}
+    assert changed and not any(name.startswith("model.visual") for name in changed)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):

@@ -244,6 +244,7 @@ class Trainer:
         graphs = device.type == "cuda" and not args.eager
         self.steps = GraphSteps(self.compute, device, note) if graphs else EagerSteps(self.compute)
         self.stage, self.stages = None, CONTINUATION if args.weights else None
+        model.model.visual.requires_grad_(not args.weights)
 
     def compute(self, step: dict):
         """One update."""
