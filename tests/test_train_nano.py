@@ -57,6 +57,8 @@ def run(folder, **options):
     args = {
         "output": folder,
         "steps": 3,
+        "weights": None,
+        "progress": 0.0,
         "minutes": None,
         "size": 8,
         "batches": 1,
@@ -69,7 +71,6 @@ def run(folder, **options):
         "device": "cpu",
         "dtype": "float32",
         "eager": False,
-        "weights": None,
         "watchdog": None,
         "save_minutes": 60,
     }
@@ -77,26 +78,14 @@ def run(folder, **options):
     return load_file(folder / "model.safetensors")
 
 
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def first_weights() -> dict[str, torch.Tensor]:
     weights = load_file(NANO / "model.safetensors")
     weights = make_nano.first_weights({name: weights[name].shape for name in sorted(weights)})
     return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-
-
-def test_a_continuation_keeps_the_encoder_and_begins_with_the_given_weights(tmp_path, monkeypatch):
-    """At a rate of 0 the weights stay as they are."""
-    given = tmp_path / "given.safetensors"
-    run(tmp_path / "first", steps=1)
-    (tmp_path / "first" / "model.safetensors").rename(given)
-    weights = load_file(given)
-    monkeypatch.setattr(train_nano, "CONTINUATION", (train_nano.Stage(0.0, {"pictures": 1.0}, train_nano.FACTLESS),))
-    still = {"rate": 0.0, "adam_rate": 0.0}
-    same, learned = (
-        run(tmp_path / name, steps=1, weights=given, **rates) for name, rates in (("0", still), ("1", {}))
-    )
-    assert all(torch.equal(same[name], weights[name]) for name in weights)
-    changed = {name for name in weights if not torch.equal(learned[name], weights[name])}
-    assert changed and not any(name.startswith("model.visual") for name in changed)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
@@ -131,6 +120,20 @@ def test_every_kind_of_batch_can_be_learned(tmp_path, monkeypatch, kind):
     assert ("visual" in trained) == (kind != "clips") and ("language_model" in trained) == (kind != "look")
 
 
+def test_trained_weights_wait_for_the_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_nano, "kind_at", lambda step, progress: "pictures")
+    monkeypatch.setattr(train_nano, "HEADS_ALONE", 1)
+    monkeypatch.setattr(train_nano, "LOG_STEPS", 1)
+    weights = load_file(NANO / "model.safetensors")
+    options = {"weights": NANO / "model.safetensors", "progress": 0.9}
+    first = run(tmp_path / "first", steps=1, **options)
+    assert all(torch.equal(first[name], weights[name]) for name in weights)
+    second = run(tmp_path / "second", steps=2, **options)
+    trained = {name.split(".")[1] for name in weights if not torch.equal(second[name], weights[name])}
+    assert {"visual", "language_model"} <= trained
+    assert [line["progress"] for line in read_log(tmp_path / "second")] == [0.95, 1.0]
+
+
 # drawing
 
 
@@ -162,6 +165,7 @@ def test_a_run_of_minutes_ends_with_rate_0(monkeypatch):
     now = 145.0
     assert clock.progress(77) == 0.625
     now = 300.0
+    assert train_nano.Clock(10, None, first=0.8).progress(5) == pytest.approx(0.9)
     assert clock.progress(99) == 1.0 and train_nano.rate_at(99, 1.0) == 0.0
     assert [*train_nano.Plan(99, clock, 1)] == []
 

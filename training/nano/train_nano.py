@@ -34,12 +34,13 @@ from moss_vl.training.nano.lessons import LATE, Lessons
 from moss_vl.training.nano.make_nano import first_weights, write_folder
 from moss_vl.training.nano.muon import Muon
 from moss_vl.training.nano.steps import EagerSteps, GraphSteps
-from moss_vl.training.nano.tutor import FRAME_FACT_WEIGHTS, Tutor
+from moss_vl.training.nano.tutor import Tutor
 
 
 BEGAN = time.monotonic()
 SEED = 2026
 WARM_UP = 50  # steps
+HEADS_ALONE = 100  # steps in which trained weights do not change, while the heads of the tutor are learned anew
 LOG_STEPS = 20  # per line of log.jsonl
 NOTE_SECONDS = 5.0  # between lines of progress
 PREFETCHED = 4  # steps that each worker draws ahead
@@ -67,20 +68,15 @@ STAGES = (
     Stage(LATE, MIX, {"stamp": 1.0, "frames": 0.3}),
 )
 DECAY = 0.4  # progress from which the learning rate falls, in a line to 0 at the end
-# A continuation from weights has no trained classifiers of facts, so it trains neither them nor the encoder.
-FACTLESS = dict.fromkeys(FRAME_FACT_WEIGHTS, 0.0)
-CONTINUATION = (Stage(0.0, {"streams": 0.55, "clips": 0.2, "pictures": 0.2, "images": 0.05}, FACTLESS),)
-CONTINUED_FROM = 0.6  # progress of a whole run whose lessons and rates a continuation has at its beginning
 
 
-def stage_at(progress: float, stages=None) -> Stage:
-    stages = STAGES if stages is None else stages
-    return max((stage for stage in stages if stage.begins <= progress), key=lambda stage: stage.begins)
+def stage_at(progress: float) -> Stage:
+    return max((stage for stage in STAGES if stage.begins <= progress), key=lambda stage: stage.begins)
 
 
-def kind_at(step: int, progress: float, stages=None) -> str:
+def kind_at(step: int, progress: float) -> str:
     """The kind of the batches of a step: evenly mixed."""
-    position, kinds = (step * 0.6180339887) % 1.0, stage_at(progress, stages).kinds
+    position, kinds = (step * 0.6180339887) % 1.0, stage_at(progress).kinds
     for kind, share in kinds.items():
         if position < share:
             return kind
@@ -98,7 +94,7 @@ class Clock:
 
     Args:
         seconds: of earlier parts of the run.
-        first: progress of the first step.
+        first: the progress at its beginning.
     """
 
     def __init__(self, steps: int | None, minutes: float | None, seconds: float = 0.0, first: float = 0.0):
@@ -114,7 +110,7 @@ class Clock:
     def progress(self, step: int) -> float:
         """Before a step. In a run of minutes it is that of now for any step."""
         share = step / self.steps if self.minutes is None else self.seconds() / (60 * self.minutes)
-        return min(1.0, self.first + (1 - self.first) * share)
+        return self.first + (1 - self.first) * min(1.0, share)
 
 
 # data
@@ -128,13 +124,13 @@ class Plan(torch.utils.data.Sampler):
         repeats: how often each is used: one of as many steps is drawn.
     """
 
-    def __init__(self, first: int, clock: Clock, batches: int, repeats: int = 1, stages=None):
-        self.first, self.clock, self.batches, self.repeats, self.stages = first, clock, batches, repeats, stages
+    def __init__(self, first: int, clock: Clock, batches: int, repeats: int = 1):
+        self.first, self.clock, self.batches, self.repeats = first, clock, batches, repeats
 
     def __iter__(self):
         step = self.first
         while (progress := self.clock.progress(step)) < 1:
-            yield step, kind_at(step, progress, self.stages), progress, self.batches
+            yield step, kind_at(step, progress), progress, self.batches
             step += self.repeats
 
 
@@ -243,8 +239,7 @@ class Trainer:
         self.optimizer = Muon([*model.named_parameters(), *tutored], args.rate, args.adam_rate)
         graphs = device.type == "cuda" and not args.eager
         self.steps = GraphSteps(self.compute, device, note) if graphs else EagerSteps(self.compute)
-        self.stage, self.stages = None, CONTINUATION if args.weights else None
-        model.model.visual.requires_grad_(not args.weights)
+        self.stage = None
 
     def compute(self, step: dict):
         """One update."""
@@ -254,12 +249,16 @@ class Trainer:
         self.optimizer.step()
         return counts.joined()
 
-    def step(self, step: dict, rate: float, progress: float) -> None:
-        if self.stage is not stage_at(progress, self.stages):
-            self.stage = stage_at(progress, self.stages)
+    def step(self, step: dict, rate: float, progress: float, heads_alone: bool = False) -> None:
+        if self.stage is not stage_at(progress):
+            self.stage = stage_at(progress)
             self.tutor.weigh(**self.stage.weights)
         self.optimizer.set_scale(rate)
-        self.steps(step)
+        self.model.requires_grad_(not heads_alone)
+        if heads_alone:
+            self.steps.log.add(self.compute(step))
+        else:
+            self.steps(step)
 
 
 def train(args) -> None:
@@ -270,9 +269,9 @@ def train(args) -> None:
     processor, model = load(args)
     state = torch.load(output / "state.pt") if (output / "state.pt").exists() else {"step": 0, "seconds": 0.0}
     cut_log(output / "log.jsonl", state["step"])
-    clock = Clock(args.steps, args.minutes, state["seconds"], CONTINUED_FROM if args.weights else 0.0)
+    clock = Clock(args.steps, args.minutes, state["seconds"], args.progress)
     drawing = Drawing(processor, model.config, args.size)
-    plan = Plan(state["step"], clock, args.batches, args.repeats, CONTINUATION if args.weights else None)
+    plan = Plan(state["step"], clock, args.batches, args.repeats)
     # the workers are forked before the device is used
     loader = iter(load_steps(drawing, plan, args.workers, pinned=device.type == "cuda"))
     note(f"{args.workers} processes draw")
@@ -303,7 +302,7 @@ def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
             break
         clock.start()
         log.waited += time.monotonic() - began
-        trainer.step(step, rate_at(done, progress), progress)
+        trainer.step(step, rate_at(done, progress), progress, bool(args.weights) and done < HEADS_ALONE)
         if trainer.steps.failed:  # the host bounds the speed, so larger steps cost little
             plan.batches = 2 * args.batches
         log.kinds[step["kind"]] += 1
@@ -319,7 +318,7 @@ def learn(args, trainer: Trainer, loader, plan: Plan) -> None:
 
 
 def load(args) -> tuple:
-    """Processor, and model with the first weights, or those of `args.weights`."""
+    """Processor, and model with its first weights: random ones, or those of `args.weights`."""
     start = args.output / "start"
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
     config = AutoConfig.from_pretrained(start, trust_remote_code=True)
@@ -350,10 +349,11 @@ def parse() -> argparse.Namespace:
         description="Train moss-vl-nano from scratch.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; becomes a checkpoint")
-    parser.add_argument("--weights", type=Path, help="continue from these weights of a run, with more streams")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=6240, help="of the whole run")
     length.add_argument("--minutes", type=float, help="of the whole run, in place of steps")
+    parser.add_argument("--weights", type=Path, help="model.safetensors of an earlier run, to go on from")
+    parser.add_argument("--progress", type=float, default=0.0, help="progress at the beginning, with --weights")
     parser.add_argument("--size", type=int, default=16, help="pictures per batch, a multiple of 8")
     parser.add_argument("--batches", type=int, default=1 if cpu else 4, help="per step")
     parser.add_argument("--repeats", type=int, default=1 if cpu else 2, help="how often each step is used")
@@ -370,6 +370,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.size < 8 or args.size % 8:
         parser.error(f"--size is {args.size}; expected a multiple of 8")
+    if not 0 <= args.progress < 1 or args.progress and not args.weights:
+        parser.error(f"--progress is {args.progress}; expected 0 to less than 1, and --weights if it is not 0")
     args.dtype = args.dtype or faster_dtype(args.device)
     return args
 

@@ -159,14 +159,12 @@ class Tutor(nn.Module):
     def loss(self, model, step: dict) -> tuple[torch.Tensor, "Counts"]:
         """Loss of a step of `collation.collate`, and what to log.
 
-        Pictures with token facts train the encoder, unless its parameters need no gradient, and text trains the
-        language model, each with losses of its own.
+        Pictures with token facts train the encoder, and text trains the language model, each with losses of its own.
         """
         counts, losses = Counts(), []
-        encodes = "token_facts" in step and any(one.requires_grad for one in model.model.visual.parameters())
-        with torch.set_grad_enabled(encodes):
+        with torch.set_grad_enabled("token_facts" in step):
             tokens, states = encode(model.model.visual, step, self.ink_layer)
-            if encodes:
+            if "token_facts" in step:
                 losses.append(self.encoder_loss(tokens, states, step, counts))
         if "ids" in step:
             losses.append(self.language_model_loss(model, tokens.detach(), step, counts))
