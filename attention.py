@@ -180,6 +180,39 @@ def attend(
     return out, None
 
 
+def attend_token(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    implementation: str,
+) -> torch.Tensor:
+    """`attend` for one token per row, with few operations on the host: query [B, H, 1, d], key and value
+    [B, K, S, d], mask bool [B or 1, 1, 1, S]; or one batch of key and value for all rows, and mask [1, 1, B or 1, S].
+
+    Returns:
+        [B, 1, H * d].
+    """
+    (rows, heads, _, d), (batch, kv_heads) = query.shape, key.shape[:2]
+    group = heads // kv_heads
+    shared = batch < rows
+    kind = attention_kind(implementation)
+    if kind != "sdpa" or prefers_blockwise(query, key, 0.0) or takes_named_kernels(query):
+        query = query.transpose(0, 2) if shared else query  # [1, H, B, d]
+        out, _ = attend(module, query, key, value, mask, implementation)
+        return out.reshape(rows, 1, heads * d)
+    if not shared:
+        query = query.view(rows, kv_heads, group, d)
+        out = F.scaled_dot_product_attention(query, key, value, mask, scale=module.scaling)
+        return out.reshape(rows, 1, heads * d)
+    query = query.view(rows, kv_heads, group, d).transpose(0, 1).reshape(1, kv_heads, rows * group, d)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat_interleave(group, dim=2)
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=module.scaling)
+    return out.view(kv_heads, rows, group, d).transpose(0, 1).reshape(rows, 1, heads * d)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,

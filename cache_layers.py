@@ -11,11 +11,18 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import is_hqq_available, is_optimum_quanto_available, logging
 
+from .int8_states import Int8States, is_int8
+from .static_layers import StaticTextLayer, static_zeros
 from .vision_sequence import VisionCall, VisionState
 
+
+logger = logging.get_logger(__name__)
 
 # The name of the cache in outputs and in `generate`: `cache` from transformers 5.24 on, `past_key_values` before.
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
@@ -41,6 +48,35 @@ def cache_of(cache: Optional[Cache], past_key_values: Optional[Cache]) -> Option
             "StaticCache."
         )
     return cache
+
+
+# Caches that quantize the text
+
+CACHE_PACKAGES = {"hqq": ("hqq", is_hqq_available), "quanto": ("optimum-quanto", is_optimum_quanto_available)}
+
+
+def can_quantize(generation_config: GenerationConfig) -> bool:
+    """Whether the package of the quantized cache that `generation_config` asks for is installed; warns once if not."""
+    backend = (generation_config.cache_config or {}).get("backend", "quanto")
+    package, is_available = CACHE_PACKAGES.get(backend, (backend, lambda: True))
+    if not is_available():
+        logger.warning_once(
+            f"generation_config.json asks for a cache quantized by {package}, which is not installed; the cache is "
+            f"kept in the dtype of the model, which needs more memory. Install it by: pip install {package}"
+        )
+    return is_available()
+
+
+def new_cache(config, generation_config: GenerationConfig) -> Cache:
+    """An empty cache, quantized if `generation_config` asks for that and the package is installed.
+
+    Args:
+        config: the text config.
+    """
+    if generation_config.cache_implementation != "quantized" or not can_quantize(generation_config):
+        return DynamicCache()
+    options = {"backend": "quanto", **(generation_config.cache_config or {})}
+    return QuantizedCache(config=config, **options)
 
 
 def cached_length(cache: Optional[Cache]) -> int:
@@ -126,6 +162,24 @@ class TextCacheLayer(InPlaceLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         return self.keys, self.values
 
+    def with_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, K, S + 1, d] of a filled layer. The last token is yet to be written, and belongs to the
+        layer after `take_token`."""
+        length, buffer = self.get_seq_length(), self._key_buffer
+        if not self.can_write(slice(length, length + 1)):
+            self._key_buffer = self._value_buffer = None
+        self._key_buffer = with_space(self.keys, self._key_buffer, self.keys, 1)
+        self._value_buffer = with_space(self.values, self._value_buffer, self.values, 1)
+        if self._key_buffer is not buffer:
+            self.keys, self.values = (part[..., :length, :] for part in (self._key_buffer, self._value_buffer))
+            self.renew_buffer(slice(0, length))
+        return self._key_buffer.narrow(2, 0, length + 1), self._value_buffer.narrow(2, 0, length + 1)
+
+    def take_token(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes over the keys and values of `with_token`, after the token was written."""
+        self.keys, self.values = keys, values
+        self.mark_written(slice(0, keys.shape[2]))
+
     def reset(self) -> None:
         super().reset()
         self._key_buffer = self._value_buffer = None
@@ -144,20 +198,31 @@ def append(
         return (new if past is None else torch.cat([past, new], dim=-2)), None
     length = 0 if past is None else past.shape[-2]
     total = length + new.shape[-2]
+    buffer = with_space(past, buffer, new, new.shape[-2])
+    buffer[..., length:total, :] = new
+    return buffer[..., :total, :], buffer
+
+
+def with_space(
+    past: Optional[torch.Tensor], buffer: Optional[torch.Tensor], like: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """The buffer if `past` [B, K, S, d] is still a view of it and it has space for more `tokens` of the form of
+    `like`; otherwise a new one that begins with `past`."""
+    length = 0 if past is None else past.shape[-2]
+    total = length + tokens
     is_view = (
         buffer is not None
         and past is not None
         and past.data_ptr() == buffer.data_ptr()
         and past.shape[:-2] == buffer.shape[:-2]
-        and buffer.dtype == new.dtype
+        and buffer.dtype == like.dtype
         and is_writable(buffer)
     )
     if not is_view or buffer.shape[-2] < total:
-        buffer = new.new_empty(*new.shape[:-2], total + max(TEXT_BUFFER, total // 8), new.shape[-1])
+        buffer = like.new_empty(*like.shape[:-2], total + max(TEXT_BUFFER, total // 8), like.shape[-1])
         if length:
             buffer[..., :length, :] = past
-    buffer[..., length:total, :] = new
-    return buffer[..., :total, :], buffer
+    return buffer
 
 
 def is_writable(tensor: torch.Tensor) -> bool:
@@ -167,11 +232,26 @@ def is_writable(tensor: torch.Tensor) -> bool:
 
 class VisionCacheLayer(InPlaceLayer):
     """Keys and values [1, K, V, d] of the vision sequence at one cross-attention layer, with free space where
-    `VisionState` has it. The first such layer of a cache also holds the `VisionState`."""
+    `VisionState` has it. The first such layer of a cache also holds the `VisionState`.
 
-    def __init__(self, index: int):
+    Args:
+        index: that of the layer.
+        capacity: most vision tokens, for a layer whose keys and values stay at one address (`static_cache`); None for
+            one that grows.
+
+    Attributes:
+        tensor_names: the attributes that hold keys and values.
+        buffers: [1, K, capacity, d] each, which begin with the keys and values.
+        step_mask: the latest plan of a static step, and its masks (decode_step.py).
+    """
+
+    tensor_names: tuple[str, ...] = ("keys", "values")
+
+    def __init__(self, index: int, capacity: Optional[int] = None):
         super().__init__()
-        self.index = index
+        self.index, self.capacity = index, capacity
+        self.buffers: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+        self.step_mask: Optional[tuple] = None
         self.state: Optional[VisionState] = None
         self._cache: Optional[weakref.ref] = None
 
@@ -191,35 +271,78 @@ class VisionCacheLayer(InPlaceLayer):
         self._cache = weakref.ref(cache)
         return True
 
-    def store(self, keys: Optional[torch.Tensor], values: Optional[torch.Tensor], call: VisionCall):
+    def store(self, keys, values, call: VisionCall) -> None:
         """Stores the keys and values [1, K, v, d] of the new vision tokens, and moves those that the call moves.
 
-        Returns:
-            Keys and values [1, K, V, d] of the whole packed sequence.
+        Args:
+            keys, values: as `read` returns them; None without new vision tokens.
         """
+        old, new = self.tensors(), self.tensors_of(keys, values)
         if self.keys is not None and torch.is_grad_enabled() and not is_writable(self.keys):
-            self.keys, self.values = self.keys.clone(), self.values.clone()  # autograd cannot record inference tensors
+            old = [part.clone() for part in old]  # autograd cannot record inference tensors
+            self.set_tensors(old)
             self.renew_buffer(*self.written)
-        if call.writes:
-            self.in_dtype(keys.dtype)
+        if call.writes and self.keys is not None:
+            old = self.in_dtype_of(new)
         parts = [part for _, part in call.writes]
         if call.writes or (call.moves is not None and self.keys is not None):
-            states = (keys, values, self.keys, self.values)
-            in_graph = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in states)
+            has_gradients = any(part is not None and part.requires_grad for part in (*new, *old))
+            in_graph = torch.is_grad_enabled() and has_gradients
             can_write = self.keys is not None and is_writable(self.keys) and self.can_write(*parts)
             in_place = can_write and call.moves is None and not in_graph
-            self.keys = write_packed(self.keys, keys, call, in_place)
-            self.values = write_packed(self.values, values, call, in_place)
+            pairs = zip(old, new, strict=True)
+            self.set_tensors([write_packed(before, after, call, in_place) for before, after in pairs])
             if not in_place:
-                self.renew_buffer(*(self.written if call.moves is None else (part for _, part in call.moves)))
+                kept = self.written if call.moves is None else tuple(part for _, part in call.moves)
+                if self.capacity is not None:
+                    self._copy_to_buffers((*kept, *parts))
+                self.renew_buffer(*kept)
             self.mark_written(*parts)
             self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        return self.keys, self.values
 
-    def in_dtype(self, dtype: torch.dtype):
-        """Converts the stored keys and values to a dtype, as autocast may differ between calls, and returns them."""
+    def _copy_to_buffers(self, parts: tuple[slice, ...]) -> None:
+        """Copies these parts of the keys and values to the buffers of the layer, or to new ones if a copy of the layer
+        has these. The rest of the buffers stays finite, as a static step multiplies it by 0."""
+        if self.keys.requires_grad or self.values.requires_grad:
+            self.buffers = None
+            return
+        length = self.keys.shape[2]
+        stale = self.buffers is None or self.buffers[0].dtype != self.keys.dtype
+        if stale or self.shared or self.protected or not is_writable(self.buffers[0]):
+            shape = (*self.keys.shape[:2], self.capacity, self.keys.shape[3])
+            self.buffers = (static_zeros(self.keys, shape), static_zeros(self.values, shape))
+        for buffer, states in zip(self.buffers, (self.keys, self.values), strict=True):
+            for part in parts:
+                buffer[:, :, part] = states[:, :, part]
+        self.keys, self.values = (buffer.narrow(2, 0, length) for buffer in self.buffers)
+
+    def in_buffers(self) -> bool:
+        """Whether the keys and values are the first tokens of `buffers`."""
+        return self.buffers is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
+
+    def tensors(self) -> list[Optional[torch.Tensor]]:
+        """What is stored, or None for each if nothing is."""
+        return [getattr(self, name) for name in self.tensor_names]
+
+    def set_tensors(self, tensors: Sequence[Optional[torch.Tensor]]) -> None:
+        for name, tensor in zip(self.tensor_names, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    def tensors_of(self, keys, values) -> tuple[Optional[torch.Tensor], ...]:
+        """Keys and values as they are stored, in the order of `tensor_names`."""
+        return keys, values
+
+    def in_dtype_of(self, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The stored tensors, in the dtype of new ones."""
+        return list(self.read(new[0].dtype))
+
+    def read(self, dtype: torch.dtype):
+        """Keys and values [1, K, V, d] of the whole packed sequence. They are converted to a dtype, as autocast may
+        differ between calls."""
         if self.keys is not None and self.keys.dtype != dtype:
             self.keys, self.values, self.dtype = self.keys.to(dtype), self.values.to(dtype), dtype
+            if self.capacity is not None:
+                self._copy_to_buffers(self.written)
             self.renew_buffer(*self.written)
         return self.keys, self.values
 
@@ -248,8 +371,33 @@ class VisionCacheLayer(InPlaceLayer):
             self.state = self.state.select_rows(rows.tolist())
 
     def reset(self) -> None:
+        if self.shared or self.protected:
+            self.buffers = None  # a fork reads them
+        self.set_tensors([None] * len(self.tensor_names))
         super().reset()
         self.state = None
+
+
+class Int8VisionLayer(VisionCacheLayer):
+    """A `VisionCacheLayer` in 8 bits: `keys` and `values` are int8, and each token and head has a scale."""
+
+    tensor_names = ("keys", "key_scales", "values", "value_scales")
+
+    def __init__(self, index: int):
+        super().__init__(index)
+        self.key_scales = self.value_scales = None
+
+    def tensors_of(self, keys: Optional[Int8States], values: Optional[Int8States]):
+        return (None,) * 4 if keys is None else (*keys, *values)
+
+    def in_dtype_of(self, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self.tensors()
+
+    def read(self, dtype: torch.dtype) -> tuple[Optional[Int8States], Optional[Int8States]]:
+        """Keys and values of the whole packed sequence, which the reader converts in pieces."""
+        if self.keys is None:
+            return None, None
+        return Int8States(self.keys, self.key_scales), Int8States(self.values, self.value_scales)
 
 
 def write_packed(
@@ -295,12 +443,13 @@ class JointCache:
             )
 
 
-def install_layers(cache: Cache, config) -> VisionCacheLayer:
+def install_layers(cache: Cache, config, vision_dtype: Optional[str] = None) -> VisionCacheLayer:
     """Puts layers for the vision sequence into an empty cache, and text layers that write in place. A filled cache has
     these layers already.
 
     Args:
         config: the text config.
+        vision_dtype: "int8" for vision layers in 8 bits.
 
     Returns:
         The layer that holds the vision state.
@@ -310,13 +459,62 @@ def install_layers(cache: Cache, config) -> VisionCacheLayer:
             cache.layers.append(cache.layer_class_to_replicate())
         for index, layer in enumerate(cache.layers):
             if index in config.cross_attention_layers:
-                cache.layers[index] = VisionCacheLayer(index)
+                if getattr(layer, "capacity", None) is not None:
+                    layer.reset()
+                else:
+                    cache.layers[index] = (Int8VisionLayer if is_int8(vision_dtype) else VisionCacheLayer)(index)
             elif type(layer) is DynamicLayer and not getattr(cache, "offloading", False):
                 cache.layers[index] = TextCacheLayer()
+            elif type(layer) is StaticLayer and not getattr(cache, "offloading", False):
+                cache.layers[index] = StaticTextLayer(layer.max_cache_len)
     layers = [cache.layers[index] for index in config.cross_attention_layers]
     for layer in layers:
         layer.claim(cache)
     return layers[0]
+
+
+def check_vision_dtype(
+    cache: Optional[Cache], config, vision_dtype: Optional[str], use_cache: Optional[bool]
+) -> Optional[bool]:
+    """Checks the `vision_cache_dtype` of a call.
+
+    Args:
+        config: the text config.
+
+    Returns:
+        `use_cache`: True if it was None and the option needs a cache.
+
+    Raises:
+        ValueError: for an unknown dtype, without a cache, with gradients, and if the cache is static, or filled in
+            another dtype.
+    """
+    if not is_int8(vision_dtype):
+        return use_cache
+    if cache is None and use_cache is False:
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', but the call has no cache; expected `use_cache=True` or a cache."
+        )
+    if any(getattr(layer, "capacity", None) is not None for layer in ([] if cache is None else cache.layers)):
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', and the cache is one of `static_cache`, which keeps the dtype of the "
+            "model; expected another cache."
+        )
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', and rounding to 8 bits has no gradients; expected a call under "
+            "`torch.no_grad()` or `torch.inference_mode()`. Leave it out to train."
+        )
+    if cached_length(cache) and vision_cache_dtype(cache, config) != vision_dtype:
+        raise ValueError(
+            "`vision_cache_dtype` is 'int8', but the cache keeps its vision tokens in the dtype of the model; "
+            "expected the option at the first call of a cache, and later the same or none."
+        )
+    return True
+
+
+def vision_cache_dtype(cache: Cache, config) -> Optional[str]:
+    """The `vision_cache_dtype` of a filled cache: "int8", or None."""
+    return "int8" if isinstance(cache.layers[config.cross_attention_layers[0]], Int8VisionLayer) else None
 
 
 def vision_state(cache: Optional[Cache], config) -> Optional[VisionState]:
@@ -504,10 +702,16 @@ def cache_contents(cache: Cache, config) -> CacheContents:
 
 def layer_bytes(layer) -> int:
     """Bytes of the keys and values of a layer, or of the buffers that hold them."""
+    if isinstance(layer, VisionCacheLayer):
+        held = layer.buffers or layer.tensors()
+        return sum(tensor_bytes(part) for part in held if part is not None)
     key, value = (getattr(layer, name, None) for name in ("_key_buffer", "_value_buffer"))
-    held = (layer.keys if key is None else key, layer.values if value is None else value)
-    return sum(tensor_bytes(part) for part in held if part is not None)
+    held = [layer.keys if key is None else key, layer.values if value is None else value]
+    held += tree_leaves([getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")])
+    return sum(tensor_bytes(part) for part in held if isinstance(part, torch.Tensor))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass that holds quantized values, scales, ...
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

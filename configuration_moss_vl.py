@@ -8,6 +8,7 @@ import copy
 import math
 import numbers
 import os
+import re
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     # configuration file would get the model class of the first one, even if its code differs.
     from .animations import AnimatedImage  # noqa: F401
     from .attention import attend  # noqa: F401
+    from .block_attention import attend_in_blocks  # noqa: F401
     from .cache_layers import VisionCacheLayer  # noqa: F401
     from .call_positions import CallPositions  # noqa: F401
     from .checks import nearest_name  # noqa: F401
@@ -26,10 +28,11 @@ if TYPE_CHECKING:
     from .coded_pictures import PictureReader  # noqa: F401
     from .colours import tone_map_of  # noqa: F401
     from .conversation import PLACEHOLDERS  # noqa: F401
+    from .decode_step import StepPlan  # noqa: F401
     from .decoder import MossVLTextModel  # noqa: F401
     from .decord_video import open_decord  # noqa: F401
     from .downloads import download  # noqa: F401
-    from .generation_batches import answer_turns  # noqa: F401
+    from .generation_batches import answer_turn  # noqa: F401
     from .generation_hooks import MossVLGenerateHooks  # noqa: F401
     from .generation_options import GENERATE_DEFAULTS  # noqa: F401
     from .generation_queries import Turn  # noqa: F401
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from .image_files import open_image  # noqa: F401
     from .image_processing_moss_vl import MossVLImageProcessor  # noqa: F401
     from .image_reading import probe_image  # noqa: F401
+    from .int8_states import Int8States  # noqa: F401
     from .joint_decoding import plan_step  # noqa: F401
     from .media import Media  # noqa: F401
     from .modeling_moss_vl import MossVLForConditionalGeneration  # noqa: F401
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from .resizing import fit_size  # noqa: F401
     from .samples import Sample  # noqa: F401
     from .signatures import image_kind  # noqa: F401
+    from .static_layers import StaticTextLayer  # noqa: F401
     from .text_rows import token_rows  # noqa: F401
     from .threads import in_threads  # noqa: F401
     from .video_files import Video  # noqa: F401
@@ -232,6 +237,7 @@ class MossVLTextConfig(PretrainedConfig):
     base_config_key = "text_config"
     ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    pad_token_id = bos_token_id = eos_token_id = None  # if not given; the base class of transformers 5 lacks them
 
     def __init__(
         self,
@@ -359,6 +365,41 @@ class MossVLTextConfig(PretrainedConfig):
         _require(0.0 <= self.attention_dropout < 1.0, "`attention_dropout`", self.attention_dropout, "0 <= p < 1")
 
 
+def _is_saved(reference: str, folder) -> bool:
+    """Whether a saved folder holds the class of a reference "module.Class". Saving copies the files beside this one to
+    the folder, where other files may lie already."""
+    module, _, name = reference.rpartition(".")
+    paths = [os.path.join(place, f"{module}.py") for place in (os.path.dirname(__file__), folder)]
+    path = next((path for path in paths if os.path.isfile(path)), None)
+    if path is None:
+        return False
+    with open(path, encoding="utf-8") as file:
+        return re.search(rf"\b{name}\b", file.read()) is not None
+
+
+TEXT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+
+
+def _text_size(name: str) -> property:
+    """An attribute of the whole config that reads, and writes with its checks, one of the text config."""
+
+    def get(config) -> int:
+        return getattr(config.get_text_config(), name)
+
+    def put(config, value: int) -> None:
+        text = config.get_text_config()
+        before = getattr(text, name)
+        setattr(text, name, value)
+        try:
+            text._check()
+            config._check()
+        except ValueError:
+            setattr(text, name, before)
+            raise
+
+    return property(get, put)
+
+
 class _Pipelines:
     """A class attribute that returns a new dict at each access, because `pipeline` writes into the dict."""
 
@@ -395,6 +436,7 @@ class MossVLConfig(PretrainedConfig):
         "attentions",
         "cross_attentions",
     ]
+    pad_token_id = bos_token_id = eos_token_id = None  # as in the text config
     custom_pipelines = _Pipelines()  # task -> pipeline class of this package
 
     def __init__(
@@ -421,9 +463,20 @@ class MossVLConfig(PretrainedConfig):
             tie_word_embeddings = self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = tie_word_embeddings
         kwargs = copy.deepcopy(kwargs)
+        self._check_text_sizes(kwargs)
         kwargs["auto_map"] = self._complete_auto_map(kwargs.get("auto_map") or {})
+        self._complete_skip_list(kwargs.get("quantization_config"))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
+
+    vocab_size, hidden_size, num_hidden_layers = map(_text_size, TEXT_SIZES)
+
+    def _check_text_sizes(self, given: dict) -> None:
+        """Removes the sizes of the text model from the arguments. Raises ValueError if they are not those of
+        `text_config`."""
+        for name in TEXT_SIZES:
+            value, size = given.pop(name, None), getattr(self.text_config, name)
+            _require(value is None or value == size, f"`{name}`", value, f"`text_config.{name}` = {size}, or none")
 
     @property
     def _attn_implementation(self):
@@ -453,18 +506,27 @@ class MossVLConfig(PretrainedConfig):
         model = given.get("AutoModelForCausalLM", given.get("AutoModel", model))
         return {"AutoConfig": "configuration_moss_vl.MossVLConfig", **dict.fromkeys(AUTO_MODELS, model), **given}
 
+    @staticmethod
+    def _complete_skip_list(quantization_config) -> None:
+        """Adds patterns to the list of modules that bitsandbytes does not quantize. transformers 4 finds "cross_attn"
+        anywhere in the name of a module, transformers 5 at its start and its end only; but 5 reads patterns."""
+        names = quantization_config.get("llm_int8_skip_modules") if isinstance(quantization_config, dict) else None
+        patterns = [f".*{name}" for name in names or () if "." not in name]
+        if patterns:
+            quantization_config["llm_int8_skip_modules"] = list(dict.fromkeys([*names, *patterns]))
+
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """In `auto_map`, replaces references to another repository ("owner/name--module.Class") by those to files that
-        are in the folder."""
+        """In `auto_map`, names the code that is saved with the config: references to another repository
+        ("owner/name--module.Class") become local, and a class that the saved code lacks becomes that of this code."""
+        own = self._complete_auto_map({})
 
-        def localised(reference):
-            if not isinstance(reference, str) or "--" not in reference:
-                return reference
-            local = reference.split("--")[-1]
-            path = os.path.join(save_directory, f"{local.split('.')[0]}.py")
-            return local if os.path.isfile(path) else reference
+        def localised(name, reference):
+            local = reference.split("--")[-1] if isinstance(reference, str) else None
+            if local is not None and _is_saved(local, save_directory):
+                return local
+            return own.get(name, reference)
 
-        self.auto_map = {name: localised(reference) for name, reference in self.auto_map.items()}
+        self.auto_map = {name: localised(name, reference) for name, reference in self.auto_map.items()}
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _sub_config(self, name: str, value) -> PretrainedConfig:

@@ -6,6 +6,7 @@ other without padding), v those of them that are new in this call.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -19,22 +20,29 @@ from transformers.utils import logging
 from .attention import (
     SelfAttentionMask,
     attend,
+    attend_token,
     attention_kind,
     compute_dtype,
     self_attention_mask,
     usable_implementation,
 )
-from .cache_layers import CACHE, InPlaceLayer, JointCache, cache_of, cached_length
+from .block_attention import Blocks, attend_in_blocks, attend_to_int8, blocks_can_run, unmasked_calls
+from .cache_layers import CACHE, InPlaceLayer, Int8VisionLayer, JointCache, cache_of, cached_length
 from .configuration_moss_vl import MossVLTextConfig
+from .decode_step import StepCache, StepPlan
+from .int8_states import Int8States
 from .pretrained_model import MossVLLayer, MossVLPreTrainedModel
-from .vision_sequence import VisionCall
-from .xrope import rotate, xrope_rotary
+from .vision_sequence import Span, VisionCall
+from .xrope import rotate, text_rotary, xrope_rotary
 
 
 logger = logging.get_logger(__name__)
 
-VISION_PIECE = 4096  # vision tokens whose keys and values are computed at once without gradients
+# Vision tokens whose keys and values are computed at once without gradients, on a CPU and on other devices.
+CPU_VISION_PIECE, GPU_VISION_PIECE = 1 << 12, 1 << 14
 
+# Keys or values of vision tokens, as the cache keeps them.
+States = Union[torch.Tensor, Int8States]
 # Cosines and signed sines of a rotary position embedding, as `rotate` takes them.
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -54,7 +62,7 @@ class RowCall(NamedTuple):
 
 class DecoderCall(NamedTuple):
     """What all decoder layers of one call share. It is a tuple, because hooks of accelerate and FSDP move and cast
-    tensors in tuples only.
+    tensors in tuples only. Hooks of compressed-tensors make plain tuples of named ones (`restored`).
 
     Attributes:
         rotary: rotary of the text, each [B, 1, T, d].
@@ -64,8 +72,11 @@ class DecoderCall(NamedTuple):
         vision_rotary: rotary of the vision tokens that are new in this call, each [v, d]; None if there are none.
         vision_call: which tokens see which vision tokens.
         output_attentions: whether the layers return their weights.
+        blocks: the blocks of the vision call, if it has any.
         rows: the rows of a joint call, whose cache is a `JointCache`. The masks and cache positions of the call itself
             are not used then. None in other calls.
+        step: the plan of a decode step, whose cache is a `StepCache`; the cache position and the vision call are None
+            then. None in other calls.
     """
 
     rotary: Rotary
@@ -76,7 +87,19 @@ class DecoderCall(NamedTuple):
     vision_rotary: Optional[Rotary]
     vision_call: Optional[VisionCall]
     output_attentions: bool
+    blocks: Optional[Blocks] = None
     rows: Optional[tuple[RowCall, ...]] = None
+    step: Optional[StepPlan] = None
+
+    @classmethod
+    def restored(cls, call: tuple) -> "DecoderCall":
+        """The call as a module got it, with the names that a hook may have removed."""
+        if isinstance(call, cls):
+            return call
+        call = cls(*call)
+        rows = None if call.rows is None else tuple(map(RowCall._make, call.rows))
+        step = None if call.step is None else StepPlan.restored(call.step)
+        return call._replace(self_mask=SelfAttentionMask(*call.self_mask), rows=rows, step=step)
 
 
 class MossVLRMSNorm(nn.Module):
@@ -86,10 +109,22 @@ class MossVLRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # computed in float32 whatever the dtype
+        by_hand = x.device.type == "cpu" and x.dtype != torch.float64
+        if not by_hand or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # half precision in float32
+        # The same by fewer operations: torch has no fused kernel for CPUs.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(cpu_constant(self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return self.weight * (x * scale).to(x.dtype)
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+@lru_cache
+def cpu_constant(value: float) -> torch.Tensor:
+    """A number as a tensor, float32."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 class MossVLTextMLP(nn.Module):
@@ -140,6 +175,13 @@ class MossVLTextAttention(nn.Module):
         del projected
         return rotate(states, *rotary).to(dtype)
 
+    def token_heads(
+        self, projected: torch.Tensor, norm: Optional[nn.Module] = None, rotary: Optional[Rotary] = None
+    ) -> torch.Tensor:
+        """`_rotated` for one token per row: [B, 1, heads * d] -> [B, heads, 1, d]; without a norm for values."""
+        states = projected.reshape(len(projected), -1, 1, self.head_dim)
+        return states if norm is None else rotate(norm(states), *rotary).to(states.dtype)
+
 
 def keep_for_gradients(layer, *states: Optional[torch.Tensor]) -> None:
     """Prevents later calls from writing into the keys and values of a cache layer if autograd keeps them, because the
@@ -155,6 +197,9 @@ class MossVLSelfAttention(MossVLTextAttention):
         self, hidden_states: torch.Tensor, call: DecoderCall, cache: Union[Cache, JointCache, None] = None
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] if the implementation is eager, else None."""
+        call = DecoderCall.restored(call)
+        if call.step is not None:
+            return self._step(hidden_states, call, cache), None
         query = self.queries(hidden_states, call.rotary)
         key, value = self.keys_values(hidden_states, call.rotary)
         if call.rows is None:
@@ -163,6 +208,14 @@ class MossVLSelfAttention(MossVLTextAttention):
             parts = zip(query.split(1), key.split(1), value.split(1), call.rows, cache.caches, strict=True)
             out, weights = torch.cat([self._attend(*part)[0] for part in parts]), None
         return self.o_proj(out.flatten(2)), weights
+
+    def _step(self, hidden_states: torch.Tensor, call: DecoderCall, cache: StepCache) -> torch.Tensor:
+        """One token per row of a decode step, [B, 1, D] -> [B, 1, D]. Writes its key and value into the cache."""
+        query = self.token_heads(self.q_proj(hidden_states), self.q_norm, call.rotary)
+        key, value, step = cache.keys[self.layer_idx], cache.values[self.layer_idx], call.step
+        key.index_copy_(2, step.slot, self.token_heads(self.k_proj(hidden_states), self.k_norm, call.rotary))
+        value.index_copy_(2, step.slot, self.token_heads(self.v_proj(hidden_states)))
+        return self.o_proj(attend_token(self, query, key, value, call.self_mask.mask, call.self_implementation))
 
     def _attend(
         self,
@@ -210,47 +263,86 @@ class MossVLCrossAttention(MossVLTextAttention):
             [B, T, D]; tokens that see no vision token enter the output projection as 0. With `output_attentions` also
             the weights [B, H, T, W], see `MossVLModelOutput`, else None.
         """
+        call = DecoderCall.restored(call)
+        if call.step is not None:
+            return self._step(hidden_states, call, cache), None
         key = value = None
+        layer = None if cache is None or call.rows is not None else cache.layers[self.layer_idx]
         if vision_states is not None:
-            key, value = self.vision_keys_values(vision_states, call.vision_rotary)
+            in_int8 = isinstance(layer, Int8VisionLayer)
+            key, value = self.vision_keys_values(vision_states, call.vision_rotary, in_int8)
         query = self.queries(hidden_states, call.rotary).transpose(1, 2).flatten(0, 1)  # [B * T, H, d]
         if call.rows is not None:
             out = self._attend_rows(query, call, cache)
             return self.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
-        if cache is not None:
-            layer = cache.layers[self.layer_idx]
+        if layer is not None:
             layer.store(key, value, call.vision_call)
-            key, value = layer.in_dtype(query.dtype)
-            keep_for_gradients(layer, query, key, value)
+            key, value = layer.read(query.dtype)
+            keep_for_gradients(layer, query, *layer.tensors())
         out, weights = self._attend_spans(query, key, value, call)  # [B * T, H, d]
         out = self.o_proj(out.reshape(*hidden_states.shape[:2], -1))
         return out, self._all_weights(weights, call.vision_call, hidden_states) if call.output_attentions else None
 
-    def _attend_spans(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: DecoderCall):
+    def _step(self, hidden_states: torch.Tensor, call: DecoderCall, cache: StepCache) -> torch.Tensor:
+        """One token per row of a decode step, [B, 1, D] -> [B, 1, D]."""
+        query = self.token_heads(self.q_proj(hidden_states), self.q_norm, call.rotary)  # [B, H, 1, d]
+        outs, spans, implementation = [], call.step.spans, call.cross_implementation
+        queries = query.split([span.rows for span in spans]) if len(spans) > 1 else (query,)
+        parts = zip(queries, spans, cache.keys[self.layer_idx], cache.values[self.layer_idx], strict=True)
+        for part, (rows, sees, visible), key, value in parts:
+            if not sees:
+                outs.append(part.new_zeros(rows, 1, self.num_heads * self.head_dim))
+                continue
+            name = implementation if visible is None else masked_implementation(implementation)
+            outs.append(attend_token(self, part, key, value, visible, name))
+        return self.o_proj(torch.cat(outs) if len(outs) > 1 else outs[0])
+
+    def _attend_spans(self, query: torch.Tensor, key: States, value: States, call: DecoderCall):
         """query [B * T, H, d], packed key and value [1, K, V, d] -> [B * T, H, d], 0 at tokens in no span; and the
-        weights of each span."""
-        implementation = call.cross_implementation
-        with_mask = masked_implementation(implementation)
+        weights of each span, if they are wanted."""
+        plan, blocks = call.vision_call, call.blocks
+        if isinstance(key, Int8States):
+            if self._takes_blocks(call):
+                masked = [] if blocks else [span for span in plan.spans if span.visible is not None]
+                blocks = blocks or Blocks(unmasked_calls(plan.spans), self.num_key_value_groups)
+                return attend_to_int8(query, key, value, blocks, masked, self.scaling), []
+            key, value = (part.read(slice(None), query.dtype) for part in (key, value))
+        elif blocks and self._takes_blocks(call) and blocks_can_run(query, key):
+            return attend_in_blocks(query, key, value, blocks, self.scaling), []
         outs, weights, done = [], [], 0  # done: text tokens whose output is in outs
-        for span in call.vision_call.spans:
+        for span in plan.spans:
             if span.text.start > done:
                 outs.append(query.new_zeros(span.text.start - done, *query.shape[1:]))
-            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
-            out, weight = attend(
-                self,
-                query[span.text].transpose(0, 1)[None],  # [1, H, text tokens, d]
-                key[:, :, span.vision],
-                value[:, :, span.vision],
-                mask,
-                implementation if mask is None else with_mask,
-                dropout=self.attention_dropout,
-            )
-            outs.append(out[0])
+            out, weight = self._attend_span(query[span.text], key, value, span, call)
+            outs.append(out)
             weights.append(weight if call.output_attentions else None)
             done = span.text.stop
         if done < query.shape[0]:
             outs.append(query.new_zeros(query.shape[0] - done, *query.shape[1:]))
         return (torch.cat(outs) if len(outs) > 1 else outs[0]), weights
+
+    def _attend_span(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, call: DecoderCall
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Attends to the vision tokens of one span: query [tokens, H, d] -> [tokens, H, d] and the weights."""
+        mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
+        implementation = call.cross_implementation
+        out, weights = attend(
+            self,
+            query.transpose(0, 1)[None],  # [1, H, tokens, d]
+            key[:, :, span.vision],
+            value[:, :, span.vision],
+            mask,
+            implementation if mask is None else masked_implementation(implementation),
+            dropout=self.attention_dropout,
+        )
+        return out[0], weights
+
+    def _takes_blocks(self, call: DecoderCall) -> bool:
+        """Whether blocks may be computed in place of spans. They have no dropout and no weights, and are computed by
+        functions of torch, not by those of the caller."""
+        has_dropout = self.training and self.attention_dropout > 0
+        return attention_kind(call.cross_implementation) in ("sdpa", "flash") and not has_dropout
 
     def _attend_rows(self, query: torch.Tensor, call: DecoderCall, joint: JointCache) -> torch.Tensor:
         """query [B, H, d], one token for each row of a joint call -> [B, H, d], 0 at rows that see no vision token.
@@ -263,39 +355,45 @@ class MossVLCrossAttention(MossVLTextAttention):
             for span in row.vision_call.spans:  # one, or none
                 layer = cache.layers[self.layer_idx]
                 layer.store(None, None, row.vision_call)
-                stored[index] = layer.in_dtype(query.dtype)
-                keep_for_gradients(layer, query, *stored[index])
+                stored[index] = layer.read(query.dtype)
+                keep_for_gradients(layer, query, *layer.tensors())
                 alone = None if span.visible is None else index
-                storage = tuple((part.data_ptr(), part.stride()) for part in stored[index])
+                storage = tuple((part.data_ptr(), part.stride()) for part in layer.tensors())
                 groups.setdefault((storage, span.vision.start, span.vision.stop, alone), []).append(index)
         for rows in groups.values():
             (key, value), [span] = stored[rows[0]], call.rows[rows[0]].vision_call.spans
-            mask = None if span.visible is None else torch.atleast_2d(span.visible.to(query.device))[None, None]
-            implementation = call.cross_implementation
-            attended, _ = attend(
-                self,
-                torch.cat([queries[row] for row in rows]).transpose(0, 1)[None],  # [1, H, rows, d]
-                key[:, :, span.vision],
-                value[:, :, span.vision],
-                mask,
-                implementation if mask is None else masked_implementation(implementation),
-                dropout=self.attention_dropout,
-            )
-            for row, out in zip(rows, attended[0].split(1), strict=True):
+            span = span._replace(text=slice(0, len(rows)))
+            of_rows = call._replace(vision_call=VisionCall([span], None, 0), blocks=None)
+            attended, _ = self._attend_spans(torch.cat([queries[row] for row in rows]), key, value, of_rows)
+            for row, out in zip(rows, attended.split(1), strict=True):
                 outs[row] = out
         return torch.cat(outs)
 
-    def vision_keys_values(self, states: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+    def vision_keys_values(self, states: torch.Tensor, rotary: Rotary, in_int8: bool = False) -> tuple[States, States]:
         """[v, D] -> keys and values, each [1, K, v, d]. Without gradients they are computed in pieces to save memory,
-        and are contiguous per head, which later tokens read faster."""
-        if torch.is_grad_enabled():
+        and are contiguous per head, which later tokens read faster.
+
+        Args:
+            in_int8: whether each piece is converted to 8 bits, so that the whole is never there in another dtype.
+        """
+        if torch.is_grad_enabled() and not in_int8:
             return self.keys_values(states[None], rotary)
         shape, dtype = (1, self.num_key_value_heads, len(states), self.head_dim), compute_dtype(states)
-        key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
+        if in_int8:
+            key, value = (Int8States.empty(shape, states.device) for _ in range(2))
+        else:
+            key, value = (states.new_empty(shape, dtype=dtype) for _ in range(2))
         cos, sin = rotary
-        for first in range(0, len(states), VISION_PIECE):
-            piece = slice(first, first + VISION_PIECE)
-            key[:, :, piece], value[:, :, piece] = self.keys_values(states[None, piece], (cos[piece], sin[piece]))
+        size = CPU_VISION_PIECE if states.device.type == "cpu" else GPU_VISION_PIECE
+        for first in range(0, len(states), size):
+            piece = slice(first, first + size)
+            for whole, part in zip(
+                (key, value), self.keys_values(states[None, piece], (cos[piece], sin[piece])), strict=True
+            ):
+                if in_int8:
+                    whole.write(piece, part)
+                else:
+                    whole[:, :, piece] = part
         return key, value
 
     def _all_weights(self, weights: list[torch.Tensor], call: VisionCall, like: torch.Tensor) -> torch.Tensor:
@@ -359,12 +457,16 @@ class MossVLCrossAttentionLayer(MossVLLayer):
                 because reentrant checkpointing passes gradients only to tensors that are arguments.
             layer_past: the cache; see `MossVLSelfAttentionLayer.forward`.
         """
+        call = DecoderCall.restored(call)
         attended, weights = self.cross_attn(self.input_layernorm(hidden_states), vision_states, call, layer_past)
         # r of docs/model.md: 0 at tokens that see no vision token, else 1
-        has_visible = 1.0 if call.vision_call.has_visible is None else call.vision_call.has_visible.to(hidden_states)
-        hidden_states = hidden_states + has_visible * self.cross_attn_attn_gate.tanh() * attended
-        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + has_visible * self.cross_attn_mlp_gate.tanh() * mlp_output, weights
+        has_visible = (call.vision_call if call.step is None else call.step).has_visible
+        attention_gate, mlp_gate = self.cross_attn_attn_gate.tanh(), self.cross_attn_mlp_gate.tanh()
+        if has_visible is not None:
+            has_visible = has_visible.to(hidden_states)
+            attention_gate, mlp_gate = has_visible * attention_gate, has_visible * mlp_gate
+        hidden_states = hidden_states + attention_gate * attended
+        return hidden_states + mlp_gate * self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
 @dataclass
@@ -413,7 +515,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         input_ids: Optional[torch.LongTensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.LongTensor] = None,
-        cache: Union[Cache, JointCache, None] = None,
+        cache: Union[Cache, JointCache, StepCache, None] = None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         vision_states: Optional[torch.FloatTensor] = None,
         vision_position_ids: Optional[torch.LongTensor] = None,
@@ -423,6 +525,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
         past_key_values: Optional[Cache] = None,
         text_index: Optional[torch.LongTensor] = None,
         vision_calls_of_rows: Optional[list[VisionCall]] = None,
+        step: Optional[StepPlan] = None,
     ) -> MossVLModelOutput:
         """The decoder layers and the final norm.
 
@@ -437,11 +540,15 @@ class MossVLTextModel(MossVLPreTrainedModel):
             text_index: [B, T], for packed rows the index of each token's text, rising along the row. A token sees only
                 tokens of the same text. Not with a filled cache; without effect beside a ready 4D mask.
             vision_calls_of_rows: with a `JointCache`, which vision tokens of its own cache each row sees.
+            step: with a `StepCache`, the plan of a decode step; besides it only the text and position_ids [B, 1].
 
         Raises:
             ValueError: for masks that do not fit, and attention implementations that are not allowed.
         """
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if step is not None:
+            step = StepPlan.restored(step)
+            return MossVLModelOutput(last_hidden_state=self._step(hidden_states, position_ids, step, cache))
         cache = cache if isinstance(cache, JointCache) else cache_of(cache, past_key_values)
         if vision_states is not None:  # the encoder may have another dtype
             vision_states = vision_states.to(hidden_states.device, compute_dtype(hidden_states))
@@ -476,6 +583,38 @@ class MossVLTextModel(MossVLPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
 
+    def _step(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, step: StepPlan, cache: StepCache
+    ) -> torch.Tensor:
+        """A decode step, [B, 1, D] at positions [B, 1] -> [B, 1, D]. It reads no tensor on the host."""
+        config = self.config
+        cos, sin = text_rotary(
+            position_ids, config.head_dim, config.rope_parameters["rope_theta"], hidden_states.dtype
+        )
+        name = config._attn_implementation
+        implementation = self._implementation(name, hidden_states, need_weights=False)
+        cross_implementation = implementation
+        if config.cross_attention_implementation is not None:
+            cross_implementation = self._implementation(config.cross_attention_implementation, hidden_states, False)
+        mask = step.text_mask()
+        call = DecoderCall(
+            rotary=(cos[:, None], sin[:, None]),
+            self_mask=SelfAttentionMask(mask, causal=False),
+            self_implementation=implementation if mask is None else masked_implementation(implementation),
+            cross_implementation=cross_implementation,
+            cache_position=None,
+            vision_rotary=None,
+            vision_call=None,
+            output_attentions=False,
+            step=step,
+        )
+        for layer in self.layers:
+            if isinstance(layer, MossVLSelfAttentionLayer):
+                hidden_states, _ = layer(hidden_states, call, layer_past=cache)
+            elif step.spans:
+                hidden_states, _ = layer(hidden_states, None, call, layer_past=cache)
+        return self.norm(hidden_states)
+
     def _decoder_call(
         self,
         hidden_states: torch.Tensor,
@@ -506,7 +645,9 @@ class MossVLTextModel(MossVLPreTrainedModel):
         if config.cross_attention_implementation is not None:
             name = config.cross_attention_implementation
             cross_implementation = self._implementation(name, hidden_states, output_attentions)
-        rows = None
+        blocks = rows = None
+        if vision_call is not None and vision_call.blocks is not None:
+            blocks = Blocks(vision_call.blocks, config.num_attention_heads // config.num_key_value_heads)
         if joint:
             rows = self._row_calls(hidden_states, cache, implementation, vision_calls_of_rows)
         self_mask, self_implementation = self_attention_mask(
@@ -521,6 +662,7 @@ class MossVLTextModel(MossVLPreTrainedModel):
             vision_rotary=vision_rotary,
             vision_call=vision_call,
             output_attentions=output_attentions,
+            blocks=blocks,
             rows=rows,
         )
 

@@ -1,4 +1,4 @@
-"""Answers turns: inputs of the processor, batches that share a `generate` call, texts."""
+"""Turns to inputs of `generate`: alone, or left-padded batches for methods that `generate` alone has."""
 
 import torch
 from transformers import (
@@ -27,6 +27,7 @@ PADDING_SAFE = {
     "renormalize_logits",
     "remove_invalid_values",
     "vision_chunked_length",
+    "vision_cache_dtype",
 }
 
 
@@ -51,23 +52,18 @@ def encode_turn(model, processor, turn: Turn, alone: bool = True) -> dict:
         images_kwargs=turn.images_kwargs if turn.images else {},
         videos_kwargs=turn.videos_kwargs if turn.videos else {},
         return_tensors="pt",
-        grid_name="grid_thw",  # whatever the processor's setting is
+        grid_name="grid_thw",  # whatever the processor's settings are
+        blank_medium=True,
         do_normalize=False,  # the model normalises on its device, chunk by chunk: a quarter of the bytes to move
         encoder=encode_frames if alone and turn.videos else None,
     )
 
 
-def answer_turns(model, processor, turns: list[Turn], inputs: list) -> list[str]:
-    """The answer to each turn. Replaces used items of `inputs` by None, to free their memory."""
-    texts = [None] * len(turns)
-    for group in group_turns(turns, inputs):
-        batch, arguments = generate_inputs(model, turns[group[0]].generate, [inputs[i] for i in group])
-        for i in group:
-            inputs[i] = None
-        ids = model.generate(**batch, **arguments)[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(group, processor.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            texts[i] = text
-    return texts
+def answer_turn(model, processor, turn: Turn) -> str:
+    """The answer to one turn, written by `generate`."""
+    batch, arguments = generate_inputs(model, turn.generate, [encode_turn(model, processor, turn)])
+    ids = model.generate(**batch, **arguments)[0, batch["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def generate_inputs(model, generate: dict, inputs: list) -> tuple[dict, dict]:
@@ -93,35 +89,40 @@ def _arguments_of_batch(arguments: dict, attention_mask: torch.Tensor) -> dict:
     return arguments
 
 
-def group_turns(turns: list[Turn], inputs: list) -> list[list[int]]:
-    """Groups turns that can share a `generate` call, as lists of indices.
+def may_share_call(turn: Turn, inputs: dict, other: Turn, other_inputs: dict) -> bool:
+    """Whether two turns may be rows of one `generate` call: they have equal options, none of them an object of the
+    caller, and also equal lengths if an option is not `PADDING_SAFE`."""
+    options = turn.generate
+    if options.keys() & OBJECTS or options != other.generate:
+        return False
+    return options.keys() <= PADDING_SAFE or prompt_length(inputs) == prompt_length(other_inputs)
 
-    The turns of a group have equal arguments. They also have equal lengths if an argument is not `PADDING_SAFE`. A
-    turn with objects of the caller (a streamer, stopping criteria, ...) is a group alone.
-    """
-    shared, groups = [], []  # shared: ((arguments, length), group); compared one by one, as arguments are not hashable
-    for i, turn in enumerate(turns):
-        if turn.generate.keys() & OBJECTS:
-            groups.append([i])
-            continue
-        length = None if turn.generate.keys() <= PADDING_SAFE else inputs[i]["input_ids"].shape[1]
-        key = (turn.generate, length)
-        group = next((group for other, group in shared if other == key), None)
-        if group is None:
-            groups.append([i])
-            shared.append((key, groups[-1]))
-        else:
-            group.append(i)
-    return groups
+
+def prompt_length(inputs: dict) -> int:
+    return inputs["input_ids"].shape[1]
+
+
+def vision_length(model, inputs: dict) -> int:
+    """The number of vision tokens of inputs, separators included."""
+    grids = inputs["grid_thw"].tolist() if "grid_thw" in inputs else []
+    merged = model.config.vision_config.spatial_merge_size**2
+    return sum(frames * (rows * columns // merged + 1) for frames, rows, columns in grids)
+
+
+def longest_text(turn: Turn, inputs: dict) -> int:
+    """Most tokens of prompt and answer, of all beams together."""
+    length, limit = prompt_length(inputs), turn.generate.get("max_new_tokens")
+    most = max(length, turn.generate.get("max_length") or 0) if limit is None else length + limit
+    return most * (turn.generate.get("num_beams") or 1)
 
 
 def left_pad(inputs: list, pad_token_id: int) -> dict:
     """Joins inputs of batch size 1 into one left-padded batch. The model derives the frame mask from `input_ids`."""
-    width = max(one["input_ids"].shape[1] for one in inputs)
+    width = max(map(prompt_length, inputs))
 
     def padded(name, value):  # [1, T] each -> [B, width]
         return joined(
-            [torch.nn.functional.pad(one[name], (width - one[name].shape[1], 0), value=value) for one in inputs]
+            [torch.nn.functional.pad(one[name], (width - prompt_length(one), 0), value=value) for one in inputs]
         )
 
     def joined(tensors):

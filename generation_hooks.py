@@ -1,20 +1,26 @@
 """Overrides of transformers' `GenerationMixin`: how `generate` checks a prompt, prepares the inputs of each call, and
 continues a cache."""
 
+import copy
 import inspect
 from typing import Optional
 
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, StaticCache
+from transformers.generation import GenerationMode
+from transformers.utils import logging
 
-from .cache_layers import CACHE, cache_of, cached_length, vision_state
+from .cache_layers import CACHE, cache_of, cached_length, can_quantize, vision_state
 from .checks import nearest_name
+from .int8_states import dtype_of_settings
 from .media import choose_grid, read_media
 from .vision_plan import whole_mask
 from .vision_request import media_of_new_turn, pads_of_samples, read_request
 from .vision_sequence import VisionState
 
+
+logger = logging.get_logger(__name__)
 
 MEDIA_INPUTS = ("pixel_values", "image_mean", "image_std", "image_features", "grid_thw", "media_nums_per_sample")
 MEDIA_KWARGS = (*MEDIA_INPUTS, "cross_attention_mask")
@@ -92,6 +98,33 @@ class MossVLGenerateHooks:
         call."""
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        """transformers makes the cache that `generation_config` asks for. This override adds that a quantized cache of
+        8 bits also keeps the vision tokens in 8 bits. It makes a plain text cache if it was generation_config.json
+        that asked for a quantized one, and the package is not installed, or the way of generating takes tokens back or
+        reorders rows, which a quantized cache cannot do. A given cache is used in any case."""
+        if generation_config.cache_implementation == "quantized":
+            is_given = model_kwargs.get(CACHE) is not None
+            makes_cache = not is_given and generation_config.use_cache is not False
+            if makes_cache and model_kwargs.get("vision_cache_dtype") is None:
+                model_kwargs["vision_cache_dtype"] = dtype_of_settings(generation_config)
+            from_file = self.generation_config.cache_implementation == "quantized"
+            if from_file and (is_given or not can_quantize(generation_config) or not keeps_tokens(generation_mode)):
+                generation_config = copy.copy(generation_config)
+                generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config, *args, **kwargs):
+        """transformers compiles the whole forward on CUDA if the cache is static, anew for each size of a prompt. This
+        override never does, as `compile_decode` compiles the steps once for all."""
+        if generation_config.compile_config is not None:
+            raise ValueError(
+                "`compile_config` is not supported: it would compile the whole forward, anew for each prompt. Call "
+                "`model.compile_decode(...)` with these settings once; for CUDA graphs, also pass "
+                f"`{CACHE}=model.static_cache(...)`."
+            )
+        return False
 
     def _get_candidate_generator(
         self, generation_config, input_ids, *args, model_kwargs, assistant_model=None, **kwargs
@@ -173,7 +206,9 @@ class MossVLGenerateHooks:
             inputs["input_ids"] = input_ids if new is None else input_ids[:, -new:]
             length = inputs["input_ids"].shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = attention_mask[:, : past_length + length]
+            is_step = past_length and length == 1 and "past_length" not in prompt
+            # A step continues the mask of the prompt, which the cache knows; so no step has to compare both.
+            attention_mask = None if is_step else attention_mask[:, : past_length + length]
         return {
             **inputs,
             **inputs_of_prompt(prompt, past_length, length),
@@ -263,6 +298,17 @@ class MossVLGenerateHooks:
                 "which starts without a cache; expected the media of all turns. Pass them, or leave "
                 "`assistant_model` out."
             )
+
+
+def keeps_tokens(mode: GenerationMode) -> bool:
+    """Whether a way of generating only adds tokens to a cache; warns once if not."""
+    if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return True
+    logger.warning_once(
+        f"generation_config.json asks for a quantized cache, which cannot be used for {mode.value}; the cache is kept "
+        "in the dtype of the model, which needs more memory."
+    )
+    return False
 
 
 def new_tokens(past_length: int, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor]) -> torch.Tensor:

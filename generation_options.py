@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from .checks import check_number, name_hint, plain_number, shorten
+from .int8_states import is_int8
 from .options import REFUSED, layered, names_of, read_options, reject_unknown
 
 
@@ -166,7 +167,8 @@ NOT_TEXT = {
     "output_hidden_states",
 }
 CONFIG_FIELDS = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
-GENERATE_OPTIONS = (CONFIG_FIELDS | OBJECTS | {"vision_chunked_length", *GENERATE_DEFAULTS}) - NOT_TEXT
+CALL_ARGUMENTS = {"vision_chunked_length", "vision_cache_dtype"}  # of forward, as `generate` passes them
+GENERATE_OPTIONS = (CONFIG_FIELDS | OBJECTS | CALL_ARGUMENTS | GENERATE_DEFAULTS.keys()) - NOT_TEXT
 
 
 def generate_arguments(model, tokenizer, given, vision_chunked_length: int) -> dict:
@@ -188,6 +190,7 @@ def generate_arguments(model, tokenizer, given, vision_chunked_length: int) -> d
     if not isinstance(arguments["do_sample"], bool):
         raise ValueError(f"do_sample must be True or False, got {shorten(arguments['do_sample'])}")
     _check_optional(given)
+    is_int8(given.get("vision_cache_dtype"))  # checks it
 
     if not arguments["do_sample"] or arguments["temperature"] <= 0:
         arguments |= {name: value for name, value in GREEDY.items() if name in CONFIG_FIELDS}

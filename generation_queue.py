@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, TextStreamer
 from .checks import is_flag
 from .generation_queries import CANCEL_KEYS, QUEUE_KEYS, Turn, check_query, read_flag, read_query
 from .generation_sessions import check_keep_cache
-from .generation_streams import AnswerEnd, BatchStream
+from .generation_streams import AnswerEnd, BatchLimits, BatchStream
 
 
 ROUND_START, ROUND_END = "<|round_start|>", "<|round_end|>"
@@ -79,11 +79,10 @@ class QueueServer:
             self.processor,
             [turn],
             None,
-            batch_size=1,
-            prepared_bytes=0,
+            limits=BatchLimits(batch_size=1, prepared_bytes=0),
             vision_chunked_length=self.vision_chunked_length,
-            open_ended=False,
             keep_cache=self.keep_cache,
+            names_queries=False,
         ) as stream:
             *_, last = stream
         if last.kind == "error":

@@ -20,13 +20,14 @@ from transformers import (
     StopStringCriteria,
     TextStreamer,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedCache
 from transformers.generation import GenerationMode
 
 from .cache_layers import CACHE, cached_length
 
 
 ONE_TOKEN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # those that add one token per call
+JOINT_CACHES = (DynamicCache, StaticCache, QuantizedCache)
 FREE_TOKENS = 256  # least number of free tokens in a new buffer of a row
 
 
@@ -164,7 +165,7 @@ def adds_single_tokens(generation_config, model_kwargs: dict) -> bool:
         and generation_config.num_return_sequences in (None, 1)
         and model_kwargs.get("use_cache", True) is not False
         and not generation_config.prefill_chunk_size
-        and (cache is None or (type(cache) in (DynamicCache, StaticCache) and not getattr(cache, "offloading", False)))
+        and (cache is None or (type(cache) in JOINT_CACHES and not getattr(cache, "offloading", False)))
     )
 
 
@@ -234,10 +235,12 @@ class PieceStreamer(TextStreamer):
 
 
 class CancelCriterion(StoppingCriteria):
-    """Stops an answer that `generate` writes if `is_cancelled()` is true."""
+    """Stops the answers that `generate` writes and whose value in `are_cancelled()` is true. The beams of an answer
+    are consecutive rows."""
 
-    def __init__(self, is_cancelled):
-        self.is_cancelled = is_cancelled
+    def __init__(self, are_cancelled):
+        self.are_cancelled = are_cancelled
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), bool(self.is_cancelled()), dtype=torch.bool, device=input_ids.device)
+        cancelled = torch.tensor(self.are_cancelled(), device=input_ids.device)
+        return cancelled.repeat_interleave(len(input_ids) // len(cancelled))

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from .cache_layers import cached_length, fork_cache, install_layers
+from .cache_layers import cached_length, fork_cache, install_layers, vision_cache_dtype
 from .checks import check_number, shorten
 from .conversation import PLACEHOLDERS, collect_media
 from .generation_batches import encode_turn
@@ -92,7 +92,7 @@ class KeptCache:
     def tensors(self) -> list[torch.Tensor]:
         """The buffers of keys and values."""
         layers = [] if self.cache is None else self.cache.layers
-        names = ("keys", "values", "_key_buffer", "_value_buffer")
+        names = ("keys", "values", "key_scales", "value_scales", "_key_buffer", "_value_buffer")
         parts = [getattr(layer, name, None) for layer in layers for name in names]
         return [part for part in parts if part is not None]
 
@@ -212,6 +212,10 @@ class CacheBudget:
 def keep_cache_of(model, processor, turn: Turn, row, budget: Optional[CacheBudget]) -> Optional[KeptCache]:
     """The cache of a row whose answer has ended; None if a later prompt could not be compared with it."""
     if type(row.cache) is not DynamicCache:
+        logger.warning_once(
+            f"The cache of a session is not kept: it is a {type(row.cache).__name__}, and only a DynamicCache can be "
+            "continued. The next turn encodes the conversation again. Set cache_implementation to None to keep it."
+        )
         return None
     ids = row.tokens.ids[0, : cached_length(row.cache)].tolist()
     prompt = ids[: row.prompt_length]
@@ -310,7 +314,10 @@ def can_continue(model, turn: Turn, kept: KeptCache) -> bool:
     """Whether the cache holds the media of the turn's conversation up to some message, as this turn would encode them,
     and `generate` takes a cache with the turn's options."""
     options = turn.generate
-    if options.get("use_cache") is False or options.get("cache_implementation") is not None:
+    implementation = options.get("cache_implementation", model.generation_config.cache_implementation)
+    if options.get("use_cache") is False or implementation is not None:
+        return False
+    if options.get("vision_cache_dtype") != vision_cache_dtype(kept.cache, model.config.text_config):
         return False
     for kind, media, kwargs, now in (
         ("image", kept.images, kept.images_kwargs, turn.images_kwargs),
@@ -419,13 +426,20 @@ def moved_layer(layer, device: torch.device):
         return layer
     moved = copy.copy(layer)
     if layer.keys is not None:
-        moved.keys, moved.values, moved.device = layer.keys.to(device), layer.values.to(device), device
+        moved.device = device
+        for name in tensor_names(layer):
+            setattr(moved, name, getattr(layer, name).to(device))
     for name in ("_key_buffer", "_value_buffer"):
         if hasattr(moved, name):
             setattr(moved, name, None)
     if state is not None:
         moved.state = moved_state(state, device)
     return moved
+
+
+def tensor_names(layer) -> tuple[str, ...]:
+    """The attributes of a layer that hold its keys and values."""
+    return getattr(layer, "tensor_names", ("keys", "values"))
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
@@ -463,8 +477,8 @@ def save_session(state: dict, kept: KeptCache, file) -> None:
     vision = None
     for index, layer in enumerate(kept.cache.layers):
         if layer.keys is not None:
-            tensors[f"layers.{index}.keys"] = layer.keys.contiguous()
-            tensors[f"layers.{index}.values"] = layer.values.contiguous()
+            for name in tensor_names(layer):
+                tensors[f"layers.{index}.{name}"] = getattr(layer, name).contiguous()
         vision = getattr(layer, "state", None) or vision
     assert not vision.is_waiting() and not any(vision.unplaced), "a kept cache holds a whole prompt"
     for name in STATE_TENSORS:
@@ -503,10 +517,12 @@ def load_session(model, file) -> SessionState:
             )
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no iterator
     config, cache = model.config.text_config, DynamicCache()
-    install_layers(cache, config)
+    is_int8 = f"layers.{config.cross_attention_layers[0]}.key_scales" in tensors
+    install_layers(cache, config, "int8" if is_int8 else None)
     for index, layer in enumerate(cache.layers):
         if (keys := tensors.get(f"layers.{index}.keys")) is not None:
-            layer.keys, layer.values = keys, tensors[f"layers.{index}.values"]
+            for name in tensor_names(layer):
+                setattr(layer, name, tensors[f"layers.{index}.{name}"])
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
             layer.renew_buffer(slice(0, keys.shape[-2]))
     cache.layers[config.cross_attention_layers[0]].state = replace(

@@ -1,7 +1,8 @@
 """Answers of many queries as a stream of events, written beside each other (continuous batching).
 
 A background thread reads queries and decodes their media, in order, within a budget. The thread that asks for events
-does everything on the model: it prefills a prompt as soon as a row is free, and adds one token to all rows at once.
+does everything on the model: it prefills a prompt, without padding, as soon as a row is free and the limits allow it,
+and adds one token to all rows at once. So memory does not grow with the number of queries.
 """
 
 import asyncio
@@ -18,7 +19,14 @@ import torch
 
 from .cache_layers import CACHE
 from .checks import check_number, flag
-from .generation_batches import encode_turn, generate_inputs
+from .generation_batches import (
+    encode_turn,
+    generate_inputs,
+    longest_text,
+    may_share_call,
+    prompt_length,
+    vision_length,
+)
 from .generation_queries import Turn, name_query, read_query
 from .generation_rows import AnswerRow, CancelCriterion, PieceStreamer, add_tokens, as_ids, next_logits, start_row
 from .generation_sessions import (
@@ -29,10 +37,39 @@ from .generation_sessions import (
     keep_cache_of,
     prepare_turn,
 )
-from .threads import clear_frames
+from .threads import clear_frames, on_device
 
 
-PREPARED_BYTES = 1 << 30  # pixels that wait, by default
+MOST_PADDING = 1.1  # rows x width over the tokens of a padded batch
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What the answers that are written at once may need together. One answer may be written whatever the limits.
+
+    Attributes:
+        batch_size: most answers.
+        max_text_tokens: most tokens of their prompts and answers.
+        max_vision_tokens: most vision tokens in their caches.
+        prepared_bytes: the media of the next queries are decoded while their pixels have fewer bytes than this.
+
+    Raises:
+        ValueError: for a limit that is no whole number, or too small.
+    """
+
+    batch_size: int = 8
+    max_text_tokens: int = 1 << 15
+    max_vision_tokens: int = 1 << 17
+    prepared_bytes: int = 1 << 30
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_text_tokens", "max_vision_tokens"):
+            expected = "a whole number of at least 1"
+            check_number(name, getattr(self, name), numbers.Integral, expected, lambda x: x >= 1)
+        check_number("prepared_bytes", self.prepared_bytes, numbers.Integral, "a number of bytes", lambda x: x >= 0)
+
+
+DEFAULT_LIMITS = BatchLimits()
 
 
 @dataclass(frozen=True)
@@ -85,6 +122,7 @@ class _Entry:
         query, state: as the caller gave them; the query may be a turn already.
         turn, inputs, prefix: what the background thread makes of them.
         error: why it could not.
+        text_tokens, vision_tokens: what the answer adds to the limits of the stream, after it was prepared.
         prepared: whether the background thread is done.
         cancelled: whether the caller has cancelled the query.
         row, pieces: the answer that is being written; None before it begins.
@@ -97,6 +135,8 @@ class _Entry:
     inputs: Optional[dict] = None
     prefix: Optional[KeptPrefix] = None
     error: Optional[Exception] = None
+    text_tokens: int = 0
+    vision_tokens: int = 0
     prepared: bool = False
     cancelled: bool = False
     row: Optional[AnswerRow] = None
@@ -121,17 +161,17 @@ class BatchStream:
         processor,
         queries: Sequence[Union[dict, Turn]],
         session_states: Optional[list],
-        batch_size: int,
-        prepared_bytes: int,
+        *,
+        limits: BatchLimits,
         vision_chunked_length: int,
-        open_ended: bool,
         keep_cache: Union[bool, CacheBudget],
+        open_ended: bool = False,
+        names_queries: bool = True,
+        fills_rows: bool = False,
     ):
-        check_number("batch_size", batch_size, numbers.Integral, "a whole number of at least 1", lambda x: x >= 1)
-        check_number("prepared_bytes", prepared_bytes, numbers.Integral, "a number of bytes", lambda x: x >= 0)
-        self._model, self._processor = model, processor
-        self._batch_size, self._prepared_bytes = batch_size, prepared_bytes
-        self._vision_chunked_length = vision_chunked_length
+        self._model, self._processor, self._limits = model, processor, limits
+        self._vision_chunked_length, self._names_queries = vision_chunked_length, names_queries
+        self._fills_rows = fills_rows  # before a token is added: fewer calls, but later first pieces
         self._open = flag("open_ended", open_ended)
         check_keep_cache(keep_cache)
         self._keeps = keep_cache is not False
@@ -147,7 +187,6 @@ class BatchStream:
         self._preparing = self._closed = self._told = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="moss-vl-media")
         self._next: Optional[asyncio.Future] = None
-        self._single = len(queries) == 1 and isinstance(queries[0], Turn)  # then an error need not name the query
         states = [None] * len(queries) if session_states is None else session_states
         for query, state in zip(queries, states, strict=True):
             self._enqueue(query, state)
@@ -279,7 +318,8 @@ class BatchStream:
         """Has the background thread prepare the next query, if it is idle and the budget has space. At least one query
         is prepared whatever the budget."""
         ready = [entry for entry in self._to_start if entry.prepared]
-        full = len(ready) >= self._batch_size or sum(map(_Entry.pixel_bytes, ready)) >= self._prepared_bytes
+        pixels = sum(map(_Entry.pixel_bytes, ready))
+        full = len(ready) >= self._limits.batch_size or pixels >= self._limits.prepared_bytes
         if self._closed or self._preparing or not self._to_prepare or (ready and full):
             return
         self._preparing = True
@@ -289,10 +329,12 @@ class BatchStream:
     def _prepare(self, entry: _Entry, alone: bool) -> None:
         try:
             if not entry.cancelled:
-                named = nullcontext() if self._single else name_query(entry.index)
-                with torch.inference_mode(self._inference), on_device_of(self._model), named:
+                named = name_query(entry.index) if self._names_queries else nullcontext()
+                with torch.inference_mode(self._inference), on_device(self._model.device), named:
                     entry.turn = self._read(entry)
                     entry.inputs, entry.prefix = prepare_turn(self._model, self._processor, entry.turn, alone)
+                entry.text_tokens = longest_text(entry.turn, entry.inputs)
+                entry.vision_tokens = vision_length(self._model, entry.inputs)
         except Exception as error:
             entry.error = error
         with self._changed:
@@ -309,7 +351,7 @@ class BatchStream:
 
     def _wait(self) -> bool:
         """Works until there is an event. False at the end."""
-        with self._at_model, on_device_of(self._model):
+        with self._at_model, on_device(self._model.device):
             while True:
                 with self._changed:
                     if self._closed or self._events:
@@ -326,27 +368,46 @@ class BatchStream:
             return self._events.popleft()
 
     def _advance(self) -> bool:
-        """Prefills the next prompt if a row is free, then adds a token to each row; waits if there is nothing to do.
+        """Prefills the next prompts if rows are free, then adds a token to each row; waits if there is nothing to do.
         False at the end."""
         with self._changed:
             if self._end_cancelled():
                 return True
-            entry = None
-            if self._to_start and self._to_start[0].prepared and len(self._rows) < self._batch_size:
-                entry = self._to_start.popleft()
-                self._prepare_next()
-            elif not self._rows:
+            if not self._rows and not self._can_start():
                 if not self._to_start and not self._open:
                     return False
                 self._changed.wait()
                 return True
-        if entry is not None:
+        while (entry := self._next_to_start()) is not None:
             self._start(entry)
+            if not self._fills_rows:
+                break
         if self._rows:
             self._add_tokens(list(self._rows))
         if self._closed:  # meanwhile, by another thread
             self._rows.clear()
         return True
+
+    def _can_start(self) -> bool:
+        return bool(self._to_start) and self._to_start[0].prepared and self._fits(self._to_start[0])
+
+    def _next_to_start(self) -> Optional[_Entry]:
+        """Takes the next query if its media are ready and it fits."""
+        with self._changed:
+            if not self._can_start():
+                return None
+            entry = self._to_start.popleft()
+            self._prepare_next()
+            return entry
+
+    def _fits(self, entry: _Entry, beside: Sequence[_Entry] = ()) -> bool:
+        """Whether an answer fits into the limits, with those of the rows and the answers `beside` them."""
+        entries, limits = [*self._rows, *beside, entry], self._limits
+        return len(entries) == 1 or (
+            len(entries) <= limits.batch_size
+            and sum(one.text_tokens for one in entries) <= limits.max_text_tokens
+            and sum(one.vision_tokens for one in entries) <= limits.max_vision_tokens
+        )
 
     def _end_cancelled(self) -> bool:
         """Ends the answers that were cancelled. Whether there were any."""
@@ -371,32 +432,81 @@ class BatchStream:
             cache = {} if entry.prefix is None else {CACHE: entry.prefix.fork(self._model)}
             started = start_row(self._model, {**batch, **cache}, arguments)
             if started is None:
-                if cache:
-                    inputs = encode_turn(self._model, self._processor, entry.turn)
-                    batch, arguments = generate_inputs(self._model, entry.turn.generate, [inputs])
-                return self._answer_alone(entry, batch, arguments)
+                return self._start_whole(entry)
         except Exception as error:
             return self._fail(entry, error)
-        except BaseException:  # an interrupt: the query can be started again
-            entry.pieces = None
-            with self._changed:
-                self._to_start.appendleft(entry)
+        except BaseException:  # an interrupt
+            self._put_back([entry])
             raise
         del batch
         entry.inputs, (entry.row, logits) = None, started
         self._rows.append(entry)
         self._write([entry], [logits])
 
-    def _answer_alone(self, entry: _Entry, batch: dict, arguments: dict) -> None:
-        criteria = [*arguments.get("stopping_criteria", ()), CancelCriterion(lambda: entry.cancelled)]
-        prompt_length = batch["input_ids"].shape[1]
-        ids = self._model.generate(**batch, **arguments | {"stopping_criteria": criteria})[:, prompt_length:]
-        [text] = self._processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        if text:
-            entry.pieces.pieces.append(text)
-        eos = as_ids(arguments.get("eos_token_id", self._model.generation_config.eos_token_id))
-        full = ids.shape[1] == arguments.get("max_new_tokens") and int(ids[0, -1]) not in eos
-        self._end(entry, "cancelled" if entry.cancelled else "length" if full else "stop")
+    def _start_whole(self, entry: _Entry) -> None:
+        """Has `generate` write a whole answer, and with it those of other prepared queries that may share the call
+        and need little padding."""
+        with self._changed:
+            while self._preparing and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return
+            group = [entry]
+            for other in list(self._to_start):
+                if self._may_join(other, group):
+                    self._to_start.remove(other)
+                    group.append(other)
+            self._prepare_next()
+        try:
+            self._answer_whole(group)
+        except BaseException:
+            self._put_back(group[1:])
+            raise
+
+    def _put_back(self, entries: list[_Entry]) -> None:
+        """Lets queries be started again, except those that have ended."""
+        with self._changed:
+            entries = [entry for entry in entries if self._entries[entry.index] is entry]
+            for entry in entries:
+                entry.pieces = None
+            self._to_start.extendleft(reversed(entries))
+
+    def _may_join(self, other: _Entry, group: list[_Entry]) -> bool:
+        if not other.prepared or other.error is not None or other.prefix is not None or group[0].prefix is not None:
+            return False
+        lengths = [prompt_length(one.inputs) for one in (*group, other)]
+        return (
+            max(lengths) * len(lengths) <= MOST_PADDING * sum(lengths)
+            and may_share_call(other.turn, other.inputs, group[0].turn, group[0].inputs)
+            and self._fits(other, beside=group)
+        )
+
+    def _answer_whole(self, entries: list[_Entry]) -> None:
+        """One `generate` call for all. If it fails, each is tried alone, so that only those that fail end."""
+        turn, model = entries[0].turn, self._model
+        try:
+            inputs = [entry.inputs for entry in entries]
+            if entries[0].prefix is not None:  # `generate` takes the whole prompt
+                inputs = [encode_turn(model, self._processor, turn)]
+            batch, arguments = generate_inputs(model, turn.generate, inputs)
+            cancelled = CancelCriterion(lambda: [entry.cancelled for entry in entries])
+            criteria = [*arguments.get("stopping_criteria", ()), cancelled]
+            width = prompt_length(batch)
+            ids = model.generate(**batch, **arguments | {"stopping_criteria": criteria})[:, width:]
+        except Exception as error:
+            if len(entries) == 1:
+                return self._fail(entries[0], error)
+            for entry in entries:
+                self._answer_whole([entry])
+            return
+        eos = as_ids(arguments.get("eos_token_id", model.generation_config.eos_token_id))
+        full, ends = ids.shape[1] == arguments.get("max_new_tokens"), {*eos, arguments["pad_token_id"]}
+        texts = self._processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for entry, text, last in zip(entries, texts, ids[:, -1].tolist(), strict=True):
+            entry.pieces = PieceStreamer(self._processor.tokenizer)
+            if text:
+                entry.pieces.pieces.append(text)
+            self._end(entry, "cancelled" if entry.cancelled else "length" if full and last not in ends else "stop")
 
     def _add_tokens(self, entries: list[_Entry]) -> None:
         """One joint call for all rows. If it fails, each row is tried alone, so that only rows that fail end."""
@@ -453,8 +563,3 @@ class BatchStream:
                 self._rows.remove(entry)
             self._entries[entry.index] = None
         entry.row = entry.inputs = entry.prefix = None
-
-
-def on_device_of(model):
-    """Makes the device of a model on CUDA the current one of this thread, as kernels that are compiled need it."""
-    return torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()

@@ -2,7 +2,7 @@
 
     generation_queries.py    reads and checks queries, before anything is decoded
     generation_options.py    reads and checks their options of the processors and of `generate`
-    generation_batches.py    encodes turns, and joins those with equal arguments into one left-padded `generate` call
+    generation_batches.py    turns to inputs of `generate`, alone or left-padded
     generation_rows.py       answers that are written beside each other, token by token
     generation_streams.py    streams of events of many answers
     generation_sessions.py   session states that keep their caches
@@ -12,9 +12,10 @@ No call changes the model or the processor. A conversation continues from the se
 """
 
 import inspect
+from dataclasses import replace
 
 from .checks import shorten
-from .generation_batches import answer_turns, encode_turn
+from .generation_batches import answer_turn
 from .generation_options import (
     GENERATE_DEFAULTS,
     GENERATE_OPTIONS,
@@ -41,7 +42,7 @@ from .generation_queries import (
 )
 from .generation_queue import QueueServer
 from .generation_sessions import CacheBudget, SessionState, has_cache, load_session
-from .generation_streams import PREPARED_BYTES, BatchStream
+from .generation_streams import DEFAULT_LIMITS, BatchLimits, BatchStream
 from .options import REFUSED
 
 
@@ -57,6 +58,7 @@ __all__ = (
     "MossVLGenerationMixin",
 )
 
+INDEX_BYTES = 256 << 20  # of the planned videos of a batch
 TURN_ARGUMENTS = ("use_template", "system_prompt", "system_prompt_type", "thinking_mode")
 
 
@@ -173,8 +175,14 @@ class MossVLGenerationMixin:
         session_states: list | None = None,
         vision_chunked_length: int = VISION_CHUNKED_LENGTH,
         keep_cache: bool | CacheBudget = False,
+        *,
+        batch_size: int = DEFAULT_LIMITS.batch_size,
+        max_text_tokens: int = DEFAULT_LIMITS.max_text_tokens,
+        max_vision_tokens: int = DEFAULT_LIMITS.max_vision_tokens,
+        prepared_bytes: int = DEFAULT_LIMITS.prepared_bytes,
     ) -> dict:
-        """Answers many queries. Queries may share a `generate` call; the answer is the same as for each query alone.
+        """Answers many queries, some at once, as `stream_batch` does. Each answer is the same as for the query alone.
+        The limits bound the memory, whatever the number of queries.
 
         Args:
             queries: a list of dicts. All keys are optional:
@@ -210,6 +218,7 @@ class MossVLGenerationMixin:
                 `drop_cache()`, `to(device)`, `save(file)` (see `load_session`); any number of queries may continue
                 it. Its files are not read again, also if they change. Without a cache (False), a state is plain data,
                 and costs no memory on the device.
+            batch_size, max_text_tokens, max_vision_tokens, prepared_bytes: as for `stream_batch`.
 
         Returns:
             {"results": [{"index", "text", "input_text", "messages", ...}], "session_states": [...]}, in the order of
@@ -220,40 +229,32 @@ class MossVLGenerationMixin:
             ValueError, FileNotFoundError: for the first query with an error, before any medium is decoded.
         """
         _check_batch(queries, session_states)
+        limits = BatchLimits(batch_size, max_text_tokens, max_vision_tokens, prepared_bytes)
         states = [None] * len(queries) if session_states is None else session_states
-        turns, inputs = [], []
+        turns = []
         for index, (query, state) in enumerate(zip(queries, states, strict=True)):
             with name_query(index):
                 turns.append(read_query(self, processor, query, state, vision_chunked_length))
         if len(turns) > 1:  # the processor plans a single query's videos before it decodes them
-            _check_videos(processor, turns)
-        if keep_cache is not False or any(map(has_cache, states)):
-            return self._answer_with_caches(processor, turns, vision_chunked_length, keep_cache)
-        for index, turn in enumerate(turns):
-            with name_query(index):
-                inputs.append(encode_turn(self, processor, turn, alone=len(turns) == 1))
-        return _collect_results(turns, answer_turns(self, processor, turns, inputs))
-
-    def _answer_with_caches(self, processor, turns: list[Turn], vision_chunked_length: int, keep_cache) -> dict:
-        """`offline_batch_generate` with states that keep their caches, before or after the call."""
-        stream = BatchStream(
+            turns = _plan_videos(processor, turns)
+        ends = {}
+        with BatchStream(
             self,
             processor,
             turns,
-            [turn.state for turn in turns],
-            batch_size=max(1, len(turns)),
-            prepared_bytes=PREPARED_BYTES,
+            states,
+            limits=limits,
             vision_chunked_length=vision_chunked_length,
-            open_ended=False,
             keep_cache=keep_cache,
-        )
-        with stream:
-            ends = []
+            fills_rows=True,
+        ) as stream:
+            del turns  # the stream frees those that were answered
             for event in stream:
                 if event.kind == "error":
                     raise event.error
-                ends += [event] if event.kind == "end" else []
-        ends.sort(key=lambda end: end.index)
+                if event.kind == "end":
+                    ends[event.index] = event
+        ends = [ends[index] for index in range(len(queries))]
         return {"results": [end.result for end in ends], "session_states": [end.session_state for end in ends]}
 
     def stream_batch(
@@ -262,24 +263,30 @@ class MossVLGenerationMixin:
         queries: list[dict] = (),
         session_states: list | None = None,
         *,
-        batch_size: int = 8,
-        prepared_bytes: int = PREPARED_BYTES,
+        batch_size: int = DEFAULT_LIMITS.batch_size,
+        max_text_tokens: int = DEFAULT_LIMITS.max_text_tokens,
+        max_vision_tokens: int = DEFAULT_LIMITS.max_vision_tokens,
+        prepared_bytes: int = DEFAULT_LIMITS.prepared_bytes,
         vision_chunked_length: int = VISION_CHUNKED_LENGTH,
         open_ended: bool = False,
         keep_cache: bool | CacheBudget = False,
     ) -> BatchStream:
         """Answers many queries, and yields their answers in pieces as they are written, beside each other.
 
-        Up to `batch_size` answers are written at once, each on its own cache: one call of the model adds a token to
-        all of them. If an answer ends, the next query takes its row. Each answer is the same as for the query alone;
-        sampled answers depend on the order in which tokens are drawn. A long prompt lets the other answers wait while
-        it is prefilled.
+        Up to `batch_size` answers are written at once, each on its own cache, without padding: one call of the model
+        adds a token to all of them. If an answer ends, the next query takes its row. Each answer is the same as for
+        the query alone; sampled answers depend on the order in which tokens are drawn. A long prompt lets the other
+        answers wait while it is prefilled.
 
         Args:
             queries, session_states, vision_chunked_length: as for `offline_batch_generate`. Each query may have its
                 own options. Beams, assisted decoding and other methods that do not add one token per call are written
-                by `generate` when their turn comes, while the others wait, and give one piece.
+                by `generate` when their turn comes, while the others wait, and give one piece; queries with equal
+                options that are ready and have about the same length share the call.
             batch_size: most answers that are written at once.
+            max_text_tokens: most tokens of the prompts and answers (`max_new_tokens`) that are written at once.
+            max_vision_tokens: most vision tokens in the caches of these answers. An answer that exceeds a limit alone
+                is written alone.
             prepared_bytes: a background thread decodes the media of the next queries while their pixels together have
                 fewer bytes than this. At least one query is prepared.
             open_ended: True lets the iteration wait for queries of `add`, until `finish` is called.
@@ -301,11 +308,10 @@ class MossVLGenerationMixin:
             processor,
             queries,
             session_states,
-            batch_size,
-            prepared_bytes,
-            check_option("vision_chunked_length", vision_chunked_length),
-            open_ended,
-            keep_cache,
+            limits=BatchLimits(batch_size, max_text_tokens, max_vision_tokens, prepared_bytes),
+            vision_chunked_length=check_option("vision_chunked_length", vision_chunked_length),
+            keep_cache=keep_cache,
+            open_ended=open_ended,
         )
 
     def cache_budget(self, max_bytes: int) -> CacheBudget:
@@ -371,8 +377,7 @@ def _answer_single(model, processor, kind: str, prompt, media, given: dict) -> s
         **{name: value for name, value in given.items() if name in TURN_ARGUMENTS},
     }
     turn = read_query(model, processor, query, None, VISION_CHUNKED_LENGTH)
-    [text] = answer_turns(model, processor, [turn], [encode_turn(model, processor, turn)])
-    return text
+    return answer_turn(model, processor, turn)
 
 
 def _check_batch(queries, session_states) -> None:
@@ -388,20 +393,20 @@ def _check_batch(queries, session_states) -> None:
         )
 
 
-def _check_videos(processor, turns: list[Turn]) -> None:
-    """Plans the videos of all turns that need no download, so that a wrong video raises before another is decoded. If
-    the state of a turn keeps its cache, its videos may be known already."""
+def _plan_videos(processor, turns: list[Turn]) -> list[Turn]:
+    """Plans the videos of all turns that need no download, so that a wrong video raises before another is decoded.
+
+    Returns:
+        The turns, with the planned clips as videos while the indexes of their files have at most `INDEX_BYTES`; later
+        files are indexed again when they are decoded. Not if the state keeps its cache: the videos may be known.
+    """
+    planned, indexed = [], 0
     for index, turn in enumerate(turns):
         if turn.videos and not has_cache(turn.state) and not turn.videos_kwargs.get("allow_http"):
             with name_query(index):
-                processor.video_processor.plan(turn.videos, **turn.videos_kwargs)
-
-
-def _collect_results(turns: list[Turn], texts: list[str]) -> dict:
-    """What `offline_batch_generate` returns."""
-    results, session_states = [], []
-    for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
-        messages, state = turn.finish(text)
-        results.append(turn.result(index, text, messages))
-        session_states.append(state)
-    return {"results": results, "session_states": session_states}
+                clips = processor.video_processor.plan(turn.videos, **turn.videos_kwargs)
+            indexed += sum(video.index_bytes for video in {clip.video for clip in clips})
+            if indexed <= INDEX_BYTES:
+                turn = replace(turn, videos=clips)
+        planned.append(turn)
+    return planned

@@ -18,6 +18,7 @@ from .image_reading import MAX_SOURCE_PIXELS, ProbedImage, probe_image, split_ar
 from .options import drop_fixed, layered, names_of, read_options, reject_unknown
 from .patches import join_patches, patchify
 from .processor_settings import (
+    FixedSteps,
     is_service_key,
     known_settings,
     merge_settings,
@@ -54,8 +55,13 @@ class ImageOptions:
     def factor(self) -> int:
         return self.patch_size * self.merge_size
 
+    def fit(self, height: int, width: int, max_pixels: float) -> tuple[int, int]:
+        """(h, w) after the resize of an image whose share of the sample's pixels is `max_pixels`."""
+        max_pixels = min(max(max_pixels, self.min_pixels), self.max_pixels)
+        return self.fixed_size or fit_size(height, width, self.factor, self.min_pixels, max_pixels)
 
-class MossVLImageProcessor(BaseImageProcessor):
+
+class MossVLImageProcessor(FixedSteps, BaseImageProcessor):
     """Images of one sample -> patches.
 
     The options of a call are the options for images in options.py. The arguments are settings; each is also an option
@@ -224,14 +230,22 @@ class MossVLImageProcessor(BaseImageProcessor):
             max_pixels = options.multi_image_max_pixels
             if "multi_image_max_pixels" not in image.options:
                 max_pixels *= height * width / area
-            max_pixels = min(max(max_pixels, options.min_pixels), options.max_pixels)
-            return options.fixed_size or fit_size(height, width, options.factor, options.min_pixels, max_pixels)
+            return options.fit(height, width, max_pixels)
 
         rows = image.decode(fit)
         height, width = fit(*rows.full_size)
         frame = resize_rows(rows, height, width)[None]
         patches = patchify(frame, options.patch_size, options.merge_size, options.temporal_patch_size)
         return patches, [1, height // options.patch_size, width // options.patch_size]
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs=None) -> int:
+        """The patches of an image of `height` x `width` pixels that is alone in its sample.
+
+        Servers call it by this name, with the options of a call as `images_kwargs`.
+        """
+        options = self.resolve(images_kwargs or {})
+        height, width = options.fit(height, width, options.multi_image_max_pixels)
+        return height // options.patch_size * (width // options.patch_size)
 
     def preprocess(self, images, return_tensors=None, do_normalize=None, **options) -> BatchFeature:
         """The images of one sample as `pixel_values` float32 [P, 3 * t * p * p] and `image_grid_thw` [images, 3].

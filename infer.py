@@ -101,10 +101,18 @@ def parse(argv) -> argparse.Namespace:
 def _add_question(parser) -> None:
     parser.add_argument("media", nargs="*", help="images and videos, in the order in which the model gets them")
     parser.add_argument("-p", "--prompt", help="question about them (default: empty)")
+    add_checkpoint_argument(parser)
+
+
+def add_checkpoint_argument(parser, note: str = "") -> None:
+    """The option --checkpoint, which an installed package needs: it comes without the small checkpoint."""
+    has_nano = NANO.is_dir()
+    default = " (default: checkpoints/moss-vl-nano)" if has_nano else ""
     parser.add_argument(
         "--checkpoint",
-        default=str(NANO),
-        help="folder or hub name of a checkpoint (default: checkpoints/moss-vl-nano)",
+        default=str(NANO) if has_nano else None,
+        required=not has_nano,
+        help=f"folder or hub name of a checkpoint{default}{note}",
     )
 
 
@@ -184,7 +192,9 @@ def _add_answering(group) -> None:
 def add_running_arguments(group) -> None:
     """The options that `load` reads, apart from the checkpoint."""
     group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, all GPUs if there are any, else cpu)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, npu, ... (default: auto, all accelerators if there are any, else cpu)",
     )
     group.add_argument(
         "--dtype",
@@ -324,60 +334,56 @@ def load(args):
 
     Raises:
         ValueError: for a device that torch does not have.
-        OSError: for a missing checkpoint, and for a cache folder that cannot be written to.
+        OSError: for a missing checkpoint, and for a cache of downloads that cannot be written to.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoProcessor
     from transformers.utils import logging
+
+    from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
+    from moss_vl.processing_moss_vl import MossVLProcessor
 
     logging.disable_progress_bar()
     try:
         device = None if args.device == "auto" else torch.device(args.device)
     except RuntimeError as error:
         raise ValueError(f"--device {args.device}: {error}") from error
-    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this torch finds no CUDA device")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is not None and device.type not in ("cpu", accelerator and accelerator.type):
+        raise ValueError(f"--device {args.device}: this torch finds no {device.type.upper()} device")
     if not Path(args.checkpoint).exists() and (args.checkpoint == str(NANO) or args.checkpoint.count("/") != 1):
         raise FileNotFoundError(f"no such checkpoint folder: {args.checkpoint}")
 
-    options = {"device_map": "auto"} if device is None and torch.cuda.is_available() else {}
+    options = {"device_map": "auto"} if device is None and accelerator is not None else {}
     if args.attn is not None:
         options["attn_implementation"] = args.attn
     try:
-        processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            args.checkpoint, trust_remote_code=True, dtype=args.dtype, **options
-        )
+        processor = MossVLProcessor.from_pretrained(args.checkpoint)
+        model = MossVLForConditionalGeneration.from_pretrained(args.checkpoint, dtype=args.dtype, **options)
     except OSError as error:
-        check_caches(error, downloads=not os.path.exists(args.checkpoint))
+        if not os.path.exists(args.checkpoint):
+            check_cache(error)
         raise
     return processor, model if device is None else model.to(device)
 
 
-def check_caches(cause: OSError, downloads: bool) -> None:
-    """Raises OSError, with the variable to set, if loading failed because a cache folder cannot be written to.
+def check_cache(cause: OSError) -> None:
+    """Raises OSError, with the variable to set, if a download failed because its folder cannot be written to.
 
     Args:
         cause: the error of loading.
-        downloads: whether the checkpoint comes from a hub.
     """
     import tempfile
 
     from huggingface_hub.constants import HF_HUB_CACHE
-    from transformers.utils import HF_MODULES_CACHE
 
     if all(getattr(error, "errno", None) is None for error in (cause, cause.__cause__)):
         return  # an error of the libraries, not of a file system
-    caches = [("HF_MODULES_CACHE", "the code of checkpoints", HF_MODULES_CACHE)]
-    if downloads:
-        caches.append(("HF_HUB_CACHE", "downloaded checkpoints", HF_HUB_CACHE))
-    for variable, holds, folder in caches:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = f"{folder}, the folder for {holds}, cannot be written to: {error.strerror or error}"
-            raise OSError(f"{reason}; set {variable} or HF_HOME to a folder that can be") from cause
+    try:
+        os.makedirs(HF_HUB_CACHE, exist_ok=True)
+        tempfile.TemporaryFile(dir=HF_HUB_CACHE).close()
+    except OSError as error:
+        reason = f"the folder for downloaded checkpoints, cannot be written to: {error.strerror or error}"
+        raise OSError(f"{HF_HUB_CACHE}, {reason}; set HF_HUB_CACHE or HF_HOME to a folder that can be") from cause
 
 
 def answer_one(args) -> int:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from .attention import check_implementations, check_ready_mask
+from .block_attention import attend_in_blocks  # noqa: F401
 from .cache_layers import (
     CACHE,
     CacheContents,
@@ -28,6 +29,7 @@ from .cache_layers import (
     cache_contents,
     cache_of,
     cached_length,
+    check_vision_dtype,
     drop_frames,
     fork_cache,
     install_layers,
@@ -38,6 +40,15 @@ from .call_positions import read_positions, walk_request
 from .checks import nearest_name  # noqa: F401 - transformers 4.57 copies only the files that this file imports itself
 from .configuration_moss_vl import MossVLConfig
 from .conversation import PLACEHOLDERS  # noqa: F401
+from .decode_step import (
+    check_capacity,
+    compile_settings,
+    compiled_step,
+    keep_token,
+    read_step,
+    run_step,
+    static_cache,
+)
 from .decoder import (
     MossVLCrossAttention,
     MossVLCrossAttentionLayer,
@@ -49,7 +60,7 @@ from .decoder import (
     MossVLTextMLP,
     MossVLTextModel,
 )
-from .generation_batches import answer_turns  # noqa: F401
+from .generation_batches import answer_turn  # noqa: F401
 from .generation_hooks import MossVLGenerateHooks
 from .generation_options import GENERATE_DEFAULTS  # noqa: F401
 from .generation_queries import Turn  # noqa: F401
@@ -58,6 +69,7 @@ from .generation_rows import AnswerRow  # noqa: F401
 from .generation_sessions import SessionState  # noqa: F401
 from .generation_streams import BatchStream  # noqa: F401
 from .generation_utils import MossVLGenerationMixin
+from .int8_states import Int8States  # noqa: F401
 from .joint_decoding import finish_step, plan_step, read_joint, read_tokens, undone_on_error
 from .media import Grid, Media, choose_grid, frame_groups, read_media
 from .options import OPTIONS  # noqa: F401
@@ -70,6 +82,7 @@ from .realtime_scheduler import Scheduler  # noqa: F401
 from .realtime_session import MossVLRealtimeMixin
 from .realtime_stream import RealtimeStream  # noqa: F401
 from .signatures import image_kind  # noqa: F401
+from .static_layers import StaticTextLayer  # noqa: F401
 from .vision_encoder import (
     MossVLVisionAttention,
     MossVLVisionBlock,
@@ -114,6 +127,7 @@ class MossVLModel(MossVLPreTrainedModel):
         self.visual = MossVLVisionModel._from_config(config.vision_config)
         self.language_model = MossVLTextModel._from_config(config.text_config)
         self.separator_token = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+        self.step_settings: Optional[tuple] = None  # of torch.compile, for decode steps
         self.post_init()
 
     def get_input_embeddings(self):
@@ -171,6 +185,7 @@ class MossVLModel(MossVLPreTrainedModel):
         media_nums_per_sample: Optional[list[int]] = None,
         cross_attention_mask: Optional[torch.BoolTensor] = None,
         vision_chunked_length: Optional[int] = None,
+        vision_cache_dtype: Optional[str] = None,
         rows_per_sample: int = 1,
         prompt_length: Optional[int] = None,
         output_attentions: Optional[bool] = None,
@@ -203,8 +218,17 @@ class MossVLModel(MossVLPreTrainedModel):
         cache = cache_of(cache, past_key_values)
         grid_thw = choose_grid(grid_thw, image_grid_thw)
 
+        # A decode step has a shorter way. Other arguments are left to the way of a whole call.
+        alone = ("attention_mask", "prompt_length")
+        others = [value for name, value in others.items() if name not in alone]
+        if not any(value is not None and value is not False for value in (*others, vision_cache_dtype)):
+            outputs = self._forward_step(input_ids, inputs_embeds, cache, attention_mask, output_hidden_states)
+            if outputs is not None:
+                return outputs
+
         # 1. Read and check the call, before anything heavy runs.
         self._check_inputs(text, attention_mask, cache, grid_thw, pixel_values, image_features)
+        use_cache = check_vision_dtype(cache, config.text_config, vision_cache_dtype, use_cache)
         use_cache = self._check_use_cache(cache, use_cache)
         with_cache = cache is not None or use_cache is True  # the default of `use_cache` is chosen in step 4
         media = read_media(
@@ -228,6 +252,7 @@ class MossVLModel(MossVLPreTrainedModel):
         # 2. Positions of text and vision tokens, and which text tokens see which vision tokens.
         positions = read_positions(request, position_ids, attention_mask, with_cache)
         state, call = plan_call(request, positions)
+        check_capacity(cache, call.length)
 
         # 3. Encode the new frames.
         vision_states, waiting = self._encode(request, vision_chunked_length)
@@ -237,10 +262,12 @@ class MossVLModel(MossVLPreTrainedModel):
             use_cache = config.text_config.use_cache and not self.training and positions.text_starts is None
         if use_cache and cache is None:
             cache = DynamicCache()
-        state_layer = None if cache is None else install_layers(cache, config.text_config)
+        state_layer = None if cache is None else install_layers(cache, config.text_config, vision_cache_dtype)
         if state_layer is not None and call.shifts():
             state_layer.state = None  # if the call fails, tokens have moved in some of the layers only
         needs_mask = attention_mask is not None and (attention_mask.ndim == 4 or request.text.padding.anywhere)
+        if attention_mask is None and state.is_token is not None:  # the padding that the cache knows
+            attention_mask, needs_mask = state.known_mask(state.length), True
         outputs = self.language_model(
             input_ids if inputs_embeds is None else None,  # not embedded here: FSDP gathers the weights in that call
             attention_mask=attention_mask if needs_mask else None,  # kernels are faster without a mask
@@ -261,6 +288,34 @@ class MossVLModel(MossVLPreTrainedModel):
             state_layer.state = replace(state, waiting=waiting, last_ids=last_ids)
         outputs.rope_deltas, outputs.text_starts = positions.rope_delta, positions.text_starts
         return outputs
+
+    def _forward_step(
+        self,
+        input_ids: Optional[torch.LongTensor],
+        inputs_embeds: Optional[torch.FloatTensor],
+        cache: Optional[Cache],
+        attention_mask: Optional[torch.Tensor],
+        output_hidden_states: Optional[bool],
+    ) -> Optional[MossVLModelOutput]:
+        """A decode step (decode_step.py), or None if the call is none."""
+        config, text = self.config, inputs_embeds if input_ids is None else input_ids
+        wants_more = config.output_attentions or output_hidden_states or config.output_hidden_states
+        if text is None or wants_more or (input_ids is not None and inputs_embeds is not None):
+            return None
+        dtype = self.language_model.embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
+        step = read_step(config, cache, text, attention_mask, dtype)
+        if step is None:
+            return None
+        run = run_step
+        if self.step_settings is not None:
+            run = compiled_step(self.step_settings, static_length(cache) is not None)
+        hidden_states = run(self.language_model, input_ids, inputs_embeds, step.positions, step.plan, step.cache)
+        keep_token(config, cache, step, input_ids)
+        return MossVLModelOutput(
+            last_hidden_state=hidden_states if self.step_settings is None else hidden_states.clone(),
+            **{CACHE: cache},
+            rope_deltas=step.state.rope_delta,
+        )
 
     def _forward_joint(
         self,
@@ -561,6 +616,7 @@ class MossVLForConditionalGeneration(
         media_nums_per_sample: Optional[list[int]] = None,
         cross_attention_mask: Optional[torch.BoolTensor] = None,
         vision_chunked_length: Optional[int] = None,
+        vision_cache_dtype: Optional[str] = None,
         rows_per_sample: int = 1,
         prompt_length: Optional[int] = None,
         output_attentions: Optional[bool] = None,
@@ -609,6 +665,8 @@ class MossVLForConditionalGeneration(
                 come with the call if their numbers are equal; otherwise they are all frames of the conversation, of
                 which those that `drop_frames` dropped may be left out.
             vision_chunked_length: most frames per chunk of the vision encoder; default: 64, in training all.
+            vision_cache_dtype: "int8" keeps the keys and values of vision tokens in 8 bits: half the memory. Needed at
+                the first call of a cache; later calls use what the cache has. Not with gradients.
             rows_per_sample: number of consecutive rows that share the media of a sample, as beams do.
             prompt_length: tokens of the whole prompt. Later `image_pad` ids were generated and place no frame.
             output_attentions, output_hidden_states, return_dict: as in transformers; default: those of the config.
@@ -639,6 +697,7 @@ class MossVLForConditionalGeneration(
             media_nums_per_sample=media_nums_per_sample,
             cross_attention_mask=cross_attention_mask,
             vision_chunked_length=vision_chunked_length,
+            vision_cache_dtype=vision_cache_dtype,
             rows_per_sample=rows_per_sample,
             prompt_length=prompt_length,
             output_attentions=output_attentions,
@@ -704,6 +763,25 @@ class MossVLForConditionalGeneration(
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
+
+    def compile_decode(self, **settings) -> None:
+        """Compiles later decode steps: calls of one token per row without gradients, as `generate` makes them. The
+        first step compiles, which takes a minute for the 11B model; prompts of other lengths, frames and padding use
+        the same graph.
+
+        Args:
+            settings: those of `torch.compile`, hashable: `mode`, `backend`, `fullgraph`, `dynamic`, `disable`. With
+                the modes "reduce-overhead" and "max-autotune", a step on a `static_cache` is a CUDA graph; a growing
+                cache, whose steps all have other shapes, uses no CUDA graphs.
+
+        Raises:
+            ValueError: for unknown settings, and for a model that is spread over several devices.
+        """
+        self.model.step_settings = compile_settings(self, settings)
+
+    def static_cache(self, text_length: int, vision_tokens: int) -> Cache:
+        """An empty cache of a fixed size, for CUDA graphs: see `decode_step.static_cache`."""
+        return static_cache(self.config.text_config, text_length, vision_tokens)
 
     def fork_cache(self, cache: Cache) -> Cache:
         """A copy of a cache for another question: see `cache_layers.fork_cache`."""

@@ -72,6 +72,8 @@ OPTIONS = (
     Option("return_metadata", ("call",), "True adds `video_metadata`"),
     Option("do_normalize", ("call",), "False returns uint8 pixels, which the model normalises"),
     Option("return_cross_attention_mask", ("call",), "False leaves `cross_attention_mask` out"),
+    Option("blank_medium", ("call",), "False gives a text without media no blank medium, as SGLang expects it"),
+    Option("device", ("call",), "where `pixel_values` lie in the output; the default is the CPU"),
     Option(
         "grid_name",
         ("call",),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -38,6 +38,7 @@ from .processor_keywords import (
     SortedOptions,
     check_template_variables,
     merge_once,
+    read_device,
     read_grid_name,
     require_generation_tags,
     sort_options,
@@ -60,7 +61,7 @@ from .text_rows import (
 from .threads import in_threads  # noqa: F401
 from .video_files import Video  # noqa: F401
 from .video_packets import FrameIndex  # noqa: F401
-from .video_processing_moss_vl import MossVLVideoProcessor
+from .video_processing_moss_vl import MossVLVideoProcessor, are_planned
 from .video_reading import open_video  # noqa: F401
 from .video_sampling import ClipPlan  # noqa: F401
 
@@ -91,6 +92,21 @@ class CallOptions:
     mask_wanted: bool  # whether `cross_attention_mask` is returned
     mask_requested: bool  # whether this call asked for it: then it must be possible, and stays in a pipeline
     return_metadata: bool
+    blank_medium: bool
+    device: torch.device | None
+
+
+def _of_tokenizer(name: str) -> property:
+    """An attribute of the processor that reads and writes one of its tokenizer."""
+
+    def get(processor):
+        return getattr(processor.tokenizer, name)
+
+    def put(processor, value):
+        if value != get(processor):
+            setattr(processor.tokenizer, name, value)
+
+    return property(get, put)
 
 
 class MossVLProcessor(ProcessorMixin):
@@ -105,8 +121,10 @@ class MossVLProcessor(ProcessorMixin):
             the tokens afterwards; the model then derives the mask from the tokens.
         grid_name: the name of the grids in the output, "grid_thw" or "image_grid_thw" (which TRL's GRPO expects). The
             model takes both.
+        blank_medium: False gives a text without media no blank medium, for software that expects an `image_pad` for
+            every frame, such as SGLang. The output of a batch without media is then that of its texts alone.
 
-    The last two are also options of a call.
+    The last three are also options of a call.
     """
 
     attributes = ["image_processor", "tokenizer", "video_processor"]
@@ -120,6 +138,12 @@ class MossVLProcessor(ProcessorMixin):
     vision_start_token, vision_end_token = "<|vision_start|>", "<|vision_end|>"
     time_start_token, time_end_token = "<|time_start|>", "<|time_end|>"
 
+    # Training software reads and writes these on whatever it trains with.
+    padding_side = _of_tokenizer("padding_side")
+    pad_token, pad_token_id = _of_tokenizer("pad_token"), _of_tokenizer("pad_token_id")
+    eos_token, eos_token_id = _of_tokenizer("eos_token"), _of_tokenizer("eos_token_id")
+    bos_token, bos_token_id = _of_tokenizer("bos_token"), _of_tokenizer("bos_token_id")
+
     def __init__(
         self,
         image_processor=None,
@@ -128,9 +152,11 @@ class MossVLProcessor(ProcessorMixin):
         chat_template=None,
         return_cross_attention_mask=True,
         grid_name="grid_thw",
+        blank_medium=True,
     ):
         self.return_cross_attention_mask = flag("return_cross_attention_mask", return_cross_attention_mask)
         self.grid_name = read_grid_name(grid_name)
+        self.blank_medium = flag("blank_medium", blank_medium)
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
@@ -205,6 +231,7 @@ class MossVLProcessor(ProcessorMixin):
                 quarter of the bytes; the model normalises them by `image_mean` and `image_std`.
             grid_thw: [media, 3].
             media_nums_per_sample: a list of ints.
+                Of a batch without media, these three and the mask are left out with `blank_medium=False`.
             cross_attention_mask: bool [B, 1, T, N], True = hidden; absent if it is switched off, or if the rows are
                 lists of unequal lengths.
             labels: [B, T], with `labels_spans`.
@@ -225,9 +252,12 @@ class MossVLProcessor(ProcessorMixin):
         for sample in samples:
             self._decode_media(sample, options, encoder)
         data = self._text_tensors(samples, text_options, call, ignore_index)
-        data |= self._vision_tensors(samples, image_options, call, encoder)
+        numbers = [max(int(call.blank_medium), len(sample.media)) for sample in samples]
+        if any(numbers):
+            data |= self._vision_tensors(samples, image_options, call, encoder)
         data = {name: to_format(value, call.return_tensors) for name, value in data.items()}
-        data["media_nums_per_sample"] = [max(1, len(sample.media)) for sample in samples]
+        if any(numbers):
+            data["media_nums_per_sample"] = numbers
         if call.return_metadata:
             data["video_metadata"] = [m.metadata for sample in samples for m in sample.media if m.metadata is not None]
         return (BatchFeature if call.mask_requested else ProcessedBatch)(data)
@@ -238,6 +268,10 @@ class MossVLProcessor(ProcessorMixin):
             raise ValueError(
                 f"an encoder gives tensors, and return_tensors is {return_tensors!r}; pass return_tensors='pt'"
             )
+        device = read_device(options.get("device"))
+        if device is not None and (return_tensors != "pt" or encoder is not None):
+            why = "the encoder decides" if encoder is not None else f"return_tensors is {return_tensors!r}"
+            raise ValueError(f"device={str(device)!r} is for pixels as tensors, but {why}; leave it out")
         mask = options.get("return_cross_attention_mask")
         requested = flag("return_cross_attention_mask", mask)
         return CallOptions(
@@ -247,6 +281,10 @@ class MossVLProcessor(ProcessorMixin):
             mask_wanted=self.return_cross_attention_mask if mask is None else requested,
             mask_requested=requested,
             return_metadata=bool(options.get("return_metadata")),
+            blank_medium=self.blank_medium
+            if options.get("blank_medium") is None
+            else flag("blank_medium", options["blank_medium"]),
+            device=device,
         )
 
     # media
@@ -256,7 +294,7 @@ class MossVLProcessor(ProcessorMixin):
         for sample in samples:
             if sample.images:
                 sample.images = self.image_processor.probe(sample.images, **options.images)
-            if sample.videos:
+            if sample.videos and not are_planned(sample.videos):
                 rates = {} if sample.video_fps is None else {"video_fps": sample.video_fps}
                 sample.videos = self.video_processor.plan(
                     sample.videos, sample.video_metadata, **options.videos, **rates
@@ -289,10 +327,11 @@ class MossVLProcessor(ProcessorMixin):
         """`pixel_values`, or with an encoder `image_features`, and the grids of all media. Frees the patches of the
         media.
 
-        A sample without media gets a blank medium, which is visible to no token.
+        A sample without media gets a blank medium, which is visible to no token, unless `call` wants none.
         """
-        blank = self._blank_medium(samples, image_options)
-        media = [(medium, medium is blank) for sample in samples for medium in sample.media or [blank]]
+        blank = self._make_blank_medium(samples, image_options)
+        padding = [blank] if call.blank_medium else []
+        media = [(medium, medium is blank) for sample in samples for medium in sample.media or padding]
         grids = torch.tensor([medium.grid for medium, _ in media])
         if encoder is not None:
             features = [self._encode(medium, encoder, is_blank) for medium, is_blank in media]
@@ -301,9 +340,12 @@ class MossVLProcessor(ProcessorMixin):
         parts = [(medium.patches, medium.image_mean, medium.image_std) for medium, _ in media]
         for medium, _ in media:
             medium.patches = None
-        return {**join_patches(parts, call.as_uint8), call.grid_name: grids}
+        pixels = join_patches(parts, call.as_uint8)
+        if call.device is not None:
+            pixels["pixel_values"] = pixels["pixel_values"].to(call.device)
+        return {**pixels, call.grid_name: grids}
 
-    def _blank_medium(self, samples: list[Sample], options: ImageOptions) -> Medium:
+    def _make_blank_medium(self, samples: list[Sample], options: ImageOptions) -> Medium:
         """A medium of zeros.
 
         Raises:
@@ -342,7 +384,8 @@ class MossVLProcessor(ProcessorMixin):
                 f"texts of {min(lengths)} to {max(lengths)} tokens do not make one {what}; pass padding=True"
             )
         mask = {}
-        if len(lengths) == 1 and call.mask_wanted:
+        is_useful = call.mask_requested or call.blank_medium or any(sample.media for sample in samples)
+        if len(lengths) == 1 and call.mask_wanted and is_useful:
             frames = max(1, *(sample.frames for sample in samples))
             mask["cross_attention_mask"] = frame_mask(rows["input_ids"], rows["attention_mask"], tokens.image, frames)
         if not options.return_attention_mask:
@@ -350,6 +393,29 @@ class MossVLProcessor(ProcessorMixin):
         if call.return_tensors is not None:
             rows = {name: torch.tensor(lists, dtype=torch.long) for name, lists in rows.items()}
         return {**rows, **mask}
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """The text tokens and patches of media of given sizes, each alone in its sample, without the media. vLLM calls
+        it by this name.
+
+        Args:
+            image_sizes: (height, width) per image.
+            video_sizes: (sampled frames, height, width) per video.
+            **kwargs: options of a call.
+
+        Returns:
+            `num_image_tokens`, `num_video_tokens`: the `image_pad` tokens, one per frame: vision tokens are not part
+            of the text. `num_image_patches`.
+        """
+        options = sort_options(kwargs, self.image_processor.option_names, self.video_processor.option_names)
+        data = {}
+        if image_sizes is not None:
+            patches = self.image_processor.get_number_of_image_patches
+            data["num_image_tokens"] = [1] * len(image_sizes)
+            data["num_image_patches"] = [patches(*size, options.images) for size in image_sizes]
+        if video_sizes is not None:
+            data["num_video_tokens"] = [frames for frames, _, _ in video_sizes]
+        return MultiModalData(**data)
 
     def _calculate_timestamps(
         self,

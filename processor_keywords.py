@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from transformers import GenerationConfig
 
 from .checks import nearest_name, shorten
@@ -110,6 +111,15 @@ def read_grid_name(name) -> str:
     if name not in GRID_NAMES:
         raise ValueError(f"grid_name must be one of {', '.join(GRID_NAMES)}, got {shorten(name)}")
     return name
+
+
+def read_device(device) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be that of a tensor, such as 'cuda:0', got {shorten(device)}: {error}"
+        ) from error
 
 
 def hint_of_generate(name: str) -> str | None:

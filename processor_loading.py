@@ -19,7 +19,7 @@ from .video_processing_moss_vl import MossVLVideoProcessor
 
 IMAGE_CLASSES = {cls.__name__: cls for cls in (MossVLImageProcessor, MossVLImageProcessorFast)}
 # Settings of the processor itself, with their defaults.
-PROCESSOR_SETTINGS = {"return_cross_attention_mask": True, "grid_name": "grid_thw"}
+PROCESSOR_SETTINGS = {"return_cross_attention_mask": True, "grid_name": "grid_thw", "blank_medium": True}
 # Keywords of `from_pretrained` that all tokenizers take, besides the arguments of the tokenizer's class.
 TOKENIZER_KEYS = {
     "padding_side",

@@ -109,6 +109,32 @@ def is_service_key(name: str) -> bool:
     return name in SERVICE_KEYS or name[:1] == "_"
 
 
+def fixed_step(name: str) -> property:
+    """An attribute for a step of preprocessing that is always (or never) done. Other software reads it. Writing
+    another value raises ValueError."""
+
+    def get(processor):
+        return FIXED[name]
+
+    def put(processor, value):
+        drop_fixed({name: value}, type(processor).__name__)
+
+    return property(get, put)
+
+
+class FixedSteps:
+    """The attributes of an image or video processor that cannot be changed."""
+
+    do_resize = fixed_step("do_resize")
+    do_rescale = fixed_step("do_rescale")
+    do_normalize = fixed_step("do_normalize")
+    do_convert_rgb = fixed_step("do_convert_rgb")
+    do_center_crop = fixed_step("do_center_crop")
+    do_pad = fixed_step("do_pad")
+    resample = fixed_step("resample")
+    rescale_factor = fixed_step("rescale_factor")
+
+
 def size_edge(edge: str) -> property:
     """The attribute `min_pixels` or `max_pixels` of a processor, which reads and writes a key of its `size`.
 

@@ -8,12 +8,11 @@ session has anything to do, and ends with the last session.
 import threading
 import time
 import weakref
-from contextlib import nullcontext
 
-import torch
 from transformers.utils import logging
 
 from .realtime_stream import RealtimeStream
+from .threads import on_device
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +66,7 @@ class Scheduler:
         return True
 
     def _run(self) -> None:
-        with on_device(self.model):
+        with on_device(self.model.device):
             while True:
                 with self.condition:
                     self.current = self._wait()
@@ -119,11 +118,6 @@ class Scheduler:
                 f"A joint step of {len(streams)} realtime sessions failed, and is computed one by one: {error}"
             )
             return None
-
-
-def on_device(model):
-    """A context in which the model's device is the current one. Each thread has a current device of its own."""
-    return torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
 
 
 _lock = threading.Lock()

@@ -396,7 +396,8 @@ class MossVLRealtimeMixin:
             max_tokens_per_turn: pace of writing in tokens per second; None writes as fast as possible.
             generate_kwargs: max_new_tokens (since the last prompt or frame), do_sample, temperature, top_k, top_p,
                 repetition_penalty, logits_processor, seed (see `SamplingOptions`); window_seconds, window_frames,
-                window_vision_tokens, rollover_idle, rollover_forced, media_kwargs (see `RealtimeStream`).
+                window_vision_tokens, rollover_idle, rollover_forced, media_kwargs, vision_cache_dtype (see
+                `RealtimeStream`).
 
         Raises:
             ValueError: for a checkpoint that is no realtime one, and for a wrong option.

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
-from .cache_layers import drop_frames
+from .cache_layers import drop_frames, new_cache
 from .checks import finite_number, positive_int, positive_number
+from .int8_states import dtype_of_settings, is_int8
 from .realtime_events import (
     Ended,
     Event,
@@ -254,6 +255,7 @@ class RealtimeStream:
         rollover_idle, rollover_forced: text tokens after which the stream starts anew with its words and its window:
             when nothing waits, or at the latest. None means never.
         media_kwargs: options of the image processor.
+        vision_cache_dtype: "int8" keeps frames in half the memory; default: what generation_config.json means.
         generate_kwargs: see `SamplingOptions`.
 
     Raises:
@@ -273,8 +275,11 @@ class RealtimeStream:
         rollover_idle: Optional[int] = ROLLOVER_IDLE,
         rollover_forced: Optional[int] = ROLLOVER_FORCED,
         media_kwargs: Optional[dict] = None,
+        vision_cache_dtype: Optional[str] = None,
         **generate_kwargs,
     ):
+        is_int8(vision_cache_dtype)  # checks it
+        self.vision_cache_dtype = vision_cache_dtype or dtype_of_settings(model.generation_config)
         self.model = model
         self.protocol = Protocol(processor, model.config.text_config.vocab_size)
         self.tokens = self.protocol.tokens
@@ -293,7 +298,7 @@ class RealtimeStream:
         # meta: the weights are offloaded
         self.device = torch.device("cpu") if model.device.type == "meta" else model.device
 
-        self.cache: Optional[DynamicCache] = None
+        self.cache: Optional[Cache] = None
         self.ids: list[int] = []
         self.fed = 0
         self.frames: deque[SeenFrame] = deque()
@@ -448,11 +453,14 @@ class RealtimeStream:
 
     def _open(self) -> Work:
         """The prefill of the system prompt and the initial prompt."""
-        self.cache = DynamicCache()
+        self.cache = self._new_cache()
         self._extend(self.protocol.opening(self._messages()))
         if self.exchanges[0].prompt:
             self._report(PromptTaken, text=self.exchanges[0].prompt)
         return Work(len(self.ids), [])
+
+    def _new_cache(self) -> Cache:
+        return new_cache(self.model.config.text_config, self.model.generation_config)
 
     def _rest(self) -> bool:
         """If nothing is left to write: rolls over, parks or ends. Returns whether it did."""
@@ -517,7 +525,8 @@ class RealtimeStream:
             media = {"image_features": torch.cat(features), "grid_thw": torch.tensor(grids)}
         ids = self._buffer[self.fed : len(self.ids)][None]
         with torch.no_grad():
-            return self.model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1, **media).logits[0, -1]
+            options = {"use_cache": True, "logits_to_keep": 1, "vision_cache_dtype": self.vision_cache_dtype}
+            return self.model(input_ids=ids, cache=self.cache, **options, **media).logits[0, -1]
 
     def _report_token(self, token: int) -> None:
         if token == self.tokens.silence:
@@ -608,7 +617,7 @@ class RealtimeStream:
                 others -= len(self.frames.popleft().block)
         frames = [*self.frames]
 
-        self.cache, self.ids, self.fed = DynamicCache(), [], 0
+        self.cache, self.ids, self.fed = self._new_cache(), [], 0
         self._extend(ids + [token for frame in frames for token in frame.block] + last[:-1])
         self._run([frame.features for frame in frames], [frame.grid for frame in frames])
         self.fed = self.rebuilt = len(self.ids)

@@ -1,10 +1,11 @@
-"""A parallel `map` that keeps torch's inference mode, and stops its threads if one of them or the caller fails. And a
-function that frees what errors keep alive."""
+"""A parallel `map` that keeps torch's inference mode, and stops its threads if one of them or the caller fails. And
+functions for threads: one makes a device the current one, another frees what errors keep alive."""
 
 import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -75,3 +76,12 @@ def clear_frames(error: BaseException) -> None:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """A context in which an accelerator (CUDA, NPU, XPU, ...) is the current device of this thread, as compiled
+    kernels need it. Each thread has a current device of its own. Does nothing for a device without an index."""
+    if device.index is None or device.type in ("cpu", "meta"):
+        return nullcontext()
+    select = getattr(torch.get_device_module(device), "device", None)  # MPS has one device and no such context
+    return nullcontext() if select is None else select(device)

@@ -60,6 +60,11 @@ class Video:
         self.height, self.width, self.problems = height, width, list(problems)
 
     @property
+    def index_bytes(self) -> int:
+        """Bytes of what is kept to find frames."""
+        return self.times.nbytes
+
+    @property
     def rate(self) -> float:
         """Average frames per second."""
         return len(self.times) / self.duration
@@ -174,6 +179,10 @@ class PyAVVideo(Video):
                 reader.close()
             self.index = FrameIndex.of_parts(scan, self.facts, list(dict.fromkeys(decoded)))
         problems[:] = found
+
+    @property
+    def index_bytes(self) -> int:
+        return sum(value.nbytes for value in vars(self.index).values() if isinstance(value, np.ndarray))
 
     def _refuse_packets(self, count: int):
         limit = self.limits.max_video_packets

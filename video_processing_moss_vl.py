@@ -27,6 +27,7 @@ from .image_reading import split_array
 from .options import drop_fixed, names_of, read_options, reject_unknown
 from .patches import join_patches
 from .processor_settings import (
+    FixedSteps,
     is_service_key,
     known_settings,
     merge_settings,
@@ -34,7 +35,7 @@ from .processor_settings import (
     size_edge,
     split_keywords,
 )
-from .resizing import ANY_SIZE, DEFAULT_SIZE, pixel_limits, read_fixed_size
+from .resizing import ANY_SIZE, DEFAULT_SIZE, fit_video_size, pixel_limits, read_fixed_size
 from .signatures import image_kind  # noqa: F401
 from .threads import in_threads
 from .video_files import Video
@@ -54,7 +55,7 @@ from .video_sampling import (
 VIDEO_MAX_PIXELS = 201326592  # of all frames of a sample, by default
 
 
-class MossVLVideoProcessor(BaseVideoProcessor):
+class MossVLVideoProcessor(FixedSteps, BaseVideoProcessor):
     """Videos of one sample -> clips of patches.
 
     The options of a call are the options for videos in options.py. The arguments are settings; each is also an option
@@ -314,11 +315,21 @@ class MossVLVideoProcessor(BaseVideoProcessor):
                 that returns features [P / merge_size^2, D]. It is called on this thread while other frames are
                 decoded.
         """
-        is_planned = isinstance(videos, list) and bool(videos) and all(isinstance(x, ClipPlan) for x in videos)
+        is_planned = are_planned(videos)
         if is_planned and (options or video_metadata is not None):
             raise ValueError(f"a plan holds its options already, got {sorted(options) or ['video_metadata']}")
         plans = videos if is_planned else self.plan(videos, video_metadata, **options)
         return decode_clips(plans, encoder)
+
+    def get_num_of_video_patches(self, num_frames: int, height: int, width: int, videos_kwargs=None) -> int:
+        """The patches of a clip of `num_frames` sampled frames that is alone in its sample.
+
+        Servers call it by this name, with the options of a call as `videos_kwargs`.
+        """
+        options = self.resolve(videos_kwargs or {})
+        limits = options.min_pixels, options.max_pixels, options.video_max_pixels
+        size = options.fixed_size or fit_video_size(height, width, num_frames, options.factor, *limits)
+        return num_frames * (size[0] // options.patch_size) * (size[1] // options.patch_size)
 
     def preprocess(
         self,
@@ -353,6 +364,11 @@ class MossVLVideoProcessor(BaseVideoProcessor):
         if return_metadata:
             out["video_metadata"] = [clip.metadata for clip in clips]
         return out
+
+
+def are_planned(videos) -> bool:
+    """Whether `videos` is what `plan` returns."""
+    return isinstance(videos, list) and bool(videos) and all(isinstance(x, ClipPlan) for x in videos)
 
 
 def flat_videos(videos) -> list:

@@ -162,6 +162,7 @@ class MossVLVisionAttention(nn.Module):
         Args:
             rotary: for each group, (cos, sin), [rows * columns, d] each.
         """
+        groups = [FrameGroup._make(group) for group in groups]  # hooks of compressed-tensors make plain tuples of them
         qkv = self.qkv(hidden_states).split([group.patches for group in groups])  # [P, 3 * hidden]
         outs = []
         for group, part, (cos, sin) in zip(groups, qkv, rotary, strict=True):

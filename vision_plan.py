@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .block_attention import plan_blocks, staircases
 from .call_positions import CallPositions
 from .vision_request import VisionRequest, count_vision_tokens
 from .vision_sequence import (
@@ -35,6 +36,7 @@ from .vision_sequence import (
 logger = logging.get_logger(__name__)
 
 JOINED_SIZE = 1 << 15  # most text tokens x vision tokens of spans that are joined into one
+LEAST_STEPS = 8  # spans of a staircase from which on blocks are faster
 
 
 def plan_call(request: VisionRequest, positions: CallPositions) -> tuple[VisionState, VisionCall]:
@@ -53,6 +55,7 @@ def plan_call(request: VisionRequest, positions: CallPositions) -> tuple[VisionS
         length=request.past_length + length,
         unplaced=request.unplaced,
         token_counts=request.text.padding.token_counts,
+        is_token=request.text.padding.cached,
     )
     continues = request.only_continues() and positions.text_index is None
     if continues and length == 1 and state.step is not None:  # a decode step after the first: the plan is the same
@@ -438,7 +441,20 @@ def vision_call(request: VisionRequest, runs: list[list[TextRun]], layout: Packe
         for span in spans:
             sees_vision[span.text] = 1.0
         has_visible = torch.from_numpy(sees_vision).view(rows, length, 1).to(device)
-    return VisionCall(join_small_spans(spans, device), has_visible, layout.spaces.length, layout.writes, layout.moves)
+    joined, found = join_small_spans(spans, device), staircases(spans)
+    in_blocks = (
+        len(joined) > len(found)  # else one call with a small mask computes each staircase
+        and max(map(len, found)) >= LEAST_STEPS
+        and all(span.visible is None for span in spans)
+    )
+    return VisionCall(
+        joined,
+        has_visible,
+        layout.spaces.length,
+        layout.writes,
+        layout.moves,
+        blocks=plan_blocks(spans) if in_blocks else None,
+    )
 
 
 def blank_call(request: VisionRequest) -> VisionCall:

@@ -26,13 +26,14 @@ class Padding(NamedTuple):
         anywhere: whether any token of this call or of the cache is padding.
         dropped: long [B], number of tokens in the cache that were tokens in an earlier call and are padding now, such
             as those generated for a row that had ended; None if there are none. Positions do not count them.
-        token_counts: as in `VisionState`, after the call.
+        token_counts, cached: `token_counts` and `is_token` of `VisionState`, after the call.
     """
 
     in_call: bool = False
     anywhere: bool = False
     dropped: Optional[torch.Tensor] = None
     token_counts: Optional[torch.Tensor] = None
+    cached: Optional[torch.Tensor] = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ def read_padding(
     if attention_mask is None or attention_mask.ndim == 4:
         # Without a mask the padding of the cache stays as it was.
         counts = None if state.token_counts is None else state.token_counts + length
-        return torch.ones(rows, length, dtype=torch.bool, device=text.device), Padding(token_counts=counts)
+        is_token = torch.ones(rows, length, dtype=torch.bool, device=text.device)
+        return is_token, Padding(token_counts=counts, cached=state.is_token)
     if tuple(attention_mask.shape) != expected:
         raise ValueError(
             f"`attention_mask` has shape {list(attention_mask.shape)}; expected {list(expected)}: the tokens of the "
@@ -233,6 +235,7 @@ def read_padding(
         anywhere=not bits & 2,
         dropped=dropped if bits & 4 else None,
         token_counts=None if bits & 2 else is_real.sum(1),
+        cached=None if bits & 2 else is_real,
     )
     return is_token, padding
 

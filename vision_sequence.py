@@ -45,6 +45,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .media import Media
 
@@ -153,6 +154,8 @@ class VisionCall:
         writes: (source, destination) slices: from the new vision tokens to the packed keys and values.
         moves: (source, destination) slices of cached vision tokens whose offset in the packed keys and values
             changes; None if all stay.
+        blocks: the spans as blocks without masks, in calls of a kernel (block_attention.py); None if there are few
+            spans, or one has a mask of its own.
     """
 
     spans: list[Span]
@@ -160,6 +163,11 @@ class VisionCall:
     length: int
     writes: tuple[tuple[slice, slice], ...] = ()
     moves: Optional[tuple[tuple[slice, slice], ...]] = None
+    blocks: Optional[tuple[tuple[Span, ...], ...]] = None
+
+    def __post_init__(self):
+        # Hooks of compressed-tensors copy a call for each module, with spans that are plain tuples.
+        object.__setattr__(self, "spans", [Span._make(span) for span in self.spans])
 
     def shifts(self) -> bool:
         """Whether any cached vision token changes its index, so that a call that fails leaves layers that differ."""
@@ -266,6 +274,8 @@ class VisionState:
         stored: length of the packed keys and values.
         last_ids: long [B], the last token of the cache; None if it is not known.
         token_counts: long [B], tokens of the cache without padding; None if there is no padding.
+        is_token: bool [B, s], False at padding of the cache. Tokens from cache index s on are no padding. None if
+            there is no padding.
         step: the plan of a decode step (one generated token per row). It is planned at the first step, and later steps
             use it again.
         past_calls: the latest calls that changed `last_visible`, `placed` or how positions count, oldest first.
@@ -286,6 +296,7 @@ class VisionState:
     rope_delta: Optional[torch.Tensor] = None
     last_ids: Optional[torch.Tensor] = None
     token_counts: Optional[torch.Tensor] = None
+    is_token: Optional[torch.Tensor] = None
     step: Optional[VisionCall] = None
     past_calls: tuple[PastCall, ...] = field(default=(), repr=False)
     remembered: int = 0
@@ -317,6 +328,12 @@ class VisionState:
         """long [B]: the position of the next token of each row."""
         return self.rope_delta + self.length
 
+    def known_mask(self, length: int) -> Optional[torch.Tensor]:
+        """bool [B, length], False at padding: the padding of the cache, and tokens after it; None without padding."""
+        if self.is_token is None:
+            return None
+        return F.pad(self.is_token, (0, length - self.is_token.shape[1]), value=True)
+
     def select_rows(self, rows: list[int]) -> "VisionState":
         """The state after rows were repeated, dropped or reordered. A sample without rows is dropped."""
         samples = list(dict.fromkeys(self.row_sample[row] for row in rows))
@@ -337,6 +354,7 @@ class VisionState:
             rope_delta=take_rows(self.rope_delta, rows),
             last_ids=take_rows(self.last_ids, rows),
             token_counts=take_rows(self.token_counts, rows),
+            is_token=take_rows(self.is_token, rows),
             step=self.step if same_samples and visible == self.last_visible else None,
             past_calls=tuple(replace(call, rows=[call.rows[row] for row in rows]) for call in self.past_calls),
         )
@@ -414,6 +432,7 @@ class VisionState:
             last_visible=restored.last_visible,
             rope_delta=restored.rope_delta,
             token_counts=restored.token_counts,
+            is_token=None if self.is_token is None else self.is_token[:, :length],
             length=length,
             last_ids=None,
             step=None,
@@ -428,7 +447,8 @@ class VisionState:
     def _shortened(self, length: int) -> "VisionState":
         """The state after the last tokens, none of them padding, were cropped."""
         counts = None if self.token_counts is None else self.token_counts - (self.length - length)
-        return replace(self, length=length, last_ids=None, token_counts=counts)
+        is_token = None if self.is_token is None else self.is_token[:, :length]
+        return replace(self, length=length, last_ids=None, token_counts=counts, is_token=is_token)
 
 
 def take_rows(values: Optional[torch.Tensor], rows: list[int]) -> Optional[torch.Tensor]:

@@ -119,6 +119,14 @@ def xrope_rotary(
     return cos_sin(angles, dtype)
 
 
+def text_rotary(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`xrope_rotary` of tokens whose position is the same on all axes, [...] -> (cos, sin), each [..., d]."""
+    frequencies = theta ** (-2.0 * torch.arange(head_dim // 2, device=positions.device).float() / head_dim)
+    return cos_sin(positions.float()[..., None] * frequencies, dtype)
+
+
 def grid_rotary(rows: torch.Tensor, columns: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The 2D rotary of the vision encoder, in float32: d/4 frequencies 10000^(-4i/d), for the row, then for the
     column.

@@ -1,6 +1,6 @@
 """Draws the pictures of docs/performance.md from the JSON of the other benchmarks, with matplotlib:
 
-python benchmarks/draw.py --parts parts.json --model model.json --memory memory.json --into docs/performance
+python benchmarks/draw.py --parts parts.json --model model.json --into docs/performance
 """
 
 import argparse
@@ -45,27 +45,17 @@ def draw_parts(path: Path, into: Path, pyplot) -> None:
     figure.savefig(into / "prefill_by_part.png", dpi=110)
 
 
-def draw_memory(model: Path, memory: Path, into: Path, pyplot) -> None:
-    """Peak memory of prefill over the length, measured and by the formula."""
-    rows = [row for row in json.loads(model.read_text(encoding="utf-8"))["rows"] if row["dtype"] == "float32"]
+def draw_memory(path: Path, into: Path, pyplot) -> None:
+    """Peak memory of a prefill over the length, measured and by the formula."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    colours = {"ours": COLOURS[6], "plain": COLOURS[0], "qwen3vl": COLOURS[9]}
-    for name in rows[0]["memory"]:
-        axes.plot(
-            [row["frames"] for row in rows],
-            [row["memory"][name] / 1e6 for row in rows],
-            marker="o",
-            color=colours[name],
-            label=name,
-        )
-    formula = [row for row in json.loads(memory.read_text(encoding="utf-8"))["rows"] if row["dtype"] == "float32"]
-    axes.plot(
-        [row["frames"] for row in formula], [row["formula"]["peak"] / 1e6 for row in formula], "k:", label="formula"
-    )
-    axes.set(xlabel="frames of 448x448", ylabel="MB beyond weights and pixels", xscale="log", yscale="log")
-    axes.set_xticks([row["frames"] for row in rows], [row["frames"] for row in rows])
+    frames = [row["frames"] for row in rows]
+    for name, colour in zip(rows[0]["memory"], COLOURS[::2], strict=False):
+        axes.plot(frames, [row["memory"][name] / 1e9 for row in rows], marker="o", color=colour, label=name)
+    axes.plot(frames, [row["formula"] / 1e9 for row in rows], "k:", label="formula")
+    axes.set(xlabel="frames of 448x448", ylabel="GB beyond weights and pixels", xscale="log", yscale="log")
+    axes.set_xticks(frames, frames)
     axes.minorticks_off()
-    axes.set_yticks([50, 100, 200, 500, 1000, 2000, 5000], [50, 100, 200, 500, 1000, 2000, 5000])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(into / "memory_over_length.png", dpi=110)
@@ -73,8 +63,9 @@ def draw_memory(model: Path, memory: Path, into: Path, pyplot) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("parts", "model", "memory", "into"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--parts", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--into", type=Path, required=True)
     args = parser.parse_args()
     import matplotlib
 
@@ -82,8 +73,10 @@ def main() -> None:
     from matplotlib import pyplot
 
     args.into.mkdir(parents=True, exist_ok=True)
-    draw_parts(args.parts, args.into, pyplot)
-    draw_memory(args.model, args.memory, args.into, pyplot)
+    if args.parts is not None:
+        draw_parts(args.parts, args.into, pyplot)
+    if args.model is not None:
+        draw_memory(args.model, args.into, pyplot)
 
 
 if __name__ == "__main__":

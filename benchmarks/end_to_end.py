@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import ROOT, Clock, alternate, machine, spread, summary, table, write_json
-from moss_vl.benchmarks.model import add_model_flags, sizes
 from moss_vl.benchmarks.preprocess import CLIPS, make_media
+from moss_vl.benchmarks.random_models import add_model_flags, sizes
 from moss_vl.configuration_moss_vl import MossVLConfig
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.processing_moss_vl import MossVLProcessor

@@ -14,14 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Clock:
-    """Measures seconds, on CUDA by events of the device."""
+    """Measures seconds, on CUDA by events of the device; with `cpu_time` those in which the process ran on a core, the
+    sum of all cores."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, cpu_time: bool = False):
         self.cuda = device.startswith("cuda")
+        self.seconds = time.process_time if cpu_time else time.perf_counter
 
     def now(self):
         if not self.cuda:
-            return time.perf_counter()
+            return self.seconds()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -38,17 +40,20 @@ class Clock:
         return self.between(begin, self.now())
 
 
-def alternate(calls: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Runs all calls once per round, each round starting with the next one, after a warm-up round that is not counted.
+def alternate(
+    calls: dict[str, Callable[[], dict[str, float]]], rounds: int, warm_up: bool = True
+) -> dict[str, dict[str, list[float]]]:
+    """Runs all calls once per round, each round starting with the next one.
 
     Args:
         calls: name -> function that returns the seconds of its parts.
+        warm_up: whether a round that is not counted comes first.
 
     Returns:
         name -> part -> seconds of each round.
     """
     names, seconds = list(calls), {name: {} for name in calls}
-    for number in range(-1, rounds):
+    for number in range(-1 if warm_up else 0, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             for part, value in calls[name]().items():
@@ -69,9 +74,8 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def read_bandwidth(device: str, dtype: torch.dtype, rounds: int = 7) -> float:
+def read_bandwidth(clock: Clock, device: str, dtype: torch.dtype, rounds: int = 7) -> float:
     """Bytes per second of reading a large tensor once, in the fastest of a few ways."""
-    clock = Clock(device)
     size = 1 << (30 if device.startswith("cuda") else 28)  # bytes, much larger than any cache
     matrix = torch.ones(size // 4096 // dtype.itemsize, 4096, dtype=dtype, device=device)
     vector = torch.ones(4096, dtype=dtype, device=device)
@@ -82,9 +86,9 @@ def read_bandwidth(device: str, dtype: torch.dtype, rounds: int = 7) -> float:
     return size / min(clock.time(way) for _ in range(rounds) for way in ways)
 
 
-def product_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
+def product_rate(clock: Clock, device: str, dtype: torch.dtype, rounds: int = 5) -> float:
     """Floating-point operations per second of the fastest of a few matrix products."""
-    clock, best = Clock(device), 0.0
+    best = 0.0
     sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
     for size in sizes:
         for rows in (size, 4 * size):

@@ -16,10 +16,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import ROOT, allocation_peak, machine, table, write_json
-from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config
+from moss_vl.benchmarks.random_models import add_model_flags, add_prompt_flags, make_config
 from moss_vl.cache_layers import TEXT_BUFFER
 from moss_vl.configuration_moss_vl import MossVLConfig
-from moss_vl.decoder import VISION_PIECE
+from moss_vl.decoder import CPU_VISION_PIECE, GPU_VISION_PIECE
+from moss_vl.int8_states import SCALE_DTYPE
 from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 from moss_vl.vision_encoder import CPU_PATCHES, DEFAULT_VISION_CHUNK, GPU_PATCHES, MLP_ROWS
 
@@ -34,6 +35,7 @@ def prefill_bytes(
     *,
     chunk: int = DEFAULT_VISION_CHUNK,
     device: str = "cpu",
+    int8: bool = False,
 ) -> dict[str, int]:
     """Bytes besides weights and pixels that a prefill needs, with sdpa or flash-attention.
 
@@ -41,6 +43,7 @@ def prefill_bytes(
         frames, rows, columns: `frames` frames of `rows` x `columns` patches.
         text_tokens: tokens of the text.
         chunk: `vision_chunked_length`.
+        int8: whether `vision_cache_dtype` is "int8".
 
     Returns:
         states: vision states, freed after the prompt.
@@ -65,11 +68,15 @@ def prefill_bytes(
 
     cross_layers = len(text.cross_attention_layers)
     per_token = 2 * text.num_key_value_heads * text.head_dim * size  # key and value at one layer
+    # In 8 bits a number is a byte, and each token and head has a scale.
+    per_vision_token = 2 * text.num_key_value_heads * (text.head_dim + SCALE_DTYPE.itemsize) if int8 else per_token
     buffer = text_tokens + max(TEXT_BUFFER, text_tokens // 8)
     states = tokens * text.hidden_size * size
-    caches = per_token * (cross_layers * tokens + (text.num_hidden_layers - cross_layers) * buffer)
+    caches = per_vision_token * cross_layers * tokens + per_token * (text.num_hidden_layers - cross_layers) * buffer
     vision_rotary = 2 * tokens * text.head_dim * size
-    new_keys_values = min(VISION_PIECE, tokens) * per_token
+    rounding = 4 * text.num_key_value_heads * text.head_dim if int8 else 0  # keys or values in float32
+    piece = min(CPU_VISION_PIECE if device == "cpu" else GPU_VISION_PIECE, tokens)
+    new_keys_values = piece * (per_token + rounding)
     decoder = (
         vision_rotary + new_keys_values + 3 * text_tokens * (text.intermediate_size + 2 * text.hidden_size) * size
     )
@@ -84,7 +91,13 @@ def prefill_bytes(
 
 @torch.no_grad()
 def measured_bytes(
-    model, frames: int, rows: int, columns: int, text_tokens: int, chunk: int = DEFAULT_VISION_CHUNK
+    model,
+    frames: int,
+    rows: int,
+    columns: int,
+    text_tokens: int,
+    chunk: int = DEFAULT_VISION_CHUNK,
+    int8: bool = False,
 ) -> int:
     """The same peak as recorded by torch, for a text whose `image_pad` tokens are evenly spaced."""
     generator, vision = torch.Generator().manual_seed(0), model.config.vision_config
@@ -93,6 +106,7 @@ def measured_bytes(
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.randn(frames * rows * columns, values, generator=generator).to(model.device, model.dtype)
     inputs = {"pixel_values": pixels, "grid_thw": [[frames, rows, columns]], "vision_chunked_length": chunk}
+    inputs["vision_cache_dtype"] = "int8" if int8 else None
     ids, outputs = ids.to(model.device), []  # the outputs are kept, and with them the cache
     return allocation_peak(
         lambda: outputs.append(model(ids, **inputs, use_cache=True, logits_to_keep=1)), str(model.device)
@@ -114,6 +128,31 @@ def released_table(frame_counts=(64, 256, 1024)) -> str:
             lines.append((f"{frames} of {side}x{side}", tokens, *(f"{number / 1e9:.1f}" for number in numbers)))
     names = ("states", "caches", "encoder", "text", "peak beyond weights", f"with {weights / 1e9:.1f} of weights")
     return table(("frames", "vision tokens", *names), lines)
+
+
+DRIVER = 0.07  # share of the memory of a GPU that is left to its driver
+
+
+def frames_that_fit(config: MossVLConfig, free: float, int8: bool = False, chunk: int = DEFAULT_VISION_CHUNK) -> int:
+    """The most frames of 448x448 with 10 text tokens each whose prefill on a GPU needs at most `free` bytes."""
+    fitting, too_many = 1, 1 << 16
+    while too_many - fitting > 1:
+        frames = (fitting + too_many) // 2
+        sizes, options = (frames, 28, 28, 10 * frames), {"chunk": chunk, "device": "cuda", "int8": int8}
+        parts = prefill_bytes(config, *sizes, torch.bfloat16, **options)
+        fitting, too_many = (frames, too_many) if parts["peak"] <= free else (fitting, frames)
+    return fitting
+
+
+def fitting_table() -> str:
+    """`frames_that_fit` beside the weights of the 11B model, rounded down to tens."""
+    config = MossVLConfig.from_pretrained(ROOT)
+    lines = []
+    for memory, bits, weights in ((80, "bfloat16", 22.7), (24, "8 bits", 12.6), (24, "4 bits", 8.2)):
+        free = (memory * (1 - DRIVER) - weights) * 1e9
+        counts = (frames_that_fit(config, free, int8) // 10 * 10 for int8 in (False, True))
+        lines.append((f"{memory} GB", f"{bits}, {weights} GB", *(f"{count:,}" for count in counts)))
+    return table(("memory", "weights", "frames of 448x448", 'with `vision_cache_dtype="int8"`'), lines)
 
 
 def measured_table(rows: list[dict]) -> str:
@@ -154,6 +193,7 @@ def main() -> None:
     print(f"\nMB besides weights and pixels\n\n{measured_table(result['rows'])}")
     print("\nThe 11B model in bfloat16 on a GPU with 10 text tokens per frame, by the formula, GB")
     print(f"\n{released_table()}")
+    print(f"\nFrames that fit\n\n{fitting_table()}")
 
 
 if __name__ == "__main__":

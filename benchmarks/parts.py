@@ -20,7 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moss_vl import decoder, vision_encoder
 from moss_vl import modeling_moss_vl as modeling
 from moss_vl.benchmarks.measuring import Clock, machine, summary, table, write_json
-from moss_vl.benchmarks.model import add_model_flags, add_prompt_flags, make_config, make_prompt
+from moss_vl.benchmarks.random_models import (
+    add_clock_flag,
+    add_model_flags,
+    add_prompt_flags,
+    make_clock,
+    make_config,
+    make_prompt,
+)
 
 
 PARTS = {
@@ -110,8 +117,10 @@ def main() -> None:
     add_prompt_flags(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    add_clock_flag(parser)
     args = parser.parse_args()
-    result, clock = {"machine": machine(args.device, torch.get_num_threads()), "rows": []}, Clock(args.device)
+    clock = make_clock(args)
+    result = {"machine": machine(args.device, torch.get_num_threads()), "rows": []}
     print(result["machine"], flush=True)
     for dtype in args.dtype:
         torch.manual_seed(0)

@@ -30,7 +30,7 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.benchmarks.measuring import Clock, machine, table, write_json
-from moss_vl.benchmarks.model import PAD, WORDS, add_model_flags, make_config
+from moss_vl.benchmarks.random_models import PAD, WORDS, add_model_flags, make_config
 from moss_vl.modeling_moss_vl import CACHE, MossVLForConditionalGeneration
 
 

@@ -27,7 +27,8 @@ os.environ["PYTHONPATH"] = str(ROOT)
 
 
 def pytest_configure(config):
-    """Stops if `moss_vl` is another checkout, and makes exceptions in threads failures instead of warnings."""
+    """Stops if `moss_vl` is another checkout, undoes what its import registers, and makes exceptions in threads
+    failures instead of warnings."""
     import moss_vl
 
     (imported,) = moss_vl.__path__
@@ -35,7 +36,25 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"the tests of {ROOT} import moss_vl from {imported}; unset PYTHONPATH, or uninstall the other checkout"
         )
+    unregister(moss_vl.configuration_moss_vl)
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+def unregister(configuration):
+    """Makes the Auto classes forget `moss_vl`, so that they load the code of the folders that tests make, which
+    transformers 5 would ignore. test_package.py tests the registration in other processes."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+
+    models = [name for name in configuration.AUTO_MODELS if hasattr(transformers, name)]
+    mappings = [getattr(transformers, name)._model_mapping for name in models]
+    for config in (configuration.MossVLConfig, configuration.MossVLTextConfig, configuration.MossVLVisionConfig):
+        CONFIG_MAPPING._extra_content.pop(config.model_type)
+        for mapping in (*mappings, IMAGE_PROCESSOR_MAPPING, PROCESSOR_MAPPING, VIDEO_PROCESSOR_MAPPING):
+            mapping._extra_content.pop(config, None)
 
 
 @atexit.register

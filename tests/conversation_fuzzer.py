@@ -30,6 +30,7 @@ from moss_vl.cache_layers import cache_contents, drop_frames, fork_cache
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 GRIDS = [(2, 2), (2, 4), (4, 2), (4, 4)]  # patches of a frame
 TOLERANCE = 2e-5  # of the largest logit: float32 against float64
+VISION_TOKENS = 4000  # space of a static cache, free space included
 SLOTS = 96  # of a static cache
 
 
@@ -72,7 +73,11 @@ class Conversation:
     def __init__(self, rng, model, oracle, rows: int, static: bool):
         self.rng, self.model, self.oracle, self.static = rng, model, oracle, static
         self.rows = [Row() for _ in range(rows)]
-        self.cache = StaticCache(config=model.config.text_config, max_cache_len=SLOTS) if static else DynamicCache()
+        self.cache = DynamicCache()
+        if static:
+            config = model.config.text_config
+            sizes = {"max_cache_len": SLOTS, "config": config}
+            self.cache = rng.choice([lambda: StaticCache(**sizes), lambda: model.static_cache(SLOTS, VISION_TOKENS)])()
         self.mask = torch.zeros(rows, 0, dtype=torch.long)
         self.calls = []  # (end, whether frames came with it)
         self.had_blank = False  # a blank medium may be an image of zeros whose `image_pad` comes later

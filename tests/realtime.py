@@ -59,12 +59,12 @@ def make_processor(tokenizer=None):
     )
 
 
-def make_realtime_model(processor, dtype=torch.float32, attn_implementation="sdpa"):
+def make_realtime_model(processor, dtype=torch.float32, attn_implementation="sdpa", **text):
     ids = {
         f"{kind}_token_id": getattr(processor, f"{kind}_token_id")
         for kind in ("image", "video", "vision_start", "vision_end")
     }
-    text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 1 << 20}
+    text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 1 << 20, **text}
     return make_model(attn_implementation, text=text, vision={"patch_size": 16}, **ids).to(dtype)
 
 

@@ -70,21 +70,28 @@ class Waits(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        aten = torch.ops.aten
+        self.count += function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [False, True, "in generate"])
 @torch.no_grad()
 def test_a_decode_step_waits_for_no_layer(padded):
+    """Only a mask of the caller is compared with the padding that the cache knows; `generate` passes none."""
     for depth in (4, 12):
         model = make_model(text={"num_hidden_layers": depth, "cross_attention_layers": list(range(1, depth, 4))})
         inputs = batch(assorted_samples()[1:4], "left")
         cache = model(**inputs, use_cache=True).past_key_values
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1) if padded else None
+        step = {"input_ids": torch.tensor([[5], [6], [7]]), "past_key_values": cache, "attention_mask": mask}
         with Waits() as waits:
-            model(torch.tensor([[5], [6], [7]]), past_key_values=cache, attention_mask=mask)
-        assert waits.count == padded  # once, to ask whether there is padding
+            if padded == "in generate":
+                ids = torch.cat([inputs["input_ids"], step["input_ids"]], dim=1)
+                new = {"cache_position": torch.tensor([mask.shape[1] - 1]), "next_sequence_length": 1}
+                step = model.prepare_inputs_for_generation(prompt_kwargs={}, **(step | new | {"input_ids": ids}))
+            model(**step)
+        assert waits.count == (padded is True)
 
 
 def largest_allocation(call) -> int:

@@ -145,7 +145,7 @@ def test_a_cache_half_filled_by_a_failed_call(model, oracle, layer):
 
         hook = model.model.language_model.layers[layer].register_forward_hook(fail)
         with pytest.raises(RuntimeError):
-            model(**(sample.inputs() if not length else {"input_ids": torch.tensor([[7]])}), past_key_values=cache)
+            model(**(sample.inputs() if not length else {"input_ids": torch.tensor([[7, 8]])}), past_key_values=cache)
         hook.remove()
         with pytest.raises(ValueError, match="a call failed before its end|but not their vision sequence"):
             model(torch.tensor([[7]]), past_key_values=cache)
@@ -159,6 +159,22 @@ def test_a_cache_half_filled_by_a_failed_call(model, oracle, layer):
                     model(torch.tensor([[7]]), past_key_values=cache).logits[0],
                     expected(oracle, sample, more=[7])[-1:],
                 )
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_decode_step_that_fails_changes_nothing(model, oracle, layer):
+    sample = Sample("tFt", (1, 4, 4), seed=1)
+    cache = model(**sample.inputs(), use_cache=True)[CACHE]
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    hook = model.model.language_model.layers[layer].register_forward_hook(fail)
+    with pytest.raises(RuntimeError):
+        model(torch.tensor([[9]]), past_key_values=cache)
+    hook.remove()
+    got = model(torch.tensor([[7]]), past_key_values=cache).logits[0]
+    close(got, expected(oracle, sample, more=[7])[-1:])
 
 
 def test_an_offloading_cache_fetches_past_the_vision_layers():

@@ -25,7 +25,8 @@ from PIL import Image
 from transformers import LogitsProcessorList
 
 from moss_vl import generation_options, generation_queries
-from moss_vl.generation_batches import UnpaddedPenalty
+from moss_vl.generation_batches import UnpaddedPenalty, encode_turn, generate_inputs
+from moss_vl.generation_queries import read_query
 
 
 # media that are named again
@@ -451,17 +452,21 @@ def test_eos_tokens_of_the_checkpoint_are_kept(model, processor, pictures, calls
     query = query_of(
         "Hi", images=pictures[0], generate={"max_new_tokens": 8, "suppress_tokens": [processor.tokenizer.eos_token_id]}
     )
-    said = model.generate(**(batch(model, processor, query) and calls[0]))[0]
-    said = said[calls[0]["input_ids"].shape[1] :].tolist()
+
+    def answer():
+        """The tokens that the last call writes."""
+        arguments = {name: value for name, value in calls[-1].items() if name != "custom_generate"}
+        return model.generate(**arguments)[0, arguments["input_ids"].shape[1] :].tolist()
+
+    said = batch(model, processor, query) and answer()
     settings = copy.deepcopy(model.generation_config)
     monkeypatch.setattr(model, "generation_config", settings)
     for end in (said[2], said[4]):
         unused = next(i for i in range(100, 200) if i not in said)
         settings.eos_token_id = [unused, end]
         batch(model, processor, {**query, "generate_kwargs": {"max_new_tokens": 8}})
-        ids = model.generate(**calls[-1])[0, calls[-1]["input_ids"].shape[1] :].tolist()
         assert (
-            ids == said[: said.index(end) + 1]
+            answer() == said[: said.index(end) + 1]
             and "eos_token_id" not in calls[-1]
             and settings.eos_token_id == [unused, end]
         )
@@ -486,12 +491,14 @@ def test_the_penalty_of_each_beam_ignores_the_padding_of_its_prompt():
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3])
-def test_the_penalty_knows_the_padding_of_each_row(model, processor, calls, monkeypatch, beams):
+def test_the_penalty_knows_the_padding_of_each_row(model, processor, beams):
     options = dict(num_beams=beams, repetition_penalty=1.5, max_new_tokens=2)
-    batch(
-        model, processor, *(query_of(text, generate=options) for text in ("Hi, a much longer one", "Hi", "Hi, longer"))
+    queries = [query_of(text, generate=options) for text in ("Hi, a much longer one", "Hi", "Hi, longer")]
+    turns = [read_query(model, processor, query, None, 64) for query in queries]
+    rows, arguments = generate_inputs(
+        model, turns[0].generate, [encode_turn(model, processor, turn) for turn in turns]
     )
-    [call] = calls
+    call = {**rows, **arguments}
     [penalty] = call["logits_processor"]
     assert isinstance(call["logits_processor"], LogitsProcessorList) and call["repetition_penalty"] == 1.0
     assert (

@@ -71,7 +71,7 @@ def test_integers_of_numpy_are_accepted_and_saved(tmp_path):
 
 
 def test_saved_references_name_the_code_in_the_folder(tmp_path):
-    """A config from a hub names its repository; references to files in the folder drop it."""
+    """A config from a hub names its repository; references to code that is saved with the config drop it."""
     references = {name: f"owner/name--{reference}" for name, reference in make_config().auto_map.items()}
     config = make_config(auto_map={**references, "AutoTokenizer": ["owner/name--tokenization_x.X", None]})
     assert config.auto_map["AutoModel"].startswith("owner/name--")
@@ -79,10 +79,28 @@ def test_saved_references_name_the_code_in_the_folder(tmp_path):
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert saved == {**make_config().auto_map, "AutoTokenizer": ["owner/name--tokenization_x.X", None]}
-    alone = make_config(auto_map=references)
-    alone.save_pretrained(tmp_path / "alone")
-    saved = json.loads((tmp_path / "alone" / "config.json").read_text())["auto_map"]
-    assert saved["AutoModelForCausalLM"] == references["AutoModelForCausalLM"]
+
+
+def test_saved_references_name_classes_that_are_saved(tmp_path):
+    """The config of somebody else's code is saved with this code, and with classes that lie in the folder already."""
+    references = {
+        "AutoConfig": "configuration_x.XConfig",
+        "AutoModel": "modeling_moss_vl.XModel",
+        "AutoModelForCausalLM": "modeling_own.OwnModel",
+        "AutoModelForSequenceClassification": "modeling_far.FarModel",
+    }
+    (tmp_path / "modeling_own.py").write_text("class OwnModel:\n    pass\n")
+    make_config(auto_map=references).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    kept = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    own_model = {"AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq"}
+    assert saved == {
+        **make_config().auto_map,
+        **dict.fromkeys(own_model, "modeling_own.OwnModel"),
+        **{name: references[name] for name in kept},
+    }
+    own_files = [saved[name] for name in make_config().auto_map]
+    assert all((tmp_path / f"{reference.split('.')[0]}.py").is_file() for reference in own_files)
 
 
 @pytest.mark.parametrize("name", ["AutoModelForMultimodalLM", "AutoModelForVision2Seq"])

@@ -580,7 +580,8 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
     result = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     tasks = result.pop("tasks")
-    assert result.pop("parameters") > 1e6 and result.pop("dtype") in ("bfloat16", "float32")
+    assert result["vision cache"] == result["dtype"] in ("bfloat16", "float32")
+    assert result.pop("parameters") > 1e6 and result.pop("dtype") == result.pop("vision cache")
     assert result == {"checkpoint": str(NANO), "seed": 3, "control n": 1}
     assert list(tasks) == [*PICTURES, *CLIPS]
     measures = {

@@ -243,6 +243,32 @@ def test_vision_and_text_in_several_dtypes(part, implementation):
     assert_near(logits(model, **on_device(inputs)), expected, torch.bfloat16, real)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@dtypes
+def test_many_frames(side, dtype):
+    """Frames enough for blocks (block_attention.py): logits, gradients, and the vision cache in 8 bits."""
+    samples = [Sample("tF" * 40 + "tt", (30, 8, 8), (10, 4, 12), seed=6), Sample("tFt" * 9, (9, 12, 8), seed=7)]
+    inputs = batch([*samples, *assorted_samples()[1:3]], side)
+    real, labels = (
+        inputs["attention_mask"].bool(),
+        inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100),
+    )
+    exact = make_model()
+    out = exact(**inputs, labels=labels)
+    out.loss.backward()
+    model, moved_inputs = moved(make_model(), "sdpa", dtype), on_device(inputs)
+    got = model(**moved_inputs, labels=labels.to(DEVICE))
+    got.loss.backward()
+    assert_near(got.logits, out.logits.detach(), dtype, real)
+    grads = [torch.cat([p.grad.float().cpu().flatten() for p in one.parameters()]) for one in (model, exact)]
+    assert (grads[0] - grads[1]).norm() < 2 * LIMITS[dtype] * grads[1].norm()
+    assert_near(logits(model, **moved_inputs, vision_cache_dtype="int8"), out.logits.detach(), torch.bfloat16, real)
+    if side == "left":
+        options = {**GREEDY, "max_new_tokens": 4}
+        tokens = model.generate(**moved_inputs, **options, vision_cache_dtype="int8")
+        assert tokens.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
 @implementations
 @dtypes
 def test_a_window_over_appended_frames(implementation, dtype, flash_calls):

@@ -331,29 +331,29 @@ def test_null_counts_as_absent(batch):
 # caches
 
 
-def test_an_unwritable_cache_is_reported_with_its_variable():
+def test_a_checkpoint_folder_needs_no_cache():
     """In a process, as the libraries read the environment when they are imported."""
     environment = {**os.environ, "HF_HOME": "/dev/null/cache", "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
     done = subprocess.run(
         [sys.executable, ROOT / "infer.py", "-p", "a"], capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "/dev/null/cache/modules, the folder for the code of checkpoints, cannot be written to" in done.stderr
-    assert "set HF_MODULES_CACHE or HF_HOME" in done.stderr
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-def test_only_errors_of_the_file_system_are_attributed_to_a_cache(monkeypatch, tmp_path):
+def test_only_errors_of_the_file_system_are_attributed_to_the_cache(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/dev/null/hub")
-    monkeypatch.setattr("transformers.utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     refused = PermissionError(13, "Permission denied", "/x")
-    infer.check_caches(OSError("no such model"), downloads=True)
-    infer.check_caches(refused, downloads=False)
+    infer.check_cache(OSError("no such model"))
     wrapped = OSError("there was a problem")
     wrapped.__cause__ = refused
     for cause in (refused, wrapped):
         with pytest.raises(
             OSError, match="/dev/null/hub, the folder for downloaded checkpoints, .*; set HF_HUB_CACHE or HF_HOME"
         ) as error:
-            infer.check_caches(cause, downloads=True)
+            infer.check_cache(cause)
         assert error.value.__cause__ is cause
+
+
+def test_a_writable_cache_is_not_blamed(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    infer.check_cache(PermissionError(13, "Permission denied", "/x"))

@@ -350,7 +350,7 @@ def test_chunks_of_few_patches_change_nothing(model, patches, monkeypatch):
 def test_vision_keys_and_values_computed_in_pieces(model, monkeypatch):
     inputs = batch(assorted_samples(), "left")
     expected = model(**inputs).logits
-    monkeypatch.setattr(decoder, "VISION_PIECE", 7)
+    monkeypatch.setattr(decoder, "CPU_VISION_PIECE", 7)
     close(model(**inputs).logits, expected)
 
 

@@ -482,14 +482,56 @@ def test_settings_of_the_processor_are_call_defaults(tmp_path, processor):
     assert set(processor("a", return_cross_attention_mask=False)) == {*plain.model_input_names} - {
         "cross_attention_mask"
     }
+    assert "blank_medium" not in saved and plain.blank_medium is True
     for options, message in (
         ({"grid_name": "grid"}, "grid_name must be one of grid_thw, image_grid_thw"),
+        ({"blank_medium": 7}, "blank_medium must be True or False"),
         ({"return_cross_attention_mask": "no"}, "must be True or False"),
     ):
         with pytest.raises(ValueError, match=message):
             processor("a", **options)
         with pytest.raises(ValueError, match=message):
             MossVLProcessor.from_pretrained(folder, **options)
+
+
+def test_texts_without_media_may_have_no_blank_medium(tmp_path, processor):
+    """The texts alone, or beside others with media; the setting is saved."""
+    without = {"blank_medium": False, "padding": True, "return_tensors": "pt"}
+    texts = processor(["a", "b c"], **without)
+    assert set(texts) == {"input_ids", "attention_mask"}
+    mixed, usual = (
+        processor(["a", "<|image|>b"], images=PHOTO, **{**without, "blank_medium": n}) for n in (False, True)
+    )
+    assert mixed["media_nums_per_sample"] == [0, 1] and usual["media_nums_per_sample"] == [1, 1]
+    assert mixed["grid_thw"].tolist() == usual["grid_thw"][1:].tolist()
+    assert torch.equal(mixed["pixel_values"], usual["pixel_values"][64:])
+    for name in ("input_ids", "attention_mask", "cross_attention_mask"):
+        assert torch.equal(mixed[name], usual[name])
+    saved = MossVLProcessor(
+        processor.image_processor, processor.tokenizer, processor.video_processor, blank_medium=False
+    )
+    saved.save_pretrained(tmp_path)
+    loaded = MossVLProcessor.from_pretrained(tmp_path)
+    assert set(loaded("a")) == {"input_ids", "attention_mask"} and "pixel_values" in loaded("a", blank_medium=True)
+    asked = loaded("a", return_cross_attention_mask=True, return_tensors="pt")["cross_attention_mask"]
+    assert asked.shape == (1, 1, 1, 1) and asked.all()
+
+
+def test_pixels_may_be_on_a_device(processor):
+    """The meta device stands for a GPU."""
+    text = {"text": "<|image|>a", "images": PHOTO, "return_tensors": "pt"}
+    out = processor(**text, device="meta")
+    assert {name for name in out if getattr(out[name], "is_meta", False)} == {"pixel_values"}
+    assert out["pixel_values"].shape == processor(**text)["pixel_values"].shape
+    assert processor(**text, images_kwargs={"device": torch.device("cpu")})["pixel_values"].device.type == "cpu"
+    assert processor(**text, do_normalize=False, device="meta")["pixel_values"].dtype == torch.uint8
+    for options, message in (
+        ({"device": "nowhere"}, "device must be that of a tensor"),
+        ({"device": "cpu", "return_tensors": "np"}, "return_tensors is 'np'"),
+        ({"device": "cpu", "encoder": lambda *frames: None}, "the encoder decides"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(**text | options)
 
 
 def test_outputs_that_other_processors_return(processor):

@@ -1,7 +1,7 @@
 """What the visitors of the page of demo.py have: a conversation, and a live run. It works without Gradio.
 
-The answers of all visitors are written beside each other, by one stream of the model on one thread. The steps of live
-runs are taken by the scheduler of the model.
+The answers of all visitors are written beside each other, by one stream of the model on one thread; tools/serve.py
+uses the same `AnswerWriter`. The steps of live runs are taken by the scheduler of the model.
 """
 
 import queue
@@ -37,24 +37,28 @@ class AnswerWriter:
     Args:
         rows: most answers that are written at once.
         cache_bytes: most bytes of the caches of all conversations. Those that were not continued for longest are
-            encoded again when they go on.
+            encoded again when they go on. With 0, no caches are kept.
     """
 
     def __init__(self, model, processor, rows: int = 8, cache_bytes: int = 4 << 30):
         self.model = model
         self.processor = processor
-        budget = model.cache_budget(cache_bytes)
-        self.stream = model.stream_batch(processor, batch_size=rows, open_ended=True, keep_cache=budget)
+        keep_cache = model.cache_budget(cache_bytes) if cache_bytes else False
+        self.stream = model.stream_batch(processor, batch_size=rows, open_ended=True, keep_cache=keep_cache)
         self.lock = threading.Lock()  # so that no event comes before `begin` has its queue
         self.queues: dict[int, queue.Queue] = {}
         self.thread = threading.Thread(target=self._run, name="moss-vl-answers", daemon=True)
         self.thread.start()
 
-    def begin(self, query: dict, state: dict | None) -> tuple[int, queue.Queue]:
-        """The index of an answer, and a queue of its events. None in the queue: the writer was closed."""
+    def begin(self, query: dict, state: dict | None, events=None) -> tuple[int, queue.Queue]:
+        """The index of an answer, and a queue of its events. None in the queue: the writer was closed.
+
+        Args:
+            events: takes the events in place of a new queue; anything with `put`.
+        """
         with self.lock:
             index = self.stream.add(query, state)
-            self.queues[index] = queue.Queue()
+            self.queues[index] = queue.Queue() if events is None else events
             return index, self.queues[index]
 
     def cancel(self, index: int) -> None:

@@ -99,7 +99,8 @@ def encode(
         labels_spans=[spans],
         ignore_index=IGNORED,
         return_tensors="pt",
-        grid_name="grid_thw",  # whatever the processor's setting is
+        grid_name="grid_thw",  # whatever the processor's settings are
+        blank_medium=True,
         **options,
     )
     ids, labels = inputs["input_ids"][0], inputs["labels"][0]

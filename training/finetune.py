@@ -425,7 +425,7 @@ def training_arguments(args) -> TrainingArguments:
         # without a GPU, several processes would otherwise each train alone
         use_cpu=args.cpu or not torch.accelerator.is_available(),
         dataloader_num_workers=args.workers,
-        dataloader_pin_memory=not args.cpu and torch.cuda.is_available(),
+        dataloader_pin_memory=not args.cpu and torch.accelerator.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=True,

@@ -227,6 +227,14 @@ def check_combination(parser, args) -> None:
         parser.error(f"--lora-dropout must be below 1, got {args.lora_dropout}")
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether this machine has an accelerator that computes in bfloat16."""
+    if not torch.accelerator.is_available():
+        return False
+    supported = getattr(torch.get_device_module(), "is_bf16_supported", None)  # MPS does not say
+    return supported is not None and supported()
+
+
 def fill_in_defaults(args) -> None:
     """Sets the defaults that depend on other options, and puts the parts into the order of `PARTS`."""
     if args.lora_alpha is None:
@@ -234,7 +242,7 @@ def fill_in_defaults(args) -> None:
     if args.lr is None:
         args.lr = 1e-4 if args.lora_rank else 1e-5
     if args.bf16 is None:
-        args.bf16 = not args.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        args.bf16 = not args.cpu and computes_in_bfloat16()
     if args.save_dtype is None and args.data is not None:
         args.save_dtype = "bfloat16" if args.bf16 else "float32"
     args.train = [part for part in PARTS if part in args.train]

@@ -229,8 +229,8 @@ class Row:
 class Examinee:
     """A model with its processor."""
 
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
+    def __init__(self, model, processor, vision_cache_dtype: str | None = None):
+        self.model, self.processor, self.vision_cache_dtype = model, processor, vision_cache_dtype
         self.grey: dict[tuple[int, int], torch.Tensor] = {}  # patch rows and columns -> tokens of a grey frame
 
     @torch.inference_mode()
@@ -288,6 +288,7 @@ class Examinee:
             media_nums_per_sample=[len(row.grids) for row in rows],
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
+            vision_cache_dtype=self.vision_cache_dtype,
         )
         return self.processor.batch_decode(out[:, length:], skip_special_tokens=True)
 
@@ -309,17 +310,21 @@ class Chunks(torch.utils.data.Dataset):
 
 
 def ask(
-    model, processor, items: list[Item], size: int, workers: int, drawn: bool = False
+    model,
+    processor,
+    items: list[Item],
+    size: int,
+    workers: int,
+    drawn: bool = False,
+    vision_cache_dtype: str | None = None,
 ) -> Iterator[tuple[Item, str]]:
     """The greedy answers, in batches of `size` rows. `drawn`: about clips whose frames are not read from files.
 
     Each worker is a process with one thread, which for so small a model is faster than a process with several.
     """
-    examinee, chunks = Examinee(model, processor), chunk_items(items, size)
-    dataset, context = (
-        Chunks(examinee, chunks, size, drawn),
-        "fork" if workers else None,
-    )  # remote code cannot be pickled
+    examinee, chunks = Examinee(model, processor, vision_cache_dtype), chunk_items(items, size)
+    dataset = Chunks(examinee, chunks, size, drawn)
+    context = "fork" if workers else None  # remote code cannot be pickled
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
     )
@@ -483,6 +488,7 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), help="to compute in; by default the faster one"
     )
+    parser.add_argument("--vision-cache-dtype", choices=("int8",), help="as of `generate`: frames in 8 bits")
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     return args
@@ -521,6 +527,7 @@ def main(arguments=None):
         "checkpoint": args.checkpoint,
         "parameters": model.num_parameters(),
         "dtype": args.dtype,
+        "vision cache": args.vision_cache_dtype or args.dtype,
         "seed": args.seed,
         "clips": "drawn frames" if args.drawn else "h264 files",
         "control n": controls,
@@ -529,7 +536,9 @@ def main(arguments=None):
     asked = examination(args.tasks, args.n, controls, args.seed)
     report = Report(args, asked, result)
     everything = [item for columns in asked.values() for items in columns.values() for item in items]
-    for item, answer in ask(model, processor, everything, args.batch, args.workers, args.drawn):
+    for item, answer in ask(
+        model, processor, everything, args.batch, args.workers, args.drawn, args.vision_cache_dtype
+    ):
         report.add(item, answer)
     print(table(result))
 
