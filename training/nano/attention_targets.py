@@ -63,7 +63,7 @@ class AttentionTargets:
         "asked": answer -> the thing that the question names, or the separator if it is absent.
         "looks": answer -> the vision tokens of a picture that show it.
         "frames": answer -> the text token of the picture or frame that shows it.
-        "request": text token of a frame of a stream -> the standing request.
+        "request": text token of a frame of a stream -> what the standing request names, and what shall happen to it.
     The three digits and the slots have a head each.
     """
 
@@ -87,8 +87,9 @@ class AttentionTargets:
         for token, digits in text.stamps:
             for head, digit in enumerate(digits):
                 self.add_group("stamps", row, [head], token, [digit])
-        for token, request in text.requests:
-            self.add_group("request", row, self.HALF, token, request)
+        for token, named, happening in text.requests:
+            self.add_group("request", row, self.HALF[::2], token, named)
+            self.add_group("request", row, self.HALF[1::2], token, happening)
         for token, evidence in text.evidence:
             whole_frame = evidence.thing is None and evidence.letter is None
             if whole_frame or len(frames) > 1:

@@ -16,6 +16,8 @@ import torch
 from moss_vl.training.nano.facts import IGNORED
 from moss_vl.training.nano.questions import CLIP_TASKS, IMAGES_TASK, PICTURE_TASKS, Evidence, Question
 from moss_vl.training.nano.streams import DECISION, END, Stream
+from moss_vl.training.nano.watching import KINDS
+from moss_vl.training.nano.world import COLOURS, SHAPES
 
 
 SILENT, RESPONDS, WORDS = STREAM_TASKS = ("silent decisions", "responses", "words of responses")
@@ -62,7 +64,8 @@ class RowText:
         # Pairs (text token, what it should attend to):
         self.evidence: list[tuple[int, Evidence]] = []  # of the next token of the answer
         self.subjects: list[tuple[int, Evidence]] = []  # the thing that the question names
-        self.requests: list[tuple[int, list[int]]] = []  # (text token of a frame, tokens of the standing request)
+        # (text token of a frame, tokens of the standing request that name things, those that say what happens)
+        self.requests: list[tuple[int, list[int], list[int]]] = []
         points = [index for index, token in enumerate(self.ids) if token == self.point]  # one in each time stamp
         self.stamps = [(pad, self.digits(point)) for pad, point in zip(self.pads, points, strict=False)]
 
@@ -148,7 +151,9 @@ def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float
     row.set_ids(stream.ids, [grid] * len(stream.pads))
     row.stamps = [(pad, row.digits(point)) for pad, point in zip(stream.pads, stream.points, strict=True)]
     row.requests = [
-        (pad, list(range(*span))) for pad, span in zip(stream.pads, stream.standing, strict=True) if span is not None
+        (pad, *words_of(tokenizer, stream.ids, span))
+        for pad, span in zip(stream.pads, stream.standing, strict=True)
+        if span is not None
     ]
     words = sum(one.role != DECISION for one in stream.written) or 1
     for one in stream.written:
@@ -161,6 +166,14 @@ def stream_text(tokenizer, stream: Stream, grid: tuple[int, int], silence: float
         if one.shown >= 0 and not silent and one.role != END:
             row.evidence.append((one.index - 1, Evidence(frame=one.shown)))
     return row
+
+
+def words_of(tokenizer, ids: list[int], span: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """The tokens of a request that name things, and those that say what happens; all of them if there are none."""
+    words = {index: tokenizer.decode([ids[index]]).strip() for index in range(*span)}
+    named = [index for index, word in words.items() if word in SHAPES or word in COLOURS]
+    happening = [index for index, word in words.items() if word in KINDS]
+    return named or list(words), happening or list(words)
 
 
 def choose(rng: random.Random, tasks, ask) -> list[Question]:
