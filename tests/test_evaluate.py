@@ -582,6 +582,7 @@ def test_the_command(monkeypatch, tmp_path, capsys, forks):
     tasks = result.pop("tasks")
     assert result["vision cache"] == result["dtype"] in ("bfloat16", "float32")
     assert result.pop("parameters") > 1e6 and result.pop("dtype") == result.pop("vision cache")
+    assert result.pop("clips") == "h264 files"
     assert result == {"checkpoint": str(NANO), "seed": 3, "control n": 1}
     assert list(tasks) == [*PICTURES, *CLIPS]
     measures = {
