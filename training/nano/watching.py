@@ -60,7 +60,6 @@ PAST = {  # kind of event -> questions about its time
     "moves": ("When did the {} move?", "When did the {} start moving?", "At what time did the {} start moving?"),
 }
 NOT_YET = "not yet"
-SAME_KIND = 0.75  # share of requests in vain that are for a kind of event that happens to another thing
 # What happens to a thing of a watched clip, with weights; a change comes with another event only if no other thing
 # has the shape, because its name would be ambiguous afterwards.
 COURSES = {
@@ -233,14 +232,12 @@ class Requests:
     def absent(self) -> Watch:
         """A request for an event that does not come: of another kind, or of a thing that is similar or not there."""
         happening = {(event.number, event.kind) for event in self.events}
-        kinds = sorted({kind for _, kind in happening}) or KINDS
-        kind = self.rng.choice(kinds if self.rng.random() < SAME_KIND else KINDS)
         if self.rng.random() < 0.5:  # a thing to which something else happens, or nothing
-            number = self.rng.randrange(len(self.scene.things))
+            number, kind = self.rng.randrange(len(self.scene.things)), self.rng.choice(KINDS)
             if (number, kind) not in happening:
                 return Watch(kind, self.name(number), number)
         taken = {(thing.shape, colour) for thing in self.scene.things for colour in colours_of(thing)}
-        model = self.rng.choice(self.scene.things)
+        model, kinds = self.rng.choice(self.scene.things), sorted({event.kind for event in self.events}) or KINDS
         while True:
             shape = model.shape if self.rng.random() < 0.4 else self.rng.choice(SHAPES)
             colour = self.rng.choice(colours_of(model)) if self.rng.random() < 0.4 else self.rng.choice(tuple(COLOURS))
@@ -248,7 +245,7 @@ class Requests:
                 break
         known = any(shape == other for other, _ in taken)
         name = f"{colour} {shape}" if known or self.rng.random() < 0.25 else shape
-        return Watch(kind, name, None)
+        return Watch(self.rng.choice(kinds if self.rng.random() < 0.6 else KINDS), name, None)
 
     def watch(
         self, frame: int = 0, comes: bool | None = None, count: int = 1, kind: str | None = None
