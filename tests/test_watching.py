@@ -314,18 +314,28 @@ def test_lessons_about_streams(processor, protocol):
     ).all()
     for row, _, text, token, _ in batch["attention"]["request"].tolist():
         assert ids[row, text] == pad and token < text and not learned[row, token]
-    with_request = {(row, text) for row, _, text, _, _ in batch["attention"]["request"].tolist()}
-    row, text = min(with_request)
-    said = sorted({token for r, _, t, token, _ in batch["attention"]["request"].tolist() if (r, t) == (row, text)})
-    assert processor.tokenizer.decode(ids[row, said]).rstrip(".?").split()[0] in (
-        "Tell",
-        "Let",
-        "Say",
-        "Alert",
-        "Notify",
-        "Describe",
-        "Report",
-    )
+
+
+def test_frames_attend_to_what_the_request_names_and_to_what_shall_happen(protocol):
+    """Some heads attend to the names of things, others to the verbs; all to a request without either."""
+    describe = Request(0, "describe", "Describe what happens.")
+    expected = {
+        "two": ([tell(0, CIRCLE, STAR)], (["circle", "star"], ["moves", "appears"])),
+        "color": ([tell(0, Watch("changes", "red circle", 0))], (["red", "circle"], ["changes"])),
+        "replaced": ([tell(0, STAR), tell(2, CIRCLE, with_frame=True)], (["circle"], ["moves"])),
+        "describe": ([describe], (["Describe", "what", "happens", "."],) * 2),
+    }
+    for name, (requests, words) in expected.items():
+        stream = Player(protocol, Script(SCENE, TIMES, tuple(requests)), [UNLIMITED] * 6).play()
+        row = rows.stream_text(protocol.tokenizer, stream, (2, 2), silence=1.0, happening=set())
+        pad, *found = row.requests[-1]
+        assert pad == stream.pads[-1]
+        assert "".join(words[0]) == "".join(
+            protocol.tokenizer.decode([row.ids[index]]).strip() for index in found[0]
+        ), name
+        assert "".join(words[1]) == "".join(
+            protocol.tokenizer.decode([row.ids[index]]).strip() for index in found[1]
+        ), name
 
 
 def test_silent_decisions_weigh_more_at_the_end(processor):
