@@ -396,24 +396,33 @@ def takes_named_kernels(query: torch.Tensor) -> bool:
     cuDNN makes a plan for each new shape, and each decode step has a new one: it took 55 to 68 ms a step on an H100
     with torch 2.11, where the kernels below need none.
     """
+    return flash_takes(query, compute_dtype(query)) and sdpa_may_choose_cudnn()
+
+
+@torch.compiler.assume_constant_result
+def sdpa_may_choose_cudnn() -> bool:
+    """Whether the caller turned off neither cuDNN nor the memory-efficient kernel."""
+    return torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def flash_takes(query: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's own flash-attention takes this query in this dtype: on NVIDIA GPUs, in half precision."""
     return (
         query.device.type == "cuda"
-        and compute_dtype(query) in HALF
+        and dtype in HALF
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= FLASH_HEAD_SIZE
-        and sdpa_may_choose_cudnn(query.device.index)
+        and gpu_has_flash(query.device.index)
     )
 
 
 @torch.compiler.assume_constant_result
-def sdpa_may_choose_cudnn(device_index: int) -> bool:
-    """Whether all kernels of torch's sdpa run on this NVIDIA GPU, and none is turned off by the caller."""
-    backends = torch.backends.cuda
+def gpu_has_flash(device_index: int) -> bool:
+    """Whether this GPU and this torch have flash-attention, and the caller did not turn it off."""
     return (
         torch.version.hip is None
-        and backends.cudnn_sdp_enabled()
-        and backends.flash_sdp_enabled()
-        and backends.mem_efficient_sdp_enabled()
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.backends.cuda.flash_sdp_enabled()
         and torch.cuda.get_device_capability(device_index) >= (8, 0)
     )
 

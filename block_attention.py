@@ -28,7 +28,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .attention import FLASH_HEAD_SIZE, HALF, prefers_blockwise
+from .attention import flash_takes, prefers_blockwise
 from .int8_states import Int8States
 from .vision_sequence import Span
 
@@ -36,7 +36,6 @@ from .vision_sequence import Span
 NO_KEYS = -1e30  # log-sum-exp of a row of which no block was computed yet; finite, so that differences are defined
 MOST_SCORES = 1 << 22  # most scores in memory at once where no kernel of torch returns the log-sum-exp
 CPU_PIECE, GPU_PIECE = 1 << 11, 1 << 14  # vision tokens in 8 bits that are converted at once
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 Calls = tuple[tuple[Span, ...], ...]
 Part = tuple[slice, torch.Tensor, torch.Tensor]  # rows, their output [K, rows, d], their log-sum-exp [K, rows]
@@ -202,26 +201,8 @@ def blocks_can_run(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def varlen_can_run(query: torch.Tensor) -> bool:
-    """Whether torch's flash-attention for several lengths takes this query: on NVIDIA GPUs, in half precision."""
-    return (
-        query.device.type == "cuda"
-        and query.dtype in HALF
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= FLASH_HEAD_SIZE
-        and gpu_has_varlen(query.device.index)
-    )
-
-
-@torch.compiler.assume_constant_result
-def gpu_has_varlen(device_index: int) -> bool:
-    """Whether this GPU and this torch have flash-attention for several lengths, and the caller did not turn it off."""
-    return (
-        torch.version.hip is None
-        and TORCH >= (2, 6)  # before, the log-sum-exp of several lengths was padded
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.backends.cuda.flash_sdp_enabled()
-        and torch.cuda.get_device_capability(device_index) >= (8, 0)
-    )
+    """Whether torch's flash-attention for several lengths takes this query."""
+    return flash_takes(query, query.dtype)
 
 
 def varlen_forward(query, key, value, borders: Borders, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from flash_kernels import install, use
+from quantized_layouts import KV8
 from tiny import Sample, assorted_samples, batch, make_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -256,22 +257,14 @@ def test_released_settings(monkeypatch):
     warnings = []
     monkeypatch.setattr(cache_layers.logger, "warning_once", warnings.append)
     monkeypatch.setitem(cache_layers.CACHE_PACKAGES, "hqq", ("hqq", lambda: False))
-    settings = {
-        "backend": "hqq",
-        "nbits": 8,
-        "axis_key": 0,
-        "axis_value": 0,
-        "q_group_size": 64,
-        "residual_length": 128,
-    }
     model, inputs = make_model(), prompt()
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     expected = model.generate(**inputs, **options, **INT8)
-    model.generation_config = GenerationConfig(cache_implementation="quantized", cache_config=settings)
+    model.generation_config = GenerationConfig(**KV8)
     assert dtype_of_settings(model.generation_config) == "int8"
     got = model.generate(**inputs, **options)
     assert torch.equal(got.sequences, expected.sequences)
     assert type(got[CACHE].layers[1]) is Int8VisionLayer and type(got[CACHE]) is DynamicCache
     assert len(warnings) == 1 and "by hqq, which is not installed" in warnings[0]
-    model.generation_config.cache_config = {**settings, "nbits": 4}
+    model.generation_config.cache_config = {**KV8["cache_config"], "nbits": 4}
     assert dtype_of_settings(model.generation_config) is None
