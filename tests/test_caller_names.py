@@ -89,7 +89,7 @@ def test_special_tokens_are_those_of_the_tokenizer(processor, tmp_path):
     tokenizer = processor.tokenizer
     names = ("pad_token", "pad_token_id", "eos_token", "eos_token_id", "bos_token", "bos_token_id", "padding_side")
     assert [getattr(processor, name) for name in names] == [getattr(tokenizer, name) for name in names]
-    assert (processor.pad_token_id, processor.padding_side) == (639, "right")
+    assert (processor.pad_token_id, processor.padding_side) == (736, "right")
     processor.padding_side = "left"
     assert tokenizer.padding_side == "left"
     for name in names:  # as training software does
@@ -138,10 +138,10 @@ def test_sizes_beside_the_text_config_must_agree_with_it():
 
 
 def test_a_size_is_overridden_on_loading():
-    config = MossVLConfig.from_pretrained(NANO, vocab_size=700)
-    assert config.text_config.vocab_size == 700
-    config = AutoConfig.from_pretrained(NANO, trust_remote_code=True, vocab_size=700)
-    assert config.get_text_config().vocab_size == 700
+    config = MossVLConfig.from_pretrained(NANO, vocab_size=800)
+    assert config.text_config.vocab_size == 800
+    config = AutoConfig.from_pretrained(NANO, trust_remote_code=True, vocab_size=800)
+    assert config.get_text_config().vocab_size == 800
 
 
 def test_ids_that_are_not_given_are_none():

@@ -120,7 +120,7 @@ def test_weights_that_do_not_fit_undo_all_changes(downloaded, run):
     done = run(downloaded)
     assert done.returncode == 1
     assert "missing: lm_head.weight" in done.stderr
-    assert "model.separator_token: (7,) in the file, (192,) in the model" in done.stderr
+    assert "model.separator_token: (7,) in the file, (256,) in the model" in done.stderr
     assert "were undone" in done.stderr and "Traceback" not in done.stderr
     assert snapshot(downloaded) == before and not backups(downloaded)
 
@@ -158,7 +158,7 @@ def test_files_of_different_models_are_warned_of(downloaded, run):
     done = run(downloaded)
     assert done.returncode == 0, done.stderr
     assert "warning: patch_size is 14 in MossVLImageProcessor" in done.stdout
-    assert "warning: image_token_id is 644 in the tokenizer, 3 in config.json" in done.stdout
+    assert "warning: image_token_id is 741 in the tokenizer, 3 in config.json" in done.stdout
     assert "warning: the model has none of these tensors: model.of_the_past" in done.stdout
 
 

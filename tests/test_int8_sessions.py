@@ -76,7 +76,7 @@ def realtime():
 def test_streams(realtime, monkeypatch, way):
     """With a window that drops frames, and with a rollover."""
     made_processor, made_model = realtime
-    options = {"window_frames": 3, "rollover_idle": 200, "rollover_forced": 220}
+    options = {"window_frames": 3, "rollover_idle": 130, "rollover_forced": 150}
     if way == "settings":
         monkeypatch.setitem(cache_layers.CACHE_PACKAGES, "hqq", ("hqq", lambda: False))
         monkeypatch.setattr(made_model.generation_config, "cache_implementation", "quantized")

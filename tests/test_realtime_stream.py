@@ -490,7 +490,7 @@ def test_tokens_that_are_not_marked_as_special_are_found_by_name(model):
 
 def test_a_processor_of_another_checkpoint(model):
     tokenizer = make_tokenizer(["<|a|>", "<|b|>", SILENCE, RESPONSE])
-    with pytest.raises(ValueError, match="model has a vocabulary of 650"):
+    with pytest.raises(ValueError, match="model has a vocabulary of 747"):
         RealtimeStream(model, make_processor(tokenizer))
 
 
