@@ -352,7 +352,7 @@ def test_llamafactory_itself(tmp_path, data, losses):
     others = {"stage": "sft", "do_train": True, "template": "moss_vl", "use_cpu": True, "report_to": "none"}
     rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "preprocessing_num_workers": 1}
     options = {**where, **limits, **fixed, **parts, **others, **rows, "output_dir": tmp_path / "out"}
-    found = run_trainer(
-        tmp_path, "-m", "llamafactory.cli", "train", *(f"{name}={value}" for name, value in options.items())
-    )
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(options, default=str))
+    found = run_trainer(tmp_path, "-m", "llamafactory.cli", "train", settings)
     assert found == pytest.approx([losses[name] for name in CONVERSATIONS], rel=1e-3)
