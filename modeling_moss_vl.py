@@ -512,12 +512,15 @@ def kept_tokens(logits_to_keep: Union[int, torch.Tensor], length: int) -> Union[
     )
 
 
-def check_labels(labels: Optional[torch.Tensor], shape) -> None:
-    """Raises ValueError if labels are given whose shape is not [B, T]."""
-    if labels is not None and tuple(labels.shape) != tuple(shape):
+def check_labels(labels: Optional[torch.Tensor], shape, kept: Union[slice, torch.Tensor]) -> None:
+    """Raises ValueError if labels are given that are neither [B, T] nor [B, kept]. `kept`: see `kept_tokens`."""
+    rows, length = shape
+    count = len(range(length)[kept]) if isinstance(kept, slice) else len(kept)
+    if labels is not None and tuple(labels.shape) not in ((rows, length), (rows, count)):
+        of_kept = f" (or [{rows}, {count}]: for each token of `logits_to_keep`)" if count != length else ""
         raise ValueError(
-            f"`labels` has shape {list(labels.shape)}; expected {list(shape)}: a label for each token of this call, "
-            "-100 for tokens without a loss. `logits_to_keep` does not shorten the labels."
+            f"`labels` has shape {list(labels.shape)}; expected [{rows}, {length}]: a label for each token of this "
+            f"call{of_kept}, -100 for tokens without a loss"
         )
 
 
@@ -541,6 +544,28 @@ def shift_labels(
     following = index.masked_fill(~is_token, length).flip(1).cummin(1).values.flip(1)
     targets = F.pad(labels, (0, 1), value=IGNORED).gather(1, F.pad(following[:, 1:], (0, 1), value=length))
     return targets.masked_fill(~is_token, IGNORED)
+
+
+def kept_targets(
+    labels: torch.Tensor,
+    kept: Union[slice, torch.Tensor],
+    length: int,
+    attention_mask: Optional[torch.Tensor],
+    text_starts: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """The targets [B, kept] of the kept tokens of a call of T = `length` tokens.
+
+    Args:
+        labels: [B, T]; or [B, kept], as trainers shorten them together with the logits.
+        attention_mask, text_starts: see `shift_labels`.
+    """
+    if labels.shape[1] != length:
+        if isinstance(kept, torch.Tensor):  # which tokens the labels belong to is not known, only their order
+            return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        labels = F.pad(labels, (length - labels.shape[1], 0), value=IGNORED)
+    if isinstance(kept, torch.Tensor):
+        kept = kept.to(labels.device)
+    return shift_labels(labels, attention_mask, text_starts)[:, kept].contiguous()
 
 
 class MossVLForConditionalGeneration(
@@ -649,7 +674,8 @@ class MossVLForConditionalGeneration(
                 well, to place the frames.
             labels: [B, T], one per token of `input_ids`, -100 for tokens without a loss. The loss is next-token
                 cross-entropy; the model shifts the labels. Padding is skipped: the target of a token is the next token
-                that is not padding.
+                that is not padding. Labels [B, kept], shortened like the logits, are the labels of the last n tokens;
+                if `logits_to_keep` is a tensor, the target of a kept token is the next of these labels.
             use_cache: whether to return a cache; default: that of the config, but False in training and for packed
                 texts.
             logits_to_keep: n for the logits of the last n tokens (0: all), indices of tokens, or bool [T]. The loss
@@ -684,7 +710,7 @@ class MossVLForConditionalGeneration(
         text, kept = inputs_embeds if input_ids is None else input_ids, slice(None)
         if text is not None:
             kept = kept_tokens(logits_to_keep, text.shape[1])
-            check_labels(labels, text.shape[:2])
+            check_labels(labels, text.shape[:2], kept)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -711,8 +737,14 @@ class MossVLForConditionalGeneration(
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            targets = shift_labels(labels, attention_mask, outputs.text_starts)
-            loss = self._loss(logits, labels, targets, kept, num_items_in_batch)
+            length = outputs.last_hidden_state.shape[1]
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=kept_targets(labels, kept, length, attention_mask, outputs.text_starts),
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         result = MossVLCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -744,25 +776,6 @@ class MossVLForConditionalGeneration(
         joint = JointCache(caches)
         ids = read_tokens(tokens, len(joint.caches), self.model.language_model.embed_tokens.weight.device)
         return self(input_ids=ids, **{CACHE: joint}).logits[:, -1]
-
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        targets: torch.Tensor,
-        kept: Union[slice, torch.Tensor],
-        num_items_in_batch: Optional[Union[int, torch.Tensor]],
-    ) -> torch.Tensor:
-        """The loss of the kept tokens: logits [B, kept, vocab] against targets [B, T]."""
-        if isinstance(kept, torch.Tensor):
-            kept = kept.to(targets.device)
-        return self.loss_function(
-            logits=logits,
-            labels=labels,
-            shift_labels=targets[:, kept].contiguous(),
-            vocab_size=self.config.text_config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
-        )
 
     def compile_decode(self, **settings) -> None:
         """Compiles later decode steps: calls of one token per row without gradients, as `generate` makes them. The

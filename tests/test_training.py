@@ -68,6 +68,29 @@ def test_kept_tokens_predict_the_labels_of_the_whole_sequence():
             assert torch.allclose(summed, expected * (targets != -100).sum() / 7, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_shortened_with_the_logits(side):
+    """Labels [B, n] of the last n tokens stand for labels [B, T], also beside padding. For tokens that a tensor
+    names, the target is the next of the labels: a mask of the tokens before learned ones, and of the last token, gives
+    the loss of the whole row."""
+    model, inputs = make_model(), labelled(assorted_samples(), side)
+    for kept in (1, 5):
+        short = inputs | {"labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}
+        expected = model(**short | {"labels": inputs["labels"]}).loss
+        if kept == 1:  # predicts nothing
+            assert torch.isnan(expected) and torch.isnan(model(**short).loss)
+        else:
+            assert torch.equal(model(**short).loss, expected)
+    alone = labelled(assorted_samples()[:1])
+    learned = torch.zeros(alone["labels"].shape[1], dtype=torch.bool)
+    learned[[3, 4, -2]] = True
+    labels = torch.nn.functional.pad(alone["labels"][:, learned], (1, 0), value=-100)
+    kept = torch.nn.functional.pad(learned[1:], (0, 1), value=True)
+    expected = model(**alone | {"labels": alone["labels"].masked_fill(~learned, -100)}).loss
+    found = model(**alone | {"labels": labels, "logits_to_keep": kept})
+    assert found.logits.shape[1] == 4 and torch.allclose(found.loss, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("of_padding", [-100, 7])
 @pytest.mark.parametrize("padding", ["left", "right", "inside"])
 def test_the_loss_of_a_batch_is_that_of_its_samples(padding, of_padding):
