@@ -248,7 +248,9 @@ def _split_message(what: str, message: dict) -> tuple[str, object, dict]:
         message.setdefault(keys[1], "")
     spelled = [name for name in message if name in ("role", "content", "from", "value")]
     if set(spelled) != set(keys):
-        raise ValueError(f"{what}: expected role and content, or from and value; got {', '.join(message) or 'nothing'}")
+        raise ValueError(
+            f"{what}: expected role and content, or from and value; got {', '.join(message) or 'nothing'}"
+        )
     role, content = (message[key] for key in keys)
     if not isinstance(role, str) or role not in ROLES:
         near = nearest_name(role, ROLES)
