@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moss_vl.checks import TYPO_SIMILARITY, nearest_name, shorten
+from moss_vl.checks import nearest_name, shorten
 from moss_vl.conversation import (
     PLACEHOLDER,
     PLACEHOLDERS,
@@ -41,6 +41,7 @@ ROLES = {
     "function_call": "call",
     "tool_call": "call",
 }
+MISSPELLED = 0.8  # similarity of a key beside those of a stream; "video_id" is another key, "weigth" is not
 TAG = re.compile("<(image|video)>")  # a placeholder as LLaVA, LlamaFactory and ms-swift write it
 
 
@@ -169,7 +170,7 @@ def speaks_in_stream(record: dict) -> bool:
 def _is_meant(name: str) -> bool:
     """Whether a key of a stream record is known, or a misspelling. Streams in files have other keys beside them."""
     known = (*KEYS, *ALIASES)
-    return name in known or nearest_name(name, known, TYPO_SIMILARITY) is not None
+    return name in known or nearest_name(name, known, MISSPELLED) is not None
 
 
 def _read_weight(weight) -> float:
@@ -189,7 +190,7 @@ def _read_pair(given: dict, media: dict) -> list[Turn]:
     names = ALPACA_KEYS if any(name in given for name in ALPACA_KEYS) else PAIR_KEYS
     first, last = ("instruction", "output") if names is ALPACA_KEYS else PAIR_KEYS
     if given.get(last) is None:
-        raise ValueError(f"there is a {first}, but no {last}")
+        raise ValueError(f"a record with {first} needs {last}; got no {last}")
     texts = {name: given.get(name, "") for name in names if name != "history"}
     pairs = given.get("history", [])
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):

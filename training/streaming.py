@@ -56,7 +56,7 @@ class StreamedRecords(torch.utils.data.IterableDataset):
         seed: of the order.
         rank, world_size: this process, and how many there are.
         batches_done: batches of each process that a run had before it is resumed.
-        skip_bad: replace a bad record by the next good one of the process, with a warning; otherwise it is a BadRecord.
+        skip_bad: replace a bad record by the next good one of the process, with a warning; else it is a BadRecord.
         check: see `read_record`.
         **options: those of `encode`.
 
