@@ -123,12 +123,13 @@ def test_accumulated_weighted_batches_equal_one_large_batch(checkpoint, weighted
     assert entry["loss"] == pytest.approx(total / weight_sum, abs=2e-4)
 
 
-def test_two_processes_with_weights_equal_one(checkpoint, weighted, tmp_path):  # noqa: F811
+def test_two_processes_that_stream_weighted_records_equal_one(checkpoint, weighted, tmp_path):  # noqa: F811
     records = json.loads(weighted.read_text())
     (tmp_path / "v.mp4").write_bytes((weighted.parent / "v.mp4").read_bytes())
     (tmp_path / "two.json").write_text(json.dumps([records[1], records[7]]))
     command = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "two.json"), *FAST, *STEP, *OPTIONS]
-    run_parallel([*command, "--output", str(tmp_path / "two")], processes=2)
+    streaming = ["--streaming", "--shuffle-buffer", "1"]
+    run_parallel([*command, *streaming, "--output", str(tmp_path / "two")], processes=2)
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *STEP, *OPTIONS, "--batch-size", "2") == 0
     assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 
