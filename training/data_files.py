@@ -160,14 +160,14 @@ def _batch_entries(name: Path, folder: Path, batches: Iterable) -> Iterator[Entr
     """The rows of record batches of a table. A row becomes Python objects when its record is loaded."""
     index = 0
     for batch in batches:
-        for start in range(batch.num_rows):
-            yield Entry(f"{name}, record {index}", folder, functools.partial(_load_row, batch, start))
+        for number in range(batch.num_rows):
+            row = batch.take([number])  # a copy: a waiting row must not keep all others of its batch in memory
+            yield Entry(f"{name}, record {index}", folder, functools.partial(_load_row, row))
             index += 1
 
 
-def _load_row(batch, index: int) -> dict:
-    [row] = batch.slice(index, 1).to_pylist()
-    return without_nulls(row)
+def _load_row(row) -> dict:
+    return without_nulls(row.to_pylist()[0])
 
 
 def without_nulls(value):

@@ -50,9 +50,9 @@ data: a JSON list, or JSONL with one object per line, of
   {"prompt": "What is this?", "response": "a star", "images": ["a.png"], "videos": ["b.mp4"], "system_prompt": "..."}
   {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}],
    "images": ["a.png"]}
-or parquet files and folders of save_to_disk with such rows. Paths are relative to the data file. In the first form, images
-and then videos come before the prompt. A video may also be {"video_path": "b.mp4", "segments": [[0.5, 3.0], [4.2]]} (seconds).
-training/README.md describes all forms: tools, weights, realtime streams, and those of other software.
+or parquet files and folders of save_to_disk with such rows. Paths are relative to the data file. In the first form,
+images and then videos come before the prompt. A video may also be {"video_path": "b.mp4", "segments": [[0.5, 3.0],
+[4.2]]} (seconds). training/README.md describes all forms: tools, weights, realtime streams, those of other software.
 The loss covers the assistant's turns, each with the token that ends it, and nothing else. All records are checked
 before training starts, or with --streaming when they come. Errors that only decoding can find (a damaged file,
 --max-length) stop the run when they occur; with --skip-bad the next record is used instead.
