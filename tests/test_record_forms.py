@@ -1,6 +1,8 @@
 """Forms of training records: tools, losses of turns, weights, `<image>` and `<video>`, alpaca; and random records in
 random forms against an independent renderer."""
 
+import copy
+import functools
 import json
 import random
 
@@ -10,7 +12,9 @@ from test_records import folder, read_one, turns, write  # noqa: F401 - folder i
 from tuning import NANO, load_processor
 
 from moss_vl.training.batches import IGNORED, encode, render
-from moss_vl.training.records import read_records
+from moss_vl.training.realtime_records import read_stream
+from moss_vl.training.record_turns import read_conversation
+from moss_vl.training.records import Record, read_records
 
 
 TEMPLATE = (ROOT / "tests/tool_template.jinja").read_text()
@@ -352,3 +356,57 @@ def test_random_records_in_random_forms(folder, processor):  # noqa: F811
         assert whole[0] == ids, f"seed {seed}"
         kinds.add((bool(record.tools), bool(record.images)))
     assert kinds == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+STRAY = (
+    None,
+    True,
+    0,
+    3.5,
+    "",
+    "x",
+    "<image>",
+    "<|video|>",
+    "{}",
+    "[1]",
+    [],
+    [None],
+    {},
+    {"a": 1},
+    {"name": "f"},
+    "tool",
+)
+
+
+def places_of(value, place=()):
+    yield place
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in items:
+        yield from places_of(one, (*place, key))
+
+
+def test_whatever_is_wrong_is_a_value_error(folder, processor):  # noqa: F811
+    """Random records with one or two values replaced, removed or added."""
+    good = bad = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        record = copy.deepcopy(written(random_conversation(rng), rng))
+        for _ in range(rng.randint(1, 2)):
+            *parents, last = rng.choice([place for place in places_of(record) if place] or [("id",)])
+            node = functools.reduce(lambda value, key: value[key], parents, record)
+            change = rng.random()
+            if change < 0.6:
+                node[last] = copy.deepcopy(rng.choice(STRAY))
+            elif change < 0.8 and isinstance(node, dict):
+                node[rng.choice(("tools", "history", "output", "weight", "loss", "from"))] = copy.deepcopy(
+                    rng.choice(STRAY)
+                )
+            elif last != "id":
+                del node[last]
+        try:
+            found = Record("here", **vars(read_conversation(record, folder)))
+            (read_stream if found.is_stream else render)(found, processor)
+            good += 1
+        except ValueError:
+            bad += 1
+    assert good > 20 and bad > 100

@@ -44,7 +44,7 @@ def first(samples, count) -> list:
 def batches(dataset, workers, count) -> list[list[int]]:
     if workers:
         gc.collect()  # as in test_batches.py
-    return first(streaming_loader(dataset, list, workers, pin_memory=False), count)
+    return first(streaming_loader(dataset, list, workers), count)
 
 
 def test_a_pass_has_every_record_once_in_an_order_of_its_own(file, numbers):
@@ -140,6 +140,12 @@ def test_spawned_workers_can_get_the_data_set(file, processor):
     for sample, record in zip(first(sent, 2), read_records(file), strict=False):
         plain = encode(record, processor)
         assert all(torch.equal(torch.as_tensor(sample[name]), torch.as_tensor(plain[name])) for name in plain)
+
+
+def test_a_file_that_breaks_off_is_named(file, numbers, tmp_path):
+    (tmp_path / "cut.jsonl").write_bytes(file.read_bytes() * 2000 + b"\xff")
+    with pytest.raises(BadRecord, match="the data cannot be read further: .*cut.jsonl is not UTF-8"):
+        list(StreamedRecords([tmp_path / "cut.jsonl"], None, 1, batches_done=10**6))
 
 
 STREAMED = ["--streaming", "--shuffle-buffer", 4, "--batch-size", 2, "--train", "language", "--workers"]

@@ -115,8 +115,11 @@ class StreamedRecords(torch.utils.data.IterableDataset):
                 for entry in read_entries(source)
             )
             drawn = None
-            for drawn in shuffled(entries, self.buffer, random.Random(f"{self.seed}, pass {passes}")):
-                yield drawn
+            try:
+                for drawn in shuffled(entries, self.buffer, random.Random(f"{self.seed}, pass {passes}")):
+                    yield drawn
+            except (ValueError, OSError) as error:
+                raise BadRecord(f"the data cannot be read further: {error}") from error
             if drawn is None:
                 raise BadRecord("the data set has no record in a second pass; expected what can be iterated again")
 
@@ -152,14 +155,18 @@ class Drawn:
     entry: Entry
 
 
-def streaming_loader(dataset: StreamedRecords, collate: Callable, workers: int, pin_memory: bool) -> DataLoader:
-    """The data loader of a process. accelerate must not prepare it: the data set already divides itself."""
+def streaming_loader(dataset: StreamedRecords, collate: Callable, workers: int, **options) -> DataLoader:
+    """The data loader of a process. accelerate must not prepare it: the data set already divides itself.
+
+    Args:
+        options: `pin_memory` and `prefetch_factor` of a DataLoader.
+    """
     return DataLoader(
         dataset,
         batch_size=dataset.batch_size,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=pin_memory,
+        **options,
         generator=torch.Generator(),  # the global one keeps its state, so that a resumed run draws the same numbers
     )
 

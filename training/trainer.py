@@ -48,8 +48,13 @@ class RecordTrainer(Trainer):
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, StreamedRecords):
-            workers, pin_memory = self.args.dataloader_num_workers, self.args.dataloader_pin_memory
-            return streaming_loader(self.train_dataset, self.data_collator, workers, pin_memory)
+            return streaming_loader(
+                self.train_dataset,
+                self.data_collator,
+                self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+            )
         return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
