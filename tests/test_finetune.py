@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tuning import (  # noqa: F401 - fixtures among them
     FAST,
     LINEAR,
+    NANO,
     checkpoint,
     data,
     load,
@@ -29,6 +31,7 @@ from tuning import (  # noqa: F401 - fixtures among them
 )
 
 from moss_vl.training import finetune, tuning_options
+from moss_vl.training.batches import check_record
 from moss_vl.training.records import read_records
 
 
@@ -433,6 +436,10 @@ def test_commands_and_records_of_the_readme_are_valid(tmp_path, monkeypatch):
         assert finetune.parse(command).output.name in ("tuned", "merged")
     files = [ROOT / name for line in lines for name in re.findall(r"pip install -r (\S+)", line)]
     assert files and all(file.is_file() for file in files)
-    (records,) = re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S)
-    (tmp_path / "data.json").write_text(records.replace('"data/', f'"{ROOT}/data/'))
-    assert len(read_records(tmp_path / "data.json")) == 2
+    records, stream = re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S)
+    for name, content in (("data.json", records), ("stream.json", stream)):
+        (tmp_path / name).write_text(content.replace('"data/', f'"{ROOT}/data/'))
+    check = partial(check_record, processor=load_processor(NANO))
+    assert len(read_records(tmp_path / "data.json", check=check)) == 3
+    [found] = read_records(tmp_path / "stream.json", check=check)
+    assert found.is_stream

@@ -107,9 +107,10 @@ def test_json_and_jsonl_and_several_files(folder, tmp_path):
 CALL = {"prompt": "What?"}
 BAD = [
     ("text", "a record must be an object"),
-    ({}, "expected prompt and response, or else messages or conversations; got neither"),
+    ({}, "or else messages or conversations; got neither"),
     (CALL | {"respones": "x"}, "unknown key 'respones'; did you mean 'response'?"),
-    (CALL | {"response": "x", "image": "a.png"}, "did you mean 'images'?"),
+    (CALL | {"response": "x", "imges": "a.png"}, "did you mean 'images'?"),
+    (CALL | {"response": "x", "image": "a.png", "images": "a.png"}, "has 'image' and 'images', which mean the same"),
     (CALL, "no response"),
     (CALL | {"response": None}, "no response"),
     (CALL | {"response": " \n"}, "the response is empty"),
@@ -155,7 +156,6 @@ BAD = [
         {"messages": turns("<|image|><|image|>", "b"), "images": ["a.png"]},
         "placeholders for 2 images, but images holds 1; they must match",
     ),
-    ({"messages": turns("<image>", "b"), "images": ["a.png"]}, "the text has '<image>', write '<|image|>'"),
     (
         {"messages": turns("<|video|>" * 3, "b"), "videos": {"video_path": "v.mp4", "segments": [[0], [1]]}},
         "placeholders for 3 videos, but videos holds 1; they must match",

@@ -3,7 +3,7 @@
 import pytest
 from test_records import folder, read_one, turns  # noqa: F401 - folder is a fixture
 
-from moss_vl.training.records import _probe
+from moss_vl.training.record_media import probe as _probe
 
 
 def asked(*parts):

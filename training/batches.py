@@ -8,7 +8,8 @@ from logging import getLogger
 import torch
 from jinja2.exceptions import TemplateError
 
-from moss_vl.training.records import Record
+from moss_vl.training.realtime_records import read_frames, read_stream
+from moss_vl.training.records import Record, check_media_options
 
 
 logger = getLogger(__name__)
@@ -22,29 +23,33 @@ class BadRecord(ValueError):
 
 
 def render(record: Record, processor, template: bool = True) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and the [start, end) characters of each assistant turn with the token that ends it.
+    """The text of a conversation, and the [start, end) characters of each learned turn of the assistant, with its tool
+    calls and the token that ends it.
 
     Args:
         template: whether to render the chat template. Without it, contents are concatenated, and `eos_token` ends
             those of the assistant.
 
     Raises:
-        ValueError: if the template does not accept the conversation, or renders a turn differently when others follow;
-            without a template, for a system turn.
+        ValueError: if the template does not accept the conversation, does not know tools that it has, or renders a
+            turn differently when others follow; without a template, for a system turn and for tools.
     """
     if not template:
-        return _concatenate(record.messages, processor.tokenizer.eos_token)
+        return _concatenate(record, processor.tokenizer.eos_token)
+    messages = [{name: value for name, value in message.items() if name != "loss"} for message in record.messages]
+    tools = {} if record.tools is None else {"tools": record.tools}
+    _check_calls(messages, processor)
 
     def rendered(messages, **options):
         try:
-            return processor.apply_chat_template(messages, tokenize=False, **options)
+            return processor.apply_chat_template(messages, tokenize=False, **tools, **options)
         except TemplateError as error:
             raise ValueError(f"the chat template does not accept this conversation: {error}") from None
 
-    text, spans = rendered(record.messages), []
+    text, spans = rendered(messages), []
     for turn, message in enumerate(record.messages):
-        if message["role"] == "assistant":
-            prompt = rendered(record.messages[:turn], add_generation_prompt=True)
+        if message["role"] == "assistant" and message.get("loss", True):
+            prompt = rendered(messages[:turn], add_generation_prompt=True)
             end = text.find(TURN_END, len(prompt))
             if not text.startswith(prompt) or end < 0:
                 raise ValueError(
@@ -55,19 +60,44 @@ def render(record: Record, processor, template: bool = True) -> tuple[str, list[
     return text, spans
 
 
-def _concatenate(messages: list[dict], eos_token: str) -> tuple[str, list[tuple[int, int]]]:
+def _check_calls(messages: list[dict], processor) -> None:
+    """Raises ValueError if there are tool calls and the chat template does not render them."""
+    if any("tool_calls" in message for message in messages) and "tool_calls" not in str(processor.chat_template):
+        raise ValueError(
+            "the conversation has tool calls, but the chat template of the checkpoint does not read tool_calls; add "
+            "them to chat_template.jinja"
+        )
+
+
+def _concatenate(record: Record, eos_token: str) -> tuple[str, list[tuple[int, int]]]:
     text, spans = "", []
-    for message in messages:
+    for message in record.messages:
         if message["role"] == "system":
             raise ValueError(
                 "a system turn needs the chat template; leave out --no-template, or move its text into the prompt"
             )
+        if record.tools is not None or message["role"] == "tool" or "tool_calls" in message:
+            raise ValueError("tools need the chat template; leave out --no-template, or the tools")
         start = len(text)
         text += message["content"]
         if message["role"] == "assistant":
             text += eos_token
-            spans.append((start, len(text)))
+            if message.get("loss", True):
+                spans.append((start, len(text)))
     return text, spans
+
+
+def check_record(record: Record, processor, template: bool = True, **options) -> None:
+    """Raises ValueError for what can be known to be bad without decoding media.
+
+    Args:
+        options: those of the processor for images and videos.
+    """
+    if record.is_stream:
+        read_stream(record, processor, template)
+        return
+    render(record, processor, template)
+    check_media_options(record, processor.image_processor, processor.video_processor, **options)
 
 
 def encode(
@@ -78,7 +108,8 @@ def encode(
     pixel_dtype=torch.float32,
     **options,
 ) -> dict:
-    """One sample: `input_ids` and `labels` [T], `pixel_values` [P, 3 * t * p * p] and `grid_thw` [media, 3].
+    """One sample: `input_ids` and `labels` [T], `pixel_values` [P, 3 * t * p * p], `grid_thw` [media, 3], and the
+    `weight` of the record.
 
     A record without media gets a blank medium.
 
@@ -89,6 +120,27 @@ def encode(
         ValueError: for more than `max_length` tokens.
         Errors of the processor.
     """
+    make = _encode_stream if record.is_stream else _encode_chat
+    sample = make(record, processor, template, **options)
+    if max_length is not None and len(sample["input_ids"]) > max_length:
+        raise ValueError(f"{len(sample['input_ids'])} tokens are more than --max-length {max_length}")
+    sample["labels"][0] = IGNORED  # no token predicts the first one, so the mean must not count it
+    return {**sample, "pixel_values": sample["pixel_values"].to(pixel_dtype), "weight": record.weight}
+
+
+def _encode_stream(record: Record, processor, template: bool, **options) -> dict:
+    text = read_stream(record, processor, template)
+    ids, learned = torch.tensor(text.ids), torch.tensor(text.learned)
+    pixels, grids = read_frames(record, processor, **options)
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(~learned, IGNORED),
+        "pixel_values": pixels,
+        "grid_thw": grids,
+    }
+
+
+def _encode_chat(record: Record, processor, template: bool, **options) -> dict:
     text, spans = render(record, processor, template)
     tokenizer = processor.tokenizer
     text, spans, separators = _separate(text, spans, tokenizer.pad_token)
@@ -106,14 +158,10 @@ def encode(
     ids, labels = inputs["input_ids"][0], inputs["labels"][0]
     kept = torch.ones_like(ids, dtype=torch.bool)
     kept[torch.nonzero(ids == tokenizer.pad_token_id)[separators, 0]] = False
-    ids, labels = ids[kept], labels[kept]
-    if max_length is not None and len(ids) > max_length:
-        raise ValueError(f"{len(ids)} tokens are more than --max-length {max_length}")
-    labels[0] = IGNORED  # no token predicts the first one, so the mean must not count it
     return {
-        "input_ids": ids,
-        "labels": labels,
-        "pixel_values": inputs["pixel_values"].to(pixel_dtype),
+        "input_ids": ids[kept],
+        "labels": labels[kept],
+        "pixel_values": inputs["pixel_values"],
         "grid_thw": inputs["grid_thw"],
     }
 
@@ -176,7 +224,8 @@ class Collator:
     These are `input_ids`, `attention_mask` and `labels` [B, T], padded on the right; `pixel_values` and `grid_thw` of
     all media, packed; `media_nums_per_sample`; and `logits_to_keep`, which omits the logits before the first learned
     token: for the prompt of a long video they would be the largest tensor. There is no `cross_attention_mask` (T x
-    frames): the model derives it from the text.
+    frames): the model derives it from the text. If a weight of a record is not 1, `record_weights` [B] is there too,
+    for `token_loss.WeightedTrainer`: the model does not take it.
 
     Args:
         pad_token_id: the tokenizer's.
@@ -204,6 +253,9 @@ class Collator:
             "logits_to_keep": labels.shape[1] - first + 1,
             "use_cache": False,
         }
+        weights = torch.tensor([sample["weight"] for sample in samples])
+        if (weights != 1).any():
+            batch["record_weights"] = weights
         if self.vision_chunked_length is not None:
             batch["vision_chunked_length"] = self.vision_chunked_length
         return batch

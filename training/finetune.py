@@ -11,6 +11,7 @@ import os
 import random
 import re
 import sys
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -30,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.options import options_of
 from moss_vl.tools.command_line import message_of
-from moss_vl.training.batches import BadRecord, Collator, RecordDataset, render
-from moss_vl.training.records import check_media_options, read_records
+from moss_vl.training.batches import BadRecord, Collator, RecordDataset, check_record
+from moss_vl.training.records import read_records
+from moss_vl.training.streaming import StreamedRecords, continue_streams, stream_records
+from moss_vl.training.trainer import RecordTrainer, make_token_loss
 from moss_vl.training.tuning_options import FIXED_ON_RESUME, PROCESSOR_OPTIONS, parse
 
 
@@ -273,24 +275,27 @@ def read_json(path: Path):
 # records
 
 
-def make_datasets(args, processor) -> tuple[RecordDataset, RecordDataset | None]:
+def make_datasets(args, processor) -> tuple[RecordDataset | StreamedRecords, RecordDataset | None]:
     """The checked records to train on, and those to evaluate on."""
     template = uses_template(args, processor)
     options = processor_options(args, processor)
 
-    def check(record):
-        render(record, processor, template)
-        check_media_options(record, processor.image_processor, processor.video_processor, **options)
+    check = partial(check_record, processor=processor, template=template, **options)
 
     def read(files):
         return read_records(files, args.skip_bad, check=check)
 
-    def dataset(records):
-        pixel_dtype = torch.bfloat16 if args.bf16 else torch.float32
-        encoding = {"template": template, "max_length": args.max_length, "pixel_dtype": pixel_dtype}
-        return RecordDataset(records, processor, args.skip_bad, **encoding, **options)
+    pixel_dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options |= {"template": template, "max_length": args.max_length, "pixel_dtype": pixel_dtype}
 
-    records, held_out = read(args.data), read(args.eval_data) if args.eval_data else []
+    def dataset(records):
+        return RecordDataset(records, processor, args.skip_bad, **options)
+
+    held_out = read(args.eval_data) if args.eval_data else []
+    if args.streaming:
+        streams = stream_records(args, processor, check=check, **options)
+        return streams, dataset(held_out) if held_out else None
+    records = read(args.data)
     if args.eval_share is not None:
         records, held_out = split_records(records, args.eval_share, args.seed)
     return dataset(records), dataset(held_out) if held_out else None
@@ -367,21 +372,25 @@ def prepare(args) -> tuple:
     arguments = training_arguments(args)
     processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
     train_data, eval_data = make_datasets(args, processor)
+    token_loss = make_token_loss(args, processor, train_data, eval_data)
+    if args.streaming:
+        continue_streams(train_data, arguments, last)
 
     model = load_model(args)
-    trainer = Trainer(
+    trainer = RecordTrainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=Collator(processor.tokenizer.pad_token_id, args.vision_chunk),
         callbacks=[SaveProcessor(processor)],
+        token_loss=token_loss,
     )
     vars(model.config).pop("use_cache", None)  # set by transformers 5's Trainer; it would be saved with the model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    counts = len(train_data), len(eval_data or ())
+    counts = "streamed" if args.streaming else len(train_data), len(eval_data or ())
     logger.info(
-        "%d records, %d for evaluation; %s parameters of %s are trained",
+        "%s records, %d for evaluation; %s parameters of %s are trained",
         *counts,
         f"{trained:,}",
         ", ".join(args.train),

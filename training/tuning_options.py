@@ -27,6 +27,12 @@ FIXED_ON_RESUME = (
     "template",
     "max_length",
     "skip_bad",
+    "streaming",
+    "shuffle_buffer",
+    "silence_weight",
+    "response_weight",
+    "balance_decisions",
+    "focal_gamma",
     *PROCESSOR_OPTIONS,
     "train",
     "lora_rank",
@@ -44,11 +50,12 @@ data: a JSON list, or JSONL with one object per line, of
   {"prompt": "What is this?", "response": "a star", "images": ["a.png"], "videos": ["b.mp4"], "system_prompt": "..."}
   {"messages": [{"role": "user", "content": "<|image|>What is this?"}, {"role": "assistant", "content": "a star"}],
    "images": ["a.png"]}
-Paths are relative to the data file. In the first form, images and then videos come before the prompt. A video may also
-be {"video_path": "b.mp4", "segments": [[0.5, 3.0], [4.2]]} (seconds). training/README.md describes both forms.
+or parquet files and folders of save_to_disk with such rows. Paths are relative to the data file. In the first form,
+images and then videos come before the prompt. A video may also be {"video_path": "b.mp4", "segments": [[0.5, 3.0],
+[4.2]]} (seconds). training/README.md describes all forms: tools, weights, realtime streams, those of other software.
 The loss covers the assistant's turns, each with the token that ends it, and nothing else. All records are checked
-before training starts. Errors that only decoding can find (a damaged file, --max-length) stop the run when they occur;
-with --skip-bad the next record is used instead.
+before training starts, or with --streaming when they come. Errors that only decoding can find (a damaged file,
+--max-length) stop the run when they occur; with --skip-bad the next record is used instead.
 
 parts: vision   the encoder without its merger       language  embeddings, self-attention layers, last norm
        merger   merger and separator                 head      the language model's head
@@ -83,10 +90,14 @@ OPTIONS = {
         ),
     },
     "data": {
-        "--data": dict(**FILES, help="records to train on, JSON or JSONL"),
+        "--data": dict(**FILES, help="records to train on: JSON, JSONL, parquet, or a folder of save_to_disk"),
         "--eval-data": dict(**FILES, help="records on which the loss is measured"),
         "--eval-share": dict(metavar="SHARE", type=share, help="or the share of --data that is held out for that"),
         "--skip-bad": dict(**FLAG, help="skip bad records with a warning instead of an error"),
+        "--streaming": dict(**FLAG, help="check records as they come, of data larger than memory; needs --steps"),
+        "--shuffle-buffer": dict(
+            **COUNT, help="streamed records among which the next is drawn; 1: in order (default: 1000)"
+        ),
         "--template": dict(
             **YES_NO, help="render the chat template, or not, for base checkpoints (default: if there is one)"
         ),
@@ -159,6 +170,24 @@ OPTIONS = {
         "--max-grad-norm": dict(
             metavar="N", type=NOT_NEGATIVE, default=1.0, help="gradients are clipped to this norm (default: 1)"
         ),
+        "--silence-weight": dict(
+            metavar="W", type=above_0, default=1.0, help="of <|silence|> in realtime streams (default: 1)"
+        ),
+        "--response-weight": dict(
+            metavar="W", type=above_0, default=1.0, help="of <|response|> in realtime streams (default: 1)"
+        ),
+        "--balance-decisions": dict(
+            metavar="A",
+            type=NOT_NEGATIVE,
+            default=0.0,
+            help="or both by their share of the decisions: weight (1 / (2 share)) ** A (default: 0)",
+        ),
+        "--focal-gamma": dict(
+            metavar="G",
+            type=NOT_NEGATIVE,
+            default=0.0,
+            help="scales the loss of these decisions by (1 - p) ** G (default: 0)",
+        ),
         "--seed": dict(
             metavar="N", type=NATURAL, default=0, help="of data order, dropout and new adapters (default: 0)"
         ),
@@ -223,8 +252,24 @@ def check_combination(parser, args) -> None:
         for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets"):
             if getattr(args, name):
                 parser.error(f"--{name.replace('_', '-')} is for adapters; give a --lora-rank above 0")
+    if args.streaming:
+        check_streaming(parser, args)
+    elif args.shuffle_buffer is not None:
+        parser.error("--shuffle-buffer is for --streaming; without it, all records are shuffled")
+    if args.balance_decisions and (args.silence_weight, args.response_weight) != (1, 1):
+        parser.error("give --balance-decisions, or --silence-weight and --response-weight, not both")
     if args.lora_dropout >= 1:
         parser.error(f"--lora-dropout must be below 1, got {args.lora_dropout}")
+
+
+def check_streaming(parser, args) -> None:
+    """Ends the program if options need all records at once."""
+    if args.steps is None:
+        parser.error("--streaming needs --steps: the number of records is not known")
+    if args.eval_share is not None:
+        parser.error("--streaming cannot hold out a share; give --eval-data in place of --eval-share")
+    if args.balance_decisions:
+        parser.error("--streaming cannot count decisions; give --silence-weight and --response-weight")
 
 
 def computes_in_bfloat16() -> bool:
