@@ -1,8 +1,8 @@
 """`infer.py --batch --ray`: answers queries on the machines of a Ray cluster, with Ray Data.
 
-Each worker is an actor that loads the checkpoint once and answers blocks of lines, which `map_batches` gives to it. The
-driver, the process of the command, writes the results as they come. If a worker dies, Ray starts another one and gives
-the block to it again. A `Ledger` beside the driver knows which lines were being answered at that time: they are
+Each worker is an actor that loads the checkpoint once, and answers blocks of lines, which `map_batches` gives to it.
+The driver, the process of the command, writes the results as they come. If a worker dies, Ray starts another one and
+gives the block to it again. A `Ledger` beside the driver knows which lines were being answered at that time: they are
 repeated one by one, and a line during which workers die again and again gets an error.
 """
 
@@ -38,8 +38,8 @@ def add_ray_arguments(group) -> None:
         metavar="ADDRESS",
         nargs="?",
         const="",
-        help="answer them on a Ray cluster: HOST:PORT, or local, which starts Ray on this machine (default: the cluster "
-        "of RAY_ADDRESS or of this machine, else local)",
+        help="answer them on a Ray cluster: HOST:PORT, or local, which starts Ray on this machine (default: the "
+        "cluster of RAY_ADDRESS or of this machine, else local)",
     )
     group.add_argument(
         "--ray-workers",
@@ -136,10 +136,11 @@ def plan_workers(nodes: list[dict], workers: int | None, gpus: float | None) -> 
     wanted = (most if gpus else len(used)) if workers is None else workers
     if not 0 < wanted <= most:
         each = f"{gpus:g} GPUs" if gpus else "a CPU"
+        total_cpus, total_gpus = map(sum, zip(*nodes, strict=True)) if nodes else (0, 0)
         raise ValueError(
-            f"the Ray cluster has {sum(on_node for _, on_node in nodes)} GPUs and {sum(cpus for cpus, _ in nodes)} CPUs "
-            f"on {len(nodes)} machines, enough for {most} workers with {each}, got --ray-workers {max(1, wanted)}; "
-            "change --ray-workers or --ray-gpus, or add machines"
+            f"--ray-workers {max(1, wanted)}: the Ray cluster has space for {most} workers with {each} each: its "
+            f"{len(nodes)} machines have {total_cpus} CPUs and {total_gpus} GPUs; change --ray-workers or --ray-gpus, "
+            "or add machines"
         )
     if gpus:
         return Plan(wanted, min(max(1, cpus // space) for cpus, space in used), {"num_gpus": gpus})
