@@ -5,8 +5,10 @@ The workers get a `sitecustomize` that kills their process (SIGKILL) if it opens
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -112,7 +114,7 @@ def test_a_checkpoint_that_does_not_load_is_one_error(cluster, tmp_path, capsys,
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
     assert out == "" and "Traceback" not in err and last.startswith("infer.py: ")
-    assert __import__("re").search(message, last), err
+    assert re.search(message, last), err
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -160,6 +162,10 @@ def test_too_many_workers_are_refused(cluster, tmp_path, capsys):
 
 def test_a_cluster_that_does_not_answer_is_one_error(tmp_path, capsys):
     path = write_queries(tmp_path, {"prompt": "a"})
-    assert infer.main(arguments(path, tmp_path / "out.jsonl", "--ray", "nowhere.invalid:6379")) == 2
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    assert infer.main(arguments(path, tmp_path / "out.jsonl", "--ray", address)) == 2
     err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith("infer.py: --ray nowhere.invalid:6379: ") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith(f"infer.py: no Ray cluster at {address} (--ray): ")
+    assert "Traceback" not in err

@@ -159,25 +159,35 @@ def _cluster(address: str):
     loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
     levels = [logger.level for logger in loggers]
     with ExitStack() as stack:
-        # Ray prints what workers die of to stdout. The results tell it, and the logs of Ray.
+        # Ray prints to stdout what workers die of. The notes of the results say it, and the logs of Ray.
         stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="moss-vl-"))
         stack.callback(lambda: [logger.setLevel(level) for logger, level in zip(loggers, levels, strict=True)])
         stack.callback(ray.shutdown)
-        try:
+        _connect(ray, address)
+        loggers[1].setLevel(logging.CRITICAL)
+        _configure(ray.data.DataContext.get_current())
+        yield ray
+
+
+def _connect(ray, address: str) -> None:
+    """Connects to a cluster, or starts one, and sends it the code."""
+    wanted = address or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = wanted.rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for minutes
+        with tempfile.TemporaryDirectory(prefix="moss-vl-") as folder:
+            environment = {"py_modules": [str(copy_package(Path(folder)))]}
             with _environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}):
                 ray.init(
                     address or None,
-                    runtime_env={"py_modules": [str(copy_package(Path(folder)))]},
+                    runtime_env=environment,
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.CRITICAL,
                 )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise OSError(f"--ray {address}: {message_of(error)}") from error
-        loggers[1].setLevel(logging.CRITICAL)
-        _configure(ray.data.DataContext.get_current())
-        yield ray
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise OSError(f"no Ray cluster at {wanted or 'this machine'} (--ray): {message_of(error)}") from error
 
 
 def _configure(context) -> None:
@@ -287,9 +297,7 @@ class Worker:
         torch.set_num_threads(threads)
         me, host = ray.get_runtime_context().get_actor_id(), socket.gethostname()
         if self._ask("begin_loading", me) >= TRIES:
-            self.failure = (
-                f"{TRIES} processes on {host} died while they loaded {args.checkpoint}; is the memory short?"
-            )
+            self.failure = f"{TRIES} workers on {host} died while they loaded {args.checkpoint}; is memory short?"
         else:
             try:
                 from moss_vl.infer import load
