@@ -31,7 +31,9 @@ class MossVL(BaseModel):
         return self.chat_inner([{"role": "system", "content": system}] * bool(system) + [{"content": asked}])
 
     def chat_inner(self, messages, dataset=None) -> str:
-        turns = [{"role": turn.get("role", "user"), "content": list(map(self.part, turn["content"]))} for turn in messages]
+        turns = [
+            {"role": turn.get("role", "user"), "content": list(map(self.part, turn["content"]))} for turn in messages
+        ]
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         query = {"messages": turns, "media_kwargs": dict(self.media), "generate_kwargs": options}
         return self.model.offline_batch_generate(self.processor, [query])["results"][0]["text"]
@@ -40,7 +42,8 @@ class MossVL(BaseModel):
         """A part of a message; other keys of the item are options of its medium."""
         kind, options = item["type"], {name: item[name] for name in item if name not in ("type", "value", "role")}
         if kind == "video" and not {"fps", "nframes"} & set(options):
-            options |= {"fps": self.fps} if self.fps is not None else {"nframes": self.nframe}
+            count = {"nframes": self.nframe, "max_frames": self.nframe}
+            options |= count if self.fps is None else {"fps": self.fps}
         return {"type": kind, kind: item["value"], **options}
 
 

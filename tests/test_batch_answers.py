@@ -254,3 +254,43 @@ def test_a_finished_batch_starts_no_cluster(tmp_path, monkeypatch):
     (tmp_path / "r.jsonl").write_text(json.dumps(result_of(0)) + "\n")
     assert infer.main(["--batch", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "r.jsonl"), "--ray"]) == 0
     assert batch_answers.BATCH_SIZE == 8
+
+
+def test_the_costs_of_a_million_clips_follow_from_the_sizes_of_the_model():
+    """The figures of docs/scaling.md: 60 frames of 448x448 pixels, 740 text tokens, 100 of them an answer."""
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    config = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
+    text, vision = config["text_config"], config["vision_config"]
+    width, wide, cross = text["hidden_size"], text["intermediate_size"], len(text["cross_attention_layers"])
+    layers, heads = text["num_hidden_layers"], text["num_attention_heads"] * text["head_dim"]
+    keys = 2 * text["num_key_value_heads"] * text["head_dim"]
+    frames, patches, prompt = 60, (448 // 16) ** 2, 640
+    merged = patches // 4
+    tokens = frames * (merged + 1)
+    hidden, features = vision["hidden_size"], 4 * 4 * vision["hidden_size"]  # four kept layers of four patches
+    block = 4 * hidden**2 + 2 * hidden * vision["intermediate_size"] + 2 * patches * hidden
+    encoder = frames * (2 * patches * vision["depth"] * block + 2 * merged * features * (features + width))
+    vision_keys = tokens * cross * 2 * width * keys
+    weights = layers * (2 * width * heads + 3 * width * wide) + (layers - cross) * width * keys
+    attention = prompt * 4 * heads * (cross * tokens + (layers - cross) * prompt) / 2
+    words = prompt * 2 * weights + attention
+    flops = encoder + vision_keys + words
+    step = 2 * (weights + text["vocab_size"] * width)
+    kept = tokens * cross * keys * 2
+    read = step + 8 * kept
+    prefill, decode = flops / (0.4 * 989e12), 100 * read / (0.5 * 3.35e12) / 8
+    hours = round(1e6 * round(prefill + decode, 2) / 3600)
+    for claim in (
+        f"a separator | {tokens:,} |",
+        f"{(kept + 740 * (layers - cross) * keys * 2) / 1e9:.2f} GB while",
+        f"encoder and merger {encoder / 1e12:.1f} TFLOP, keys and values of vision {vision_keys / 1e12:.1f}, "
+        f"text {words / 1e12:.1f} | {flops / 1e12:.0f} TFLOP | {flops * 1e6:.1e} FLOP".replace("e+", "e"),
+        f"decode: {step / 1e9:.1f} GB of weights",
+        f"of each, {kept / 1e9:.2f} GB | 100 steps of {read / 1e9:.1f} GB for 8 clips: {read * 100 / 8 / 1e9:.0f} GB",
+        f"= {prefill:.2f} s\n",
+        f"= {decode:.2f} s\n",
+        f"0.35 / 3600 = {hours}",
+        f"{hours} x 2.50 (*assumed*)           = {hours * 2.5:.2f} dollars",
+        f"16 answers reads {(step + 16 * kept) / 1e9:.0f} GB, two for 8 read {2 * read / 1e9:.0f}",
+    ):
+        assert claim in page, claim

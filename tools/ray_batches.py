@@ -1,8 +1,8 @@
 """`infer.py --batch --ray`: answers queries on the machines of a Ray cluster, with Ray Data.
 
-Each worker is an actor that loads the checkpoint once, and answers blocks of lines, which `map_batches` gives to it.
+Each worker is an actor that loads the checkpoint once, and answers groups of lines, which `map_batches` gives to it.
 The driver, the process of the command, writes the results as they come. If a worker dies, Ray starts another one and
-gives the block to it again. A `Ledger` beside the driver knows which lines were being answered at that time: they are
+gives the group to it again. A `Ledger` beside the driver knows which lines were being answered at that time: they are
 repeated one by one, and a line during which workers die again and again gets an error.
 """
 
@@ -26,7 +26,7 @@ from moss_vl.tools.command_line import above_0, at_least, message_of
 
 
 TRIES = 3  # how many workers may die while they answer one line, or one worker while it loads the checkpoint
-BLOCKS = 2  # batches of the model in a block of lines: one that a worker answers before it reports
+GROUP_BATCHES = 2  # batches of the model in a group of lines, which a worker answers before it reports
 
 
 # the command line
@@ -79,14 +79,16 @@ def answer_with_ray(args, lines: list[tuple[int, str]]) -> Iterator[dict]:
     with _cluster(args.ray) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         plan = plan_workers(nodes, args.ray_workers, 0 if args.device == "cpu" else args.ray_gpus)
-        block = min(BLOCKS * batch_size_of(args), math.ceil(len(lines) / plan.workers))  # a short file is shared
+        group = min(
+            GROUP_BATCHES * batch_size_of(args), math.ceil(len(lines) / plan.workers)
+        )  # a short file is shared
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
         ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
         data = ray.data.from_items(
             [{"index": index, "line": line} for index, line in lines],
-            override_num_blocks=math.ceil(len(lines) / block),
+            override_num_blocks=math.ceil(len(lines) / group),
         )
         answers = data.map_batches(
             Worker,
@@ -193,7 +195,7 @@ def _connect(ray, address: str) -> None:
 def _configure(context) -> None:
     """Sets what Ray Data does in this run."""
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1  # a block of long videos may take long
+    context.execution_no_progress_timeout_s = -1  # a group of long videos may take long
     context.max_consecutive_actor_init_deaths = TRIES - 1
 
 
@@ -249,14 +251,14 @@ def _results_of(rows) -> Iterator[dict]:
 class Ledger:
     """An actor that knows which lines the workers have begun. It outlives them.
 
-    A line that was begun and not ended when its block is taken again was being answered when its worker died.
+    A line that was begun and not ended when its group is taken again was being answered when its worker died.
     """
 
     def __init__(self):
         self.begun, self.deaths, self.results, self.loading = set(), Counter(), {}, Counter()
 
     def take(self, indices: list[int]) -> list[tuple[int, dict | None]]:
-        """For each line of a block, how many workers died while they answered it, and its result if it has one."""
+        """For each line of a group, how many workers died while they answered it, and its result if it has one."""
         died = self.begun.intersection(indices)
         self.deaths.update(died)
         self.begun -= died
@@ -266,7 +268,7 @@ class Ledger:
         self.begun.update(indices)
 
     def end(self, indices: list[int], result: dict | None = None) -> None:
-        """Ends lines. `result` is kept: that of a line of a block that may be taken again."""
+        """Ends lines. `result` is kept: that of a line of a group that may be taken again."""
         self.begun.difference_update(indices)
         if result is not None:
             self.results[result["index"]] = result
@@ -284,9 +286,9 @@ class Ledger:
 
 
 class Worker:
-    """An actor that answers blocks of lines: loads the checkpoint once.
+    """An actor that loads the checkpoint once, and answers groups of lines.
 
-    If that fails, each block gets the reason in place of results: Ray would try it again for ever.
+    If loading fails, each group gets the reason in place of results: Ray would try it again for ever.
     """
 
     def __init__(self, args, ledger, threads: int):
@@ -307,10 +309,10 @@ class Worker:
                 self.failure = f"a worker on {host} cannot load {args.checkpoint}: {message_of(error)}"
         self._ask("end_loading", me)
 
-    def __call__(self, block: dict) -> dict:
+    def __call__(self, group: dict) -> dict:
         if self.failure is not None:
             return {"result": [json.dumps({"failure": self.failure})]}
-        lines = list(zip(block["index"].tolist(), block["line"].tolist(), strict=True))
+        lines = list(zip(group["index"].tolist(), group["line"].tolist(), strict=True))
         try:
             results = self._answer(lines)
         except RuntimeError as error:  # the device is broken: only another process can use it again
