@@ -41,7 +41,7 @@ def test_results_are_written_in_order_and_kept_meanwhile(tmp_path):
         assert results.add(result_of(1)) and results.add(result_of(4))
         assert (indices(out), indices(early)) == ([0, 1, 2], [2, 4])
     with ResultFiles(out, LINES) as results:
-        assert results.missing == [3]
+        assert results.missing == [3] and results.unanswered == 1
         assert results.add({"index": 3, "id": 3, "error": "no"}) and results.failed == 1
     assert indices(out) == [0, 1, 2, 3, 4] and not early.exists()
     assert ResultFiles(out, LINES).missing == [] and ResultFiles(out, LINES).failed == 1
@@ -246,6 +246,14 @@ def test_without_ray_the_command_names_the_pip_line(tmp_path, monkeypatch, capsy
     (tmp_path / "q.jsonl").write_text(LINES[0])
     assert infer.main(["--batch", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "r.jsonl"), "--ray"]) == 2
     assert "--ray needs Ray (pip install -r requirements-ray.txt)" in capsys.readouterr().err
+
+
+def test_queries_without_a_result_are_an_error(tmp_path, monkeypatch, capsys):
+    """Whatever a cluster gives back."""
+    monkeypatch.setattr(ray_batches, "answer_with_ray", lambda args, lines: iter([result_of(0), result_of(2)]))
+    (tmp_path / "q.jsonl").write_text("\n".join(LINES))
+    assert infer.main(["--batch", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "r.jsonl"), "--ray"]) == 2
+    assert "3 queries got no result; run the same command to continue" in capsys.readouterr().err
 
 
 def test_a_finished_batch_starts_no_cluster(tmp_path, monkeypatch):

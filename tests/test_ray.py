@@ -81,7 +81,8 @@ def test_a_cluster_gives_the_results_of_one_machine_though_workers_die(cluster, 
         shutil.copyfile(IMAGE, tmp_path / name)
     asked = "What color is the star?"
     queries = [{"id": f"q{index}", "images": [str(IMAGE)], "prompt": asked} for index in range(12)]
-    queries[1] = {"id": "clip", "videos": [str(VIDEO)], "prompt": "When does the star appear?", "label": 3}
+    queries[1] = {"id": "clip", "videos": [str(VIDEO)], "prompt": "When does the star appear?", "note": 3}
+    queries[0] |= {"failure": "a key of the user", "result": [1]}
     queries[2] = {"id": "missing", "images": ["nowhere.jpg"], "prompt": asked}
     queries[3] = "{broken"
     queries[4] = {"id": "once", "images": ["deadly-once.jpg"], "prompt": asked}

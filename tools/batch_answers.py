@@ -32,6 +32,8 @@ def answer_many(args, load: Callable) -> int:
             else:
                 found = LineAnswers(args, *load(args))(todo)
             _write_results(found, results, len(lines))
+    if results.unanswered:
+        raise OSError(f"{results.unanswered} queries got no result; run the same command to continue")
     print(f"{len(lines)} queries, {results.failed} failed: {args.out}", file=sys.stderr)
     return 1 if results.failed else 0
 

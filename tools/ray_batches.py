@@ -177,7 +177,7 @@ def _connect(ray, address: str) -> None:
     host, _, port = wanted.rpartition(":")
     try:
         if port.isdecimal():
-            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray itself tries for minutes
         with tempfile.TemporaryDirectory(prefix="moss-vl-") as folder:
             environment = {"py_modules": [str(copy_package(Path(folder)))]}
             with _environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}):
@@ -236,13 +236,13 @@ def _results_of(rows) -> Iterator[dict]:
     """The results in what a worker returns. Tells the user its notes, and raises OSError if the worker gave up."""
     from tqdm import tqdm
 
-    for row in map(json.loads, rows):
-        if "failure" in row:
-            raise OSError(row["failure"])
-        if "note" in row:
-            tqdm.write(f"infer.py: {row['note']}", file=sys.stderr)
+    for kind, content in map(json.loads, rows):
+        if kind == "failure":
+            raise OSError(content)
+        if kind == "note":
+            tqdm.write(f"infer.py: {content}", file=sys.stderr)
         else:
-            yield row
+            yield content
 
 
 # beside the driver
@@ -311,27 +311,28 @@ class Worker:
 
     def __call__(self, group: dict) -> dict:
         if self.failure is not None:
-            return {"result": [json.dumps({"failure": self.failure})]}
+            return {"result": [json.dumps(("failure", self.failure))]}
         lines = list(zip(group["index"].tolist(), group["line"].tolist(), strict=True))
         try:
-            results = self._answer(lines)
+            rows = self._answer(lines)
         except RuntimeError as error:  # the device is broken: only another process can use it again
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
-        return {"result": [json.dumps(result) for result in results]}
+        return {"result": list(map(json.dumps, rows))}
 
-    def _answer(self, lines: list[tuple[int, str]]) -> list[dict]:
+    def _answer(self, lines: list[tuple[int, str]]) -> list[tuple[str, object]]:
+        """The results of lines as ("result", dict), after a ("note", text) to the user if a worker died."""
         indices = [index for index, _ in lines]
         known = self._ask("take", indices)
         if not any(deaths for deaths, _ in known):
             self._ask("begin", indices)
             results = list(self.answers(lines))
             self._ask("end", indices)
-            return results
-        results = [{"note": f"a worker died; queries {indices[0]} to {indices[-1]} are answered again, one by one"}]
+            return [("result", result) for result in results]
+        rows = [("note", f"a worker died; queries {indices[0]} to {indices[-1]} are answered again, one by one")]
         for line, (deaths, result) in zip(lines, known, strict=True):
-            results.append(result or self._answer_alone(line, deaths))
-        return results
+            rows.append(("result", result or self._answer_alone(line, deaths)))
+        return rows
 
     def _answer_alone(self, line: tuple[int, str], deaths: int) -> dict:
         if deaths >= TRIES:

@@ -44,6 +44,11 @@ class ResultFiles:
         if self._next == self._count:
             self.early.unlink(missing_ok=True)
 
+    @property
+    def unanswered(self) -> int:
+        """How many queries have no result yet."""
+        return self._count - self._next - len(self._waiting)
+
     def add(self, result: dict) -> bool:
         """Writes a result. False, without effect, if the query has one already."""
         index = result["index"]
