@@ -1,16 +1,16 @@
 """Asks a MOSS-VL checkpoint about images and videos from the command line."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-from moss_vl.conversation import collect_media, plain_medium, read_medium, replace_media
-from moss_vl.options import ALTERNATIVES, canonical
+from moss_vl.tools.batch_answers import answer, answer_many
 from moss_vl.tools.command_line import above_0, at_least, message_of, share
 from moss_vl.tools.live import add_live_arguments, check_live_usage, watch
-from moss_vl.tools.query_files import MediaReader, count_results, extra_keys, parse_line, prepare_query, read_lines
+from moss_vl.tools.query_files import MediaReader
+from moss_vl.tools.query_options import add_arguments
+from moss_vl.tools.ray_batches import add_ray_arguments, check_ray_usage
 
 
 NANO = Path(__file__).resolve().parent / "checkpoints" / "moss-vl-nano"
@@ -21,6 +21,7 @@ examples:
   python infer.py before.jpg after.jpg clip.mp4 -p "Which picture shows the end of the clip?"
   python infer.py --allow-http https://example.com/photo.jpg -p "What does the sign say?"
   python infer.py --batch queries.jsonl --out results.jsonl
+  python infer.py --batch queries.jsonl --out results.jsonl --ray
   python infer.py --checkpoint REALTIME --live camera -p "Tell me when someone comes in."
 
 Images and videos are paths, file: or data: URLs, or, with --allow-http, http(s): URLs.
@@ -32,26 +33,11 @@ Any other key ("id", "label", ...) is copied into the result. Training records a
 are the messages, and the turns of the assistant at the end are left out.
 Relative paths start at the folder of queries.jsonl. A line overrides the options of the command line.
 results.jsonl gets a line per query, in the order of the queries: {"index": 0, "id": ..., "text": ...}, or "error" in
-place of "text". The same command continues an interrupted run after its last complete line. To repeat failed queries,
-give another --out.
+place of "text". Results that are known before earlier ones wait in results.jsonl.early, until the run ends. The same
+command continues an interrupted run, with --ray or without. To repeat failed queries, give another --out.
 
 exit codes: 0 all answered, 1 some queries of a batch failed, 2 wrong usage or input, 130 interrupted
 """
-# Options given as None take the checkpoint's settings; if left out, they would take defaults of the offline methods.
-CHECKPOINT_OPTIONS = dict.fromkeys(
-    (
-        "min_pixels",
-        "max_pixels",
-        "multi_image_max_pixels",
-        "video_max_pixels",
-        "video_fps",
-        "min_frames",
-        "max_frames",
-        "num_extract_threads",
-    )
-)
-# Options that choose the frames of a video. One of them, given for a query or a video, replaces --frames and --fps.
-FRAME_OPTIONS = (*ALTERNATIVES[0], "sample_fps")
 
 
 def main(argv=None) -> int:
@@ -60,7 +46,7 @@ def main(argv=None) -> int:
     try:
         if args.live is not None:
             return watch(args, load)
-        return answer_many(args) if args.batch is not None else answer_one(args)
+        return answer_many(args, load) if args.batch is not None else answer_one(args)
     except KeyboardInterrupt:
         return fail("interrupted" if args.batch is None else "interrupted; run the same command to continue", 130)
     except BrokenPipeError:  # the reader of stdout is gone; the flush at exit must not fail again
@@ -119,6 +105,13 @@ def add_checkpoint_argument(parser, note: str = "") -> None:
 def _add_batch(group) -> None:
     group.add_argument("--batch", metavar="QUERIES.JSONL", type=Path, help="answer the queries of this file")
     group.add_argument("--out", metavar="RESULTS.JSONL", type=Path, help="file of the answers, each added when ready")
+    group.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=at_least(int, 1),
+        help="most answers that a model writes at once; with --seed always one (default: 8)",
+    )
+    add_ray_arguments(group)
 
 
 def _add_media(group) -> None:
@@ -210,120 +203,19 @@ def _check_usage(parser, args) -> None:
     check_live_usage(parser, args)
     if args.batch is None and args.live is None and not args.media and args.prompt is None:
         parser.error("nothing to do: give images or videos, a prompt (-p), --batch or --live")
-    if args.batch is None and args.out is not None:
-        parser.error("--out goes with --batch")
+    if args.batch is None:
+        for name in ("out", "batch_size", "ray"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} goes with --batch")
     if args.batch is not None and args.out is None:
         parser.error("--batch needs --out")
     if args.batch is not None and args.media:
         parser.error("with --batch, images and videos are named in its lines")
+    check_ray_usage(parser, args)
     if args.temperature == 0 and args.batch is None:  # a line of a batch may have a temperature
         for name in ("top_p", "top_k", "seed"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} is for sampling; give a --temperature above 0")
-
-
-# from arguments to a query
-
-
-def add_arguments(args, query: dict, processor) -> dict:
-    """The query with the options of the command line; those of the query override them."""
-    media_kwargs = query.get("media_kwargs") or {}
-    given = {canonical(name): value for name, value in media_kwargs.items()}
-    options = dict(CHECKPOINT_OPTIONS)
-    if "size" not in given:
-        options |= {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    options |= frame_options(args, query, given, processor.video_processor)
-    for name in ("allow_http", "allow_private_hosts"):
-        if getattr(args, name):
-            options[name] = True
-    options = {name: value for name, value in options.items() if name not in given}
-    query = {
-        "use_template": args.template,
-        "system_prompt": args.system,
-        "thinking_mode": args.thinking,
-        **query,
-        "media_kwargs": {**options, **media_kwargs},
-        "generate_kwargs": {**sampling_options(args), **(query.get("generate_kwargs") or {})},
-    }
-    return fit_videos(options, query)
-
-
-def sampling_options(args) -> dict:
-    """The `generate_kwargs` of the command line."""
-    options = {
-        "temperature": args.temperature,
-        "do_sample": args.temperature > 0,
-        "max_new_tokens": args.max_new_tokens,
-    }
-    for name in ("top_p", "top_k", "repetition_penalty"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    return options
-
-
-def frame_options(args, query: dict, given: dict, settings) -> dict:
-    """The media options for --frames and --fps.
-
-    Args:
-        given: the media options of the query. Their bounds limit --frames.
-        settings: the video processor. Its bounds are changed where they contradict --frames.
-    """
-    if any(name in given for name in FRAME_OPTIONS):
-        return {}
-    if args.frames is None:
-        return {"video_fps": args.fps}
-    frames = clamp(args.frames, *frame_bounds(given))
-    min_frames = min(frames, settings.min_frames)
-    if args.fps is not None:
-        return {"video_fps": args.fps, "min_frames": min_frames, "max_frames": frames}
-    total = frames * max(1, count_videos(query))  # max_frames bounds the frames of all videos together
-    return {"num_frames": frames, "min_frames": min_frames, "max_frames": max(total, settings.max_frames)}
-
-
-def fit_videos(options: dict, query: dict) -> dict:
-    """The query, with the options of its videos completed so that they do not contradict those of the command line."""
-
-    def fit(medium):
-        source, of_video = read_medium("video", medium)
-        bounds = frame_bounds(of_video)
-        if options.get("num_frames") is not None and any(bounds) and not any(n in of_video for n in FRAME_OPTIONS):
-            of_video["num_frames"] = clamp(options["num_frames"], *bounds)
-        wanted = max((of_video[n] for n in ("num_frames", "min_frames") if is_count(of_video.get(n))), default=0)
-        if options.get("max_frames") is not None and wanted > options["max_frames"] and "max_frames" not in of_video:
-            of_video["max_frames"] = wanted
-        return plain_medium("video", source, of_video)
-
-    query = dict(query)
-    if (videos := query.get("videos")) is not None:
-        query["videos"] = [fit(one) for one in videos] if isinstance(videos, list) else fit(videos)
-    if isinstance(query.get("messages"), list):
-        query["messages"] = replace_media(
-            query["messages"], lambda kind, medium: fit(medium) if kind == "video" else medium
-        )
-    return query
-
-
-def frame_bounds(options: dict) -> tuple[int | None, int | None]:
-    """(min_frames, max_frames) of options. None if it is absent, or wrong: the processor reports that."""
-    low, high = (options[name] if is_count(options.get(name)) else None for name in ("min_frames", "max_frames"))
-    return low, high
-
-
-def clamp(number: int, low: int | None, high: int | None) -> int:
-    """The number, limited to [low, high]; None means no limit."""
-    number = number if low is None else max(number, low)
-    return number if high is None else min(number, high)
-
-
-def is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def count_videos(query: dict) -> int:
-    """An upper bound of the number of videos. Videos that a query lists twice are counted twice."""
-    videos = query.get("videos")
-    listed = len(videos) if isinstance(videos, list) else int(videos is not None)
-    return listed + len(collect_media(query.get("messages") or (), "video"))
 
 
 # answering
@@ -402,59 +294,6 @@ def answer_one(args) -> int:
     )
     answer(processor, model, query, args.seed)
     return 0
-
-
-def answer(processor, model, query: dict, seed: int | None) -> str:
-    import torch
-
-    if seed is not None:
-        torch.manual_seed(seed)
-    return model.offline_batch_generate(processor, [query])["results"][0]["text"]
-
-
-def answer_many(args) -> int:
-    """Answers the lines of `args.batch` one by one, and appends the results to `args.out`."""
-    lines = read_lines(args.batch)
-    if args.out.resolve() == args.batch.resolve():
-        raise ValueError(f"--out is the file of the queries, {args.batch}; name another one")
-    done, failed = count_results(args.out, lines)
-    if done < len(lines):
-        with open(args.out, "a", encoding="utf-8") as out:
-            failed += answer_lines(args, lines, done, out)
-    print(f"{len(lines)} queries, {failed} failed: {args.out}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def answer_lines(args, lines: list[str], done: int, out) -> int:
-    """Writes a result per line after the first `done`; returns the number of failed ones."""
-    from tqdm import tqdm
-
-    processor, model = load(args)
-    failed = 0
-    with tqdm(total=len(lines), initial=done, unit="query", file=sys.stderr) as progress:
-        for index, line in enumerate(lines[done:], start=done):
-            result = answer_line(args, processor, model, index, line)
-            if "error" in result:
-                failed += 1
-                progress.set_postfix(failed=failed)
-            out.write(json.dumps(result, ensure_ascii=False) + "\n")
-            out.flush()
-            progress.update()
-    return failed
-
-
-def answer_line(args, processor, model, index: int, line: str) -> dict:
-    """The result of a line: its index, extra keys, and text or error."""
-    result = {"index": index}
-    try:
-        parsed = parse_line(line)
-        result |= extra_keys(parsed)
-        query = prepare_query(parsed, args.batch.parent, args.allow_http, args.prompt, args.allow_private_hosts)
-        seed = None if args.seed is None else args.seed + index
-        result["text"] = answer(processor, model, add_arguments(args, query, processor), seed)
-    except Exception as error:  # an error in one query must not end the run
-        result["error"] = message_of(error)
-    return result
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import types
 
 import pytest
 from conftest import ROOT
@@ -95,8 +96,60 @@ def test_the_adapter_answers_documents_of_lmms_eval(monkeypatch):
     assert "until" in options
 
 
+@pytest.fixture
+def base_of_vlmeval(monkeypatch):
+    """VLMEvalKit, or, if it is not installed, its base class as in ms-vlmeval 0.0.20 as far as the adapter uses it."""
+    try:
+        import vlmeval.vlm.base  # noqa: F401
+    except ImportError:
+
+        class BaseModel:
+            def __init__(self):
+                self.dump_image_func = None
+
+            def generate(self, message, dataset=None):
+                return self.generate_inner(message, dataset)
+
+            def chat(self, messages, dataset=None):
+                return self.chat_inner(messages, dataset=dataset)
+
+        base = types.ModuleType("vlmeval.vlm.base")
+        base.BaseModel = BaseModel
+        for name in ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.base"):
+            monkeypatch.setitem(sys.modules, name, base)
+
+
+def test_the_adapter_answers_messages_of_vlmevalkit(base_of_vlmeval, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = runpy.run_path(str(EXAMPLES / "vlmeval_adapter.py"))["MossVL"](dtype="float32")
+    picture = {"type": "image", "value": "data/example_image.jpg"}
+    asked = [{"type": "text", "value": text} for text in ("What color is the star?", "When does the star appear?")]
+    system = {"type": "text", "value": "Be brief.", "role": "system"}
+    assert model.generate([picture, asked[0]]) == "blue"
+    messages, query = [], type(model.model).offline_batch_generate
+
+    def spy(self, processor, queries):
+        messages.extend(queries[0]["messages"])
+        return query(self, processor, queries)
+
+    monkeypatch.setattr(type(model.model), "offline_batch_generate", spy)
+    clip = {"type": "video", "value": "data/example_video.mp4"}
+    assert model.generate([system, clip, asked[1]]) == "3.3 seconds"
+    assert [turn["role"] for turn in messages] == ["system", "user"]
+    assert messages[1]["content"][0] == {"type": "video", "video": "data/example_video.mp4", "fps": 1.0}
+    model.fps, model.nframe = None, 4  # as VLMEvalKit sets them for a data set of 4 frames
+    model.generate([clip, asked[1]])
+    frames = {"nframes": 4, "max_frames": 4}
+    assert messages[2]["content"][0] == {"type": "video", "video": "data/example_video.mp4", **frames}
+    model.generate([{**clip, "nframes": 3}, asked[1]])
+    assert messages[3]["content"][0] == {"type": "video", "video": "data/example_video.mp4", "nframes": 3}
+    answer = {"role": "assistant", "content": [{"type": "text", "value": "blue"}]}
+    turns = [{"role": "user", "content": [picture, asked[0]]}, answer]
+    assert model.chat([*turns, {"role": "user", "content": [asked[0]]}]) == "blue"
+
+
 def test_every_example_is_short_and_run_here():
     programs = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
-    assert programs.pop("lmms_eval_adapter")
+    assert programs.pop("lmms_eval_adapter") and programs.pop("vlmeval_adapter")
     assert set(programs) == {"pipeline", "streaming", "batches", "sessions", "realtime", "heat_maps"}
     assert all(len(text.splitlines()) < 30 for text in programs.values())

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 from moss_vl import infer
+from moss_vl.generation_streams import BatchStream
 from moss_vl.tools import query_files
 
 
@@ -45,13 +46,18 @@ def run(loaded, monkeypatch, capsys):
 @pytest.fixture
 def asked(loaded, monkeypatch):
     """The queries that the model gets."""
-    recorded, generate = [], type(loaded[1]).offline_batch_generate
+    recorded, generate, add = [], type(loaded[1]).offline_batch_generate, BatchStream.add
 
     def spy(self, processor, queries, **kwargs):
         recorded.extend(queries)
         return generate(self, processor, queries, **kwargs)
 
+    def spy_on_stream(self, query, *state):
+        recorded.append(query)
+        return add(self, query, *state)
+
     monkeypatch.setattr(type(loaded[1]), "offline_batch_generate", spy)
+    monkeypatch.setattr(BatchStream, "add", spy_on_stream)
     return recorded
 
 
@@ -171,6 +177,12 @@ WRONG_CALLS = [
     (("--dtype", "int8", "-p", "a"), "invalid choice: 'int8'"),
     (("--batch", "a.jsonl"), "--batch needs --out"),
     (("--out", "a.jsonl", "-p", "a"), "--out goes with --batch"),
+    (("--ray", "-p", "a"), "--ray goes with --batch"),
+    (("--batch-size", "2", "-p", "a"), "--batch-size goes with --batch"),
+    (("--batch", "a.jsonl", "--out", "b.jsonl", "--ray-workers", "2"), "--ray-workers goes with --ray"),
+    (("--batch", "a.jsonl", "--out", "b.jsonl", "--ray", "--ray-gpus", "1.5"), "a whole number if it is above 1"),
+    (("--batch", "a.jsonl", "--out", "b.jsonl", "--ray", "--ray-gpus", "1", "--device", "cpu"), "no effect"),
+    (("--batch", "a.jsonl", "--out", "b.jsonl", "--ray", "ray://h:1"), "takes no ray:// address"),
     (("--batch", "a.jsonl", "--out", "b.jsonl", "c.png"), "named in its lines"),
     (("nowhere.mp4",), "no such file: nowhere.mp4"),
     ((ROOT,), "is not a file"),
@@ -353,7 +365,7 @@ def test_ctrl_c_in_a_batch_keeps_the_results(run, tmp_path):
         *({"id": i, "prompt": "Go on", "generate_kwargs": {"min_new_tokens": 160}} for i in range(5)),
     )
     out = tmp_path / "results.jsonl"
-    arguments = ["--batch", str(queries), "--out", str(out), "--max-new-tokens", "160"]
+    arguments = ["--batch", str(queries), "--out", str(out), "--max-new-tokens", "160", "--batch-size", "2"]
     command = [sys.executable, str(ROOT / "infer.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - whatever the tests were started with

@@ -1,6 +1,7 @@
 """Shared by the commands: types of arguments for argparse, and errors as one line."""
 
 import argparse
+import re
 from collections.abc import Callable
 
 
@@ -38,5 +39,5 @@ above_0.__name__ = share.__name__ = "number"  # argparse puts it into messages
 
 def message_of(error: Exception) -> str:
     """An exception as one line. Its type is added unless the message is meant for users."""
-    words = " ".join(str(error).removeprefix("query 0: ").split())
+    words = " ".join(re.sub(r"^query \d+: ", "", str(error)).split())
     return words if isinstance(error, (ValueError, OSError)) and words else f"{type(error).__name__}: {words}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from moss_vl.infer import CHECKPOINT_OPTIONS, NANO, add_running_arguments, load
+from moss_vl.infer import NANO, add_running_arguments, load
 from moss_vl.tools.attention_maps import AnswerWord
 from moss_vl.tools.command_line import above_0, at_least, message_of
 from moss_vl.tools.demo_sessions import (
@@ -35,6 +35,7 @@ from moss_vl.tools.demo_sessions import (
 from moss_vl.tools.live import TOKENS_PER_SECOND
 from moss_vl.tools.live_sources import find_source
 from moss_vl.tools.query_files import MediaReader
+from moss_vl.tools.query_options import CHECKPOINT_OPTIONS
 
 
 IMAGES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"]

@@ -21,7 +21,7 @@ from moss_vl.conversation import (
 )
 
 
-# files of queries and of results
+# files of queries
 
 
 def read_lines(file: Path) -> list[str]:
@@ -66,45 +66,6 @@ def parse_line(line: str) -> dict:
     if not isinstance(query, dict):
         raise ValueError(f"a query must be a JSON object, got {line:.60}")
     return query
-
-
-def count_results(out: Path, lines: list[str]) -> tuple[int, int]:
-    """(number of results, number of failed ones) that an earlier run wrote to `out` for these queries.
-
-    Removes an incomplete last line, which a killed run leaves.
-
-    Raises:
-        ValueError: for a line that is no result of these queries.
-    """
-    if not out.exists():
-        return 0, 0
-    data = out.read_bytes()
-    end = data.rfind(b"\n") + 1
-    rows = data[:end].split(b"\n")[:-1]
-    failed = 0
-    for index, row in enumerate(rows):
-        result = _read_result(row, index, lines)
-        if result is None:
-            raise ValueError(
-                f"{out}, line {index + 1}, is no result of these queries; name another --out or move the file away"
-            )
-        failed += "error" in result
-    if end < len(data):
-        os.truncate(out, end)
-    return len(rows), failed
-
-
-def _read_result(row: bytes, index: int, lines: list[str]) -> dict | None:
-    """The result in line `index` of an output file; None if it does not belong to the query of this index."""
-    try:
-        result = json.loads(row)
-        if index >= len(lines) or result["index"] != index or not ("text" in result or "error" in result):
-            return None
-        if "id" in result and result["id"] != parse_line(lines[index]).get("id"):
-            return None
-        return result
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def extra_keys(query: dict) -> dict:

@@ -21,8 +21,8 @@ from transformers import (
 
 from moss_vl.checks import finite_number, flag_or, name_hint, positive_int, shorten
 from moss_vl.conversation import read_messages, replace_media
-from moss_vl.infer import CHECKPOINT_OPTIONS
 from moss_vl.options import FIXED_SIZE, names_of, read_options
+from moss_vl.tools.query_options import CHECKPOINT_OPTIONS
 from moss_vl.tools.serve_conversations import Conversations, MessageKeys
 from moss_vl.tools.serve_media import MediaSources
 
