@@ -74,12 +74,11 @@ class AnswerWriter:
             torch.distributed.all_gather_object(parts, found)
             found = {index: answer for part in parts for index, answer in part.items()}
         rows = [
-            {"record": where, "prompt": query["messages"][0]["content"], "expected": expected} | found[index]
-            for index, (where, query, expected) in enumerate(
-                zip(self.wheres, self.queries, self.expected, strict=True)
-            )
+            {"record": where, "prompt": query["messages"][0]["content"], "expected": expected}
+            for where, query, expected in zip(self.wheres, self.queries, self.expected, strict=True)
         ]
-        for row in rows:
+        for index, row in enumerate(rows):
+            row |= found[index]
             row["match"] = row.get("answer", "").strip() == row["expected"].strip() and "error" not in row
         if is_main():
             folder = self.options.output / FOLDER

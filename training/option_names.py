@@ -111,7 +111,7 @@ def check_names(parser, args) -> None:
 
 
 def apply_other_options(parser, args, parts) -> None:
-    """Turns `OTHER_OPTIONS` into options of finetune.py, and removes them. Ends the program if they contradict these."""
+    """Turns `OTHER_OPTIONS` into options of finetune.py. Ends the program if they contradict others."""
     given = vars(args).pop(GIVEN, {})
     tuned = {name: vars(args).pop(name) for name in TUNED_PARTS}
     tuned = {name: value for name, value in tuned.items() if value is not None}

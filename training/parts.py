@@ -43,7 +43,7 @@ def extra_of(name: str, config, parts) -> str | None:
         return "separator"
     if name == "model.language_model.embed_tokens.weight":
         return "embeddings"
-    return "norms" if re.search(r"norm\w*\.(weight|bias)$", name) and part_of(name, config) in parts else None
+    return "norms" if re.search(r"norm\w*(\.\d+)?\.(weight|bias)$", name) and part_of(name, config) in parts else None
 
 
 def train_only(model, parts) -> None:

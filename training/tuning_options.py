@@ -73,8 +73,8 @@ With --lora-rank 0, the parts of --train are trained and the others are saved un
 rank, all weights are frozen and the linear layers of these parts get adapters; separator, gates, norms and embeddings
 have none, but --lora-also trains them as a whole.
 
-All other options of the installed transformers' TrainingArguments are taken, too: --optim adamw_8bit --adam-beta2 0.95.
-Names may be written with underscores, and training/README.md lists names that other programs have for these options.
+All other options of the installed transformers' TrainingArguments are taken, too: --optim adafactor --adam-beta2 0.95.
+Names may have underscores for dashes, and training/README.md lists the names of other programs for these options.
 
 The output folder loads like any checkpoint (an adapter needs peft, and its base checkpoint at the same path). It also
 holds checkpoint-N folders to resume from, trainer_state.json with the losses, and finetune.json with these options.
@@ -330,4 +330,5 @@ def fill_in_defaults(args) -> None:
         args.bf16 = not args.cpu and not args.trainer.get("fp16") and computes_in_bfloat16()
     if args.save_dtype is None and args.data is not None:
         args.save_dtype = "bfloat16" if args.bf16 else "float32"
+    args.report_to = [] if args.report_to == ["none"] else args.report_to
     args.train = [part for part in PARTS if part in args.train]
