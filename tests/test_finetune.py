@@ -1,12 +1,9 @@
 """training/finetune.py as users run it: parts, adapters, resuming, merging, several processes, and errors."""
 
-import gc
 import json
-import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,6 +22,7 @@ from tuning import (  # noqa: F401 - fixtures among them
     logits_of,
     processor,
     run,
+    run_parallel,
     weights,
 )
 
@@ -305,25 +303,8 @@ def test_adapters_are_in_the_requested_layers(checkpoint, data, tmp_path):
     assert not any("embed" in name for name in everything)
 
 
-def run_rank(rank, command, processes, port):
-    environment = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": processes,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in environment.items()})  # as torchrun sets them
+def run_rank(rank, command):
     assert finetune.main(command) == 0
-
-
-def run_parallel(command, processes):
-    """Runs the command in several processes, as torchrun does, but forked, which saves the imports."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    gc.collect()  # as in test_batches.py: a forked process must not collect decoded frames
-    torch.multiprocessing.start_processes(run_rank, (command, processes, port), processes, start_method="fork")
 
 
 def test_the_command_runs_from_any_folder():
@@ -339,7 +320,7 @@ def test_parallel_processes_equal_one_with_a_larger_batch(checkpoint, data, tmp_
     (tmp_path / "two.json").write_text(json.dumps([picture, text]))
     options = ["--steps", "1", "--train", "vision", "cross", *LINEAR]
     command = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "two.json"), *FAST, *options]
-    run_parallel([*command, "--output", str(tmp_path / "two")], processes=2)
+    run_parallel(run_rank, ([*command, "--output", str(tmp_path / "two")],), processes=2)
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *options, "--batch-size", "2") == 0
     assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 

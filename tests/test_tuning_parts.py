@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -52,7 +51,7 @@ def test_each_part_moves_by_its_own_rate(checkpoint, data, tmp_path):
     one, own = ({name: w.float() - before[name].float() for name, w in weights(tmp_path / out).items()}
                 for out in ("one", "own"))  # fmt: skip
     factors = {"cross": 4, "vision": 0.5, "head": 1}
-    moved = {part: 0 for part in factors}
+    moved = dict.fromkeys(factors, 0)
     for name, step in one.items():
         if step.any():
             part = part_of(name, config)
@@ -77,9 +76,9 @@ def test_extras_are_found_under_the_names_of_wrapped_models(checkpoint):
     assert {part_of(name, config) for name in norms} == set(parts)
     every = {name for name in kinds if extra_of(name, config, finetune.parse(PATHS).train + ["vision"]) == "norms"}
     modules = dict(model.named_modules())
-    assert every == {
-        name for name in kinds if "Norm" in type(modules[name.rpartition(".")[0]]).__name__
-    }, "the parameters of all norm modules, and no others"
+    assert every == {name for name in kinds if "Norm" in type(modules[name.rpartition(".")[0]]).__name__}, (
+        "the parameters of all norm modules, and no others"
+    )
     for name in kinds:
         for prefix in ("base_model.model.", "module.base_model.model.", "_orig_mod.module."):
             assert plain_name(prefix + name.replace(".layers.", ".layers._fsdp_wrapped_module.")) == name
@@ -162,5 +161,3 @@ def test_with_bf16_extras_are_float32(checkpoint, data, tmp_path, monkeypatch):
     assert len(extras) > 4
     for name in extras:
         assert not torch.equal(before[plain_name(name)].float(), after[name].float()), name
-
-

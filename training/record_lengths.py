@@ -41,7 +41,7 @@ class LengthCheck:
         text, spans = render(record, self.processor, self.template)
         text, _, separators = _separate(text, spans, self.processor.tokenizer.pad_token)
         count = self._count(self._expand(text, None)) - len(separators)
-        if record.videos and count <= self.limit < count + self._most_frames(record) * self.frame_tokens:
+        if record.videos and count <= self.limit and self._may_exceed(record, self.limit - count):
             count = self._count(self._expand(text, self._times(record))) - len(separators)
         if count > self.limit:
             raise ValueError(f"{count} tokens are more than --max-length {self.limit}")
@@ -79,16 +79,20 @@ class LengthCheck:
             times.append((plan.indices / plan.video.rate if real is None else real[plan.indices]).tolist())
         return times
 
-    def _most_frames(self, record) -> float:
+    def _may_exceed(self, record, tokens: int) -> bool:
+        """Whether the frames of a record may need more tokens: by the options alone, then by the headers too."""
+        return all(self._most_frames(record, probe) * self.frame_tokens > tokens for probe in (False, True))
+
+    def _most_frames(self, record, probe: bool) -> float:
         """At least as many frames as the videos of a record have; infinite if it is unknown."""
         resolve = self.processor.video_processor.resolve
         items = [read_video_item(video, self.video_options, None, resolve) for video in record.videos]
-        total = sum(self._most_of(item) for item in items)
+        total = sum(self._most_of(item, probe) for item in items)
         if any("max_frames" in item.given or item.options.all_frames for item in items):
             return total
         return min(total, max(items[0].options.max_frames, sum(item.clips for item in items)))
 
-    def _most_of(self, item) -> float:
+    def _most_of(self, item, probe: bool) -> float:
         """At least as many frames as one video has. The clips of a video share `max_frames`, `num_frames` and
         `min_frames`, with at least one frame each."""
         options = item.options
@@ -99,16 +103,18 @@ class LengthCheck:
         least = max(options.min_frames, item.clips)  # the shares of clips are rounded up to at least this many
         if options.num_frames is not None:
             return max(options.num_frames, item.clips) + least
-        seconds = self._seconds_of(item)
+        seconds = self._seconds_of(item, probe)
         if seconds is None:
             return max(options.max_frames, item.clips)
         wanted = sum(math.ceil(length * options.video_fps) for length in seconds)
         return min(wanted + least, max(options.max_frames, item.clips))
 
-    def _seconds_of(self, item) -> list[float] | None:
-        """At least the seconds of each clip of a video; None if the header says nothing."""
+    def _seconds_of(self, item, probe: bool) -> list[float] | None:
+        """At least the seconds of each clip of a video; None if they are unknown. Reads a header only to `probe`."""
         if item.explicit_segments:
             return [segment[-1] - segment[0] for segment in item.explicit_segments]
+        if not probe:
+            return None
         if item.source not in self.seconds:
             self.seconds[item.source] = header_seconds(item.source)
         duration = self.seconds[item.source]
