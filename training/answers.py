@@ -14,6 +14,7 @@ from moss_vl.conversation import PLACEHOLDER
 from moss_vl.generation_options import MEDIA_DEFAULTS
 from moss_vl.training.batches import TURN_END, render
 from moss_vl.training.processes import is_main
+from moss_vl.training.tuning_options import PROCESSOR_OPTIONS
 
 
 logger = logging.getLogger("finetune")
@@ -42,7 +43,8 @@ class AnswerWriter:
             chosen = sorted(random.Random(options.seed).sample(chosen, options.eval_generate))
         if not chosen:
             logger.warning("--eval-generate: every held-out record has media in its last answer; none can be written")
-        media_options = {name: value for name, value in data.options.items() if name in options.processor_options}
+        names = {*PROCESSOR_OPTIONS.values(), "num_extract_threads"}
+        media_options = {name: value for name, value in data.options.items() if name in names}
         self.wheres = [data.records[index].where for index in chosen]
         self.expected = [prompts[index][1] for index in chosen]
         self.queries = [self._query(data.records[index], prompts[index][0], media_options) for index in chosen]

@@ -28,7 +28,6 @@ def make_datasets(args, processor) -> tuple[RecordDataset, RecordDataset | None]
     records, held_out = in_main_process(partial(read_data, args, processor, template, options))
     pixel_dtype = torch.bfloat16 if args.bf16 else torch.float32
     encoding = {"template": template, "max_length": args.max_length, "pixel_dtype": pixel_dtype, **options}
-    args.processor_options = options
 
     def dataset(records):
         return RecordDataset(records, processor, args.skip_bad, **encoding)

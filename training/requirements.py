@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from moss_vl.checks import nearest_name
+from moss_vl.training.trainer_arguments import read_json
 from moss_vl.training.tuning_options import part_rates
 
 
@@ -82,10 +83,3 @@ def require(package: str, option: str) -> None:
     if importlib.util.find_spec(package) is None:
         name = {"optimi": "torch-optimi"}.get(package, package.replace("_", "-"))
         raise ImportError(f"{option} needs the package {name}: pip install {name}")
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
 from moss_vl.training.processes import is_main
-from moss_vl.training.requirements import read_json, require
+from moss_vl.training.requirements import require
+from moss_vl.training.trainer_arguments import read_json
 from moss_vl.training.tuning_options import FIXED_ON_RESUME
 
 

@@ -7,8 +7,10 @@ value is fixed (`FIXED`, `REFUSED`), or passed through with its type.
 import argparse
 import json
 import logging
+import os
 from dataclasses import fields
 from inspect import signature
+from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -114,6 +116,8 @@ COVERED = {
         )
     },
 }
+SHARDED_LAYERS = ("MossVLVisionBlock", "MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer")
+FSDP = "full_shard auto_wrap"  # the default of --fsdp; transformers 5 calls it True
 NEEDS_EVALUATION = ("eval_strategy", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
 CHECKPOINTING_KWARGS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 
@@ -208,7 +212,7 @@ def training_arguments(args) -> TrainingArguments:
         **renamed_arguments(args),
     )
     if args.fsdp is not None:
-        arguments |= {"fsdp": args.fsdp, "fsdp_config": None if args.fsdp_config is None else str(args.fsdp_config)}
+        arguments |= sharding_arguments(args)
     arguments = TrainingArguments(**(arguments | args.trainer))
     if arguments.n_gpu > 1:  # Trainer would split the packed patches among the GPUs as if they were samples
         logger.warning("one of %d GPUs is used; start with torchrun or accelerate launch to use all", arguments.n_gpu)
@@ -231,7 +235,27 @@ def renamed_arguments(args) -> dict:
     return renamed
 
 
+def sharding_arguments(args) -> dict:
+    """The arguments of FSDP. Its second version is the default, also in transformers 4, which reads the version from
+    the environment, as `accelerate launch` sets it."""
+    config = {} if args.fsdp_config is None else read_json(args.fsdp_config)
+    if not isinstance(config, dict):
+        raise ValueError(f"--fsdp-config {args.fsdp_config} must hold a JSON object, got {config!r:.60}")
+    config = {"version": 2, "transformer_layer_cls_to_wrap": list(SHARDED_LAYERS)} | config
+    is_new = "activation_checkpointing" in signature(TrainingArguments).parameters  # transformers 5
+    if not is_new:
+        os.environ["FSDP_VERSION"] = str(config.pop("version"))
+    return {"fsdp": True if is_new and args.fsdp == FSDP else args.fsdp, "fsdp_config": config}
+
+
 def passed_fields() -> list[str]:
     """The fields of the installed `TrainingArguments` that finetune.py passes through."""
     names = [field.name for field in fields(TrainingArguments) if field.init]
     return [name for name in names if name not in (*FIXED, *REFUSED, *COVERED)]
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
