@@ -1,7 +1,6 @@
 """What a run needs before it starts: packages, files, and a checkpoint folder."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
