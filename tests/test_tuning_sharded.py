@@ -39,7 +39,9 @@ def assert_same_run(one, two, kind):
     assert expected.keys() == found.keys()
     for name in expected:
         assert expected[name].dtype == found[name].dtype
-        assert torch.allclose(found[name].float(), expected[name].float(), atol=2e-5, rtol=1e-2 if kind == "model" else 0), name
+        assert torch.allclose(
+            found[name].float(), expected[name].float(), atol=2e-5, rtol=1e-2 if kind == "model" else 0
+        ), name
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import random
+from contextlib import contextmanager
 
 import torch
 
@@ -132,6 +133,21 @@ def has_sharded_weights(trainer) -> bool:
     return trainer.is_fsdp_enabled
 
 
+@contextmanager
+def without_zero_init(trainer):
+    """In this context, transformers does not shard a new model, which DeepSpeed would do with all processes."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(trainer.args.hf_deepspeed_config)
+
+
 def whole_copy(trainer):
     """A copy of the model with whole weights in the main process; None in the others. All processes must call it."""
     wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model_wrapped
@@ -140,7 +156,7 @@ def whole_copy(trainer):
         return None
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.device("meta"):
+    with without_zero_init(trainer), torch.device("meta"):
         whole = type(inner)(copy.deepcopy(inner.config))
         if inner is not model:
             from peft import get_peft_model

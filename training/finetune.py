@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moss_vl.tools.command_line import message_of
 from moss_vl.training.batches import BadRecord, Collator
-from moss_vl.training.parts import check_model, load_model
+from moss_vl.training.parts import check_model, count_trained, load_model
 from moss_vl.training.preflight import make_datasets
 from moss_vl.training.processes import FailedElsewhere, is_main
 from moss_vl.training.requirements import check_requirements
@@ -118,7 +118,7 @@ def prepare(args) -> tuple:
         processor=processor,
     )
     vars(model.config).pop("use_cache", None)  # set by transformers 5's Trainer; it would be saved with the model
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = count_trained(model)
     counts = len(train_data), len(eval_data or ())
     logger.info(
         "%d records, %d for evaluation; %s parameters of %s are trained",

@@ -113,6 +113,12 @@ def make_trained_float32(model, args) -> None:
                 parameter.data = parameter.data.float()
 
 
+def count_trained(model) -> int:
+    """The number of trained weights, also of a model that DeepSpeed has sharded."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+
+
 def with_adapters(model, args):
     """The model as a PeftModel: new adapters in the parts to train, all other weights frozen but for --lora-also."""
     from peft import LoraConfig, get_peft_model
