@@ -104,9 +104,7 @@ def test_some_records_are_drawn_and_errors_are_written(checkpoint, data, half_ri
     assert trainer.model.training and not torch.is_inference_mode_enabled()
     rows = predictions(tmp_path / "out", 0)
     assert "gone.png" in rows[0]["error"] and not rows[0]["match"] and "answer" in rows[1]
-    trainer, *_ = finetune.prepare(
-        finetune.parse([str(word) for word in (*args[:5], data, "--output", tmp_path / "more", *args[8:], 2)])
-    )
-    assert len(trainer.answers.queries) == 2 < len(trainer.eval_dataset) and trainer.answers.wheres == sorted(
-        trainer.answers.wheres
-    )
+    args[5], args[7] = data, tmp_path / "more"
+    trainer, *_ = finetune.prepare(finetune.parse([str(word) for word in (*args, 2)]))
+    wheres = trainer.answers.wheres
+    assert len(wheres) == 2 < len(trainer.eval_dataset) and wheres == sorted(wheres)
