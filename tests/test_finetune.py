@@ -1,12 +1,9 @@
 """training/finetune.py as users run it: parts, adapters, resuming, merging, several processes, and errors."""
 
-import gc
 import json
-import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -27,11 +24,13 @@ from tuning import (  # noqa: F401 - fixtures among them
     logits_of,
     processor,
     run,
+    run_parallel,
     weights,
 )
 
-from moss_vl.training import finetune, tuning_options
+from moss_vl.training import finetune, preflight, saving, trainer_arguments, tuning_options
 from moss_vl.training.batches import check_record
+from moss_vl.training.parts import load_model, part_of
 from moss_vl.training.records import read_records
 
 
@@ -43,7 +42,7 @@ def test_every_parameter_belongs_to_one_part(checkpoint):
     config = model.config
     parts = {part: [] for part in tuning_options.PARTS}
     for name, _ in model.named_parameters():
-        parts[finetune.part_of(name, config)].append(name)
+        parts[part_of(name, config)].append(name)
     assert all(parts.values())
     crossing = {f"layers.{index}" for index in config.text_config.cross_attention_layers}
     assert {".".join(name.split(".")[2:4]) for name in parts["cross"]} == crossing
@@ -62,9 +61,9 @@ def test_only_the_named_parts_are_trained(checkpoint, data, tmp_path, parts):
     config, after = load(out).config, weights(out)
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {finetune.part_of(name, config) for name in changed} == set(parts)
+    assert {part_of(name, config) for name in changed} == set(parts)
     for name in before:
-        if finetune.part_of(name, config) not in parts:
+        if part_of(name, config) not in parts:
             assert before[name].dtype == after[name].dtype == torch.bfloat16 and torch.equal(
                 before[name], after[name]
             ), name
@@ -111,7 +110,7 @@ def test_accumulated_batches_equal_one_large_batch(checkpoint, data, tmp_path):
 def test_with_bf16_trained_weights_are_float32(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 would leave "bf16" to later tests
     paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path)]
-    model = finetune.load_model(finetune.parse([*paths, *FAST, "--bf16", "--train", "cross"]))
+    model = load_model(finetune.parse([*paths, *FAST, "--bf16", "--train", "cross"]))
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     (tmp_path / "text.json").write_text(json.dumps([{"response": "a red picture"}] * 2))
@@ -155,7 +154,7 @@ def test_only_resolve_is_asked_of_a_checkpoint_s_processors(checkpoint, tmp_path
     parts = {name: SimpleNamespace(resolve=asked.append) for name in ("image_processor", "video_processor")}
     args = ["--checkpoint", checkpoint, "--data", "none.json", "--output", tmp_path / "out", "--fps", "2"]
     args = finetune.parse([str(arg) for arg in [*args, "--max-pixels", 4096, "--workers", 1]])
-    assert finetune.processor_options(args, SimpleNamespace(**parts)) == {
+    assert preflight.processor_options(args, SimpleNamespace(**parts)) == {
         "video_fps": 2.0,
         "max_pixels": 4096,
         "num_extract_threads": 1,
@@ -166,18 +165,18 @@ def test_only_resolve_is_asked_of_a_checkpoint_s_processors(checkpoint, tmp_path
 def test_a_run_resumes_from_the_checkpoint_of_the_most_steps(tmp_path):
     """Sorted by number, not as text: 1000 comes after 500."""
     args = parsed(tmp_path, "--resume")
-    finetune.write_settings(args, tmp_path)
-    assert finetune.check_output(args) is None
+    saving.write_settings(args, tmp_path)
+    assert saving.check_output(args) is None
     for steps in (500, 1000, 90):
         (tmp_path / f"checkpoint-{steps}").mkdir()
         (tmp_path / f"checkpoint-{steps}/trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-2000").mkdir()  # incomplete, of a run that was killed
-    assert finetune.check_output(args) == str(tmp_path / "checkpoint-1000")
+    assert saving.check_output(args) == str(tmp_path / "checkpoint-1000")
 
 
 def test_default_learning_rates(tmp_path):
-    assert finetune.training_arguments(parsed(tmp_path)).learning_rate == 1e-5
-    assert finetune.training_arguments(parsed(tmp_path, "--lora-rank", 4)).learning_rate == 1e-4
+    assert trainer_arguments.training_arguments(parsed(tmp_path)).learning_rate == 1e-5
+    assert trainer_arguments.training_arguments(parsed(tmp_path, "--lora-rank", 4)).learning_rate == 1e-4
     assert parsed(tmp_path, "--lora-rank", 4).lora_alpha == 8
 
 
@@ -188,7 +187,7 @@ def test_options_reach_the_trainer(tmp_path):
         "--max-grad-norm 0.75 --seed 11 --log-steps 13 --save-steps 17 --eval-steps 19 --eval-share 0.5 --keep 4 "
         "--workers 6 --gradient-checkpointing"
     )
-    arguments = finetune.training_arguments(parsed(tmp_path, *options.split()))
+    arguments = trainer_arguments.training_arguments(parsed(tmp_path, *options.split()))
     expected = {
         "output_dir": str(tmp_path),
         "num_train_epochs": 2.5,
@@ -213,7 +212,7 @@ def test_options_reach_the_trainer(tmp_path):
     assert {name: getattr(arguments, name) for name in expected} == expected
     assert (str(arguments.lr_scheduler_type.value), str(arguments.eval_strategy.value)) == ("linear", "steps")
     assert getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing)
-    plain = finetune.training_arguments(parsed(tmp_path, "--steps", 3, "--save-steps", 17))
+    plain = trainer_arguments.training_arguments(parsed(tmp_path, "--steps", 3, "--save-steps", 17))
     assert (plain.max_steps, plain.max_grad_norm, plain.save_total_limit, plain.eval_steps) == (3, 1.0, 2, 17)
     assert (
         not getattr(plain, "activation_checkpointing", plain.gradient_checkpointing)
@@ -242,7 +241,7 @@ def test_gradients_are_clipped_and_old_checkpoints_removed(checkpoint, data, tmp
 
 def test_the_requested_attention_is_used(checkpoint, data, tmp_path):
     paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path), *FAST]
-    model = finetune.load_model(finetune.parse([*paths, "--attn", "eager"]))
+    model = load_model(finetune.parse([*paths, "--attn", "eager"]))
     assert {
         part._attn_implementation for part in (model.config, model.config.text_config, model.config.vision_config)
     } == {"eager"}
@@ -283,7 +282,7 @@ def test_saved_loaded_and_merged_models_are_equal(checkpoint, processor, data, t
 def test_adapters_are_in_the_requested_layers(checkpoint, data, tmp_path):
     def targets(*options):
         paths = ["--checkpoint", str(checkpoint), "--data", str(data), "--output", str(tmp_path)]
-        model = finetune.load_model(finetune.parse([*paths, *FAST, "--lora-rank", "2", *options]))
+        model = load_model(finetune.parse([*paths, *FAST, "--lora-rank", "2", *options]))
         assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
         return {
             name.removeprefix("base_model.model.").split(".lora_")[0]
@@ -303,29 +302,12 @@ def test_adapters_are_in_the_requested_layers(checkpoint, data, tmp_path):
         f"model.visual.merger.linear_fc{i}" for i in (1, 2)
     }
     everything = targets("--train", *tuning_options.PARTS)
-    assert {finetune.part_of(name, config) for name in everything} == set(tuning_options.PARTS)
+    assert {part_of(name, config) for name in everything} == set(tuning_options.PARTS)
     assert not any("embed" in name for name in everything)
 
 
-def run_rank(rank, command, processes, port):
-    environment = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": processes,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in environment.items()})  # as torchrun sets them
+def run_rank(rank, command):
     assert finetune.main(command) == 0
-
-
-def run_parallel(command, processes):
-    """Runs the command in several processes, as torchrun does, but forked, which saves the imports."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    gc.collect()  # as in test_batches.py: a forked process must not collect decoded frames
-    torch.multiprocessing.start_processes(run_rank, (command, processes, port), processes, start_method="fork")
 
 
 def test_the_command_runs_from_any_folder():
@@ -341,7 +323,7 @@ def test_parallel_processes_equal_one_with_a_larger_batch(checkpoint, data, tmp_
     (tmp_path / "two.json").write_text(json.dumps([picture, text]))
     options = ["--steps", "1", "--train", "vision", "cross", *LINEAR]
     command = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "two.json"), *FAST, *options]
-    run_parallel([*command, "--output", str(tmp_path / "two")], processes=2)
+    run_parallel(run_rank, ([*command, "--output", str(tmp_path / "two")],), processes=2)
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *options, "--batch-size", "2") == 0
     assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 

@@ -13,9 +13,9 @@ from test_finetune import assert_same_step, run_parallel
 from tuning import FAST, LINEAR, checkpoint, data, load, load_processor, run  # noqa: F401 - fixtures among them
 
 from moss_vl.training.batches import IGNORED, Collator, RecordDataset
+from moss_vl.training.record_trainer import make_token_loss
 from moss_vl.training.records import read_records
 from moss_vl.training.token_loss import TokenLoss, balanced_weights
-from moss_vl.training.trainer import make_token_loss
 
 
 def slow_loss(rule, logits, labels, record_weights):

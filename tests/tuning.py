@@ -1,7 +1,10 @@
 """A small checkpoint, data and a runner for tests of training/."""
 
+import gc
 import json
+import os
 import shutil
+import socket
 
 import pytest
 import torch
@@ -123,3 +126,26 @@ def logits_of(model, processor, data):
     batch = Collator(processor.tokenizer.pad_token_id)([dataset[index] for index in range(len(dataset))])
     with torch.no_grad():
         return model.eval()(**batch).logits
+
+
+def run_parallel(function, arguments, processes):
+    """Calls `function(rank, *arguments)` in several processes with the environment of torchrun. They are forked, which
+    saves the imports."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    gc.collect()  # as in test_batches.py: a forked process must not collect decoded frames
+    arguments = (function, arguments, processes, port)
+    torch.multiprocessing.start_processes(_as_rank, arguments, processes, start_method="fork")
+
+
+def _as_rank(rank, function, arguments, processes, port):
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    function(rank, *arguments)

@@ -143,7 +143,7 @@ def _encode_stream(record: Record, processor, template: bool, **options) -> dict
 def _encode_chat(record: Record, processor, template: bool, **options) -> dict:
     text, spans = render(record, processor, template)
     tokenizer = processor.tokenizer
-    text, spans, separators = _separate(text, spans, tokenizer.pad_token)
+    text, spans, separators = separate(text, spans, tokenizer.pad_token)
     inputs = processor(
         text=text,
         images=record.images or None,
@@ -166,7 +166,7 @@ def _encode_chat(record: Record, processor, template: bool, **options) -> dict:
     }
 
 
-def _separate(text: str, spans, separator: str) -> tuple[str, list[tuple[int, int]], list[int]]:
+def separate(text: str, spans, separator: str) -> tuple[str, list[tuple[int, int]], list[int]]:
     """Puts `separator`, a special token, before each span, so that no token crosses the start of a span.
 
     Generation tokenizes a response separately from its prompt, so training must do the same: "?" and "blue" must not

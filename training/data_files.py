@@ -131,6 +131,11 @@ def _parquet_entries(file: Path) -> Iterator[Entry]:
         raise ValueError(f"{file} is not a parquet file that pyarrow can read: {error}") from None
 
 
+def is_data_set(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote a folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def _folder_entries(folder: Path) -> Iterator[Entry]:
     """The rows of a folder of `datasets.save_to_disk`."""
     if (folder / "dataset_dict.json").is_file():

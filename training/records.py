@@ -55,7 +55,7 @@ class Record:
         return any(SILENCE in text or RESPONSE in text for text in said)
 
 
-def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
+def read_records(files, skip_bad: bool = False, check=None, probes: bool = True) -> list[Record]:
     """The checked records of one data file or of a list of files.
 
     Args:
@@ -63,6 +63,7 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
             tables, and any other file has one JSON object per line.
         skip_bad: skip bad records with one warning.
         check: called with every record that passed all other checks; if it raises a ValueError, the record is bad.
+        probes: whether media are opened. Without this, only the form of a record is checked before `check`.
 
     Raises:
         FileNotFoundError: if a file does not exist.
@@ -75,7 +76,7 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
 
     def read(entry):
         try:
-            return read_record(entry, seconds, check)
+            return read_record(entry, seconds if probes else None, check)
         except (ValueError, OSError) as error:
             return f"{entry.where}: {error}"
 
@@ -93,21 +94,23 @@ def read_records(files, skip_bad: bool = False, check=None) -> list[Record]:
     return records
 
 
-def read_record(entry: Entry, seconds: dict, check=None) -> Record:
+def read_record(entry: Entry, seconds: dict | None, check=None) -> Record:
     """The record of an entry, its media probed.
 
     Args:
-        seconds: durations of the videos that were probed before; those of this record are added.
+        seconds: durations of the videos that were probed before; those of this record are added. None: no medium is
+            opened.
         check: see `read_records`.
 
     Raises:
         ValueError, OSError: for a bad one.
     """
     record = Record(entry.where, **vars(read_conversation(entry.load(), entry.folder)))
-    for image in record.images:
-        probe("image", image, seconds)
-    durations = [probe("video", video, seconds) for video in record.videos]
-    check_media_options(record, UNLIMITED_IMAGES, UNLIMITED_VIDEOS, durations)
+    if seconds is not None:
+        for image in record.images:
+            probe("image", image, seconds)
+        durations = [probe("video", video, seconds) for video in record.videos]
+        check_media_options(record, UNLIMITED_IMAGES, UNLIMITED_VIDEOS, durations)
     if check is not None:
         check(record)
     return record

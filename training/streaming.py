@@ -58,6 +58,7 @@ class StreamedRecords(torch.utils.data.IterableDataset):
         batches_done: batches of each process that a run had before it is resumed.
         skip_bad: replace a bad record by the next good one of the process, with a warning; else it is a BadRecord.
         check: see `read_record`.
+        probes: whether media are opened before they are decoded.
         **options: those of `encode`.
 
     Raises:
@@ -76,11 +77,13 @@ class StreamedRecords(torch.utils.data.IterableDataset):
         batches_done: int = 0,
         skip_bad: bool = False,
         check: Callable | None = None,
+        probes: bool = True,
         **options,
     ):
         self.sources, self.processor, self.batch_size = sources, processor, batch_size
         self.buffer, self.seed, self.rank, self.world_size = buffer, seed, rank, world_size
-        self.batches_done, self.skip_bad, self.check, self.options = batches_done, skip_bad, check, options
+        self.batches_done, self.skip_bad, self.check, self.probes = batches_done, skip_bad, check, probes
+        self.options = options
         self.bad = set()  # (source, place) of records that failed in this process
         empty = [source for source in sources if next(iter(read_entries(source)), None) is None]
         if empty or not sources:
@@ -136,7 +139,8 @@ class StreamedRecords(torch.utils.data.IterableDataset):
         if key in self.bad:
             return None
         try:
-            return encode(read_record(entry, {}, self.check), self.processor, **self.options)
+            record = read_record(entry, {} if self.probes else None, self.check)
+            return encode(record, self.processor, **self.options)
         except (ValueError, OSError) as error:
             problem = f"{entry.where}: {error}"
             if not self.skip_bad:
@@ -171,10 +175,10 @@ def streaming_loader(dataset: StreamedRecords, collate: Callable, workers: int, 
     )
 
 
-def stream_records(args, processor, **options) -> StreamedRecords:
-    """The records of `--data`, by the options of finetune.py; `options` are those of `StreamedRecords`."""
+def stream_records(args, files: list[Path], processor, **options) -> StreamedRecords:
+    """The records of data files, by the options of finetune.py; `options` are those of `StreamedRecords`."""
     return StreamedRecords(
-        args.data,
+        files,
         processor,
         args.batch_size,
         buffer=SHUFFLE_BUFFER if args.shuffle_buffer is None else args.shuffle_buffer,
@@ -182,6 +186,7 @@ def stream_records(args, processor, **options) -> StreamedRecords:
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         skip_bad=args.skip_bad,
+        probes=not args.skip_checks,
         **options,
     )
 

@@ -1,85 +1,112 @@
-"""The Trainer of finetune.py: losses with weights (token_loss.py), and data sets that are streamed (streaming.py)."""
+"""transformers' Trainer with learning rates per part, weights beside adapters, and answers at evaluations."""
+
+import logging
+from pathlib import Path
 
 import torch
-from transformers import Trainer
 
-from moss_vl.training.realtime_records import count_decisions, make_protocol
-from moss_vl.training.streaming import StreamedRecords, streaming_loader
-from moss_vl.training.token_loss import TokenLoss, balanced_weights
-
-
-def make_token_loss(args, processor, train_data, eval_data) -> TokenLoss | None:
-    """The loss that the options and the weights of records need; None if the model's own loss is right.
-
-    Args:
-        args: the options of finetune.py.
-        train_data, eval_data: data sets; `eval_data` may be None.
-
-    Raises:
-        ValueError: for options of streams without a stream, or without the tokens of streams in the tokenizer.
-    """
-    weights, streamed = (args.silence_weight, args.response_weight), isinstance(train_data, StreamedRecords)
-    records = None if streamed else train_data.records
-    if weights == (1, 1) and not args.focal_gamma and not args.balance_decisions:
-        held_out = [] if eval_data is None else eval_data.records
-        has_weights = streamed or any(record.weight != 1 for record in [*records, *held_out])
-        return TokenLoss() if has_weights else None
-    if not streamed and not any(record.is_stream for record in records):
-        raise ValueError(
-            "--silence-weight, --response-weight, --balance-decisions and --focal-gamma are for realtime streams, but "
-            "no record of --data is one; leave them out"
-        )
-    tokens = make_protocol(processor).tokens
-    if args.balance_decisions:
-        weights = balanced_weights(*count_decisions(records, processor), args.balance_decisions)
-    return TokenLoss(tokens.silence, tokens.response, *weights, args.focal_gamma)
+from moss_vl.training.answers import AnswerWriter
+from moss_vl.training.parts import extra_of, part_of
+from moss_vl.training.record_trainer import RecordTrainer
+from moss_vl.training.saving import add_to_adapter, set_config_dtype
+from moss_vl.training.tuning_options import part_rates
 
 
-class RecordTrainer(Trainer):
-    """A Trainer whose loss may have weights, and whose records may be streamed.
+logger = logging.getLogger("finetune")
+
+
+class TuningTrainer(RecordTrainer):
+    """A Trainer of finetune.py.
 
     Args:
-        token_loss: None leaves the loss to the model. It must be None, or not None, on all processes.
+        options: the options of the command.
+        processor: of the checkpoint.
+        The others are RecordTrainer's.
+
+    Attributes:
+        save_dtype: the dtype in which sharded weights are saved; None for that of the state dict.
     """
 
-    def __init__(self, *args, token_loss: TokenLoss | None = None, **kwargs):
+    def __init__(self, *args, options, processor, **kwargs):
         super().__init__(*args, **kwargs)
-        self.token_loss = token_loss
+        self.options, self.save_dtype = options, None
+        self.answers = None
+        if options.eval_generate is not None:
+            self.answers = AnswerWriter(self, processor, options)
 
-    def get_train_dataloader(self):
-        if isinstance(self.train_dataset, StreamedRecords):
-            return streaming_loader(
-                self.train_dataset,
-                self.data_collator,
-                self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-                prefetch_factor=self.args.dataloader_prefetch_factor,
-            )
-        return super().get_train_dataloader()
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights of the model are not whole on each process while it trains, or saved by a plugin."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step, and the weights of all their tokens, on all processes, by which losses are
-        divided."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.token_loss is None or count is None:
-            return batches, count
-        weights = [self.token_loss.weights(batch["labels"][:, 1:], batch.get("record_weights")) for batch in batches]
-        total = torch.stack([one.sum().to(device) for one in weights]).sum()
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        return batches, total
+    # learning rates
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.token_loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        labels, record_weights = inputs.pop("labels"), inputs.pop("record_weights", None)
-        outputs = model(**inputs)
-        loss = self.token_loss(outputs.logits, labels, record_weights)
-        if num_items_in_batch is None:
-            loss = loss / self.token_loss.weights(labels[:, 1:], record_weights).sum().to(loss.device)
-        else:
-            loss = loss / num_items_in_batch.to(loss.device)
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # their gradients are averaged
-        return (loss, outputs) if return_outputs else loss
+    def create_optimizer(self, *args, **kwargs):
+        """Splits the groups of Trainer's optimizer by part, if parts have learning rates of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = part_rates(self.options)
+        if is_new and rates:
+            model = args[0] if args and args[0] is not None else kwargs.get("model") or self.model
+            parts = {id(parameter): part_of(name, self.model.config) for name, parameter in model.named_parameters()}
+            optimizer.param_groups[:] = split_groups(optimizer.param_groups, parts, rates)
+            logger.info("learning rates: %s", ", ".join(f"{part} {rate:g}" for part, rate in rates.items()))
+        return optimizer
+
+    # saving
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Also saves the weights that are trained beside adapters, and converts sharded weights to `save_dtype`."""
+        if state_dict and self.save_dtype is not None:
+            state_dict = {
+                name: tensor.to(self.save_dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in state_dict.items()
+            }
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.save_dtype is not None:
+            set_config_dtype(folder, self.save_dtype)
+        if self.options.lora_also:
+            add_to_adapter(folder, self._extra_weights(state_dict))
+
+    def _extra_weights(self, state_dict) -> dict[str, torch.Tensor]:
+        weights = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        config, options = self.model.config, self.options
+        return {
+            name: tensor
+            for name, tensor in weights.items()
+            if "lora_" not in name and extra_of(name, config, options.train) in options.lora_also
+        }
+
+    # evaluation
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The loss of the held-out records, and with --eval-generate the share of answers that match."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.answers is not None:
+            matches = self.answers.write(self.state.global_step)
+            self.log(dict(matches))
+            metrics.update(matches)
+        return metrics
+
+
+def split_groups(groups: list[dict], parts: dict[int, str], rates: dict[str, float]) -> list[dict]:
+    """The groups of an optimizer, split by part.
+
+    Args:
+        parts: the part of each parameter, by its id.
+        rates: learning rates of parts; the parameters of other parts keep the rate of their group. They come first,
+            so that the logged learning rate is theirs.
+    """
+    split = []
+    for group in groups:
+        by_rate = {None: []} | {rate: [] for rate in rates}
+        for parameter in group["params"]:
+            part = parts[id(parameter)]
+            by_rate[part if part in rates else None].append(parameter)
+        for part, parameters in by_rate.items():
+            if parameters:
+                split.append({**group, "params": parameters} | ({} if part is None else {"lr": rates[part]}))
+    return split

@@ -1,14 +1,26 @@
 """The options of training/finetune.py: their table, their checks, and defaults that depend on other options."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from moss_vl.tools.command_line import above_0, at_least, share
+from moss_vl.training.option_names import (
+    ALIASES,
+    OTHER_OPTIONS,
+    Named,
+    apply_other_options,
+    check_names,
+    switch,
+    with_dashes,
+)
+from moss_vl.training.trainer_arguments import check_trainer_options, read_trainer_options
 
 
 PARTS = ("vision", "merger", "cross", "language", "head")
+EXTRAS = ("gates", "separator", "norms", "embeddings")  # weights without a linear layer, trained beside adapters
 PROCESSOR_OPTIONS = {  # command-line option -> option of the processors, as options.py names it
     "min_pixels": "min_pixels",
     "max_pixels": "max_pixels",
@@ -39,6 +51,10 @@ FIXED_ON_RESUME = (
     "lora_alpha",
     "lora_dropout",
     "lora_targets",
+    "lora_also",
+    "lr",
+    *(f"lr_{part}" for part in PARTS),
+    "weight_decay",
     "batch_size",
     "accumulation",
     "seed",
@@ -62,7 +78,10 @@ parts: vision   the encoder without its merger       language  embeddings, self-
        cross    cross-attention layers with their gates
 With --lora-rank 0, the parts of --train are trained and the others are saved unchanged, bit for bit. With a higher
 rank, all weights are frozen and the linear layers of these parts get adapters; separator, gates, norms and embeddings
-have none.
+have none, but --lora-also trains them as a whole.
+
+All other options of the installed transformers' TrainingArguments are taken, too: --optim adafactor --adam-beta2 0.95.
+Names may have underscores for dashes, and training/README.md lists the names of other programs for these options.
 
 The output folder loads like any checkpoint (an adapter needs peft, and its base checkpoint at the same path). It also
 holds checkpoint-N folders to resume from, trainer_state.json with the losses, and finetune.json with these options.
@@ -79,15 +98,14 @@ exit codes: 0 done, 1 out of memory, 2 wrong usage or input, 130 interrupted
 NATURAL, POSITIVE, NOT_NEGATIVE = at_least(int, 0), at_least(int, 1), at_least(float, 0)
 FILES = {"metavar": "FILE", "type": Path, "nargs": "+"}
 COUNT = {"metavar": "N", "type": POSITIVE}
-FLAG, YES_NO = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
+FLAG = {"metavar": "BOOL", "type": switch, "nargs": "?", "const": True, "default": False}
+YES_NO = {**FLAG, "default": None}  # with --no-NAME
 
 # group -> option -> arguments of `add_argument`
 OPTIONS = {
     "paths": {
         "--checkpoint": dict(metavar="PATH", help="folder or hub name of the checkpoint to start from"),
-        "--output": dict(
-            metavar="DIR", type=Path, required=True, help="folder to write; new or empty, unless --resume"
-        ),
+        "--output": dict(metavar="DIR", type=Path, help="folder to write; new or empty, unless --resume"),
     },
     "data": {
         "--data": dict(**FILES, help="records to train on: JSON, JSONL, parquet, or a folder of save_to_disk"),
@@ -98,6 +116,11 @@ OPTIONS = {
         "--shuffle-buffer": dict(
             **COUNT, help="streamed records among which the next is drawn; 1: in order (default: 1000)"
         ),
+        "--skip-checks": dict(
+            **FLAG, help="read the records without opening their media, and leave their errors to the training"
+        ),
+        "--eval-generate": dict(**COUNT, help="at each evaluation, also write answers to N of its records"),
+        "--eval-tokens": dict(metavar="N", type=POSITIVE, default=256, help="longest such answer (default: 256)"),
         "--template": dict(
             **YES_NO, help="render the chat template, or not, for base checkpoints (default: if there is one)"
         ),
@@ -142,6 +165,14 @@ OPTIONS = {
             nargs="+",
             help="linear layers that get adapters, such as q_proj v_proj (default: all of the parts)",
         ),
+        "--lora-also": dict(
+            metavar="WHAT",
+            nargs="+",
+            choices=EXTRAS,
+            default=[],
+            help=f"weights trained beside adapters, as a whole: {', '.join(EXTRAS)}; norms: those of the parts "
+            "(default: none)",
+        ),
         "--merge": dict(
             metavar="ADAPTER_DIR",
             nargs="?",
@@ -156,6 +187,10 @@ OPTIONS = {
         "--batch-size": dict(**COUNT, default=1, help="records per batch and process (default: 1)"),
         "--accumulation": dict(**COUNT, default=1, help="batches per step (default: 1)"),
         "--lr": dict(metavar="RATE", type=above_0, help="peak learning rate (default: 1e-5; 1e-4 for adapters)"),
+        **{
+            f"--lr-{part}": dict(metavar="RATE", type=above_0, help=f"peak learning rate of {part} (default: --lr)")
+            for part in PARTS
+        },
         "--schedule": dict(
             default="cosine",
             help="decay of the learning rate: linear, cosine, constant_with_warmup, ... (default: cosine)",
@@ -208,6 +243,13 @@ OPTIONS = {
         ),
         "--attn": dict(choices=("eager", "sdpa", "flash_attention_2"), help="attention (default: sdpa)"),
         "--deepspeed": dict(metavar="CONFIG", type=Path, help="DeepSpeed's JSON file, passed through"),
+        "--fsdp": dict(
+            metavar="OPTIONS",
+            nargs="?",
+            const="full_shard auto_wrap",
+            help="shard the model with FSDP (default OPTIONS: full_shard auto_wrap)",
+        ),
+        "--fsdp-config": dict(metavar="CONFIG", type=Path, help="JSON file with its settings"),
         "--cpu": dict(**FLAG, help="use no GPU"),
         "--log-steps": dict(**COUNT, default=10, help="steps between logged losses (default: 10)"),
         "--save-steps": dict(**COUNT, default=500, help="steps between checkpoints (default: 500)"),
@@ -226,15 +268,39 @@ def parse(argv) -> argparse.Namespace:
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, arguments in options.items():
-            group.add_argument(name, **arguments)
-    args = parser.parse_args(argv)
+            add_option(group, name, arguments)
+    for name, arguments in OTHER_OPTIONS.items():
+        parser.add_argument(name, action=Named, help=argparse.SUPPRESS, **arguments)
+    args, others = parser.parse_known_args(with_dashes(sys.argv[1:] if argv is None else argv))
+    check_names(parser, args)
+    apply_other_options(parser, args, PARTS)
+    args.trainer = read_trainer_options(parser, others)
     check_combination(parser, args)
     fill_in_defaults(args)
     return args
+
+
+def add_option(group, name: str, arguments: dict) -> None:
+    """Adds an option under its name, and not shown in --help, under its aliases and its negation."""
+    group.add_argument(name, action=Named, **arguments)
+    hidden = {key: value for key, value in arguments.items() if key not in ("help", "required", "default")}
+    hidden |= dict(dest=name[2:].replace("-", "_"), help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    for alias, changes in ALIASES.get(name, {}).items():
+        group.add_argument(alias, action=Named, **(hidden | changes))
+    if arguments.items() >= YES_NO.items():
+        no = dict(dest=hidden["dest"], help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+        group.add_argument(f"--no-{name[2:]}", action=Named, nargs=0, const=False, **no)
+
+
+def part_rates(args) -> dict[str, float]:
+    """The learning rates of the parts that have one of their own."""
+    rates = {part: getattr(args, f"lr_{part}") for part in PARTS}
+    return {part: rate for part, rate in rates.items() if rate is not None}
 
 
 def check_combination(parser, args) -> None:
@@ -244,12 +310,14 @@ def check_combination(parser, args) -> None:
         parser.error("nothing to do: give --data, or --merge with the folder of an adapter")
     if training and merge_only:
         parser.error("--merge with a folder trains nothing; leave out --data, or the folder")
+    if args.output is None:
+        parser.error("the following arguments are required: --output")
     if training and args.checkpoint is None:
         parser.error("--data needs --checkpoint")
     if args.eval_data is not None and args.eval_share is not None:
         parser.error("give --eval-data or --eval-share, not both")
     if training and args.lora_rank == 0:
-        for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets"):
+        for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets", "lora_also"):
             if getattr(args, name):
                 parser.error(f"--{name.replace('_', '-')} is for adapters; give a --lora-rank above 0")
     if args.streaming:
@@ -260,6 +328,23 @@ def check_combination(parser, args) -> None:
         parser.error("give --balance-decisions, or --silence-weight and --response-weight, not both")
     if args.lora_dropout >= 1:
         parser.error(f"--lora-dropout must be below 1, got {args.lora_dropout}")
+    for part in part_rates(args):
+        if part not in trained_parts(args):
+            parser.error(f"--lr-{part} has no effect: --train {' '.join(args.train)} leaves {part} frozen")
+    evaluates = args.eval_data is not None or args.eval_share is not None
+    if args.eval_generate is not None and not evaluates:
+        parser.error("--eval-generate needs held-out records; give --eval-data or --eval-share")
+    if args.deepspeed is not None and args.fsdp is not None:
+        parser.error("give --deepspeed or --fsdp, not both")
+    if args.fsdp_config is not None and args.fsdp is None:
+        parser.error("--fsdp-config needs --fsdp")
+    check_trainer_options(parser, args, evaluates)
+
+
+def trained_parts(args) -> set[str]:
+    """The parts that have trained weights, those of --lora-also among them."""
+    owners = {"gates": "cross", "separator": "merger", "embeddings": "language"}
+    return {*args.train, *(owners[name] for name in args.lora_also if name in owners)}
 
 
 def check_streaming(parser, args) -> None:
@@ -287,7 +372,8 @@ def fill_in_defaults(args) -> None:
     if args.lr is None:
         args.lr = 1e-4 if args.lora_rank else 1e-5
     if args.bf16 is None:
-        args.bf16 = not args.cpu and computes_in_bfloat16()
+        args.bf16 = not args.cpu and not args.trainer.get("fp16") and computes_in_bfloat16()
     if args.save_dtype is None and args.data is not None:
         args.save_dtype = "bfloat16" if args.bf16 else "float32"
+    args.report_to = [] if args.report_to == ["none"] else args.report_to
     args.train = [part for part in PARTS if part in args.train]
