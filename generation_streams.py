@@ -335,6 +335,8 @@ class BatchStream:
                     entry.inputs, entry.prefix = prepare_turn(self._model, self._processor, entry.turn, alone)
                 entry.text_tokens = longest_text(entry.turn, entry.inputs)
                 entry.vision_tokens = vision_length(self._model, entry.inputs)
+                if entry.prefix is not None:
+                    entry.vision_tokens += entry.prefix.vision_tokens(self._model, entry.inputs)
         except BaseException as error:  # also a panic of a tokenizer, which is no Exception
             entry.error = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
         with self._changed:

@@ -241,6 +241,23 @@ def text_in(processor, prompt) -> str:
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("with_media", [False, True])
+def test_frames_of_kept_caches_count_for_the_limits(model, processor, pictures, monkeypatch, with_media):
+    """Turns that continue a cache are written one after the other, as the whole conversations would be."""
+    first = [query_of("Hi", images=pictures[0]), query_of("What?", images=pictures[1])]
+    states = batch(model, processor, *first, keep_cache=True)["session_states"]
+    queries = [query_of("And?", images=pictures[0] if with_media else None) for _ in states]
+    want = batch(model, processor, *queries, session_states=states)["results"]
+    rows, decode = [], model.decode_rows
+    monkeypatch.setattr(
+        model, "decode_rows", lambda tokens, caches: rows.append(len(caches)) or decode(tokens, caches)
+    )
+    for limit, most in ((1 << 17, 2), (8, 1)):
+        rows.clear()
+        got = batch(model, processor, *queries, session_states=states, max_vision_tokens=limit)["results"]
+        assert [one["text"] for one in got] == [one["text"] for one in want] and max(rows) == most
+
+
 def test_a_failing_joint_call_ends_only_the_rows_that_fail(model, processor, monkeypatch):
     queries = [query_of(prompt) for prompt in ("a", "b", "c")]
     want = [text_of(model, processor, query) for query in queries]
