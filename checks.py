@@ -46,11 +46,21 @@ def without_login(text: str) -> str:
     return URL_LOGIN.sub(r"\1", text, count=1) if "@" in text[:4096] else text
 
 
+def check_characters(name: str, text: str) -> str:
+    """The text. Raises ValueError for a lone surrogate, which is half of a character: no tokenizer takes it."""
+    if not text.isascii() and (found := re.search("[\ud800-\udfff]", text)):
+        raise ValueError(
+            f"{name} holds {found[0]!r} at character {found.start()}, which is half of a character; expected text "
+            "that UTF-8 can encode: decode bytes with errors='replace', or join both halves of an escape in JSON"
+        )
+    return text
+
+
 def positive_int(name: str, value) -> int:
     """`value` as an int. Raises ValueError unless it is a whole number of at least 1; 1e6 is accepted, True is not."""
     whole = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not whole or not math.isfinite(value) or value != int(value) or value < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    if not whole or not is_finite(value) or value != int(value) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {shorten(value)}")
     return int(value)
 
 
@@ -83,7 +93,7 @@ def three_floats(name: str, value) -> tuple[float, float, float]:
     """One finite number per colour channel; if `name` ends in "std", each above 0. Raises ValueError otherwise."""
     try:
         numbers = tuple(float(x) for x in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if len(numbers) != 3 or not all(math.isfinite(x) for x in numbers):
         raise ValueError(f"{name} must be three finite numbers, one for each of red, green and blue, got {value!r}")
@@ -116,9 +126,17 @@ def plain_number(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
+def is_finite(value) -> bool:
+    """Whether a number is finite and has a value as a float, which integers of more than 308 digits have not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_number(name: str, value, kind, expected: str, fits) -> None:
     """ValueError unless `value` is a finite number of class `kind` (such as `numbers.Integral`) and `fits(value)`."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not fits(value):
+    if isinstance(value, bool) or not isinstance(value, kind) or not is_finite(value) or not fits(value):
         raise ValueError(f"{name} must be {expected}, got {shorten(value)}")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .checks import check_choice, check_misspelled, flag_or, shorten
+from .checks import check_characters, check_choice, check_misspelled, flag_or, shorten
 from .conversation import (
     PLACEHOLDERS,
     are_complete_parts,
@@ -146,7 +146,7 @@ def read_query(model, processor, query, state, vision_chunked_length: int) -> Tu
     earlier = state if append and state is not None else NEW_CONVERSATION
 
     messages = _choose_system(earlier["messages"], _read_new_messages(query), query)
-    text = _render(processor, messages, _choose_template(processor, query))
+    text = check_characters("the conversation", _render(processor, messages, _choose_template(processor, query)))
     given = check_options("media_kwargs", query.get("media_kwargs"), MEDIA_OPTIONS | REFUSED.keys())
     media_kwargs = merge_media_kwargs(earlier["media_kwargs"], given)
     options = complete_media_kwargs(media_kwargs)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from .cache_layers import cached_length, fork_cache, install_layers, vision_cache_dtype
+from .cache_layers import cache_contents, cached_length, fork_cache, install_layers, vision_cache_dtype
 from .checks import check_number, shorten
 from .conversation import PLACEHOLDERS, collect_media
 from .generation_batches import encode_turn
@@ -287,6 +287,13 @@ class KeptPrefix(NamedTuple):
         if unused := cached_length(cache) - self.length:
             cache.crop(-unused)
         return cache
+
+    def vision_tokens(self, model, inputs: dict) -> int:
+        """Vision tokens of the cache whose media the inputs lack; 0 if these have the media of the whole prompt."""
+        frames = sum(int(grid[0]) for grid in inputs.get("grid_thw", ()))
+        if int((inputs["input_ids"] == model.config.image_token_id).sum()) == frames:
+            return 0
+        return sum(cache_contents(self.cache, model.config.text_config).vision_tokens)
 
 
 def prepare_turn(model, processor, turn: Turn, alone: bool) -> tuple[dict, Optional[KeptPrefix]]:

@@ -335,8 +335,10 @@ class BatchStream:
                     entry.inputs, entry.prefix = prepare_turn(self._model, self._processor, entry.turn, alone)
                 entry.text_tokens = longest_text(entry.turn, entry.inputs)
                 entry.vision_tokens = vision_length(self._model, entry.inputs)
-        except Exception as error:
-            entry.error = error
+                if entry.prefix is not None:
+                    entry.vision_tokens += entry.prefix.vision_tokens(self._model, entry.inputs)
+        except BaseException as error:  # also a panic of a tokenizer, which is no Exception
+            entry.error = error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
         with self._changed:
             entry.prepared, self._preparing = True, False
             self._changed.notify_all()
@@ -500,7 +502,9 @@ class BatchStream:
                 self._answer_whole([entry])
             return
         eos = as_ids(arguments.get("eos_token_id", model.generation_config.eos_token_id))
-        full, ends = ids.shape[1] == arguments.get("max_new_tokens"), {*eos, arguments["pad_token_id"]}
+        most = arguments.get("max_new_tokens")
+        most = arguments["max_length"] - width if most is None else most
+        full, ends = ids.shape[1] >= most, {*eos, arguments["pad_token_id"]}
         texts = self._processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         for entry, text, last in zip(entries, texts, ids[:, -1].tolist(), strict=True):
             entry.pieces = PieceStreamer(self._processor.tokenizer)
@@ -526,7 +530,11 @@ class BatchStream:
             if isinstance(token, Exception):
                 self._fail(entry, token)
                 continue
-            entry.pieces.write(token)
+            try:
+                entry.pieces.write(token)
+            except Exception as error:  # the tokenizer cannot decode it
+                self._fail(entry, error)
+                continue
             if entry.row.ended:
                 full = entry.row.tokens.ids.shape[1] >= entry.row.max_length
                 self._end(entry, "length" if full and token not in entry.row.eos_token_ids else "stop")
@@ -538,6 +546,14 @@ class BatchStream:
             self._events.append(AnswerPiece(entry.index, text))
 
     def _end(self, entry: _Entry, reason: str) -> None:
+        try:
+            event = self._end_event(entry, reason)
+        except Exception as error:  # no memory to keep the cache, say: it must not end the other answers
+            return self._fail(entry, error)
+        self._leave(entry)
+        self._events.append(event)
+
+    def _end_event(self, entry: _Entry, reason: str) -> AnswerEnd:
         text, result, state = "", {"index": entry.index, "text": ""}, entry.state
         if entry.pieces is not None:
             entry.pieces.end()
@@ -548,8 +564,7 @@ class BatchStream:
                 kept = keep_cache_of(self._model, self._processor, turn, entry.row, self._budget)
                 state = SessionState(state, kept)
             result = turn.result(entry.index, text, messages)
-        self._leave(entry)
-        self._events.append(AnswerEnd(entry.index, text, reason, result, state))
+        return AnswerEnd(entry.index, text, reason, result, state)
 
     def _fail(self, entry: _Entry, error: Exception) -> None:
         clear_frames(error)  # else the event would keep pixels and caches alive

@@ -4,7 +4,7 @@ prompt and a frame become. Deviations of a single space make such a checkpoint f
 
 from dataclasses import dataclass
 
-from .checks import shorten
+from .checks import check_characters, shorten
 from .conversation import PLACEHOLDER
 
 
@@ -101,7 +101,7 @@ class Protocol:
             raise ValueError(f"{name} must be a string, got {shorten(prompt)}")
         if found := PLACEHOLDER.search(prompt):
             raise ValueError(f"{name} holds {found[0]!r}, which stands for a medium; give frames with push_frame")
-        return prompt
+        return check_characters(name, prompt)
 
 
 class TextPieces:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .checks import shorten
+from .checks import check_characters, shorten
 from .conversation import PLACEHOLDER, count_placeholders, is_frames
 from .image_reading import split_array
 from .video_reading import is_pair
@@ -65,6 +65,8 @@ def read_samples(text, labels_spans) -> list[Sample]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"text must be a string or a list of strings with at least one, got {text!r:.200}")
+    for index, one in enumerate(texts):
+        check_characters("text" if len(texts) == 1 else f"text {index}", one)
     samples = [Sample(t, [Placeholder(m.start(), m.end(), m[1]) for m in PLACEHOLDER.finditer(t)]) for t in texts]
     if labels_spans is not None:
         for sample, spans in zip(samples, _spans_per_sample(labels_spans, len(samples)), strict=True):

@@ -9,6 +9,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SETTINGS = sorted(path.name for path in ROOT.glob("*.json"))
+PICTURES = ["data/example_image.jpg", "data/sample_a.jpg"]  # with which tools/quantize.py compares models
 
 
 class BuildPackage(build_py):
@@ -22,13 +23,15 @@ class BuildPackage(build_py):
         return modules
 
     def get_source_files(self) -> list[str]:
-        return [*super().get_source_files(), *SETTINGS]  # of a source distribution
+        return [*super().get_source_files(), *SETTINGS, *PICTURES]  # of a source distribution
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            for name in SETTINGS:
-                self.copy_file(name, str(Path(self.build_lib, "moss_vl", name)))
+            for name in (*SETTINGS, *PICTURES):
+                target = Path(self.build_lib, "moss_vl", name)
+                self.mkpath(str(target.parent))
+                self.copy_file(name, str(target))
 
 
 setup(cmdclass={"build_py": BuildPackage})

@@ -94,7 +94,7 @@ def read_segment(segment, name: str) -> tuple[float, ...]:
     """A segment as (start, end) or (time,). Raises ValueError unless the numbers are finite and start < end."""
     try:
         times = tuple(float(x) for x in segment)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         times = ()
     if len(times) not in (1, 2) or not all(map(math.isfinite, times)):
         raise ValueError(f"{name}: segment {segment!r}; expected [start, end] or [time], in seconds")

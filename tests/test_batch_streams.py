@@ -24,6 +24,7 @@ from offline import (  # noqa: F401 - most are fixtures
 )
 from transformers import LogitsProcessor, StoppingCriteria
 
+from moss_vl import generation_streams
 from moss_vl.generation_rows import PieceStreamer, TokenBuffer
 from moss_vl.processing_moss_vl import MossVLProcessor
 
@@ -190,14 +191,83 @@ def test_an_error_ends_its_query_only(model, processor, pictures):
     assert results["results"][1].keys() == {"index", "error"} and results["session_states"][1] is None
 
 
+class Panic(BaseException):
+    """What a library in Rust raises."""
+
+
+def test_an_error_at_the_end_of_an_answer_ends_its_query_only(model, processor, monkeypatch):
+    """No memory to keep the cache of the first answer."""
+    keep, failed = generation_streams.keep_cache_of, []
+
+    def short_of_memory(*args):
+        if not failed:
+            failed.append(True)
+            raise MemoryError("no memory")
+        return keep(*args)
+
+    queries = [query_of("Hi", generate=dict(max_new_tokens=2)), query_of("What?")]
+    want = text_of(model, processor, queries[1])
+    monkeypatch.setattr(generation_streams, "keep_cache_of", short_of_memory)
+    stream = model.stream_batch(processor, queries, keep_cache=True)
+    _, ends = pieces_of(stream)
+    assert isinstance(ends[0].error, MemoryError) and ends[1].text == want
+    assert not stream._rows and ends[1].session_state.has_cache
+
+
+def test_a_panic_while_a_query_is_prepared_ends_it_only(model, processor, monkeypatch):
+    prepare = generation_streams.prepare_turn
+
+    def panic(model, processor, turn, alone):
+        if "Bad" in turn.text:
+            raise Panic("out of range")
+        return prepare(model, processor, turn, alone)
+
+    monkeypatch.setattr(generation_streams, "prepare_turn", panic)
+    _, ends = pieces_of(model.stream_batch(processor, [query_of("Bad"), query_of("Hi")]))
+    assert "Panic: out of range" in str(ends[0].error) and ends[1].text == text_of(model, processor, query_of("Hi"))
+
+
+@pytest.mark.parametrize("options", [dict(num_beams=2), dict(use_cache=False), dict(prefill_chunk_size=3), {}])
+def test_the_reason_of_an_answer_that_is_as_long_as_max_length(model, processor, options):
+    width = len(processor.tokenizer(text_in(processor, "Hi"))["input_ids"])
+    for limit in (dict(max_length=width + 4), dict(max_new_tokens=4)):
+        query = {"prompt": "Hi", "generate_kwargs": {**limit, **options, "eos_token_id": [1]}}
+        [end] = [event for event in model.stream_batch(processor, [query]) if event.kind == "end"]
+        assert end.reason == "length", limit
+
+
+def text_in(processor, prompt) -> str:
+    message = {"role": "user", "content": prompt}
+    return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("with_media", [False, True])
+def test_frames_of_kept_caches_count_for_the_limits(model, processor, pictures, monkeypatch, with_media):
+    """Turns that continue a cache are written one after the other, as the whole conversations would be."""
+    first = [query_of("Hi", images=pictures[0]), query_of("What?", images=pictures[1])]
+    states = batch(model, processor, *first, keep_cache=True)["session_states"]
+    queries = [query_of("And?", images=pictures[0] if with_media else None) for _ in states]
+    want = batch(model, processor, *queries, session_states=states)["results"]
+    rows, decode = [], model.decode_rows
+    monkeypatch.setattr(
+        model, "decode_rows", lambda tokens, caches: rows.append(len(caches)) or decode(tokens, caches)
+    )
+    for limit, most in ((1 << 17, 2), (8, 1)):
+        rows.clear()
+        got = batch(model, processor, *queries, session_states=states, max_vision_tokens=limit)["results"]
+        assert [one["text"] for one in got] == [one["text"] for one in want] and max(rows) == most
+
+
 def test_a_failing_joint_call_ends_only_the_rows_that_fail(model, processor, monkeypatch):
     queries = [query_of(prompt) for prompt in ("a", "b", "c")]
     want = [text_of(model, processor, query) for query in queries]
-    decode, caches_seen = model.decode_rows, []
+    decode, caches_seen, of_one_row = model.decode_rows, [], []
 
     def short_of_memory(tokens, caches):
         caches_seen.append(len(caches))
-        if len(caches) > 2 or len(caches_seen) == 8:
+        fails = len(caches) == 1 and len(caches_seen) >= 8 and not of_one_row
+        if len(caches) > 2 or fails:
+            of_one_row.extend([True] * fails)
             raise MemoryError("too many")
         return decode(tokens, caches)
 

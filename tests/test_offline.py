@@ -368,6 +368,9 @@ WRONG_QUERIES = [
     ("rates", dict(prompt="a", media_kwargs={"video_fps": 1, "num_frames": 8}), "num_frames"),
     ("twice", dict(prompt="a", media_kwargs={"min_pixels": 4096, "shortest_edge": 4097}), "same option"),
     ("query type", "a", "query must be a dict, got str"),
+    ("half a character", dict(prompt="a \ud83d"), "the conversation holds '.ud83d' at character"),
+    ("huge", dict(prompt="a", media_kwargs={"max_frames": 10**400}), "max_frames must be a positive whole number"),
+    ("huge limit", dict(prompt="a", generate_kwargs={"max_new_tokens": 10**400}), "max_new_tokens must be"),
 ]
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from moss_vl import infer
 from moss_vl.configuration_moss_vl import AUTO_MODELS
-from moss_vl.tools import commands, install_into
+from moss_vl.tools import commands, install_into, quantize
 
 
 NANO = ROOT / "checkpoints/moss-vl-nano"
@@ -235,7 +235,8 @@ def test_the_wheel_holds_the_code_and_no_checkpoint(wheel):
     modules = {name for path in ROOT.glob("*.py") if (name := path.name) != "setup.py"}
     modules |= {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
     settings = {path.name for path in ROOT.glob("*.json")}
-    package = {f"moss_vl/{name}" for name in {"__init__.py", *modules, *settings}}
+    pictures = {path for question in quantize.QUESTIONS for path in question.get("images", ())}
+    package = {f"moss_vl/{name}" for name in {"__init__.py", *modules, *settings, *pictures}}
     assert modules >= set(CODE_FILES) and settings >= {"config.json", "preprocessor_config.json"}
     others = {name for name in names if not name.startswith("moss_vl-1")}
     assert others == package

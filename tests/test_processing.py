@@ -336,6 +336,12 @@ def test_bad_text(processor, text):
         processor(text)
 
 
+def test_half_a_character_is_refused_before_media_are_decoded(processor, monkeypatch):
+    monkeypatch.setattr(image_reading, "_pil_rows", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"text 1 holds '.udc00' at character 2, .* half of a character"):
+        processor(["<|image|> ok \U0001f600", "a \udc00"], PHOTO)
+
+
 def test_threads_with_different_options(processor):
     texts = ["<|image|>a b c", "d<|video|>", "e"]
     options = [

@@ -248,6 +248,8 @@ def test_the_report_compares_logits_and_examines(tmp_path, capsys, monkeypatch):
 
 WRONG = {
     "the library": (["--to", "fp8", "--library", "torchao"], "--library torchao does not write fp8"),
+    "no such layer": (["--to", "fp8", "--keep-names", "o_proj", "experts"], "--keep-names experts: no linear layer"),
+    "none and more": (["--to", "fp8", "--keep", "none", "vision"], "none goes alone"),
     "nothing left": (["--to", "fp8", "--keep-first", "12"], "nothing is left to quantize"),
 }
 
@@ -276,6 +278,66 @@ def test_wrong_folders_are_one_line(plain, tmp_path, capsys):
     save_file(tensors, lacking / "model.safetensors")
     assert "layers.5.mlp.up_proj" in run(lacking, tmp_path / "b", "--to", "fp8", code=1, capsys=capsys)
     assert not (tmp_path / "b").exists()
+
+
+LAYER = f"{layouts.LAYER}.5.mlp.up_proj.weight"
+DAMAGED = {
+    "nan": (
+        lambda weight: weight.index_fill(0, torch.tensor([0]), float("nan")),
+        [],
+        "infinite or NaN in the checkpoint",
+    ),
+    "infinite": (lambda weight: weight / 0, [], "infinite or NaN in the checkpoint"),
+    "float16": (lambda weight: weight * 0 + 1e5, ["--dtype", "float16"], "in torch.float16, which cannot hold"),
+    "shape": (lambda weight: weight[:, 1:].contiguous(), [], "by config.json it has shape"),
+    "whole": (lambda weight: weight.to(torch.int8), [], "and dtype I8; by config.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_weights_are_one_line(case, plain, tmp_path, capsys):
+    """A folder with such weights would load, and compute nonsense."""
+    change, arguments, words = DAMAGED[case]
+    shutil.copytree(plain, tmp_path / "bad")
+    tensors = load_file(plain / "model.safetensors")
+    save_file({**tensors, LAYER: change(tensors[LAYER])}, tmp_path / "bad/model.safetensors")
+    error = run(tmp_path / "bad", tmp_path / "out", "--to", "fp8", *arguments, code=1, capsys=capsys)
+    assert words in error and LAYER in error and not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_one_line(plain, tmp_path, capsys):
+    bad, out = shutil.copytree(plain, tmp_path / "bad"), tmp_path / "out"
+    weights, index = bad / "model.safetensors", bad / "model.safetensors.index.json"
+    shutil.copy(weights, bad / "again.safetensors")
+    for content, words in (
+        ({"a": "model.safetensors", "b": "again.safetensors"}, "is in several of the files"),
+        ({"a": "../plain/model.safetensors"}, "to files of this folder, got '../plain/"),
+        ({}, "to files of this folder, got {}"),
+        ({"a": 3}, "lacks 3"),
+    ):
+        index.write_text(json.dumps({"weight_map": content}))
+        error = run(bad, out, "--to", "fp8", code=1, capsys=capsys)
+        assert words in error and len(error.splitlines()) == 1
+    index.unlink()
+    for data in (weights.read_bytes()[:-9], b"x" * 99, b""):
+        weights.write_bytes(data)
+        error = run(bad, out, "--to", "fp8", code=1, capsys=capsys)
+        assert "damaged or no safetensors file" in error and len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_failed_comparison_leaves_the_folder(plain, tmp_path, capsys, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(quantize, "compared", fails)
+    command = [str(plain), "--to", "fp8", "--output"]
+    assert quantize.main([*command, str(tmp_path / "auto")]) == 0
+    assert "logits: not compared: RuntimeError: no memory" in capsys.readouterr().out
+    assert quantize.main([*command, str(tmp_path / "yes"), "--compare", "yes"]) == 1
+    assert "is written, but was not compared: RuntimeError: no memory" in capsys.readouterr().err
+    for name in ("auto", "yes"):
+        assert "not compared" in report_of(tmp_path / name)["logits"] and (tmp_path / name / "config.json").is_file()
 
 
 def test_a_missing_package_is_named(plain, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Chat completions of tools/serve.py, by the openai client."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import wraps
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ from serving import (  # noqa: F401 - fixtures
 )
 
 from moss_vl import infer
-from moss_vl.tools import serve
+from moss_vl.tools import serve, serve_http
 from moss_vl.tools.serve_chat import ChatRequest, SeededSampling, StopFilter
 from moss_vl.tools.serve_conversations import Conversations, MessageKeys
 
@@ -207,7 +209,7 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
 def test_the_limits_in_the_documentation():
     args = serve.parse([])
     text = (ROOT / "docs/serving.md").read_text()
-    for option in ("--rows", "--waiting", "--max-new-tokens", "--request-mb", "--sessions"):
+    for option in ("--rows", "--waiting", "--max-new-tokens", "--max-prompt-tokens", "--request-mb", "--sessions"):
         value = getattr(args, option[2:].replace("-", "_"))
         assert re.search(rf"^\| {value:,} .*`{option}`", text, re.MULTILINE), option
     for words in (f"| {args.file_mb:,} MB of a file, {args.files_gb} GB", f"`--grace` seconds ({args.grace})"):
@@ -349,6 +351,9 @@ def test_too_many_requests_are_refused(running):
         ({"messages": "hello"}, "must be a list"),
         ({"messages": [7]}, "must be an object"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "the role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "the role ['user']"),
+        ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "the role {'a': 1}"),
+        ({"messages": user("one, two, " * 20000)}, "at most 32768"),
         ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "'name'"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type"),
         ({"messages": [{"role": "user", "content": "<|image|>"}]}, "placeholder"),
@@ -372,6 +377,12 @@ def test_too_many_requests_are_refused(running):
         ({"media_kwargs": {"video_max_pixels": 10**12}}, "at most"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5000}, "at most 4096"),
+        ({"max_tokens": 10**400}, "max_tokens"),
+        ({"top_k": 10**400, "temperature": 1}, "top_k"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty"),
+        ({"media_kwargs": {"min_frames": 10**400}}, "at most"),
+        ({"media_kwargs": {"image_mean": [10**400, 0, 0]}}, "image_mean"),
+        ({"messages": user(video("deep/clip.mp4", segments=[[0, 10**400]]))}, "segment"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "disagree"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
@@ -398,6 +409,24 @@ def test_wrong_requests(client, change, message):
     error = raised.value.body
     assert message in error["message"] and error["type"] == "invalid_request_error", error
     assert "query" not in error["message"]
+
+
+def test_a_far_too_long_text_is_not_tokenised(running):
+    limits = replace(running.service.limits, tokenizer=lambda *_, **__: pytest.fail("tokenised"), max_prompt_tokens=10)
+    with pytest.raises(ValueError, match="messages: the text has far more than 10 tokens"):
+        limits.check_texts("messages", ["a" * 400, "b" * 300])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_is_refused(running, stream):
+    """JSON can say it by an escape; no tokenizer takes it."""
+    for messages in (
+        user(image("picture.png"), "half \ud83d"),
+        [{"role": "system", "content": "\udc00"}, *user("x")],
+    ):
+        data = json.dumps({"messages": messages, "max_tokens": 2, "stream": stream}).encode()
+        status, body = post(running, "/v1/chat/completions", data)
+        assert status == 400 and "half of a character" in body["error"]["message"]
 
 
 def test_bodies_that_are_no_json_and_paths_that_are_none(running):
@@ -433,6 +462,25 @@ def test_requests_over_the_limit(running, client):
         ask(client, user(image("data:image/png;base64," + "A" * 3_000_000)))
     assert raised.value.status_code == 413 and "2000000 bytes" in raised.value.body["message"]
     assert text_in(ask(client, user("Hello."), 2)) is not None  # the server goes on
+
+
+def test_a_body_that_comes_too_slowly_is_refused(running, monkeypatch):
+    """Such clients take all places of requests and of uploads; others get theirs after them."""
+    monkeypatch.setattr(serve_http, "BODY_SECONDS", 0.5)
+    host, port = running.address.split(":")
+    clients = []
+    for path in ["/v1/chat/completions"] * 24 + ["/v1/files"] * 5:
+        clients.append(socket.create_connection((host, int(port)), 30))
+        kind = b"Content-Type: multipart/form-data; boundary=x\r\n" if "files" in path else b""
+        clients[-1].sendall(
+            b"POST " + path.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + kind + b"Content-Length: 99\r\n\r\n--x"
+        )
+    answers = [one.makefile("rb").read() for one in clients]  # up to the end of the connection
+    assert all(b" 408 " in answer and b"too slowly: 3 bytes" in answer for answer in answers)
+    for one in clients:
+        one.close()
+    assert running.service.reading == 0
+    assert text_in(ask(running.client(), user("Hello."), 2)) is not None
 
 
 def test_a_body_that_never_ends_is_refused(running):

@@ -316,6 +316,8 @@ def test_a_video_that_cannot_be_read(client, folder):
         ('{"type": "prompt"}', "text must be a text"),
         ('{"type": "prompt", "text": "<|image_pad|>"}', "stands for a medium"),
         ('{"type": "start"}', "started before"),
+        ('{"type": "prompt", "text": "half \\ud83d"}', "half of a character"),
+        (json.dumps({"type": "prompt", "text": "one, two, " * 3000}), "at most 4096"),
     ],
 )
 def test_the_session_goes_on_after_a_wrong_message(client, message, expected):
@@ -372,6 +374,10 @@ def test_a_frame_without_its_image(client):
         ({"type": "start", "frame_queue_size": 257}, "at most 256"),
         ({"type": "start", "max_new_tokens": 5000}, "at most 4096"),
         ({"type": "start", "prompt": 7}, "initial_prompt must be a string"),
+        ({"type": "start", "prompt": "one, two, " * 3000}, "at most 4096"),
+        ({"type": "start", "system_prompt": "half \ud83d"}, "half of a character"),
+        ({"type": "start", "frame_queue_size": 10**400}, "frame_queue_size must be a positive whole number"),
+        ({"type": "start", "temperature": 10**400}, "temperature"),
     ],
 )
 def test_wrong_starts(client, first, message):

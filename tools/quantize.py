@@ -45,14 +45,20 @@ QUESTIONS = (
 # which layers
 
 
-def linear_layers(config) -> list[str]:
-    """Names of all linear layers of the model."""
+def meta_model(config):
+    """The model without memory for its weights."""
     import torch
 
     from moss_vl.modeling_moss_vl import MossVLForConditionalGeneration
 
     with torch.device("meta"):
-        model = MossVLForConditionalGeneration(config)
+        return MossVLForConditionalGeneration(config)
+
+
+def linear_layers(model) -> list[str]:
+    """Names of all linear layers of the model."""
+    import torch
+
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
@@ -164,45 +170,30 @@ class Shards:
         return self.folder / f".part-{number}"
 
 
-def weight_files(checkpoint: Path) -> list[Path]:
-    index = checkpoint / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    if missing := [name for name in names if not (checkpoint / name).is_file()]:
-        raise ValueError(f"{checkpoint} lacks {missing[0]}; expected the weights as safetensors files")
-    return [checkpoint / name for name in names]
-
-
-def weight_names(files: list[Path]) -> list[str]:
-    from safetensors import safe_open
-
-    names = []
-    for file in files:
-        with safe_open(str(file), framework="pt") as weights:
-            names += weights.keys()
-    return names
-
-
 def write_weights(files: list[Path], shards: Shards, quantized: set[str], chosen, dtype) -> dict[str, float]:
     """Copies all tensors, and quantizes the weights of the layers in `quantized`.
 
     Returns:
         The relative error of each quantized weight, |W - W'| / |W|.
     """
-    from safetensors import safe_open
     from tqdm import tqdm
+
+    from moss_vl.tools.checkpoint_weights import check_finite, opened
 
     errors, done = {}, 0
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr) as progress:
         for file in files:
-            with safe_open(str(file), framework="pt") as weights:
+            with opened(file) as weights:
                 for name in weights.keys():  # noqa: SIM118 - no iterator
-                    tensor = weights.get_tensor(name)
+                    tensor = check_finite(name, weights.get_tensor(name), "in the checkpoint, which is damaged")
                     size = tensor.numel() * tensor.element_size()
                     if dtype is not None and tensor.is_floating_point():
-                        tensor = tensor.to(dtype)
+                        why = f"in {dtype}, which cannot hold so large ones; choose another --dtype"
+                        tensor = check_finite(name, tensor.to(dtype), why)
                     if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
                         tensors, entries, read = chosen.encode(name, tensor)
+                        check_finite(name, read, "in this format; keep the layer with --keep-names, or take another")
                         errors[name.removesuffix(".weight")] = relative_error(read, tensor)
                     else:
                         tensors, entries = {name: tensor}, {name: chosen.plain_entry} if chosen.plain_entry else {}
@@ -328,6 +319,7 @@ class Plan:
         names: all linear layers.
         kept: those that are not quantized.
         files: the weights of the checkpoint.
+        weights: the names of all weights in the files.
         can_read: whether the package is installed with which transformers reads the result.
     """
 
@@ -337,6 +329,7 @@ class Plan:
     names: list[str]
     kept: set[str]
     files: list[Path]
+    weights: list[str]
     can_read: bool
 
     @property
@@ -347,27 +340,38 @@ class Plan:
 def plan_quantization(args) -> Plan:
     """Raises ValueError or InstallError for what cannot be done."""
     from moss_vl.configuration_moss_vl import MossVLConfig
+    from moss_vl.tools.checkpoint_weights import check_weights, weight_files
 
+    if args.examine and importlib.util.find_spec("moss_vl.training") is None:
+        raise ValueError(
+            "--examine needs the training code, which is not installed; run tools/quantize.py of a checkout"
+        )
     name, chosen = choose_format(args.to, args.library)
     can_read = importlib.util.find_spec(chosen.package[1]) is not None
     if chosen.writes and not can_read:
         raise ValueError(f"{chosen.package[0]} is not installed; install it by: pip install {chosen.package[0]}")
     verify_checkpoint(args.checkpoint)
     content = read_json(args.checkpoint / "config.json")
-    if "quantization_config" in content:
+    if content.get("quantization_config") is not None:
         raise ValueError(f"{args.checkpoint} is quantized already; expected the checkpoint that it was made from")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"--output {args.output} exists and is not an empty folder; name a new one")
     config = MossVLConfig(**content)
     choice = choose_layers(args, chosen, config)
-    names = linear_layers(config)
+    model = meta_model(config)
+    names = linear_layers(model)
+    for one in choice.names:
+        if not any(one in name for name in names):
+            raise ValueError(f"--keep-names {one}: no linear layer has this in its name, such as {names[-2]}")
     kept = {name for name in names if choice.keeps(name, config)}
     if len(kept) == len(names):
         raise ValueError(
             f"nothing is left to quantize: {config.text_config.num_hidden_layers} decoder layers, {choice.first} kept "
             f"at the start and {choice.last} at the end; lower --keep-first and --keep-last"
         )
-    return Plan(content, chosen, name, names, kept, weight_files(args.checkpoint), can_read)
+    files = weight_files(args.checkpoint)
+    weights = check_weights(files, model, config.tie_word_embeddings)
+    return Plan(content, chosen, name, names, kept, files, weights, can_read)
 
 
 def choose_format(to: str, library: str | None):
@@ -414,9 +418,19 @@ def quantize(args) -> dict:
         "weights": {"mean error": sum(errors.values()) / len(errors), "largest error": errors[worst], "of": worst},
         "logits": "not compared",
     }
-    report |= compared(args, plan)
-    (args.output / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.output, report)  # also if the comparison is interrupted
+    try:
+        report |= compared(args, plan)
+    except Exception as error:
+        if args.compare == "yes" or args.examine:
+            raise ValueError(f"{args.output} is written, but was not compared: {message_of(error)}") from error
+        report["logits"] = f"not compared: {message_of(error)}"
+    write_report(args.output, report)
     return report
+
+
+def write_report(output: Path, report: dict) -> None:
+    (output / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def write_folder(args, plan: Plan) -> tuple[Shards, dict[str, float]]:
@@ -424,7 +438,7 @@ def write_folder(args, plan: Plan) -> tuple[Shards, dict[str, float]]:
     import torch
 
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    shards = Shards(args.output, int(args.shard_gb * 1e9), weight_names(plan.files))
+    shards = Shards(args.output, int(args.shard_gb * 1e9), plan.weights)
     with torch.no_grad():
         errors = write_weights(plan.files, shards, set(plan.names) - plan.kept, plan.format, dtype)
     copy_other_files(args.checkpoint, args.output)
@@ -442,6 +456,8 @@ def write_folder(args, plan: Plan) -> tuple[Shards, dict[str, float]]:
 
 def choose_layers(args, chosen, config) -> Choice:
     """What stays as it is, by the options and the defaults of the format."""
+    if args.keep is not None and "none" in args.keep and len(args.keep) > 1:
+        raise ValueError(f"--keep {' '.join(args.keep)}: none goes alone")
     default = round(config.text_config.num_hidden_layers * chosen.ends)
     default = max(1, default) if chosen.ends else 0
     return Choice(
@@ -477,7 +493,8 @@ def ask_for_8_bit_cache(output: Path) -> None:
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Quantize a MOSS-VL checkpoint, tensor by tensor, without a GPU.",
-        epilog="Exit codes: 0 done, 1 failed and nothing written, 2 wrong usage, 130 interrupted and nothing written.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. After 1 and 130 nothing is written, "
+        "except a whole folder if only the comparison failed or was interrupted.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and weights")
     parser.add_argument("--to", required=True, choices=("nf4", "int8", "fp8"))

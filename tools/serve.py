@@ -118,6 +118,7 @@ def _add_limits(group) -> None:
 
     at_least_1 = at_least(int, 1)
     add("--max-new-tokens", at_least_1, 4096, "most tokens of an answer")
+    add("--max-prompt-tokens", at_least_1, 32768, "most tokens of the texts of a request")
     add("--rows", at_least_1, 8, "answers that are written at once")
     add("--waiting", at_least(int, 0), 64, "requests that wait beside them; more get status 429")
     add("--cache-gb", at_least(float, 0), 4, "memory for the caches of conversations; 0 keeps none")

@@ -7,7 +7,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from moss_vl.checks import finite_number, flag_or, name_hint, positive_int, shorten
-from moss_vl.conversation import read_messages, replace_media
+from moss_vl.checks import check_characters, finite_number, flag_or, name_hint, positive_int, shorten
+from moss_vl.conversation import read_messages, replace_media, write_placeholders
 from moss_vl.options import FIXED_SIZE, names_of, read_options
 from moss_vl.tools.query_options import CHECKPOINT_OPTIONS
 from moss_vl.tools.serve_conversations import Conversations, MessageKeys
@@ -62,6 +62,7 @@ NEUTRAL = {
     "service_tier": ("auto", "default"),
 }
 MAX_STOPS = 4
+MOST_CHARACTERS = 64  # of a text per token that it may have
 MEDIA_OPTIONS = set(names_of(per_medium=True))  # what a request may choose
 FRAME_COUNTS = ("num_frames", "min_frames", "max_frames")
 PIXEL_COUNTS = ("min_pixels", "max_pixels")
@@ -73,6 +74,8 @@ class ChatLimits:
 
     Attributes:
         max_new_tokens: most tokens of an answer, and their default.
+        max_prompt_tokens: most tokens of the texts of a request.
+        tokenizer: counts them.
         frames: most frames of all videos of a conversation.
         pixels: most pixels of an image or frame after its resize.
         totals: most pixels of all images, and of all frames, by the names of these options.
@@ -80,6 +83,8 @@ class ChatLimits:
     """
 
     max_new_tokens: int
+    max_prompt_tokens: int
+    tokenizer: object = field(repr=False)
     frames: int
     pixels: int
     totals: dict[str, int]
@@ -94,6 +99,8 @@ class ChatLimits:
             defaults |= {"max_frames": args.frames, "min_frames": min(args.frames, videos.min_frames)}
         return cls(
             max_new_tokens=args.max_new_tokens,
+            max_prompt_tokens=args.max_prompt_tokens,
+            tokenizer=processor.tokenizer,
             frames=args.frames or videos.max_frames,
             pixels=args.max_pixels or max(images.max_pixels, videos.max_pixels),
             totals={
@@ -115,6 +122,17 @@ class ChatLimits:
             raise ValueError(f"{what}: {' x '.join(FIXED_SIZE)} is at most {self.pixels} on this server, got {area}")
         if not options.get("do_sample_frames", True):
             raise ValueError(f"{what}: do_sample_frames=False takes all frames, which this server does not allow")
+
+    def check_texts(self, what: str, texts: Iterable[str], most: int | None = None) -> None:
+        """Raises ValueError for texts with more than `most` tokens together; by default `max_prompt_tokens`."""
+        most, count = self.max_prompt_tokens if most is None else most, 0
+        texts = [check_characters(what, text) for text in texts]
+        if sum(map(len, texts)) > MOST_CHARACTERS * most:  # so long a text is not tokenised at all
+            raise ValueError(f"{what}: the text has far more than {most} tokens, the most on this server")
+        for text in texts:
+            count += len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if count > most:
+            raise ValueError(f"{what}: the text has {count} tokens; on this server it has at most {most}")
 
 
 class TokenCounter:
@@ -282,7 +300,15 @@ def _read_messages(given, media: MediaSources, limits: ChatLimits) -> list[dict]
             limits.check(f"a {kind}", medium)
         return media.resolve(kind, medium)
 
-    return replace_media(read_messages(messages, "messages"), resolve)
+    messages = replace_media(read_messages(messages, "messages"), resolve)
+    limits.check_texts("messages", (text for message in messages for text in _texts_of(message)))
+    return messages
+
+
+def _texts_of(message: dict) -> list[str]:
+    """The texts of a plain message; a placeholder for each medium."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else [write_placeholders(content)]
 
 
 def _read_message(index: int, message, media: MediaSources) -> dict:
@@ -290,7 +316,7 @@ def _read_message(index: int, message, media: MediaSources) -> dict:
         raise ValueError(f"message {index} must be an object, got {shorten(message)}")
     message = {name: value for name, value in message.items() if value not in (None, [], {})}
     role, content = message.pop("role", None), message.pop("content", "")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {index} has the role {shorten(role)}; expected one of {', '.join(ROLES)}")
     if message:
         raise ValueError(f"message {index} has {next(iter(message))!r}, which the model does not read; leave it out")

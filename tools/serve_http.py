@@ -30,6 +30,8 @@ logger = logging.getLogger("moss_vl.serve")
 MB = 10**6
 FORM_BYTES = 2**20  # of an upload beside its file
 UPLOADS = 4  # at once; others wait
+# A body has this time, and a second more for each of these bytes. Slower clients would hold places for ever.
+BODY_SECONDS, BODY_RATE = 30.0, 2**14
 DRAIN_SECONDS = 5.0  # that the rest of a body over the limit is read, so that its client reads the error
 LEAVE_SECONDS = 15.0  # that realtime clients have to take the end of their session
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
@@ -220,12 +222,20 @@ def describe_error(service: Service, error: BaseException) -> tuple[int, str]:
 
 
 def limited(request: Request, limit: int) -> Request:
-    """The request, whose body raises HTTPException 413 if it has more than `limit` bytes."""
-    receive, count = request.receive, 0
+    """The request, whose body raises HTTPException 413 if it has more than `limit` bytes, and 408 if it comes too
+    slowly."""
+    receive, count, waited = request.receive, 0, 0.0
 
     async def counted():
-        nonlocal count
-        message = await receive()
+        nonlocal count, waited
+        begun = time.monotonic()
+        try:
+            message = await asyncio.wait_for(receive(), max(0, BODY_SECONDS + count / BODY_RATE - waited))
+        except asyncio.TimeoutError:
+            waited += time.monotonic() - begun
+            problem = f"the body of the request came too slowly: {count} bytes in {waited:.0f} seconds"
+            raise HTTPException(408, problem, {"Connection": "close"}) from None
+        waited += time.monotonic() - begun  # without the time in which the server did not wait
         count += len(message.get("body", b""))
         if count > limit:
             await drain(receive, message)

@@ -18,6 +18,7 @@ from moss_vl.tools.live_sources import video_frames
 
 MAX_FRAME_BYTES = 20 * 2**20
 MAX_MESSAGE_BYTES = 2 * MAX_FRAME_BYTES  # a connection with a larger message is closed
+MAX_PROMPT_TOKENS = 4096  # of a prompt, and of a system prompt
 MAX_QUEUE = 256  # frames that wait: `frame_queue_size`
 START_SECONDS = 30.0  # within which a client says how its session starts
 CLOSE_SECONDS = 10.0  # that the end of a session waits for its current step
@@ -105,6 +106,9 @@ class RealtimeConnection:
 
     def _make_session(self, message: dict):
         limits = self.service.limits
+        for name in ("prompt", "system_prompt"):
+            if isinstance(message.get(name), str):  # the session refuses others
+                self._check_prompt(name, message[name])
         size = at_most("frame_queue_size", message.pop("frame_queue_size", MAX_QUEUE), MAX_QUEUE)
         most = limits.max_new_tokens
         pixels = limits.defaults["max_pixels"]
@@ -193,7 +197,9 @@ class RealtimeConnection:
             await self._send("stopping")
             self.session.end()
         elif kind == "prompt":
-            self.session.push_prompt(require_text("text", message.get("text")))
+            text = require_text("text", message.get("text"))
+            await asyncio.to_thread(self._check_prompt, "text", text)
+            self.session.push_prompt(text)
             await self._send("prompt_ack")
         elif kind == "frame":
             dropped = await asyncio.to_thread(self._push, message, image)
@@ -213,7 +219,13 @@ class RealtimeConnection:
         seconds, prompt = message.get("timestamp"), message.get("prompt")
         if prompt is None:
             return self.session.push_frame(image, seconds)
-        return self.session.push_prompt_frame(require_text("prompt", prompt), image, seconds)
+        self._check_prompt("prompt", require_text("prompt", prompt))
+        return self.session.push_prompt_frame(prompt, image, seconds)
+
+    def _check_prompt(self, name: str, text: str) -> None:
+        """Raises ValueError for a text that would keep the other sessions waiting."""
+        limits = self.service.limits
+        limits.check_texts(name, [text], min(MAX_PROMPT_TOKENS, limits.max_prompt_tokens))
 
     # a video of the server
 

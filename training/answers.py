@@ -43,9 +43,7 @@ class AnswerWriter:
         if len(chosen) > options.eval_generate:
             chosen = sorted(random.Random(options.seed).sample(chosen, options.eval_generate))
         if not chosen:
-            logger.warning(
-                "--eval-generate: every held-out record has media in its last answer, or is a stream; none can be written"
-            )
+            logger.warning("--eval-generate: all held-out records are streams or have media in their last answers")
         names = {*PROCESSOR_OPTIONS.values(), "num_extract_threads"}
         media_options = {name: value for name, value in data.options.items() if name in names}
         self.wheres = [data.records[index].where for index in chosen]
