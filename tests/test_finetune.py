@@ -25,6 +25,7 @@ from tuning import (  # noqa: F401 - fixtures among them
     processor,
     run,
     run_parallel,
+    tune_as_rank,
     weights,
 )
 
@@ -306,10 +307,6 @@ def test_adapters_are_in_the_requested_layers(checkpoint, data, tmp_path):
     assert not any("embed" in name for name in everything)
 
 
-def run_rank(rank, command):
-    assert finetune.main(command) == 0
-
-
 def test_the_command_runs_from_any_folder():
     command = [sys.executable, str(ROOT / "training/finetune.py"), "--merge", "nowhere", "--output", "nowhere-either"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
@@ -323,7 +320,7 @@ def test_parallel_processes_equal_one_with_a_larger_batch(checkpoint, data, tmp_
     (tmp_path / "two.json").write_text(json.dumps([picture, text]))
     options = ["--steps", "1", "--train", "vision", "cross", *LINEAR]
     command = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "two.json"), *FAST, *options]
-    run_parallel(run_rank, ([*command, "--output", str(tmp_path / "two")],), processes=2)
+    run_parallel(tune_as_rank, ([*command, "--output", str(tmp_path / "two")],), processes=2)
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *options, "--batch-size", "2") == 0
     assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from make_media import write_video
-from test_finetune import assert_same_step, run_parallel
-from tuning import FAST, LINEAR, checkpoint, data, load, load_processor, run  # noqa: F401 - fixtures among them
+from test_finetune import assert_same_step
+from tuning import FAST, LINEAR, checkpoint, data, load, load_processor, run, run_parallel, tune_as_rank  # noqa: F401 - fixtures among them
 
 from moss_vl.training.batches import IGNORED, Collator, RecordDataset
 from moss_vl.training.record_trainer import make_token_loss
@@ -129,7 +129,7 @@ def test_two_processes_that_stream_weighted_records_equal_one(checkpoint, weight
     (tmp_path / "two.json").write_text(json.dumps([records[1], records[7]]))
     command = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "two.json"), *FAST, *STEP, *OPTIONS]
     streaming = ["--streaming", "--shuffle-buffer", "1"]
-    run_parallel([*command, *streaming, "--output", str(tmp_path / "two")], processes=2)
+    run_parallel(tune_as_rank, ([*command, *streaming, "--output", str(tmp_path / "two")],), 2)
     assert run(checkpoint, tmp_path / "two.json", tmp_path / "one", *STEP, *OPTIONS, "--batch-size", "2") == 0
     assert_same_step(checkpoint, tmp_path / "one", tmp_path / "two")
 

@@ -13,6 +13,7 @@ from tuning import (  # noqa: F401 - fixtures among them
     processor,
     run,
     run_parallel,
+    tune_as_rank,
 )
 
 from moss_vl.training import finetune
@@ -77,14 +78,10 @@ def test_matches_are_counted_and_choose_the_best_checkpoint(checkpoint, data, ha
     assert state["best_metric"] == 0.5 and state["best_model_checkpoint"].endswith("checkpoint-1")
 
 
-def run_rank(rank, command):
-    assert finetune.main(command) == 0
-
-
 def test_two_processes_share_the_records(checkpoint, data, half_right, tmp_path):
     options = [*STILL[:-1], 2, *ANSWERS, "--eval-data", half_right, "--output", tmp_path]
     command = ["--checkpoint", checkpoint, "--data", data, *FAST, *options]
-    run_parallel(run_rank, ([str(word) for word in command],), 2)
+    run_parallel(tune_as_rank, ([str(word) for word in command],), 2)
     assert [row["match"] for row in predictions(tmp_path, 1)] == [True, True, False, False]
 
 

@@ -108,7 +108,7 @@ def test_skipped_checks_open_no_media(folder, tmp_path, processor, monkeypatch):
 
     with pytest.raises(ValueError, match="1 of the 2 records are bad:\n.*record 0: .*gone.png"):
         datasets("gone.json")
-    for module in ("image_reading", "training.records"):
+    for module in ("image_reading", "training.record_media"):
         monkeypatch.setattr(f"moss_vl.{module}.probe_image", lambda *args: pytest.fail("an image was opened"))
     train, held_out = datasets("gone.json", "--skip-checks")
     assert len(train) == 2 and held_out is None

@@ -7,7 +7,7 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
-from tuning import FAST, checkpoint, data, load, run, run_parallel, weights  # noqa: F401 - fixtures among them
+from tuning import FAST, checkpoint, data, load, run, run_parallel, tune_as_rank, weights  # noqa: F401 - fixtures among them
 
 from moss_vl.training import finetune
 from moss_vl.training.trainer_arguments import SHARDED_LAYERS, training_arguments
@@ -17,13 +17,9 @@ CONFIGS = ROOT / "training/configs"
 FSDP = ["--fsdp", "--fsdp-config", CONFIGS / "fsdp.json"]
 
 
-def run_rank(rank, command):
-    assert finetune.main(command) == 0
-
-
 def run_two(checkpoint, data, output, *options):  # noqa: F811
     command = ["--checkpoint", checkpoint, "--data", data, "--output", output, *FAST, *options]
-    run_parallel(run_rank, ([str(word) for word in command],), 2)
+    run_parallel(tune_as_rank, ([str(word) for word in command],), 2)
 
 
 def log_of(folder, name):

@@ -128,6 +128,10 @@ def logits_of(model, processor, data):
         return model.eval()(**batch).logits
 
 
+def tune_as_rank(rank, command):
+    assert finetune.main(command) == 0
+
+
 def run_parallel(function, arguments, processes):
     """Calls `function(rank, *arguments)` in several processes with the environment of torchrun. They are forked, which
     saves the imports."""
