@@ -47,7 +47,13 @@ def test_sessions(run):
     assert answers == ["4.7 seconds", "up", "2.3 seconds"]
 
 
-def test_realtime(run, tmp_path):
+def test_realtime(run):
+    """The star appears in the frame at 9 seconds. Printed are events, a line each."""
+    words = "".join(line.split("text='")[1].split("'")[0] for line in run("realtime") if line.startswith("Text("))
+    assert words == "the star appears"
+
+
+def test_realtime_with_another_checkpoint(run, tmp_path):
     processor, model = make_talking_model()
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
