@@ -65,6 +65,8 @@ def test_realtime_with_another_checkpoint(run, tmp_path):
 def test_heat_maps(run, tmp_path):
     [line] = run("heat_maps", tmp_path / "map.png")
     assert line.startswith("yellow: 9") and Image.open(tmp_path / "map.png").size >= (200, 200)
+    with pytest.raises(SystemExit, match="heat_maps.py OUT.png"):
+        run("heat_maps")
 
 
 def test_the_notebook(monkeypatch):
