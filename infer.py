@@ -9,7 +9,7 @@ from moss_vl.tools.batch_answers import answer, answer_many
 from moss_vl.tools.command_line import above_0, at_least, message_of, share
 from moss_vl.tools.live import add_live_arguments, check_live_usage, watch
 from moss_vl.tools.query_files import MediaReader
-from moss_vl.tools.query_options import add_arguments
+from moss_vl.tools.query_options import add_arguments, check_frame_options
 from moss_vl.tools.ray_batches import add_ray_arguments, check_ray_usage
 
 
@@ -212,6 +212,10 @@ def _check_usage(parser, args) -> None:
     if args.batch is not None and args.media:
         parser.error("with --batch, images and videos are named in its lines")
     check_ray_usage(parser, args)
+    if args.batch is None and args.live is None and not args.media:
+        for name in ("frames", "fps", "min_pixels", "max_pixels"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} has no effect without images and videos")
     if args.temperature == 0 and args.batch is None:  # a line of a batch may have a temperature
         for name in ("top_p", "top_k", "seed"):
             if getattr(args, name) is not None:
@@ -283,6 +287,7 @@ def answer_one(args) -> int:
     messages = MediaReader(args.allow_http, allow_private_hosts=args.allow_private_hosts).user_turn(
         args.media, args.prompt
     )
+    check_frame_options(args, messages)
     processor, model = load(args)
     query = add_arguments(args, {"messages": messages}, processor)
     from transformers import TextStreamer

@@ -7,6 +7,8 @@ from moss_vl.processing_moss_vl import MossVLProcessor
 from moss_vl.tools.attention_maps import SeenFrames, answer_words, draw_map, word_attention
 
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 out, checkpoint = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "checkpoints/moss-vl-nano"
 processor = MossVLProcessor.from_pretrained(checkpoint)
 model = MossVLForConditionalGeneration.from_pretrained(checkpoint, dtype="auto", device_map="auto")

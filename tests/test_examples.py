@@ -47,7 +47,13 @@ def test_sessions(run):
     assert answers == ["4.7 seconds", "up", "2.3 seconds"]
 
 
-def test_realtime(run, tmp_path):
+def test_realtime(run):
+    """The star appears in the frame at 9 seconds. Printed are events, a line each."""
+    words = "".join(line.split("text='")[1].split("'")[0] for line in run("realtime") if line.startswith("Text("))
+    assert words == "the star appears"
+
+
+def test_realtime_with_another_checkpoint(run, tmp_path):
     processor, model = make_talking_model()
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
@@ -59,6 +65,8 @@ def test_realtime(run, tmp_path):
 def test_heat_maps(run, tmp_path):
     [line] = run("heat_maps", tmp_path / "map.png")
     assert line.startswith("yellow: 9") and Image.open(tmp_path / "map.png").size >= (200, 200)
+    with pytest.raises(SystemExit, match="heat_maps.py OUT.png"):
+        run("heat_maps")
 
 
 def test_the_notebook(monkeypatch):

@@ -108,7 +108,7 @@ def test_media_keep_their_order(run, asked, tmp_path):
     code, _, err = run(picture, clip, "-p", "Compare.", IMAGE, "--frames", "2", *SHORT)
     assert code == 0, err
     assert parts_of(asked[0]) == ["image", "video", "image", "text"]
-    assert run("-p", "Only words.", *SHORT)[0] == 0 and parts_of(asked[1]) == ["text"]
+    assert run("-p", "Only words.", *SHORT[:2])[0] == 0 and parts_of(asked[1]) == ["text"]
     assert run(picture, *SHORT)[0] == 0 and asked[2]["messages"][0]["content"][1]["text"] == ""
 
 
@@ -146,7 +146,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options, where, expected", OPTIONS)
 def test_options_reach_the_query(run, asked, options, where, expected):
-    code, _, err = run(IMAGE, *SHORT, *options)
+    code, _, err = run(VIDEO, *SHORT, *options)
     assert code == 0, err
     query = asked[0] if where is None else asked[0][where]
     assert {name: query.get(name) for name in expected} == expected
@@ -186,7 +186,11 @@ WRONG_CALLS = [
     (("--batch", "a.jsonl", "--out", "b.jsonl", "c.png"), "named in its lines"),
     (("nowhere.mp4",), "no such file: nowhere.mp4"),
     ((ROOT,), "is not a file"),
-    (("--batch", "nowhere.jsonl", "--out", "b.jsonl"), "nowhere.jsonl"),
+    (("--batch", "nowhere.jsonl", "--out", "b.jsonl"), "infer.py: no such file: nowhere.jsonl"),
+    ((IMAGE, "-p", "a", "--fps", "2"), "--fps would have no effect: no video is given"),
+    ((IMAGE, IMAGE, "-p", "a", "--fps", "2", "--frames", "4"), "--frames and --fps would have no effect"),
+    (("-p", "a", "--max-pixels", "4096"), "--max-pixels has no effect without images and videos"),
+    (("-p", "a", "--frames", "4"), "--frames has no effect without images and videos"),
     ((ROOT / "LICENSE", "-p", "a"), "LICENSE"),
 ]
 

@@ -318,6 +318,8 @@ def test_the_command_with_records(command, tmp_path):
         (["--live", CLIP, "a.png"], "images and videos cannot be given with --live"),
         (["--live", CLIP, "--frames", "3"], "--frames cannot be given with --live"),
         (["--fast", "-p", "x"], "--fast goes with --live"),
+        (["--pace", "3", "-p", "x"], "--pace goes with --live"),
+        (["--live", "records.jsonl", "--fps", "2"], "leave --fps out"),
         (["-p", "x", "--record", "o"], "--record goes with --live"),
         (["--live", "a.jsonl", "-p", "x"], "have their own prompts"),
         (["--live", CLIP, "--pace", "0"], "must be above 0"),

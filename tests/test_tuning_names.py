@@ -90,6 +90,7 @@ def test_switches_take_true_and_false():
         ("--adam_beta2 high", "invalid float value: 'high'"),
         ("--seed 1 stray", "unknown option stray"),
         ("--lo 3", "unknown option --lo"),
+        ("--device cpu", "unknown option --device; --help lists the options"),
         ("--remove_unused_columns True", "the inputs of the model would be removed"),
         ("--label_smoothing_factor 0.1", "logits before the first learned token are not computed"),
         ("--do_eval", "give --eval-data or --eval-share"),

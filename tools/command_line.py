@@ -39,5 +39,7 @@ above_0.__name__ = share.__name__ = "number"  # argparse puts it into messages
 
 def message_of(error: Exception) -> str:
     """An exception as one line. Its type is added unless the message is meant for users."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:  # raised by the operating system
+        return f"no such file: {error.filename}"
     words = " ".join(re.sub(r"^query \d+: ", "", str(error)).split())
     return words if isinstance(error, (ValueError, OSError)) and words else f"{type(error).__name__}: {words}"

@@ -39,7 +39,6 @@ def add_live_arguments(group) -> None:
         "--pace",
         metavar="RATE",
         type=above_0,
-        default=TOKENS_PER_SECOND,
         help=f"most tokens per second that are written (default: {TOKENS_PER_SECOND:g})",
     )
     group.add_argument("--record", metavar="OUT.JSONL", type=Path, help="write each event as a line of this file")
@@ -48,14 +47,17 @@ def add_live_arguments(group) -> None:
 def check_live_usage(parser: argparse.ArgumentParser, args) -> None:
     """Exits if arguments contradict each other."""
     if args.live is None:
-        for name in ("fast", "window", "record"):
+        for name in ("fast", "window", "pace", "record"):
             if getattr(args, name):
                 parser.error(f"--{name} goes with --live")
         return
+    args.pace = args.pace or TOKENS_PER_SECOND
     for name, absent in NOT_LIVE.items():
         if getattr(args, name) != absent:
             what = "images and videos" if name == "media" else f"--{name}"
             parser.error(f"{what} cannot be given with --live")
+    if args.live.endswith(".jsonl") and args.fps is not None:
+        parser.error("the records of a .jsonl file name their own frames; leave --fps out")
     if args.live.endswith(".jsonl") and (args.prompt is not None or args.system is not None):
         parser.error("the records of a .jsonl file have their own prompts; leave -p and --system out")
 

@@ -76,6 +76,13 @@ def frame_options(args, query: dict, given: dict, settings) -> dict:
     return {"num_frames": frames, "min_frames": min_frames, "max_frames": max(total, settings.max_frames)}
 
 
+def check_frame_options(args, messages: list[dict]) -> None:
+    """Raises ValueError if the command line has options for the frames of videos, and no medium is a video."""
+    given = [f"--{name}" for name in ("frames", "fps") if getattr(args, name) is not None]
+    if given and not collect_media(messages, "video"):
+        raise ValueError(f"{' and '.join(given)} would have no effect: no video is given, only images")
+
+
 def fit_videos(options: dict, query: dict) -> dict:
     """The query, with the options of its videos completed so that they do not contradict those of the command line."""
 

@@ -134,7 +134,7 @@ def read_trainer_options(parser: argparse.ArgumentParser, words: list[str]) -> d
     for word in unknown:
         name = word.partition("=")[0]
         names = [option for each in (parser, known) for option in each._option_string_actions]
-        near = nearest_name(name, {option.replace("_", "-") for option in names}, cutoff=0.6)
+        near = nearest_name(name, {option.replace("_", "-") for option in names}, cutoff=0.7)
         parser.error(f"unknown option {name}" + (f"; did you mean {near}?" if near else "; --help lists the options"))
     for name, value in vars(found).items():
         check_field(parser, name, value)
