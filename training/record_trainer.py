@@ -49,15 +49,14 @@ class RecordTrainer(Trainer):
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, StreamedRecords):
+            context = getattr(self.args, "dataloader_multiprocessing_context", None)  # transformers 5
             return streaming_loader(
                 self.train_dataset,
                 self.data_collator,
                 self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory,
                 prefetch_factor=self.args.dataloader_prefetch_factor,
-                multiprocessing_context=getattr(
-                    self.args, "dataloader_multiprocessing_context", None
-                ),  # transformers 5
+                multiprocessing_context=context,
             )
         return super().get_train_dataloader()
 
