@@ -410,3 +410,34 @@ def test_whatever_is_wrong_is_a_value_error(folder, processor):  # noqa: F811
         except ValueError:
             bad += 1
     assert good > 20 and bad > 100
+
+
+EMPTY = {"instruction": "", "input": "", "output": "", "history": [], "conversations": []}
+
+
+@pytest.mark.parametrize("empty", [EMPTY, EMPTY | {"messages": []}, {"messages": []}])
+def test_empty_columns_of_other_forms_are_no_form(empty, tmp_path):
+    assert read_conversation({"prompt": "a", "response": "b"} | empty, tmp_path) == read_conversation(
+        {"prompt": "a", "response": "b"}, tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"weight": 10**400}, "weight must be a number above 0, from 1e-06 to 1e"),
+        ({"weight": 1e39}, "weight must be a number above 0, from 1e-06 to 1e"),
+        ({"weight": 1e-60}, "weight must be a number above 0, from 1e-06 to 1e"),
+        ({"videos": {"video_path": "v.mp4", "segments": [[0, 10**400]]}}, "segments of"),
+        ({"response": "a\ud800"}, "response holds .* which is no character"),
+    ],
+)
+def test_numbers_and_characters_that_cannot_be_trained(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_conversation({"prompt": "a", "response": "b"} | wrong, tmp_path)
+
+
+def test_json_that_is_nested_too_deeply(tmp_path):
+    (tmp_path / "deep.jsonl").write_text('{"prompt": "a", "response": ' + "[" * 100000)
+    with pytest.raises(ValueError, match="record 0 .*nested too deeply"):
+        read_records(tmp_path / "deep.jsonl")

@@ -183,6 +183,13 @@ def test_a_streamed_step_equals_one_on_the_same_records(checkpoint, file, tmp_pa
         ([], "--streaming needs --steps"),
         (["--steps", 2, "--eval-share", 0.5], "--streaming cannot hold out a share"),
         (["--steps", 2, "--balance-decisions", 1], "--streaming cannot count decisions"),
+        (["--steps", 2, "--data_seed", 3], "is not for --streaming: give --seed"),
+        (["--steps", 2, "--ignore_data_skip", "True"], "is not for --streaming: --resume always goes on"),
+        (["--steps", 2, "--auto_find_batch_size", "True"], "the order of the records depends on --batch-size"),
+        (
+            ["--steps", 2, "--save_strategy", "epoch"],
+            "--save-strategy epoch is not for --streaming: there are no epochs",
+        ),
     ],
 )
 def test_options_that_need_all_records(checkpoint, file, tmp_path, capsys, options, message):  # noqa: F811

@@ -135,3 +135,17 @@ def test_tables_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else found(name))
     with pytest.raises(ImportError, match="data.parquet needs the package pyarrow: pip install pyarrow"):
         read_records(tmp_path / "data.parquet")
+
+
+def test_columns_of_one_name_are_named(tmp_path):
+    table = arrow.table([["a"], ["b"], ["c"]], names=["prompt", "response", "response"])
+    arrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="twice.parquet has several columns 'response'"):
+        list(read_entries(tmp_path / "twice.parquet"))
+
+
+@pytest.mark.parametrize("name, text", [("state.json", "{}"), ("state.json", "[1]"), ("dataset_dict.json", "{")])
+def test_damaged_folders_are_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} was not written by save_to_disk"):
+        list(read_entries(tmp_path))

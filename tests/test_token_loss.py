@@ -10,7 +10,17 @@ import pytest
 import torch
 from make_media import write_video
 from test_finetune import assert_same_step
-from tuning import FAST, LINEAR, checkpoint, data, load, load_processor, run, run_parallel, tune_as_rank  # noqa: F401 - fixtures among them
+from tuning import (
+    FAST,
+    LINEAR,
+    checkpoint,  # noqa: F401 - a fixture
+    data,  # noqa: F401 - a fixture
+    load,
+    load_processor,
+    run,
+    run_parallel,
+    tune_as_rank,
+)
 
 from moss_vl.training.batches import IGNORED, Collator, RecordDataset
 from moss_vl.training.record_trainer import make_token_loss
@@ -121,6 +131,33 @@ def test_accumulated_weighted_batches_equal_one_large_batch(checkpoint, weighted
         if "loss" in entry
     ]
     assert entry["loss"] == pytest.approx(total / weight_sum, abs=2e-4)
+
+
+def eval_loss(folder) -> float:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+
+
+def test_the_loss_of_an_evaluation_is_that_of_its_tokens(checkpoint, tmp_path):  # noqa: F811
+    """By the weights of their records, and whatever the size of batches and the number of processes."""
+    text = [{"prompt": "Say yes.", "response": "yes"}, {"prompt": "Say no.", "response": "no, no, no", "weight": 7}]
+    text.append({"prompt": "And?", "response": "a long answer of a few words"})
+    (tmp_path / "data.json").write_text(json.dumps(text))
+    model, processor = load(checkpoint), load_processor(checkpoint)
+    dataset, total, weight_sum = RecordDataset(read_records(tmp_path / "data.json"), processor), 0.0, 0.0
+    for sample in dataset:
+        batch = Collator(processor.tokenizer.pad_token_id)([sample])
+        labels, record_weights = batch.pop("labels"), batch.pop("record_weights", torch.ones(1))
+        with torch.no_grad():
+            loss, weight = slow_loss(TokenLoss(), model(**batch).logits, labels, record_weights)
+        total, weight_sum = total + loss, weight_sum + weight
+    options = ["--eval-data", str(tmp_path / "data.json"), "--steps", "1", "--lr", "1e-12"]
+    for size in (1, 2):
+        assert run(checkpoint, tmp_path / "data.json", tmp_path / str(size), "--batch-size", size, *options) == 0
+        assert eval_loss(tmp_path / str(size)) == pytest.approx(total / weight_sum, rel=1e-5), size
+    command = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "data.json"), *FAST, *options]
+    run_parallel(run_rank, ([*command, "--output", str(tmp_path / "two")],), processes=2)
+    assert eval_loss(tmp_path / "two") == pytest.approx(total / weight_sum, rel=1e-5)
 
 
 def test_two_processes_that_stream_weighted_records_equal_one(checkpoint, weighted, tmp_path):  # noqa: F811

@@ -7,7 +7,7 @@ import pytest
 import torch
 from make_media import write_video
 from PIL import Image
-from tuning import NANO, load_processor, run, run_parallel
+from tuning import NANO, checkpoint, load_processor, run, run_parallel  # noqa: F401 - a fixture among them
 
 from moss_vl.training import finetune, preflight, record_lengths
 from moss_vl.training.batches import encode
@@ -160,3 +160,23 @@ def test_an_error_of_the_checks_ends_all_processes_with_one_message(folder, tmp_
     command = ["--checkpoint", str(NANO), "--data", str(folder / "one.json"), "--output", str(tmp_path), "--cpu"]
     run_parallel(fail_in_both, (command,), 2)
     assert capfd.readouterr().err.count("records are bad") == 1
+
+
+@pytest.mark.parametrize("kind", ["answers", "decisions"])
+def test_records_that_no_check_saw_are_named_or_skipped(checkpoint, tmp_path, capsys, kind):  # noqa: F811
+    def stream(said):
+        return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]}
+
+    good, bad = stream("<|response|>x<|silence|>"), stream("<|silence|>x")
+    if kind == "answers":
+        good, bad = {"prompt": "x", "response": "y"}, {"prompt": "x", "response": "y", "tools": [{"name": "look"}]}
+    (tmp_path / "data.json").write_text(json.dumps([bad, good]))
+    options = ["--skip-checks", "--steps", 1]
+    options += ["--balance-decisions", 1] if kind == "decisions" else ["--eval-generate", 2, "--eval-tokens", 1]
+    if kind == "answers":
+        (tmp_path / "train.json").write_text(json.dumps([good]))
+        options += ["--eval-data", tmp_path / "data.json"]
+    file = tmp_path / ("train.json" if kind == "answers" else "data.json")
+    assert run(checkpoint, file, tmp_path / "out", *options) == 2
+    assert "data.json, record 0: " in capsys.readouterr().err
+    assert run(checkpoint, file, tmp_path / "skipped", *options, "--skip-bad") == 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -161,3 +162,18 @@ def test_with_bf16_extras_are_float32(checkpoint, data, tmp_path, monkeypatch):
     assert len(extras) > 4
     for name in extras:
         assert not torch.equal(before[plain_name(name)].float(), after[name].float()), name
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--train", "vision", "language", "--lora-targets", "gate_proj", "--lr-vision", 1],
+            "--lr-vision has no effect",
+        ),
+        (["--train", "head", "--lora-also", "norms"], "--lora-also norms has no effect"),
+    ],
+)
+def test_options_of_adapters_that_act_on_no_weight(checkpoint, data, tmp_path, capsys, options, message):
+    assert run(checkpoint, data, tmp_path / "out", "--lora-rank", 2, "--steps", 1, *options) == 2
+    assert message in capsys.readouterr().err

@@ -26,6 +26,14 @@ def above_0(text: str) -> float:
     return value
 
 
+def weight(text: str) -> float:
+    """An argparse type: numbers from 1e-6 to 1e6, whose sums and products stay exact enough in float32."""
+    value = float(text)
+    if not 1e-6 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be from 1e-6 to 1e6, got {text}")
+    return value
+
+
 def share(text: str) -> float:
     """An argparse type: numbers above 0 and at most 1."""
     value = above_0(text)
@@ -34,7 +42,7 @@ def share(text: str) -> float:
     return value
 
 
-above_0.__name__ = share.__name__ = "number"  # argparse puts it into messages
+above_0.__name__ = weight.__name__ = share.__name__ = "number"  # argparse puts it into messages
 
 
 def message_of(error: Exception) -> str:

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from moss_vl.conversation import PLACEHOLDER
 from moss_vl.generation_options import MEDIA_DEFAULTS
 from moss_vl.training.batches import TURN_END, render
 from moss_vl.training.processes import is_main
+from moss_vl.training.records import try_record
 from moss_vl.training.tuning_options import PROCESSOR_OPTIONS
 
 
@@ -38,7 +40,8 @@ class AnswerWriter:
     def __init__(self, trainer, processor, options):
         self.trainer, self.processor, self.options = trainer, processor, options
         data = trainer.eval_dataset
-        prompts = [read_prompt(record, processor, data.options["template"]) for record in data.records]
+        read = partial(read_prompt, processor=processor, template=data.options["template"])
+        prompts = [try_record(record, read, options.skip_bad) for record in data.records]
         chosen = [index for index, prompt in enumerate(prompts) if prompt is not None]
         if len(chosen) > options.eval_generate:
             chosen = sorted(random.Random(options.seed).sample(chosen, options.eval_generate))

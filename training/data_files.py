@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moss_vl.tools.command_line import message_of
+
 
 PARQUET = (".parquet", ".pq")
 ROWS_AT_ONCE = 64  # of a table; a row may hold an image
@@ -72,7 +74,7 @@ def _json_entries(file: Path) -> Iterator[Entry]:
             if file.suffix == ".json" and first.startswith("{") and not _is_json(first):
                 lines.seek(0)
                 if _is_json(text := lines.read()):
-                    yield Entry(f"{file}, record 0", file.parent, functools.partial(json.loads, text))
+                    yield Entry(f"{file}, record 0", file.parent, functools.partial(parse_json, text))
                     return
             lines.seek(0)
             yield from _line_entries(file, lines)
@@ -82,16 +84,24 @@ def _json_entries(file: Path) -> Iterator[Entry]:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        parse_json(text)
     except ValueError:
         return False
     return True
 
 
+def parse_json(text: str):
+    """The value of a JSON text. Raises ValueError for anything else, and for values that Python cannot nest."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None
+
+
 def _list_entries(file: Path, text: str) -> Iterator[Entry]:
     try:
-        values = json.loads(text.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
+        values = parse_json(text.removeprefix("\ufeff"))
+    except ValueError as error:
         raise ValueError(f"{file} begins like a JSON list, but is not one: {error}") from None
     for index, value in enumerate(values):
         yield Entry(f"{file}, record {index}", file.parent, functools.partial(_value, value))
@@ -109,8 +119,8 @@ def _line_entries(file: Path, lines: Iterable[str]) -> Iterator[Entry]:
 
 def _parse_line(line: str):
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return parse_json(line)
+    except ValueError as error:
         raise ValueError(
             f"not a JSON object: {error}; expected one per line, or a JSON list as the whole file"
         ) from None
@@ -139,7 +149,7 @@ def is_data_set(folder: Path) -> bool:
 def _folder_entries(folder: Path) -> Iterator[Entry]:
     """The rows of a folder of `datasets.save_to_disk`."""
     if (folder / "dataset_dict.json").is_file():
-        splits = ", ".join(json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+        splits = ", ".join(_names_in(folder / "dataset_dict.json", "splits"))
         raise ValueError(f"{folder} holds several splits, {splits}; name the folder of one of them")
     if not (folder / "state.json").is_file():
         raise ValueError(
@@ -148,11 +158,11 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
     _require_pyarrow(folder)
     import pyarrow as arrow
 
-    files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    files = _names_in(folder / "state.json", "_data_files", "filename")
 
     def batches():
         for name in files:
-            with arrow.memory_map(str(folder / name["filename"])) as data, arrow.ipc.open_stream(data) as reader:
+            with arrow.memory_map(str(folder / name)) as data, arrow.ipc.open_stream(data) as reader:
                 yield from reader
 
     try:
@@ -161,10 +171,24 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
         raise ValueError(f"{folder} cannot be read by pyarrow: {error}") from None
 
 
+def _names_in(file: Path, key: str, of_each: str | None = None) -> list[str]:
+    """The list under `key` of a file of `save_to_disk`; of objects, their names under `of_each`."""
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+        return [name if of_each is None else name[of_each] for name in value[key]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} was not written by save_to_disk ({message_of(error)}); expected {key!r} in it"
+        ) from None
+
+
 def _batch_entries(name: Path, folder: Path, batches: Iterable) -> Iterator[Entry]:
     """The rows of record batches of a table. A row becomes Python objects when its record is loaded."""
     index = 0
     for batch in batches:
+        names = batch.schema.names
+        if twice := sorted({column for column in names if names.count(column) > 1}):
+            raise ValueError(f"{name} has several columns {', '.join(map(repr, twice))}; rename or remove them")
         for number in range(batch.num_rows):
             row = batch.take([number])  # a copy: a waiting row must not keep all others of its batch in memory
             yield Entry(f"{name}, record {index}", folder, functools.partial(_load_row, row))

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moss_vl.training.tuning_options import part_rates
+
 
 PREFIX = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -89,7 +91,20 @@ def check_model(args) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     if args.lora_rank:
-        lora_targets(model, args.train, args.lora_targets)
+        check_adapters(model, args)
+
+
+def check_adapters(model, args) -> None:
+    """Raises ValueError for adapters that the model cannot have, and for options that would act on no weight."""
+    parts = {part_of(name, model.config) for name in lora_targets(model, args.train, args.lora_targets)}
+    found = {name: extra_of(name, model.config, args.train) for name, _ in model.named_parameters()}
+    for extra in args.lora_also:
+        if extra not in found.values():
+            raise ValueError(f"--lora-also {extra} has no effect: {', '.join(args.train)} has none; leave it out")
+    parts |= {part_of(name, model.config) for name, extra in found.items() if extra in args.lora_also}
+    for part in part_rates(args):
+        if part not in parts:
+            raise ValueError(f"--lr-{part} has no effect: no layer of {part} is among --lora-targets; leave it out")
 
 
 def load_model(args):

@@ -9,6 +9,7 @@ A later turn of the user is fed as in a session, with a `<|silence|>` of its own
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from moss_vl.conversation import PLACEHOLDER, PLACEHOLDERS, read_medium
 from moss_vl.options import options_of
 from moss_vl.realtime_protocol import RESPONSE, SILENCE, SYSTEM_PROMPT, Protocol
 from moss_vl.tools.live_sources import frames_at
-from moss_vl.training.records import Record
+from moss_vl.training.records import Record, try_record
 
 
 FRAME = PLACEHOLDERS["video"]
@@ -172,12 +173,13 @@ def read_frames(record: Record, processor, **options) -> tuple[torch.Tensor, tor
     return torch.cat(pixels), torch.cat(grids)
 
 
-def count_decisions(records: list[Record], processor) -> tuple[int, int]:
-    """How many `<|silence|>` and `<|response|>` are learned in the streams among these records."""
-    counts = [0, 0]
+def count_decisions(records: list[Record], processor, skip_bad: bool = False) -> tuple[int, int]:
+    """How many `<|silence|>` and `<|response|>` are learned in the streams among these records, without bad ones if
+    they are skipped."""
+    counts, tokens = [0, 0], make_protocol(processor).tokens
     for record in records:
-        if record.is_stream:
-            text, tokens = read_stream(record, processor), make_protocol(processor).tokens
+        text = try_record(record, partial(read_stream, processor=processor), skip_bad) if record.is_stream else None
+        if text is not None:
             learned = [token for token, is_learned in zip(text.ids, text.learned, strict=True) if is_learned]
             counts = [counts[0] + learned.count(tokens.silence), counts[1] + learned.count(tokens.response)]
     return counts[0], counts[1]

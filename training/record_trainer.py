@@ -31,7 +31,7 @@ def make_token_loss(args, processor, train_data, eval_data) -> TokenLoss | None:
         )
     tokens = make_protocol(processor).tokens
     if args.balance_decisions:
-        weights = balanced_weights(*count_decisions(records, processor), args.balance_decisions)
+        weights = balanced_weights(*count_decisions(records, processor, args.skip_bad), args.balance_decisions)
     return TokenLoss(tokens.silence, tokens.response, *weights, args.focal_gamma)
 
 
@@ -45,15 +45,18 @@ class RecordTrainer(Trainer):
     def __init__(self, *args, token_loss: TokenLoss | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.token_loss = token_loss
+        self.evaluated = []  # [samples, 2] of each batch of an evaluation: sum of w f l, sum of w
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, StreamedRecords):
+            context = getattr(self.args, "dataloader_multiprocessing_context", None)  # transformers 5
             return streaming_loader(
                 self.train_dataset,
                 self.data_collator,
                 self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory,
                 prefetch_factor=self.args.dataloader_prefetch_factor,
+                multiprocessing_context=context,
             )
         return super().get_train_dataloader()
 
@@ -70,11 +73,14 @@ class RecordTrainer(Trainer):
         return batches, total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.token_loss is None:
+        if self.token_loss is None and model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels, record_weights = inputs.pop("labels"), inputs.pop("record_weights", None)
         outputs = model(**inputs)
+        if not model.training:
+            loss = self._evaluate_batch(outputs.logits, labels, record_weights)
+            return (loss, outputs) if return_outputs else loss
         loss = self.token_loss(outputs.logits, labels, record_weights)
         if num_items_in_batch is None:
             loss = loss / self.token_loss.weights(labels[:, 1:], record_weights).sum().to(loss.device)
@@ -83,3 +89,30 @@ class RecordTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # their gradients are averaged
         return (loss, outputs) if return_outputs else loss
+
+    def _evaluate_batch(self, logits, labels, record_weights) -> torch.Tensor:
+        """The loss of a batch. Keeps the sums of its samples on all processes, without those that fill up the last
+        batch."""
+        rule, sums = self.token_loss or TokenLoss(), []
+        for row in range(len(labels)):
+            of_row = slice(row, row + 1)
+            weights = None if record_weights is None else record_weights[of_row]
+            total = rule.weights(labels[of_row, 1:], weights).sum().to(logits.device)
+            sums.append(torch.stack([rule(logits[of_row], labels[of_row], weights), total]))
+        sums = torch.stack(sums).detach()
+        self.evaluated.append(self.accelerator.gather_for_metrics(sums).double().cpu())
+        loss, weight = sums.sum(0)
+        return loss / weight
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval"):  # fmt: skip
+        """The Trainer's. Its loss is the mean of all learned tokens by their weights, as in training: not the mean of
+        the losses of batches, which depends on their size."""
+        self.evaluated = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if self.evaluated:
+            loss, weight = torch.cat(self.evaluated).sum(0)
+            output.metrics[f"{metric_key_prefix}_loss"] = (loss / weight).item()
+        return output

@@ -3,7 +3,6 @@
 Nothing is opened here: records.py probes the media. training/README.md describes the forms.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +40,7 @@ ROLES = {
     "function_call": "call",
     "tool_call": "call",
 }
+WEIGHTS = 1e-6, 1e6  # their sums and products stay exact enough in float32
 MISSPELLED = 0.8  # similarity of a key beside those of a stream; "video_id" is another key, "weigth" is not
 TAG = re.compile("<(image|video)>")  # a placeholder as LLaVA, LlamaFactory and ms-swift write it
 
@@ -135,20 +135,23 @@ def _read_keys(given) -> dict:
             if name in given:
                 raise ValueError(f"a record has {alias!r} and {name!r}, which mean the same; leave out one of them")
             given[name] = given.pop(alias)
-    forms = {
-        "pair": [name for name in PAIR_KEYS if name in given],
-        "alpaca": [name for name in ALPACA_KEYS if name in given],
-    }
-    chat = [name for name in CHAT_KEYS if name in given]
-    if chat:  # exports of mixed tables have empty columns beside the messages
-        forms = {form: [name for name in names if given[name] not in ("", [])] for form, names in forms.items()}
-    found = [name for names in forms.values() for name in names] + chat
-    if len(chat) + sum(map(bool, forms.values())) != 1:
+    return _keep_one_form(given)
+
+
+def _keep_one_form(given: dict) -> dict:
+    """A record with the keys of one form of turns. Other forms may be there if they are empty, as in the rows of mixed
+    tables. Raises ValueError unless there is one form."""
+    forms = [[name for name in names if name in given] for names in (PAIR_KEYS, ALPACA_KEYS, *zip(CHAT_KEYS))]
+    forms = [names for names in forms if names]
+    filled = [names for names in forms if any(given[name] not in ("", []) for name in names)] or forms
+    if len(filled) != 1:
+        found = [name for names in filled for name in names]
         raise ValueError(
             "expected prompt and response, or instruction and output, or else messages or conversations; got "
             f"{', '.join(found) or 'neither'}"
         )
-    return given
+    empty = {name for names in forms if names is not filled[0] for name in names}
+    return {name: value for name, value in given.items() if name not in empty}
 
 
 def speaks_in_stream(record: dict) -> bool:
@@ -177,8 +180,12 @@ def _read_weight(weight) -> float:
     if weight is None:
         return 1.0
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or weight <= 0:
-        raise ValueError(f"weight must be a number above 0, got {weight!r:.60}; leave out records of no weight")
+    least, most = WEIGHTS
+    if not is_number or not least <= weight <= most:
+        raise ValueError(
+            f"weight must be a number above 0, from {least:g} to {most:g}, got {weight!r:.60}; leave out records of "
+            "no weight"
+        )
     return float(weight)
 
 

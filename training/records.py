@@ -116,6 +116,20 @@ def read_record(entry: Entry, seconds: dict | None, check=None) -> Record:
     return record
 
 
+def try_record(record: Record, function, skip_bad: bool):
+    """`function(record)`; None for a bad record that is skipped. Without --skip-checks no record is bad.
+
+    Raises:
+        ValueError: for a bad one, with its place.
+    """
+    try:
+        return function(record)
+    except ValueError as error:
+        if not skip_bad:
+            raise ValueError(f"{record.where}: {error}. Fix it, or skip such records with --skip-bad.") from error
+        return None
+
+
 def _report_bad(bad: list[str], total: int, skip_bad: bool) -> None:
     """Warns of bad records if they are skipped, else raises ValueError. `bad`: file, index and reason of each."""
     lines = [f"{len(bad)} of the {total} records are bad:", *bad[:NAMED_RECORDS]]

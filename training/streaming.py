@@ -163,7 +163,7 @@ def streaming_loader(dataset: StreamedRecords, collate: Callable, workers: int, 
     """The data loader of a process. accelerate must not prepare it: the data set already divides itself.
 
     Args:
-        options: `pin_memory` and `prefetch_factor` of a DataLoader.
+        options: `pin_memory`, `prefetch_factor` and `multiprocessing_context` of a DataLoader.
     """
     return DataLoader(
         dataset,

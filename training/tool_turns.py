@@ -11,6 +11,13 @@ TURN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # inside a text t
 def check_text(what: str, text) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{what}: a text must be a string, got {text!r:.60}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds {text[error.start]!a}, half of a surrogate pair, which is no character; write the "
+            "character that was meant"
+        ) from None
     for token in TURN_TOKENS:
         if token in text:
             raise ValueError(f"{what} holds {token!r}, which training adds automatically; leave it out")

@@ -116,6 +116,15 @@ COVERED = {
         )
     },
 }
+_EPOCHS = "there are no epochs; give steps"
+STREAMED = {  # fields that cannot act on streamed records -> why
+    "data_seed": "give --seed",
+    "train_sampling_strategy": "give --shuffle-buffer; 1 keeps the order of the data",
+    "ignore_data_skip": "--resume always goes on after the last batch",
+    "auto_find_batch_size": "the order of the records depends on --batch-size",
+    "dataloader_in_order": "--resume needs the order of the batches",
+    **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), _EPOCHS),
+}
 SHARDED_LAYERS = ("MossVLVisionBlock", "MossVLSelfAttentionLayer", "MossVLCrossAttentionLayer")
 FSDP = "full_shard auto_wrap"  # the default of --fsdp; transformers 5 calls it True
 NEEDS_EVALUATION = ("eval_strategy", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
@@ -175,6 +184,9 @@ def check_trainer_options(parser, args, evaluates: bool) -> None:
             parser.error(f"{option} needs held-out records; give --eval-data or --eval-share")
         if name in CHECKPOINTING_KWARGS and not args.gradient_checkpointing:
             parser.error(f"{option} needs --gradient-checkpointing")
+    for name, value in args.trainer.items() if args.streaming else ():
+        if name in STREAMED and (STREAMED[name] != _EPOCHS or str(getattr(value, "value", value)) == "epoch"):
+            parser.error(f"--{name.replace('_', '-')} {value} is not for --streaming: {STREAMED[name]}")
     if args.trainer.get("fp16") and args.bf16:
         parser.error("give --fp16 or --bf16, not both")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moss_vl.tools.command_line import above_0, at_least, share
+from moss_vl.tools.command_line import above_0, at_least, share, weight
 from moss_vl.training.option_names import (
     ALIASES,
     OTHER_OPTIONS,
@@ -206,10 +206,10 @@ OPTIONS = {
             metavar="N", type=NOT_NEGATIVE, default=1.0, help="gradients are clipped to this norm (default: 1)"
         ),
         "--silence-weight": dict(
-            metavar="W", type=above_0, default=1.0, help="of <|silence|> in realtime streams (default: 1)"
+            metavar="W", type=weight, default=1.0, help="of <|silence|> in realtime streams (default: 1)"
         ),
         "--response-weight": dict(
-            metavar="W", type=above_0, default=1.0, help="of <|response|> in realtime streams (default: 1)"
+            metavar="W", type=weight, default=1.0, help="of <|response|> in realtime streams (default: 1)"
         ),
         "--balance-decisions": dict(
             metavar="A",
