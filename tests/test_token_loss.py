@@ -156,7 +156,7 @@ def test_the_loss_of_an_evaluation_is_that_of_its_tokens(checkpoint, tmp_path): 
         assert run(checkpoint, tmp_path / "data.json", tmp_path / str(size), "--batch-size", size, *options) == 0
         assert eval_loss(tmp_path / str(size)) == pytest.approx(total / weight_sum, rel=1e-5), size
     command = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "data.json"), *FAST, *options]
-    run_parallel(run_rank, ([*command, "--output", str(tmp_path / "two")],), processes=2)
+    run_parallel(tune_as_rank, ([*command, "--output", str(tmp_path / "two")],), processes=2)
     assert eval_loss(tmp_path / "two") == pytest.approx(total / weight_sum, rel=1e-5)
 
 
