@@ -173,7 +173,7 @@ def test_two_processes_that_stream_weighted_records_equal_one(checkpoint, weight
 
 def options(**given):
     defaults = {"silence_weight": 1.0, "response_weight": 1.0, "balance_decisions": 0.0, "focal_gamma": 0.0}
-    return SimpleNamespace(**defaults | given)
+    return SimpleNamespace(skip_bad=False, **defaults | given)
 
 
 def test_the_loss_that_options_and_records_need(checkpoint, weighted, data):  # noqa: F811

@@ -202,6 +202,8 @@ class RecordDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self.records):  # ends a loop over the data set
+            raise IndexError(f"there is no record {index}; expected 0 to {len(self.records) - 1}")
         problem = ""
         for candidate in range(index, index + len(self.records)):
             candidate %= len(self.records)
