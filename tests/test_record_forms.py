@@ -425,9 +425,9 @@ def test_empty_columns_of_other_forms_are_no_form(empty, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"weight": 10**400}, "weight must be a number above 0, from 1e-06 to 1e"),
-        ({"weight": 1e39}, "weight must be a number above 0, from 1e-06 to 1e"),
-        ({"weight": 1e-60}, "weight must be a number above 0, from 1e-06 to 1e"),
+        ({"weight": 10**400}, "weight must be a number above 0, got .* expected 1e-06 to 1e"),
+        ({"weight": 1e39}, "weight must be a number above 0, got .* expected 1e-06 to 1e"),
+        ({"weight": 1e-60}, "weight must be a number above 0, got .* expected 1e-06 to 1e"),
         ({"videos": {"video_path": "v.mp4", "segments": [[0, 10**400]]}}, "segments of"),
         ({"response": "a\ud800"}, "response holds .* which is no character"),
     ],

@@ -183,8 +183,8 @@ def _read_weight(weight) -> float:
     least, most = WEIGHTS
     if not is_number or not least <= weight <= most:
         raise ValueError(
-            f"weight must be a number above 0, from {least:g} to {most:g}, got {weight!r:.60}; leave out records of "
-            "no weight"
+            f"weight must be a number above 0, got {weight!r:.60}; expected {least:g} to {most:g}. Leave out records "
+            "of no weight"
         )
     return float(weight)
 
