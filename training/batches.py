@@ -22,6 +22,13 @@ class BadRecord(ValueError):
     """A record whose error was found only when it was encoded. The message names the record."""
 
 
+def report_bad(problem: str, skip_bad: bool, cause: Exception) -> None:
+    """Warns of a bad record that is skipped; raises BadRecord for one that is not. `problem`: its place and error."""
+    if not skip_bad:
+        raise BadRecord(f"{problem}. Fix it, or skip such records with --skip-bad.") from cause
+    logger.warning("%s. The next record is used instead.", problem)
+
+
 def render(record: Record, processor, template: bool = True) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and the [start, end) characters of each learned turn of the assistant, with its tool
     calls and the token that ends it.
@@ -213,9 +220,7 @@ class RecordDataset(torch.utils.data.Dataset):
                 return encode(self.records[candidate], self.processor, **self.options)
             except (ValueError, OSError) as error:
                 problem = f"{self.records[candidate].where}: {error}"
-                if not self.skip_bad:
-                    raise BadRecord(f"{problem}. Fix it, or skip such records with --skip-bad.") from error
-                logger.warning("%s. The next record is used instead.", problem)
+                report_bad(problem, self.skip_bad, error)
                 self.bad.add(candidate)
         raise BadRecord(f"none of the {len(self.records)} records can be used. {problem}")
 
@@ -227,7 +232,7 @@ class Collator:
     all media, packed; `media_nums_per_sample`; and `logits_to_keep`, which omits the logits before the first learned
     token: for the prompt of a long video they would be the largest tensor. There is no `cross_attention_mask` (T x
     frames): the model derives it from the text. If a weight of a record is not 1, `record_weights` [B] is there too,
-    for `token_loss.WeightedTrainer`: the model does not take it.
+    for `record_trainer.RecordTrainer`: the model does not take it.
 
     Args:
         pad_token_id: the tokenizer's.

@@ -7,13 +7,11 @@ number.
 
 import math
 
-from moss_vl.animations import AnimatedImage, is_animation
 from moss_vl.conversation import PLACEHOLDER
-from moss_vl.image_reading import open_source
 from moss_vl.options import options_of
 from moss_vl.training.batches import render, separate
 from moss_vl.training.realtime_records import read_stream
-from moss_vl.video_packets import open_container
+from moss_vl.training.record_media import header_seconds
 from moss_vl.video_reading import is_decoded
 from moss_vl.video_sampling import read_video_item
 
@@ -132,14 +130,3 @@ class LengthCheck:
         factor, margin = DURATION_ERROR
         longest = duration * factor + margin
         return [segment[-1] - segment[0] for segment in item.segments(longest) or [(0.0, longest)]]
-
-
-def header_seconds(path) -> float | None:
-    """The duration in the header of a video, without reading its frames."""
-    import av
-
-    file, name = open_source(path, what="video")
-    if is_animation(file):
-        return AnimatedImage(file, name).duration
-    with open_container(file, name) as container:
-        return container.duration / av.time_base if container.duration else None

@@ -80,7 +80,7 @@ def probe(kind: str, medium, seconds: dict) -> float | None:
     if key is None or key not in seconds:
         if kind == "image":
             probe_image(source)
-        duration = _video_seconds(source) if kind == "video" else None
+        duration = header_seconds(source) if kind == "video" else None
         if key is not None:
             seconds[key] = duration
     for segment in options.get("segments") or ():
@@ -90,7 +90,8 @@ def probe(kind: str, medium, seconds: dict) -> float | None:
     return duration
 
 
-def _video_seconds(source) -> float | None:
+def header_seconds(source) -> float | None:
+    """The duration in the header of a video, None if there is none. Raises ValueError for a file without video."""
     import av
 
     file, name = open_source(source, what="video")

@@ -14,18 +14,15 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from logging import getLogger
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from moss_vl.training.batches import BadRecord, encode
+from moss_vl.training.batches import BadRecord, encode, report_bad
 from moss_vl.training.data_files import Entry, read_entries
 from moss_vl.training.records import read_record
 
-
-logger = getLogger(__name__)
 
 SHUFFLE_BUFFER = 1000
 
@@ -142,10 +139,7 @@ class StreamedRecords(torch.utils.data.IterableDataset):
             record = read_record(entry, {} if self.probes else None, self.check)
             return encode(record, self.processor, **self.options)
         except (ValueError, OSError) as error:
-            problem = f"{entry.where}: {error}"
-            if not self.skip_bad:
-                raise BadRecord(f"{problem}. Fix it, or skip such records with --skip-bad.") from error
-            logger.warning("%s. The next record is used instead.", problem)
+            report_bad(f"{entry.where}: {error}", self.skip_bad, error)
             self.bad.add(key)
             return None
 

@@ -1,4 +1,4 @@
-"""The loss with weights of records and of the decisions of streams; trainer.py computes it in training.
+"""The loss with weights of records and of the decisions of streams; record_trainer.py computes it in training.
 
 With the cross-entropy l of each learned token, its weight w and its focal factor f, the loss of a step is
 
